@@ -1,0 +1,38 @@
+"""Files of a run: atomic writes, checked reads, table columns and provenance."""
+
+from proard.artifacts.files import ArtifactError, atomic_path, sha256, write_json, write_text
+from proard.artifacts.tables import (
+    FRONT,
+    HISTORY,
+    MEASURED,
+    PREDICTED,
+    Provenance,
+    read_metadata,
+    read_table,
+    table_schema,
+    wilson,
+    write_table,
+)
+from proard.artifacts.tensors import load_tensors, read_header, save_tensors, tensors_checksum
+
+__all__ = [
+    "FRONT",
+    "HISTORY",
+    "MEASURED",
+    "PREDICTED",
+    "ArtifactError",
+    "Provenance",
+    "atomic_path",
+    "load_tensors",
+    "read_header",
+    "read_metadata",
+    "read_table",
+    "save_tensors",
+    "sha256",
+    "table_schema",
+    "tensors_checksum",
+    "wilson",
+    "write_json",
+    "write_table",
+    "write_text",
+]

@@ -1,0 +1,184 @@
+"""Result tables in Parquet: columns with units, provenance in the file's metadata, checked reading."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from proard import __version__
+from proard.artifacts.files import ArtifactError, atomic_path, sha256
+
+INT, FLOAT, TEXT, FLAG = pa.int64(), pa.float64(), pa.string(), pa.bool_()
+
+# column: (type, unit or meaning). Names are contract.
+IDENTITY: dict[str, tuple[pa.DataType, str]] = {
+    "arch_id": (TEXT, "stable hash of the canonical arch"),
+    "genotype": (pa.list_(INT), "choice index of every gene"),
+    "arch": (TEXT, "JSON of the canonical arch"),
+    "macs": (INT, "multiply-accumulates of one image"),
+    "params": (INT, "trained numbers"),
+}
+MEASURED: dict[str, tuple[pa.DataType, str]] = {
+    **IDENTITY,
+    "split": (TEXT, "train, val or test"),
+    "attack": (TEXT, "name of the attack; worst is the worst case per image over all attacks of the stage"),
+    "norm": (TEXT, "norm of the perturbation"),
+    "eps": (FLOAT, "pixel units of [0, 1]"),
+    "step_size": (FLOAT, "pixel units of [0, 1]"),
+    "num_steps": (INT, "steps per restart"),
+    "restarts": (INT, "restarts"),
+    "accounting": (TEXT, "any_iterate or last_iterate"),
+    "bn_mode": (TEXT, "batch-norm statistics inside the attack"),
+    "num_images": (INT, "images"),
+    "clean_acc": (FLOAT, "fraction"),
+    "clean_acc_low": (FLOAT, "fraction, 95 % Wilson"),
+    "clean_acc_high": (FLOAT, "fraction, 95 % Wilson"),
+    "robust_acc": (FLOAT, "fraction"),
+    "robust_acc_low": (FLOAT, "fraction, 95 % Wilson"),
+    "robust_acc_high": (FLOAT, "fraction, 95 % Wilson"),
+    "clean_acc_half_a": (FLOAT, "fraction, images of even index"),
+    "clean_acc_half_b": (FLOAT, "fraction, images of odd index"),
+    "robust_acc_half_a": (FLOAT, "fraction, images of even index"),
+    "robust_acc_half_b": (FLOAT, "fraction, images of odd index"),
+    "gradients": (INT, "input gradients of one image that the attack took"),
+    "seconds": (FLOAT, "wall seconds of the measurement"),
+    "seed": (INT, "seed of images and noise"),
+}
+PREDICTED: dict[str, tuple[pa.DataType, str]] = {
+    **IDENTITY,
+    "predicted_clean_acc": (FLOAT, "fraction, predicted"),
+    "predicted_robust_acc": (FLOAT, "fraction, predicted"),
+    "found_by": (TEXT, "search that evaluated the arch: nsga2, random or anchor"),
+    "seed": (INT, "seed of the search"),
+}
+FRONT: dict[str, tuple[pa.DataType, str]] = {
+    **MEASURED,
+    "predicted_clean_acc": (FLOAT, "fraction, predicted"),
+    "predicted_robust_acc": (FLOAT, "fraction, predicted"),
+    "found_by": (TEXT, "search that found the arch: nsga2, random or anchor"),
+}
+HISTORY: dict[str, tuple[pa.DataType, str]] = {
+    "phase": (TEXT, "teacher, control or the phase's name"),
+    "epoch": (INT, "epochs done"),
+    "step": (INT, "optimizer steps done"),
+    "lr": (FLOAT, "learning rate at the epoch's end"),
+    "loss": (FLOAT, "nats per image, mean over the epoch"),
+    "train_clean_acc": (FLOAT, "fraction of augmented training images, in training mode"),
+    "train_robust_acc": (FLOAT, "fraction under the training attack, in training mode"),
+    "arch": (TEXT, "validated subnet: largest, smallest or middle; empty where nothing was validated"),
+    "macs": (INT, "multiply-accumulates of one image"),
+    "val_clean_acc": (FLOAT, "fraction"),
+    "val_robust_acc": (FLOAT, "fraction, PGD"),
+    "val_num_images": (INT, "images"),
+    "images": (INT, "training images seen"),
+    "forward_equivalents": (INT, "image forward-equivalents of the training so far: forward 1, input gradient 1 more"),
+    "seconds": (FLOAT, "wall seconds of the training so far"),
+    "best": (FLAG, "the epoch whose weights are kept"),
+    "seed": (INT, "seed of the run"),
+}
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a file comes from; written into every artefact's metadata."""
+
+    run: str
+    stage: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    version: str = __version__
+
+    @classmethod
+    def of(cls, *, stage: str, settings: Mapping[str, Any], seed: int, inputs: Iterable[str | Path]) -> Provenance:
+        """Provenance of a job: its settings and the checksum of every input file."""
+        return cls(settings["run"], stage, settings, seed, {Path(path).name: sha256(path) for path in inputs})
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+def table_schema(columns: Mapping[str, tuple[pa.DataType, str]]) -> pa.Schema:
+    """Arrow schema whose fields carry their unit."""
+    return pa.schema([pa.field(name, kind, metadata={"unit": unit}) for name, (kind, unit) in columns.items()])
+
+
+def write_table(
+    path: str | Path,
+    rows: pd.DataFrame | list[Mapping[str, Any]],
+    columns: Mapping[str, tuple[pa.DataType, str]],
+    provenance: Provenance,
+) -> None:
+    """Write rows with exactly these columns, their units and the provenance; missing columns become null.
+
+    Raises
+    ------
+    ValueError
+        A row has a column that the table does not have, or a value of the wrong type.
+    """
+    frame = pd.DataFrame(rows, columns=None if len(rows) else list(columns))
+    strange = set(frame.columns) - set(columns)
+    if strange:
+        raise ValueError(f"{path}: columns {sorted(strange)} are not of this table")
+    schema = table_schema(columns).with_metadata({"proard": provenance.to_json()})
+    data = frame.reindex(columns=list(columns)).to_dict("list")
+    arrays = [
+        pa.array([_null_if_missing(value) for value in data[entry.name]], type=entry.type) for entry in schema
+    ]
+    with atomic_path(path) as temporary:
+        pq.write_table(pa.Table.from_arrays(arrays, schema=schema), temporary, write_page_checksum=True)
+
+
+def _null_if_missing(value: Any) -> Any:
+    """None for NaN and NA scalars."""
+    return None if not isinstance(value, (list, tuple, np.ndarray)) and pd.isna(value) else value
+
+
+def read_table(path: str | Path, *, columns: Iterable[str] = ()) -> pd.DataFrame:
+    """Read a table as a data frame.
+
+    Raises
+    ------
+    ArtifactError
+        The file is missing, damaged, or lacks one of `columns`.
+    """
+    try:
+        frame = pq.read_table(path, page_checksum_verification=True).to_pandas()
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} does not exist; rerun the stage that writes it") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArtifactError(f"{path} is no readable Parquet table ({reason}); delete it and rerun its stage") from None
+    missing = set(columns) - set(frame.columns)
+    if missing:
+        raise ArtifactError(f"{path} lacks the columns {sorted(missing)}; it was not written by this version's stage")
+    return frame
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """Provenance of a table, and the unit of every column under `units`."""
+    try:
+        schema = pq.read_schema(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ArtifactError(f"{path} is no readable Parquet table ({str(error).splitlines()[0]})") from None
+    metadata = json.loads((schema.metadata or {}).get(b"proard", b"{}"))
+    units = {entry.name: (entry.metadata or {}).get(b"unit", b"").decode() for entry in schema}
+    return {**metadata, "units": units}
+
+
+def wilson(successes: float, trials: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a share of `trials`."""
+    z = 1.959963984540054
+    share = successes / trials
+    centre = (share + z**2 / (2 * trials)) / (1 + z**2 / trials)
+    half = z / (1 + z**2 / trials) * np.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
+    return float(max(0.0, centre - half)), float(min(1.0, centre + half))

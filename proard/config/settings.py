@@ -1,0 +1,299 @@
+"""One settings class per stage. Lengths of perturbations are in pixel units of [0, 1]; rates are fractions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from proard.config.fields import (
+    Count,
+    Int,
+    Natural,
+    NonNegative,
+    Number,
+    PixelLength,
+    Positive,
+    Settings,
+    Share,
+)
+
+Paths = str | tuple[str, ...]
+Dtype = Literal["float32", "bfloat16"]
+
+
+class Threat(Settings):
+    """What the adversary may do. One threat model per run; every stage reads this one."""
+
+    norm: Literal["linf"] = "linf"
+    eps: PixelLength = 8 / 255
+
+
+class TrainingAttack(Settings):
+    """Inner maximisation of training.
+
+    `bn_mode` says which statistics batch norm uses inside the attack: `running` (the stored ones), `batch` (those
+    of the perturbed batch, in every step) or `clean_batch` (those of the clean batch, fixed during the attack).
+    """
+
+    num_steps: Natural = 10
+    step_size: PixelLength = 2 / 255
+    start: Literal["uniform", "gaussian", "zero"] = "uniform"
+    bn_mode: Literal["running", "batch", "clean_batch"] = "clean_batch"
+    dtype: Dtype = "float32"
+
+
+class Attack(Settings):
+    """An attack that measures: `objective` is `ce` (cross-entropy) or `margin` (Carlini-Wagner's logit margin)."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = "pgd20"
+    objective: Literal["ce", "margin"] = "ce"
+    num_steps: Count = 20
+    step_size: PixelLength = 2 / 255
+    restarts: Count = 1
+
+
+class Measurement(Settings):
+    """How every subnet is measured, the same in evaluation, verification, selection and export.
+
+    `accounting`: `any_iterate` counts an image as lost if any iterate is misclassified, `last_iterate` (the papers')
+    looks at the last one only. `recalibration_images` of `train` reset the batch-norm statistics of each subnet.
+    """
+
+    accounting: Literal["any_iterate", "last_iterate"] = "any_iterate"
+    recalibration_images: Annotated[Int, Field(ge=2)] = 1000
+    batch_size: Count = 250
+
+
+class Augmentation(Settings):
+    """Random crop from an image padded by `crop_padding` black pixels, and a mirror image half of the time."""
+
+    crop_padding: Natural = 4
+    flip: bool = True
+
+
+class PrepareData(Settings):
+    """Where images come from and how they are split. `train` and `test` are paths; a missing `test` is cut off.
+
+    `max_train_images` thins the training images before `val` is cut off. `label_column` chooses between several integer
+    columns of Parquet files. `image_size` resizes images of `parquet` and `imagefolder` to that side.
+    """
+
+    source: Literal["digits", "cifar10", "cifar100", "parquet", "imagefolder"] = "digits"
+    train: Paths | None = None
+    test: Paths | None = None
+    folder: str = "data"
+    download: bool = False
+    classes: Annotated[Int, Field(ge=2)] | tuple[str, ...] | None = None
+    image_size: Count | None = None
+    label_column: str | None = None
+    val_fraction: Annotated[Number, Field(gt=0, lt=0.5)] = 0.1
+    test_fraction: Annotated[Number, Field(gt=0, lt=0.5)] = 0.2
+    max_train_images: Count | None = None
+    max_test_images: Count | None = None
+
+    @model_validator(mode="after")
+    def source_is_complete(self) -> PrepareData:
+        """Sources that read the user's own files need a path and the classes."""
+        if self.source in ("parquet", "imagefolder"):
+            if self.train is None:
+                raise ValueError(f"source {self.source} needs `train`: the path of the training images")
+            if self.classes is None:
+                raise ValueError(f"source {self.source} needs `classes`: their names in label order, or their number")
+        return self
+
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, side in pixels and number of classes of the images this source yields."""
+        channels, size, classes = {"digits": (1, 8, 10), "cifar10": (3, 32, 10), "cifar100": (3, 32, 100)}.get(
+            self.source, (3, 32, 0)
+        )
+        if self.classes is not None:
+            classes = self.classes if isinstance(self.classes, int) else len(self.classes)
+        return channels, self.image_size or size, classes
+
+
+class Validation(Settings):
+    """Measurement on `val` during training, every so many epochs; the best epoch by robust accuracy is kept."""
+
+    every_epochs: Count = 5
+    num_images: Count = 500
+    num_steps: Count = 10
+    step_size: PixelLength = 2 / 255
+
+
+class Optimisation(Settings):
+    """SGD with Nesterov momentum, linear warm-up and cosine decay; EMA of the weights."""
+
+    epochs: Positive = 100
+    warmup_epochs: NonNegative = 0
+    batch_size: Count = 128
+    lr: Positive = 0.1
+    momentum: Share = 0.9
+    weight_decay: NonNegative = 5e-4
+    ema_decay: Share = 0.999
+    clip_norm: Positive | None = None
+    augment: Augmentation = Augmentation()
+    attack: TrainingAttack = TrainingAttack()
+    validation: Validation = Validation()
+    dtype: Dtype = "float32"
+    save_every_minutes: Positive = 5
+
+
+class TrainTeacher(Optimisation):
+    """The fixed robust network. `arch` is `largest` or a mapping of elastic dims; `space` names another space."""
+
+    source: Literal["train", "file"] = "train"
+    file: str | None = None
+    space: str | None = None
+    arch: Literal["largest"] | dict[str, tuple[Number, ...]] = "largest"
+    objective: Literal["plain", "pgd_at", "trades"] = "trades"
+    beta: NonNegative = 6.0
+
+    @model_validator(mode="after")
+    def file_is_named(self) -> TrainTeacher:
+        """A teacher from a file needs the file."""
+        if self.source == "file" and self.file is None:
+            raise ValueError("source file needs `file`: the path of a teacher.safetensors")
+        return self
+
+
+class TrainControl(Optimisation):
+    """The plainly trained network of the teacher's size: what robust training is compared with."""
+
+
+class Phase(Optimisation):
+    """One leg of progressive distillation: which choices are open, who is drawn, who teaches, with which loss.
+
+    `width`, `depth`, `expand` list the open choices; an omitted dim is fully open. `teacher` is `frozen` (a separate
+    network), `dynamic` (the largest subnet, trained jointly on `teacher_objective`) or `both`, with
+    `frozen_weight` as the frozen one's share. `warm_start` picks where the weights come from.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = "phase"
+    width: tuple[Positive, ...] | None = None
+    depth: tuple[Natural, ...] | None = None
+    expand: tuple[Positive, ...] | None = None
+    sampling: Literal["per_pass", "uniform", "sandwich"] = "sandwich"
+    archs_per_step: Count = 3
+    loss: Literal["rslad"] = "rslad"
+    adv_weight: Share = 5 / 6
+    teacher: Literal["frozen", "dynamic", "both"] = "frozen"
+    frozen_weight: Share = 0.5
+    teacher_objective: Literal["pgd_at", "trades"] = "trades"
+    beta: NonNegative = 6.0
+    warm_start: Literal["teacher", "random"] = "teacher"
+
+
+class TrainPhase(Settings):
+    """The ordered phases. Keys beside `phases` are defaults that each phase may override."""
+
+    phases: Annotated[tuple[Phase, ...], Field(min_length=1)] = (Phase(name="all"),)
+
+    @model_validator(mode="before")
+    @classmethod
+    def spread_defaults(cls, value: Any) -> Any:
+        """Write the section's shared keys into each phase that does not override them."""
+        if not isinstance(value, dict) or not isinstance(value.get("phases"), (list, tuple)):
+            return value
+        shared = {key: entry for key, entry in value.items() if key != "phases"}
+        return {"phases": [_merge(shared, phase) if isinstance(phase, dict) else phase for phase in value["phases"]]}
+
+    @model_validator(mode="after")
+    def names_differ(self) -> TrainPhase:
+        """A phase's name is its folder."""
+        names = [phase.name for phase in self.phases]
+        if len(set(names)) < len(names):
+            raise ValueError(f"phases need different names; they are {names}")
+        return self
+
+
+def _merge(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """`own` over `shared`, mapping by mapping."""
+    merged = dict(shared)
+    for key, value in own.items():
+        both_mappings = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both_mappings else value
+    return merged
+
+
+class SampleArchs(Settings):
+    """How many subnets are measured for the predictor, in how many strata of MACs."""
+
+    num_archs: Annotated[Int, Field(ge=4)] = 200
+    strata: Count = 10
+
+
+class EvaluateArchs(Settings):
+    """Labels of the predictor: `num_images` of `val` under `attack`, `archs_per_shard` subnets per job."""
+
+    archs_per_shard: Count = 50
+    num_images: Annotated[Int, Field(ge=2)] = 1000
+    attack: Attack = Attack()
+
+
+class FitPredictor(Settings):
+    """Models compared by cross-validation on the training archs; quality is reported on held-out archs."""
+
+    models: Annotated[tuple[Literal["ridge", "gp", "forest", "boosting", "mlp"], ...], Field(min_length=1)] = (
+        "ridge",
+        "gp",
+        "forest",
+        "boosting",
+        "mlp",
+    )
+    held_out: Annotated[Int, Field(ge=2)] = 40
+    folds: Annotated[Int, Field(ge=2)] = 5
+    top_k: Count = 5
+    bootstraps: Count = 500
+
+
+class SearchFront(Settings):
+    """NSGA-II and random search at the same number of evaluations; `max_cost` limits `cost` (a table column)."""
+
+    cost: Literal["macs", "params"] = "macs"
+    population: Annotated[Int, Field(ge=4)] = 100
+    generations: Count = 50
+    max_cost: Positive | None = None
+
+
+class VerifyFront(Settings):
+    """Archs of each search that are measured on val and on test, under `attacks`, with their worst case."""
+
+    num_archs: Count = 8
+    num_val_images: Count | None = None
+    attacks: Annotated[tuple[Attack, ...], Field(min_length=1)] = (
+        Attack(),
+        Attack(name="pgd50x2", num_steps=50, restarts=2),
+        Attack(name="cw50x2", objective="margin", num_steps=50, restarts=2),
+    )
+
+    @model_validator(mode="after")
+    def names_differ(self) -> VerifyFront:
+        """Attack names are keys of the tables."""
+        names = [attack.name for attack in self.attacks]
+        if len(set(names)) < len(names) or "worst" in names:
+            raise ValueError(f"attacks need different names, none of them `worst`; they are {names}")
+        return self
+
+
+class SelectStudent(Settings):
+    """Budgets in the form `macs=150M`; of each the `candidates` best by prediction are measured on val."""
+
+    budgets: tuple[Annotated[str, Field(pattern=r"^(macs|params)=[0-9.]+[KMG]?$")], ...] = ()
+    candidates: Count = 5
+    num_images: Count | None = None
+    attack: Attack = Attack()
+
+
+class ExportStudent(Settings):
+    """Formats beside safetensors are always written; `opset` is the ONNX operator set."""
+
+    opset: Annotated[Int, Field(ge=18)] = 20
+    license: str = "unspecified"
+    tolerance: Positive = 1e-5
+
+
+class Report(Settings):
+    """The page's title."""
+
+    title: str = "Robust students for every budget"

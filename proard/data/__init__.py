@@ -1,0 +1,21 @@
+"""Images: sources, the one train / val / test split, sets in memory, augmentation."""
+
+from proard.data.augment import Augmenter, epoch_order, keyed_generator
+from proard.data.decode import DataError
+from proard.data.images import ImageSet, load_split, pixel_statistics, save_split, to_float
+from proard.data.split import Splits, make_splits, stratified_order
+
+__all__ = [
+    "Augmenter",
+    "DataError",
+    "ImageSet",
+    "Splits",
+    "epoch_order",
+    "keyed_generator",
+    "load_split",
+    "make_splits",
+    "pixel_statistics",
+    "save_split",
+    "stratified_order",
+    "to_float",
+]

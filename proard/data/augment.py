@@ -1,0 +1,75 @@
+"""Batched augmentation where the images are: no workers, one gather per batch. Orders keyed by seed and epoch."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from proard.data.images import to_float
+
+
+class Augmenter:
+    """Random crops of padded images, mirrored half of the time.
+
+    Parameters
+    ----------
+    images : Tensor of shape (n, height, width, channels)
+        uint8. Padded once; all crops are windows of that one copy.
+    padding : int
+        Black pixels added on each side; offsets are uniform over the (2 padding + 1)^2 windows.
+    flip : bool
+        Mirror left to right with probability 1/2.
+    """
+
+    def __init__(self, images: Tensor, *, padding: int = 4, flip: bool = True) -> None:
+        height, width = images.shape[1:3]
+        padded = F.pad(images, (0, 0, padding, padding, padding, padding))
+        windows = padded.unfold(1, height, 1).unfold(2, width, 1)  # (n, y, x, channels, height, width)
+        self.windows = windows.permute(0, 1, 2, 4, 5, 3)  # (n, y, x, height, width, channels), a view
+        self.padding, self.flip = padding, flip
+
+    def __call__(self, indices: Tensor, generator: torch.Generator) -> Tensor:
+        """Augmented images.
+
+        Parameters
+        ----------
+        indices : Tensor of shape (batch,)
+            int64, on the CPU.
+        generator : torch.Generator
+            On the CPU, also for images on a GPU, so that one seed gives the same crops everywhere.
+
+        Returns
+        -------
+        Tensor of shape (batch, channels, height, width)
+            float32 in [0, 1], in channels_last memory, on the images' device.
+        """
+        offsets = torch.randint(2 * self.padding + 1, (2, len(indices)), generator=generator)
+        mirrored = torch.randint(2 if self.flip else 1, (1, len(indices)), generator=generator)
+        draws = torch.cat([indices[None], offsets, mirrored]).to(self.windows.device, non_blocking=True)  # (4, batch)
+        return self.crop(draws[0], draws[1], draws[2], draws[3].bool())
+
+    def crop(self, indices: Tensor, top: Tensor, left: Tensor, mirrored: Tensor) -> Tensor:
+        """Crops at given offsets into the padded images, mirrored where told; all arguments of shape (batch,)."""
+        crops = self.windows[indices, top, left]  # (batch, height, width, channels)
+        if self.flip:
+            crops = torch.where(mirrored[:, None, None, None], crops.flip(2), crops)
+        return to_float(crops)
+
+
+def keyed_generator(seed: int, *key: int) -> torch.Generator:
+    """CPU generator that depends on nothing but its key, such as (seed, epoch): a resumed job draws the same."""
+    state = np.random.SeedSequence([seed, *key]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
+
+
+def epoch_order(number: int, *, seed: int, epoch: int) -> Tensor:
+    """Permutation of `number` images for one epoch.
+
+    Returns
+    -------
+    Tensor of shape (number,)
+        int64, on the CPU, a function of the three arguments alone.
+    """
+    return torch.randperm(number, generator=keyed_generator(seed, epoch))

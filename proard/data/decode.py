@@ -1,0 +1,119 @@
+"""Encoded images (JPEG, PNG, ...) to one uint8 array, in threads, with errors that name the image."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from proard.config import UserError
+from proard.progress import Progress
+
+CHUNK = 64  # images per task: a task costs about as much as decoding one 32 x 32 image
+
+Encoded = tuple[int, str, bytes | Path]
+"""Position in the result, where the image comes from (for messages), and its bytes or its file."""
+
+
+class DataError(UserError):
+    """Something in the user's images or labels: the text names the file, and the row or class."""
+
+
+def decode_image(encoded: bytes | Path, where: str, *, size: int | None = None) -> NDArray[np.uint8]:
+    """Decode one image to RGB.
+
+    Parameters
+    ----------
+    encoded : bytes or Path
+        The encoded image, or its file.
+    where : str
+        Where it comes from, for messages.
+    size : int, optional
+        Side in pixels. An image of another size is cropped to its centre square and resized to it (bicubic),
+        which is resizing the shorter side and cropping the centre, without the rounding in between.
+
+    Returns
+    -------
+    ndarray of shape (height, width, 3)
+
+    Raises
+    ------
+    DataError
+        The bytes are no complete image, or hold more than 8 bits per channel.
+    """
+    try:
+        with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
+            if image.mode == "F" or image.mode.startswith("I"):
+                raise DataError(f"{where} has pixels of type {image.mode}; expected 8 bits per channel, convert it")
+            image = image.convert("RGB")  # grey and palette images too; alpha is dropped
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's readers raise nearly anything on damaged bytes
+        reason = str(error).split("<")[0].strip() or type(error).__name__
+        raise DataError(f"{where} cannot be decoded as an image ({reason}); replace or remove it") from None
+    if size is not None and image.size != (size, size):
+        side = min(image.size)
+        left, top = ((length - side) / 2 for length in image.size)
+        image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    return np.asarray(image)
+
+
+def decode_all(batches: Iterable[Sequence[Encoded]], count: int, *, size: int | None, label: str) -> NDArray[np.uint8]:
+    """Decode images into one array, with as many threads as torch may use.
+
+    Parameters
+    ----------
+    batches : iterable of sequences of (position, where, encoded)
+        Each position of the result exactly once.
+    count : int
+        Number of images in all.
+    size : int, optional
+        See `decode_image`. Without it all images must be of one size.
+    label : str
+        What is decoded, for the progress line.
+
+    Returns
+    -------
+    ndarray of shape (count, height, width, 3)
+
+    Raises
+    ------
+    DataError
+        An image cannot be decoded, or two images differ in size.
+    """
+    images: NDArray[np.uint8] | None = None
+    first = ""
+    progress = Progress(f"decoding {label}", count, "images")
+
+    def decode_chunk(chunk: Sequence[Encoded]) -> list[NDArray[np.uint8]]:
+        return [decode_image(encoded, where, size=size) for _, where, encoded in chunk]
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for batch in batches:
+            chunks = [batch[start : start + CHUNK] for start in range(0, len(batch), CHUNK)]
+            for chunk, decoded in zip(chunks, pool.map(decode_chunk, chunks), strict=True):
+                for (position, where, _), pixels in zip(chunk, decoded, strict=True):
+                    if images is None:
+                        images, first = np.empty((count, *pixels.shape), np.uint8), where
+                    if pixels.shape != images.shape[1:]:
+                        raise DataError(
+                            f"images differ in size: {first} is {_size(images[0])}, {where} is {_size(pixels)}; "
+                            "set prepare_data.image_size to the side that all images shall have"
+                        )
+                    images[position] = pixels
+                progress.advance(len(chunk))
+    progress.close()
+    assert images is not None
+    assert progress.done == count
+    return images
+
+
+def _size(pixels: NDArray[np.uint8]) -> str:
+    """Width x height, as people say it."""
+    return f"{pixels.shape[1]} x {pixels.shape[0]} pixels"

@@ -1,0 +1,228 @@
+"""Where images come from: bundled digits, CIFAR, Parquet files, folders. Labels first, pixels on demand."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from proard.config import PrepareData
+from proard.data.decode import DataError, Encoded, decode_all
+from proard.data.parquet import open_parquet
+
+SUFFIXES = frozenset([".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
+READ_AHEAD = 4096  # files per batch handed to the decoder
+
+
+@dataclass(frozen=True)
+class Source:
+    """Labelled images that are not decoded yet.
+
+    Attributes
+    ----------
+    name : str
+        What it is, for people.
+    labels : ndarray of shape (n,)
+        Class index of each image.
+    classes : tuple of str
+        Class names in label order.
+    where : callable
+        Index to the place of that image, for messages.
+    read : callable
+        Indices in any order to their images, uint8 of shape (k, height, width, channels).
+    files : tuple of Path
+        What is read; empty for data that a library brings.
+    """
+
+    name: str
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...]
+    where: Callable[[int], str]
+    read: Callable[[NDArray[np.int64]], NDArray[np.uint8]]
+    files: tuple[Path, ...] = ()
+
+
+def open_sources(settings: PrepareData) -> tuple[Source, Source | None]:
+    """Open the training images and, where there are any, the test images; labels are checked.
+
+    Raises
+    ------
+    DataError
+        A file is missing, holds no images, a label is out of range, a class is empty, or train and test share files.
+    """
+    if settings.source == "digits":
+        train, test = _digits(settings), None
+    elif settings.source in ("cifar10", "cifar100"):
+        train, test = _cifar(settings, train=True), _cifar(settings, train=False)
+    else:
+        opener = _parquet if settings.source == "parquet" else _image_folder
+        train = opener(settings, "train", settings.train, None)
+        test = None if settings.test is None else opener(settings, "test", settings.test, train.classes)
+    for source in (train,) if test is None else (train, test):
+        _check_labels(source)
+    shared = {file.resolve() for file in train.files} & {file.resolve() for file in test.files} if test else None
+    if shared:
+        raise DataError(f"{min(shared)} is read for prepare_data.train and for prepare_data.test; the two must differ")
+    return train, test
+
+
+def _check_labels(source: Source) -> None:
+    """Every label names a class, and every class has an image."""
+    number = len(source.classes)
+    wrong = np.flatnonzero((source.labels < 0) | (source.labels >= number))
+    if len(wrong):
+        raise DataError(
+            f"{source.where(int(wrong[0]))} has label {source.labels[wrong[0]]}; expected 0 to {number - 1}, as "
+            f"prepare_data.classes gives {number} classes ({len(wrong)} such images in all)"
+        )
+    empty = np.flatnonzero(np.bincount(source.labels, minlength=number) == 0)
+    if len(empty):
+        raise DataError(
+            f"{source.name} has no image of class {empty[0]} ({source.classes[empty[0]]!r}); add images of it, or "
+            f"correct prepare_data.classes ({len(empty)} of {number} classes are empty)"
+        )
+
+
+def _class_names(settings: PrepareData, default: tuple[str, ...] | None = None) -> tuple[str, ...]:
+    """The names of the settings, else those the source knows, else 0 to n - 1."""
+    if isinstance(settings.classes, tuple):
+        return settings.classes
+    number = settings.classes or len(default or ())
+    return default if default is not None and number == len(default) else tuple(map(str, range(number)))
+
+
+def _digits(settings: PrepareData) -> Source:
+    """scikit-learn's bundled digits: 1,797 grey images of 8 x 8 pixels with values 0 to 16."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+    return Source(
+        "digits",
+        digits.target.astype(np.int64),
+        _class_names(settings, tuple(map(str, range(10)))),
+        "digits, image {}".format,
+        lambda indices: images[indices],
+    )
+
+
+def _cifar(settings: PrepareData, *, train: bool) -> Source:
+    """Torchvision's CIFAR; it verifies the checksums of its files before it opens them."""
+    from torchvision import datasets
+
+    dataset = datasets.CIFAR10 if settings.source == "cifar10" else datasets.CIFAR100
+    try:
+        data = dataset(settings.folder, train=train, download=settings.download)
+    except (RuntimeError, OSError) as error:
+        if settings.download:
+            raise DataError(
+                f"{settings.source} could not be downloaded to {settings.folder} ({error}); try again, or put its "
+                "files there by hand and set prepare_data.folder"
+            ) from None
+        raise DataError(
+            f"{settings.source} is not in the folder {settings.folder}, or is damaged there; set "
+            "prepare_data.download: true to fetch it, or set prepare_data.folder to the folder that contains "
+            f"{dataset.base_folder}"
+        ) from None
+    name = f"{settings.source} ({'train' if train else 'test'})"
+    return Source(
+        name,
+        np.asarray(data.targets, np.int64),
+        _class_names(settings, tuple(data.classes)),
+        f"{name}, image {{}}".format,
+        lambda indices: data.data[indices],
+    )
+
+
+def _parquet(
+    settings: PrepareData, key: str, paths: str | tuple[str, ...] | None, classes: tuple[str, ...] | None
+) -> Source:
+    """Parquet files of encoded images."""
+    files = _expand(f"prepare_data.{key}", paths, folder_holds="*.parquet")
+    tables = [open_parquet(file, settings.label_column) for file in files]
+    starts = np.cumsum([0] + [len(table.labels) for table in tables])
+
+    def where(index: int) -> str:
+        number = int(np.searchsorted(starts, index, side="right")) - 1
+        return f"{tables[number].path} row {index - starts[number]}"
+
+    def read(indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        position = np.full(starts[-1], -1)
+        position[indices] = np.arange(len(indices))
+        batches = (
+            batch
+            for table, start, stop in zip(tables, starts, starts[1:], strict=False)
+            for batch in table.encoded(position[start:stop])
+        )
+        return decode_all(batches, len(indices), size=settings.image_size, label=f"{key} images")
+
+    labels = np.concatenate([table.labels for table in tables])
+    name = ", ".join(str(file) for file in files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+    return Source(name, labels, classes or _class_names(settings), where, read, files)
+
+
+def _image_folder(
+    settings: PrepareData, key: str, paths: str | tuple[str, ...] | None, classes: tuple[str, ...] | None
+) -> Source:
+    """Folders that hold one folder of image files per class."""
+    roots = _expand(f"prepare_data.{key}", paths)
+    for root in roots:
+        if not root.is_dir():
+            raise DataError(f"prepare_data.{key}: {root} is no folder; expected a folder of class folders")
+    found = sorted({entry.name for root in roots for entry in root.iterdir() if _is_class_folder(entry)})
+    classes = classes or (settings.classes if isinstance(settings.classes, tuple) else tuple(found))
+    places = ", ".join(map(str, roots))
+    if isinstance(settings.classes, int) and len(classes) != settings.classes:
+        raise DataError(
+            f"{places} holds {len(classes)} class folders ({', '.join(classes[:10])}), but prepare_data.classes is "
+            f"{settings.classes}"
+        )
+    strange = [name for name in found if name not in classes]
+    if strange:
+        raise DataError(
+            f"{places} holds a folder {strange[0]!r} that is no class; expected {', '.join(classes[:10])}"
+            f"{', ...' if len(classes) > 10 else ''}: remove the folder, or correct prepare_data.classes"
+        )
+    labelled = [
+        (file, label)
+        for label, name in enumerate(classes)
+        for root in roots
+        for file in sorted((root / name).rglob("*"))
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
+    ]
+
+    def read(indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        encoded: list[Encoded] = [
+            (position, str(labelled[index][0]), labelled[index][0]) for position, index in enumerate(indices)
+        ]
+        batches = (encoded[start : start + READ_AHEAD] for start in range(0, len(encoded), READ_AHEAD))
+        return decode_all(batches, len(indices), size=settings.image_size, label=f"{key} images")
+
+    labels = np.array([label for _, label in labelled], np.int64)
+    return Source(places, labels, classes, lambda index: str(labelled[index][0]), read, roots)
+
+
+def _is_class_folder(entry: Path) -> bool:
+    """A folder that is not hidden."""
+    return entry.is_dir() and not entry.name.startswith(".")
+
+
+def _expand(key: str, paths: str | tuple[str, ...] | None, *, folder_holds: str | None = None) -> tuple[Path, ...]:
+    """Existing files or folders of one path, several paths or globs, each once, in order."""
+    found: list[Path] = []
+    for text in (paths,) if isinstance(paths, str) else paths or ():
+        path = Path(text).expanduser()
+        matches = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+        if folder_holds is not None and path.is_dir():
+            matches = sorted(path.glob(folder_holds))
+        if not matches:
+            what = f"folder {text} holds no {folder_holds}" if path.is_dir() else f"{text} does not exist"
+            raise DataError(f"{key}: {what} (seen from {Path.cwd()}); correct the path")
+        found.extend(matches)
+    if not found:
+        raise DataError(f"{key} is empty; expected a path, several paths or a glob")
+    return tuple({path.resolve(): path for path in found}.values())

@@ -1,0 +1,168 @@
+"""The one train / val / test split: seeded, stratified, stored in an order whose every prefix is a fair sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from proard.config import PrepareData
+from proard.data.decode import DataError
+from proard.data.sources import Source, open_sources
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Images and labels of train, val and test.
+
+    Attributes
+    ----------
+    source : str
+        What was read, for people.
+    classes : tuple of str
+        Class names in label order.
+    images : dict of ndarray of shape (n, height, width, channels)
+        uint8, by split.
+    labels : dict of ndarray of shape (n,)
+        int64, by split.
+    files : tuple of Path
+        Files or folders that were read.
+    """
+
+    source: str
+    classes: tuple[str, ...]
+    images: dict[str, NDArray[np.uint8]]
+    labels: dict[str, NDArray[np.int64]]
+    files: tuple[Path, ...]
+
+
+def make_splits(settings: PrepareData, *, seed: int) -> Splits:
+    """Read the images of the settings and split them.
+
+    A missing test set is cut off first, then training images are thinned to `max_train_images`, then val is cut
+    off. Each of the three random choices has a stream of its own, so changing one setting keeps the others' choice.
+
+    Raises
+    ------
+    DataError
+        Anything wrong with files, labels, classes or image sizes; the text names the file or row.
+    """
+    source, test_source = open_sources(settings)
+    pool = np.arange(len(source.labels))
+    parts: dict[str, NDArray[np.int64]] = {}
+    if test_source is None:
+        rest, cut = stratified_cut(source.labels, settings.test_fraction, _stream(seed, 0), source, "test")
+        pool, parts["test"] = rest, _thinned(source.labels, cut, settings.max_test_images, _stream(seed, 1))
+    pool = _thinned(source.labels, pool, settings.max_train_images, _stream(seed, 2))
+    train, val = stratified_cut(source.labels[pool], settings.val_fraction, _stream(seed, 3), source, "val")
+    parts = {
+        "train": _thinned(source.labels, pool[train], None, _stream(seed, 4)),
+        "val": _thinned(source.labels, pool[val], None, _stream(seed, 5)),
+        **parts,
+    }
+    images, labels = _read(source, parts)
+    if test_source is not None:
+        everything = np.arange(len(test_source.labels))
+        order = _thinned(test_source.labels, everything, settings.max_test_images, _stream(seed, 1))
+        test_images, test_labels = _read(test_source, {"test": order})
+        images, labels = images | test_images, labels | test_labels
+    _check_shapes(settings, images)
+    files = source.files + (test_source.files if test_source is not None else ())
+    return Splits(settings.source, source.classes, images, labels, files)
+
+
+def stratified_order(labels: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
+    """Random order whose every prefix holds each class in its share, up to one image.
+
+    Parameters
+    ----------
+    labels : ndarray of shape (n,)
+
+    Returns
+    -------
+    ndarray of shape (n,)
+        A permutation.
+    """
+    key = np.empty(len(labels))
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        key[members] = (np.arange(len(members)) + rng.random(len(members))) / len(members)
+    return np.argsort(key, kind="stable")
+
+
+def stratified_cut(
+    labels: NDArray[np.int64], fraction: float, rng: np.random.Generator, source: Source, name: str
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Cut a fraction of every class off, at least one image.
+
+    Parameters
+    ----------
+    labels : ndarray of shape (n,)
+    fraction : float in (0, 1)
+    source : Source
+        Gives class names and its own name to the message.
+    name : str
+        What is cut off.
+
+    Returns
+    -------
+    rest, cut : ndarray
+        Indices into `labels`, ascending.
+
+    Raises
+    ------
+    DataError
+        A class has fewer than two images.
+    """
+    cut = np.zeros(len(labels), bool)
+    for label, class_name in enumerate(source.classes):
+        members = np.flatnonzero(labels == label)
+        if len(members) < 2:
+            raise DataError(
+                f"class {label} ({class_name!r}) of {source.name} has too few images left to share between train and "
+                f"{name}: {len(members)}, expected at least 2; add images of it or raise prepare_data.max_train_images"
+            )
+        number = min(max(1, round(fraction * len(members))), len(members) - 1)
+        cut[rng.permutation(members)[:number]] = True
+    return np.flatnonzero(~cut), np.flatnonzero(cut)
+
+
+def _stream(seed: int, number: int) -> np.random.Generator:
+    """Random stream of one choice."""
+    return np.random.default_rng([seed, number])
+
+
+def _thinned(
+    labels: NDArray[np.int64], indices: NDArray[np.int64], limit: int | None, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """At most `limit` of `indices`, stratified, in stratified order."""
+    return indices[stratified_order(labels[indices], rng)][:limit]
+
+
+def _read(
+    source: Source, parts: dict[str, NDArray[np.int64]]
+) -> tuple[dict[str, NDArray[np.uint8]], dict[str, NDArray[np.int64]]]:
+    """Images and labels of the parts, from one pass over the source; the images are views of one array."""
+    images = source.read(np.concatenate(list(parts.values())))
+    ends = np.cumsum([len(indices) for indices in parts.values()])
+    stacks = np.split(images, ends[:-1])
+    return dict(zip(parts, stacks, strict=True)), {name: source.labels[indices] for name, indices in parts.items()}
+
+
+def _check_shapes(settings: PrepareData, images: dict[str, NDArray[np.uint8]]) -> None:
+    """All splits have the shape that the settings promise to the networks."""
+    channels, side, _ = settings.image_shape()
+    for name, stack in images.items():
+        height, width, found = stack.shape[1:]
+        if (height, width, found) == (side, side, channels):
+            continue
+        if settings.source in ("parquet", "imagefolder"):
+            hint = f"set prepare_data.image_size: {min(height, width)} to keep them, or another side to resize them"
+        else:
+            hint = "prepare_data.image_size resizes the sources parquet and imagefolder only; remove it"
+        raise DataError(
+            f"{name} images are {width} x {height} pixels with {found} channels, expected {side} x {side} with "
+            f"{channels}; {hint}"
+        )

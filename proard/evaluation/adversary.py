@@ -1,0 +1,135 @@
+"""The measuring attack: PGD with restarts that spends gradients only on images still standing.
+
+A fixed-step attack does not care how old an image is, so a working set of fixed size is refilled from a queue whenever
+images fall or finish. Start noise depends on image and restart alone: every arch meets the same noise on the same
+images, which makes differences between archs far more precise than their accuracies (paired comparison).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from proard.attacks import input_gradient
+from proard.config import Attack
+from proard.losses import CrossEntropy, InnerObjective, Margin
+
+OBJECTIVES: dict[str, Callable[[Tensor], InnerObjective]] = {"ce": CrossEntropy, "margin": Margin}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Which images stood an attack.
+
+    Attributes
+    ----------
+    robust : Tensor of shape (n,)
+        bool: classified correctly, clean and under the attack.
+    gradients : int
+        Input gradients of one image that the attack took.
+    """
+
+    robust: Tensor
+    gradients: int
+
+
+@torch.no_grad()
+def clean_correct(predict: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, *, batch_size: int) -> Tensor:
+    """Which clean images are classified correctly; bool of shape (n,)."""
+    parts = zip(images.split(batch_size), labels.split(batch_size), strict=True)
+    return torch.cat([predict(batch).argmax(1) == truth for batch, truth in parts])
+
+
+def attack_images(
+    predict: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    correct: Tensor,
+    *,
+    attack: Attack,
+    eps: float,
+    accounting: str,
+    seed: int,
+    batch_size: int,
+) -> Outcome:
+    """Attack every correctly classified image.
+
+    Parameters
+    ----------
+    predict : callable
+        Images to logits; the network as it is deployed.
+    images : Tensor of shape (n, channels, height, width)
+        Clean, float32 in [0, 1].
+    labels : Tensor of shape (n,)
+    correct : Tensor of shape (n,)
+        bool; images that are wrong without an attack are lost already.
+    attack : Attack
+        Objective, steps, step size, restarts.
+    eps : float
+        Linf radius in pixel units.
+    accounting : {'any_iterate', 'last_iterate'}
+        Whether an image is lost by any misclassified iterate (AutoAttack's convention, stricter) or by its last one.
+    seed : int
+        Seed of the start noise.
+    batch_size : int
+        Size of the working set.
+
+    Notes
+    -----
+    The start point counts as an iterate. An image lost in one restart is not attacked again.
+    """
+    robust, gradients = correct.clone(), 0
+    for restart in range(attack.restarts):
+        generator = torch.Generator().manual_seed((seed << 16) + restart)
+        noise = torch.empty(images.shape).uniform_(-eps, eps, generator=generator).to(images.device)
+        lost, spent = _one_restart(
+            predict, images, labels, robust, noise, attack=attack, eps=eps, accounting=accounting, batch_size=batch_size
+        )
+        robust &= ~lost
+        gradients += spent
+    return Outcome(robust.cpu(), gradients)
+
+
+def _one_restart(
+    predict: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    standing: Tensor,
+    noise: Tensor,
+    *,
+    attack: Attack,
+    eps: float,
+    accounting: str,
+    batch_size: int,
+) -> tuple[Tensor, int]:
+    """Which of the standing images fall, and the gradients spent."""
+    lost, spent = torch.zeros_like(standing), 0
+    queue = standing.nonzero()[:, 0]
+    index = queue[:0]
+    age, adv = torch.zeros_like(index), images[:0]
+    while len(queue) or len(index):
+        room = batch_size - len(index)
+        if room > 0 and len(queue):
+            fresh, queue = queue[:room], queue[room:]
+            start = torch.clamp(images[fresh] + noise[fresh], 0, 1)
+            index = torch.cat([index, fresh])
+            age = torch.cat([age, torch.zeros_like(fresh)])
+            adv = torch.cat([adv, start]).contiguous(memory_format=torch.channels_last)
+        truth = labels[index]
+        logits, gradient = input_gradient(predict, OBJECTIVES[attack.objective](truth), adv)
+        spent += len(index)
+        ended = age == attack.num_steps
+        wrong = logits.argmax(1) != truth
+        fallen = wrong & ended if accounting == "last_iterate" else wrong
+        lost[index[fallen]] = True
+        clean = images[index]
+        adv = adv.add_(gradient.sign_(), alpha=attack.step_size)
+        adv = torch.clamp(adv, (clean - eps).clamp_(min=0), (clean + eps).clamp_(max=1), out=adv)
+        age = age + 1
+        stay = ~(ended | fallen)
+        if not bool(stay.all()):
+            index, age, adv = index[stay], age[stay], adv[stay]
+    return lost, spent

@@ -1,0 +1,273 @@
+"""Measuring networks: rows of the contract's columns, and a cache so that nothing is measured twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from proard.artifacts import wilson, write_text
+from proard.config import Attack, Measurement, Threat
+from proard.data import ImageSet, to_float
+from proard.evaluation.adversary import Outcome, attack_images, clean_correct
+from proard.nets import FoldedNet, Supernet, extract, fold, recalibrate
+from proard.space import Arch, SearchSpace
+
+Measured = dict[str, dict[str, Any]]
+
+
+def measure(
+    net: Callable[[Tensor], Tensor],
+    images: ImageSet,
+    attacks: Sequence[Attack],
+    *,
+    threat: Threat,
+    measurement: Measurement,
+    seed: int,
+) -> Measured:
+    """Run attacks on a folded network.
+
+    Returns
+    -------
+    dict of attack name to dict
+        `clean` and `robust`: bool arrays of shape (n,); `gradients`; `seconds`, the clean pass included.
+    """
+    pixels, results = to_float(images.images), {}
+    started = time.monotonic()
+    correct = clean_correct(net, pixels, images.labels, batch_size=measurement.batch_size)
+    clean_seconds = time.monotonic() - started
+    for attack in attacks:
+        started = time.monotonic()
+        outcome: Outcome = attack_images(
+            net,
+            pixels,
+            images.labels,
+            correct,
+            attack=attack,
+            eps=threat.eps,
+            accounting=measurement.accounting,
+            seed=seed,
+            batch_size=measurement.batch_size,
+        )
+        results[attack.name] = {
+            "clean": correct.cpu().numpy(),
+            "robust": outcome.robust.numpy(),
+            "gradients": outcome.gradients,
+            "seconds": clean_seconds + time.monotonic() - started,
+        }
+    return results
+
+
+def rows_of(
+    measured: Measured,
+    *,
+    space: SearchSpace,
+    arch: Arch,
+    split: str,
+    attacks: Sequence[Attack],
+    threat: Threat,
+    measurement: Measurement,
+    seed: int,
+    worst: bool = False,
+) -> list[dict[str, Any]]:
+    """Table rows (MEASURED columns), one per attack; with `worst`, one more for the worst case per image."""
+    spec = space.spec(arch)
+    common = {
+        "arch_id": arch.arch_id,
+        "genotype": list(space.genotype(arch)),
+        "arch": arch.to_json(),
+        "macs": spec.macs,
+        "params": spec.params,
+        "split": split,
+        "norm": threat.norm,
+        "eps": threat.eps,
+        "accounting": measurement.accounting,
+        "bn_mode": "recalibrated",
+        "seed": seed,
+    }
+    rows = []
+    for attack in attacks:
+        steps = {"step_size": attack.step_size, "num_steps": attack.num_steps, "restarts": attack.restarts}
+        rows.append({**common, "attack": attack.name, **steps, **_accuracies(measured[attack.name])})
+    if worst:
+        entries = [measured[attack.name] for attack in attacks]
+        whole = {
+            "clean": entries[0]["clean"],
+            "robust": np.logical_and.reduce([entry["robust"] for entry in entries]),
+            "gradients": sum(entry["gradients"] for entry in entries),
+            "seconds": sum(entry["seconds"] for entry in entries),
+        }
+        steps = {
+            "num_steps": max(attack.num_steps for attack in attacks),
+            "restarts": sum(attack.restarts for attack in attacks),
+        }
+        rows.append({**common, "attack": "worst", **steps, **_accuracies(whole)})
+    return rows
+
+
+def _accuracies(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Accuracies of one measurement with their intervals and their two halves."""
+    row: dict[str, Any] = {
+        "num_images": len(entry["clean"]),
+        "gradients": entry["gradients"],
+        "seconds": entry["seconds"],
+    }
+    for kind in ("clean", "robust"):
+        mask = entry[kind]
+        low, high = wilson(int(mask.sum()), len(mask))
+        row |= {f"{kind}_acc": float(mask.mean()), f"{kind}_acc_low": low, f"{kind}_acc_high": high}
+        row |= {f"{kind}_acc_half_a": float(mask[::2].mean()), f"{kind}_acc_half_b": float(mask[1::2].mean())}
+    return row
+
+
+class SubnetMeter:
+    """Measures subnets of one supernet, each extracted and recalibrated the same way, through a cache on disk.
+
+    Parameters
+    ----------
+    supernet : Supernet
+        In evaluation mode or not: only its weights are read.
+    checksum : str
+        Of the supernet's weights.
+    train : ImageSet
+        Its first `measurement.recalibration_images` reset the batch-norm statistics.
+    cache : path, optional
+        Folder of measurements, shared by all stages of a run.
+    """
+
+    def __init__(
+        self,
+        supernet: Supernet,
+        *,
+        checksum: str,
+        train: ImageSet,
+        threat: Threat,
+        measurement: Measurement,
+        seed: int,
+        cache: str | Path | None = None,
+    ) -> None:
+        self.supernet, self.checksum, self.threat, self.measurement = supernet, checksum, threat, measurement
+        self.seed, self.cache = seed, Path(cache) if cache is not None else None
+        self.recalibration = train.first(measurement.recalibration_images)
+        self.student = lru_cache(maxsize=2)(self._student)
+
+    def _student(self, arch: Arch) -> FoldedNet:
+        """The subnet as it is measured and exported: extracted, recalibrated, folded."""
+        net = extract(self.supernet, arch)
+        recalibrate(net, to_float(self.recalibration.images), batch_size=self.measurement.batch_size)
+        return fold(net).eval()
+
+    def measure(self, arch: Arch, images: ImageSet, attacks: Iterable[Attack]) -> Measured:
+        """Measure one subnet; attacks found in the cache are not run again."""
+        attacks = list(attacks)
+        paths = {attack.name: self._path(arch, images, attack) for attack in attacks}
+        found = {name: entry for name, path in paths.items() if (entry := _read(path)) is not None}
+        missing = [attack for attack in attacks if attack.name not in found]
+        if missing:
+            fresh = measure(
+                self.student(arch),
+                images,
+                missing,
+                threat=self.threat,
+                measurement=self.measurement,
+                seed=self.seed,
+            )
+            for name, entry in fresh.items():
+                _write(paths[name], entry)
+            found |= fresh
+        return found
+
+    def rows(
+        self, arch: Arch, images: ImageSet, attacks: Sequence[Attack], *, worst: bool = False
+    ) -> list[dict[str, Any]]:
+        """Measure one subnet and describe it as table rows."""
+        return rows_of(
+            self.measure(arch, images, attacks),
+            space=self.supernet.space,
+            arch=arch,
+            split=images.split,
+            attacks=attacks,
+            threat=self.threat,
+            measurement=self.measurement,
+            seed=self.seed,
+            worst=worst,
+        )
+
+    def _path(self, arch: Arch, images: ImageSet, attack: Attack) -> Path | None:
+        """Where this measurement is kept: a hash of everything it depends on."""
+        if self.cache is None:
+            return None
+        key = {
+            "arch": arch.to_json(),
+            "supernet": self.checksum,
+            "images": images.checksum,
+            "recalibration": self.recalibration.checksum,
+            "threat": self.threat.model_dump(),
+            "accounting": self.measurement.accounting,
+            "recalibration_batch": self.measurement.batch_size,
+            "attack": attack.model_dump(exclude={"name"}),
+            "seed": self.seed,
+        }
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        return self.cache / name[:2] / f"{name[2:34]}.json"
+
+
+def _read(path: Path | None) -> dict[str, Any] | None:
+    """A cached measurement, or None; a damaged file counts as absent."""
+    try:
+        stored = json.loads(path.read_text()) if path is not None else None
+        if stored is None:
+            return None
+        for kind in ("clean", "robust"):
+            bits = np.unpackbits(np.frombuffer(bytes.fromhex(stored[kind]), dtype=np.uint8), count=stored["num_images"])
+            stored[kind] = bits.astype(bool)
+    except (OSError, ValueError, KeyError):
+        return None
+    return stored
+
+
+def _write(path: Path | None, entry: Mapping[str, Any]) -> None:
+    """Keep a measurement."""
+    if path is None:
+        return
+    masks = {kind: np.packbits(entry[kind]).tobytes().hex() for kind in ("clean", "robust")}
+    write_text(path, json.dumps({**entry, **masks, "num_images": len(entry["clean"])}))
+
+
+@torch.no_grad()
+def validation_rows(
+    supernet: Supernet,
+    archs: Mapping[str, Arch],
+    *,
+    recalibration: Tensor,
+    val: ImageSet,
+    attack: Attack,
+    threat: Threat,
+    measurement: Measurement,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Rows of a training's history: each named subnet after recalibration, clean and under one attack."""
+    rows = []
+    for name, arch in archs.items():
+        net = extract(supernet, arch)
+        recalibrate(net, recalibration, batch_size=measurement.batch_size)
+        with torch.enable_grad():
+            entry = measure(fold(net), val, [attack], threat=threat, measurement=measurement, seed=seed)[attack.name]
+        rows.append(
+            {
+                "arch": name,
+                "macs": net.spec.macs,
+                "val_clean_acc": float(entry["clean"].mean()),
+                "val_robust_acc": float(entry["robust"].mean()),
+                "val_num_images": len(entry["clean"]),
+            }
+        )
+    return rows

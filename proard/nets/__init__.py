@@ -1,0 +1,25 @@
+"""Elastic layers, the supernet, its views, extraction, folding and batch-norm recalibration."""
+
+from proard.nets.calibration import recalibrate
+from proard.nets.elastic import ElasticConvNorm, ElasticLinear, Supernet
+from proard.nets.files import load_static, load_supernet, save_static, save_supernet
+from proard.nets.forward import run_network
+from proard.nets.subnet import FoldedNet, StaticNet, extract, fold
+from proard.nets.view import SubnetView
+
+__all__ = [
+    "ElasticConvNorm",
+    "ElasticLinear",
+    "FoldedNet",
+    "StaticNet",
+    "SubnetView",
+    "Supernet",
+    "extract",
+    "fold",
+    "load_static",
+    "load_supernet",
+    "recalibrate",
+    "run_network",
+    "save_static",
+    "save_supernet",
+]

@@ -1,0 +1,51 @@
+"""Batch-norm recalibration: every subnet gets statistics of its own before it is measured or exported."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from proard.nets.elastic import BN_EPS, key_of
+from proard.nets.forward import run_network
+from proard.nets.subnet import StaticNet
+from proard.space import ConvSpec
+
+
+@torch.no_grad()
+def recalibrate(net: StaticNet, images: Tensor, *, batch_size: int) -> StaticNet:
+    """Set the running statistics to the mean, over batches, of the batch statistics on `images`.
+
+    Parameters
+    ----------
+    net : StaticNet
+        Changed in place and returned, in evaluation mode.
+    images : Tensor of shape (n, channels, height, width)
+        Clean, unaugmented training images in [0, 1]. A last batch smaller than `batch_size` is left out unless it
+        is the only one, so that every batch weighs the same.
+    batch_size : int
+        Images per batch.
+
+    References
+    ----------
+    Yu and Huang, Universally Slimmable Networks, ICCV 2019, arXiv:1903.05134, section 3.2.
+    """
+    totals = {key: [torch.zeros_like(norm.running_mean) for _ in range(2)] for key, norm in net.norms.items()}
+    batches = [batch for batch in images.split(batch_size) if len(batch) == min(batch_size, len(images))]
+    for batch in batches:
+
+        def conv(layer: ConvSpec, x: Tensor) -> Tensor:
+            key = key_of(layer)
+            norm = net.norms[key]
+            mean, var = torch.zeros_like(norm.running_mean), torch.zeros_like(norm.running_mean)
+            out = net.convs[key](x)
+            out = F.batch_norm(out, mean, var, norm.weight, norm.bias, training=True, momentum=1.0, eps=BN_EPS)
+            totals[key][0] += mean
+            totals[key][1] += var
+            return out
+
+        run_network(net.spec, (batch - net.mean[:, None, None]) / net.std[:, None, None], conv, net.head)
+    for key, (mean, var) in totals.items():
+        net.norms[key].running_mean.copy_(mean / len(batches))
+        net.norms[key].running_var.copy_(var / len(batches))
+    return net.eval()

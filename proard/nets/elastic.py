@@ -1,0 +1,123 @@
+"""The supernet: one set of weights, of which every subnet uses the leading channels and the first blocks.
+
+The arch is an argument of every call and never stored. The forward here slices the weights anew in each call: it is the
+plain form that the faster `SubnetView` is tested against.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from proard.nets.forward import run_network
+from proard.space import Arch, ConvSpec, SearchSpace
+
+BN_EPS = 1e-5
+BN_MOMENTUM = 0.1
+
+
+class ElasticConvNorm(nn.Module):
+    """Convolution and batch norm whose leading channels form every narrower pair.
+
+    Parameters
+    ----------
+    in_channels, out_channels : int
+        Full numbers of channels.
+    kernel, stride : int
+        Side and step of the convolution; padding keeps the size at stride 1.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, kernel: int, stride: int) -> None:
+        super().__init__()
+        self.stride, self.padding = stride, kernel // 2
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel, kernel))
+        self.bn = nn.BatchNorm2d(out_channels, eps=BN_EPS, momentum=BN_MOMENTUM)
+
+    def forward(self, x: Tensor, out_channels: int) -> Tensor:
+        """Map (batch, in, h, w) to (batch, out_channels, h', w') with the leading channels of both sides."""
+        out = F.conv2d(x, self.weight[:out_channels, : x.shape[1]], None, self.stride, self.padding)
+        bn = self.bn
+        return F.batch_norm(
+            out,
+            bn.running_mean[:out_channels],
+            bn.running_var[:out_channels],
+            bn.weight[:out_channels],
+            bn.bias[:out_channels],
+            training=self.training,
+            momentum=BN_MOMENTUM,
+            eps=BN_EPS,
+        )
+
+
+class ElasticLinear(nn.Linear):
+    """Linear layer that reads as many leading features as its input has."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map (batch, features) to (batch, classes)."""
+        return F.linear(features, self.weight[:, : features.shape[1]], self.bias)
+
+
+class Supernet(nn.Module):
+    """All subnets of a space in one set of weights.
+
+    Parameters
+    ----------
+    space : SearchSpace
+        The allowed archs.
+    mean, std : sequence of float
+        Per channel, of pixels in [0, 1]; images are normalised inside.
+    generator : torch.Generator, optional
+        Source of the initial weights (He et al. 2015, fan-out); without it they stay unset, to be loaded.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        *,
+        mean: Tensor | list[float],
+        std: Tensor | list[float],
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.space = space
+        self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32).reshape(-1))
+        self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32).reshape(-1))
+        full = space.spec(space.largest)
+        self.layers = nn.ModuleDict()
+        for conv in full.convs:
+            self.layers[key_of(conv)] = ElasticConvNorm(
+                conv.in_channels, conv.out_channels, kernel=conv.kernel, stride=conv.stride
+            )
+        self.head = ElasticLinear(full.features, full.classes)
+        if generator is not None:
+            self.reset_parameters(generator)
+        self.to(memory_format=torch.channels_last)
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Draw fresh weights."""
+        for layer in self.layers.values():
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+            nn.init.ones_(layer.bn.weight)
+            nn.init.zeros_(layer.bn.bias)
+            layer.bn.reset_running_stats()
+        bound = self.head.in_features**-0.5
+        nn.init.uniform_(self.head.weight, -bound, bound, generator=generator)
+        nn.init.zeros_(self.head.bias)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Images in [0, 1] with the training set's mean and deviation taken out, per channel."""
+        return (images - self.mean[:, None, None]) / self.std[:, None, None]
+
+    def forward(self, images: Tensor, arch: Arch) -> Tensor:
+        """Logits of shape (batch, classes) for images in [0, 1] of shape (batch, channels, height, width)."""
+
+        def conv(layer: ConvSpec, x: Tensor) -> Tensor:
+            return self.layers[key_of(layer)](x, layer.out_channels)
+
+        return run_network(self.space.spec(arch), self.normalise(images), conv, self.head)
+
+
+def key_of(conv: ConvSpec) -> str:
+    """A layer's key in the module dictionary, which may not contain dots."""
+    return conv.name.replace(".", "_")

@@ -1,0 +1,126 @@
+"""Subnets that stand alone: with batch norm (`StaticNet`), and folded for attacks, measurement and export (`FoldedNet`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from proard.nets.elastic import BN_EPS, Supernet, key_of
+from proard.nets.forward import run_network
+from proard.space import Arch, ConvSpec, NetSpec
+
+
+class StaticNet(nn.Module):
+    """An ordinary network with the layers of a `NetSpec`: convolutions, batch norms, a linear head."""
+
+    def __init__(self, spec: NetSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.register_buffer("mean", torch.zeros(spec.image_channels))
+        self.register_buffer("std", torch.ones(spec.image_channels))
+        self.convs, self.norms = nn.ModuleDict(), nn.ModuleDict()
+        for conv in spec.convs:
+            self.convs[key_of(conv)] = nn.Conv2d(
+                conv.in_channels, conv.out_channels, conv.kernel, conv.stride, conv.kernel // 2, bias=False
+            )
+            self.norms[key_of(conv)] = nn.BatchNorm2d(conv.out_channels, eps=BN_EPS)
+        self.head = nn.Linear(spec.features, spec.classes)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of shape (batch, classes) for images in [0, 1] of shape (batch, channels, height, width)."""
+
+        def conv(layer: ConvSpec, x: Tensor) -> Tensor:
+            return self.norms[key_of(layer)](self.convs[key_of(layer)](x))
+
+        normalised = (images - self.mean[:, None, None]) / self.std[:, None, None]
+        return run_network(self.spec, normalised, conv, self.head)
+
+
+class FoldedNet(nn.Module):
+    """A network of biased convolutions: batch norm is folded in, nothing is trained any more.
+
+    Parameters
+    ----------
+    layers : mapping of name to (weight, bias)
+        One entry per convolution of `spec`.
+    head : (weight, bias)
+        The linear layer.
+    mean, std : Tensor of shape (channels,)
+        Pixel normalisation.
+    dtype : torch.dtype
+        Type of the convolutions; images, normalisation and logits stay float32.
+    """
+
+    def __init__(
+        self,
+        spec: NetSpec,
+        layers: Mapping[str, tuple[Tensor, Tensor]],
+        head: tuple[Tensor, Tensor],
+        *,
+        mean: Tensor,
+        std: Tensor,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.spec, self.dtype = spec, dtype
+        for name, (weight, bias) in layers.items():
+            key = name.replace(".", "_")
+            self.register_buffer(f"{key}_weight", weight.to(dtype))
+            self.register_buffer(f"{key}_bias", bias.to(dtype))
+        self.register_buffer("head_weight", head[0])
+        self.register_buffer("head_bias", head[1])
+        self.register_buffer("scale", (1 / std)[:, None, None])
+        self.register_buffer("shift", (-mean / std)[:, None, None])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of shape (batch, classes), float32, for images in [0, 1]."""
+        buffers = self._buffers
+
+        def conv(layer: ConvSpec, x: Tensor) -> Tensor:
+            key = key_of(layer)
+            weight, bias = buffers[f"{key}_weight"], buffers[f"{key}_bias"]
+            return F.conv2d(x, weight, bias, layer.stride, layer.kernel // 2)
+
+        def head(features: Tensor) -> Tensor:
+            return F.linear(features.float(), self.head_weight, self.head_bias)
+
+        return run_network(self.spec, (images * self.scale + self.shift).to(self.dtype), conv, head)
+
+
+def folded_layer(weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that equals convolution plus batch norm with fixed statistics."""
+    factor = scale * torch.rsqrt(var + BN_EPS)
+    return weight * factor[:, None, None, None], shift - mean * factor
+
+
+@torch.no_grad()
+def extract(supernet: Supernet, arch: Arch) -> StaticNet:
+    """The subnet as a network of its own, weights copied; its logits equal the supernet's at `arch` exactly."""
+    spec = supernet.space.spec(arch)
+    net = StaticNet(spec).to(supernet.mean.device)
+    net.mean.copy_(supernet.mean)
+    net.std.copy_(supernet.std)
+    for conv in spec.convs:
+        layer, norm, out = supernet.layers[key_of(conv)], net.norms[key_of(conv)], conv.out_channels
+        net.convs[key_of(conv)].weight.copy_(layer.weight[:out, : conv.in_channels])
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            getattr(norm, name).copy_(getattr(layer.bn, name)[:out])
+    net.head.weight.copy_(supernet.head.weight[:, : spec.features])
+    net.head.bias.copy_(supernet.head.bias)
+    return net.train(supernet.training)
+
+
+@torch.no_grad()
+def fold(net: StaticNet, *, dtype: torch.dtype = torch.float32) -> FoldedNet:
+    """Fold the batch norms, at their running statistics, into the convolutions."""
+    layers = {}
+    for conv in net.spec.convs:
+        norm = net.norms[key_of(conv)]
+        statistics = (norm.running_mean, norm.running_var)
+        layers[conv.name] = folded_layer(net.convs[key_of(conv)].weight, norm.weight, norm.bias, *statistics)
+    head = (net.head.weight.detach().clone(), net.head.bias.detach().clone())
+    return FoldedNet(net.spec, layers, head, mean=net.mean, std=net.std, dtype=dtype)

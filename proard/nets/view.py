@@ -1,0 +1,116 @@
+"""A subnet's weights, materialised once for a training step: sliced before the attack, gradients scattered after it.
+
+Every pass of the step (clean, attack, adversarial) reads the same packed leaves, so that slicing costs one copy instead
+of one per forward, and the backward pass fills small tensors instead of allocating full-size zeros for every slice.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from proard.nets.elastic import BN_EPS, BN_MOMENTUM, Supernet, key_of
+from proard.nets.forward import run_network
+from proard.nets.subnet import FoldedNet, folded_layer
+from proard.space import Arch, ConvSpec
+
+Statistics = dict[str, tuple[Tensor, Tensor]]
+
+
+class SubnetView:
+    """One subnet of a supernet with leaf weights of its own.
+
+    Parameters
+    ----------
+    supernet : Supernet
+        Where weights come from and gradients go to.
+    arch : Arch
+        The subnet.
+    """
+
+    def __init__(self, supernet: Supernet, arch: Arch) -> None:
+        self.supernet = supernet
+        self.spec = supernet.space.spec(arch)
+        self.leaves: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        for conv in self.spec.convs:
+            layer, out = supernet.layers[key_of(conv)], conv.out_channels
+            weight = layer.weight[:out, : conv.in_channels].detach().contiguous(memory_format=torch.channels_last)
+            self.leaves[conv.name] = (
+                weight.requires_grad_(),
+                layer.bn.weight[:out].detach().requires_grad_(),
+                layer.bn.bias[:out].detach().requires_grad_(),
+            )
+        self.head_weight = supernet.head.weight[:, : self.spec.features].detach().contiguous().requires_grad_()
+        self.head_bias = supernet.head.bias.detach().requires_grad_()
+
+    def __call__(
+        self, images: Tensor, *, record: Statistics | None = None, update_running: bool = False, frozen: bool = False
+    ) -> Tensor:
+        """Logits with batch statistics (training mode).
+
+        Parameters
+        ----------
+        images : Tensor of shape (batch, channels, height, width)
+            In [0, 1].
+        record : dict, optional
+            Receives every layer's batch mean and variance (unbiased), by layer name.
+        update_running : bool
+            Move the supernet's running statistics by one step of their momentum.
+        frozen : bool
+            No gradient to the weights (inside an attack).
+        """
+
+        def conv(layer: ConvSpec, x: Tensor) -> Tensor:
+            weight, scale, shift = (leaf.detach() if frozen else leaf for leaf in self.leaves[layer.name])
+            out = F.conv2d(x, weight, None, layer.stride, layer.kernel // 2)
+            if record is None and not update_running:
+                return F.batch_norm(out, None, None, scale, shift, training=True, eps=BN_EPS)
+            mean, var = torch.zeros_like(scale), torch.zeros_like(scale)  # momentum 1 leaves the batch's own
+            out = F.batch_norm(out, mean, var, scale, shift, training=True, momentum=1.0, eps=BN_EPS)
+            if record is not None:
+                record[layer.name] = (mean, var)
+            if update_running:
+                bn = self.supernet.layers[key_of(layer)].bn
+                bn.running_mean[: layer.out_channels].lerp_(mean, BN_MOMENTUM)
+                bn.running_var[: layer.out_channels].lerp_(var, BN_MOMENTUM)
+            return out
+
+        head = (self.head_weight.detach(), self.head_bias.detach()) if frozen else (self.head_weight, self.head_bias)
+        return run_network(
+            self.spec, self.supernet.normalise(images), conv, lambda features: F.linear(features, *head)
+        )
+
+    @torch.no_grad()
+    def running_statistics(self) -> Statistics:
+        """The supernet's stored statistics of the leading channels."""
+        statistics = {}
+        for conv in self.spec.convs:
+            bn = self.supernet.layers[key_of(conv)].bn
+            statistics[conv.name] = (bn.running_mean[: conv.out_channels], bn.running_var[: conv.out_channels])
+        return statistics
+
+    @torch.no_grad()
+    def folded(self, statistics: Statistics, *, dtype: torch.dtype = torch.float32) -> FoldedNet:
+        """This subnet with batch norm fixed at `statistics` and folded into the convolutions."""
+        layers = {
+            name: folded_layer(weight.detach(), scale.detach(), shift.detach(), *statistics[name])
+            for name, (weight, scale, shift) in self.leaves.items()
+        }
+        net = self.supernet
+        head = (self.head_weight.detach(), self.head_bias.detach())
+        return FoldedNet(self.spec, layers, head, mean=net.mean, std=net.std, dtype=dtype)
+
+    @torch.no_grad()
+    def scatter_gradients(self) -> None:
+        """Add the leaves' gradients to the supernet's, which must exist, and clear them."""
+        for conv in self.spec.convs:
+            layer, out = self.supernet.layers[key_of(conv)], conv.out_channels
+            weight, scale, shift = self.leaves[conv.name]
+            layer.weight.grad[:out, : conv.in_channels] += weight.grad
+            layer.bn.weight.grad[:out] += scale.grad
+            layer.bn.bias.grad[:out] += shift.grad
+            weight.grad = scale.grad = shift.grad = None
+        self.supernet.head.weight.grad[:, : self.spec.features] += self.head_weight.grad
+        self.supernet.head.bias.grad += self.head_bias.grad
+        self.head_weight.grad = self.head_bias.grad = None

@@ -1,0 +1,107 @@
+"""A fitted predictor and its file: the training data and the recipe, from which loading fits the same model again."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import sklearn
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.pipeline import Pipeline
+from threadpoolctl import threadpool_limits
+
+from proard.artifacts import ArtifactError, Provenance, load_tensors, save_tensors
+from proard.config import Space, parse
+from proard.predictor.estimators import build, describe
+from proard.space import SearchSpace
+
+TARGETS = ("clean_acc", "robust_acc")
+ROWS_PER_CALL = 4096  # bounds the memory of kernels and of pairwise interactions
+REPRODUCED = 1e-4  # fraction; far below the noise of a label, far above rounding
+
+
+class Predictor:
+    """Clean and robust accuracy of archs nobody measured.
+
+    Parameters
+    ----------
+    name : str
+        Model, as in the settings.
+    space : SearchSpace
+        Space of the genotypes.
+    features : ndarray of shape (n, sum of choices)
+        One-hot features of the measured archs.
+    targets : ndarray of shape (n, 2)
+        Measured `TARGETS`, fractions.
+    seed : int
+        Seed of everything random in the model.
+    """
+
+    def __init__(self, name: str, space: SearchSpace, features: np.ndarray, targets: np.ndarray, *, seed: int) -> None:
+        self.name, self.space, self.seed = name, space, seed
+        self.features, self.targets = features, targets
+        self.pipeline = fit_pipeline(name, space, features, targets, seed=seed)
+
+    def predict(self, genotypes: np.ndarray) -> np.ndarray:
+        """Predicted `TARGETS` of genotypes of shape (n, genes): shape (n, 2), fractions in [0, 1].
+
+        Equal subnets get equal predictions, whatever stands in the genes of blocks that depth leaves out.
+        """
+        return predict_features(self.pipeline, self.space.features(genotypes))
+
+
+def fit_pipeline(name: str, space: SearchSpace, features: np.ndarray, targets: np.ndarray, *, seed: int) -> Pipeline:
+    """Fit a model; on one thread, since the order of sums decides the last digits and an optimiser's path."""
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a bound or the iteration limit is a fine place to stop
+        return build(name, space, seed=seed).fit(features, targets)
+
+
+def predict_features(pipeline: Pipeline, features: np.ndarray) -> np.ndarray:
+    """Predictions of shape (n, 2), clipped to [0, 1], some thousand rows at a time."""
+    starts = range(0, len(features), ROWS_PER_CALL)
+    parts = [pipeline.predict(features[start : start + ROWS_PER_CALL]) for start in starts]
+    return np.clip(np.concatenate(parts), 0.0, 1.0) if parts else np.zeros((0, len(TARGETS)))
+
+
+def save(path: str | Path, predictor: Predictor, provenance: Provenance | None = None) -> None:
+    """Write features, targets, the predictions for them and the recipe; no pickle."""
+    tensors = {
+        "features": torch.from_numpy(predictor.features),
+        "targets": torch.from_numpy(predictor.targets),
+        "predictions": torch.from_numpy(predict_features(predictor.pipeline, predictor.features)),
+    }
+    save_tensors(
+        path,
+        tensors,
+        kind="predictor",
+        provenance=provenance,
+        model=predictor.name,
+        learnt=describe(predictor.pipeline),
+        seed=predictor.seed,
+        space=predictor.space.settings.model_dump(mode="json"),
+        scikit_learn=sklearn.__version__,
+    )
+
+
+def load(path: str | Path) -> Predictor:
+    """Fit the predictor of a file again.
+
+    Raises
+    ------
+    ArtifactError
+        The file is missing, damaged or no predictor, or the model fitted here predicts something else.
+    """
+    tensors, header = load_tensors(path, kind="predictor")
+    space = SearchSpace(parse(Space, header["space"], where=f"space in {path}"))
+    features, targets = tensors["features"].numpy(), tensors["targets"].numpy()
+    predictor = Predictor(header["model"], space, features, targets, seed=header["seed"])
+    difference = np.abs(predict_features(predictor.pipeline, features) - tensors["predictions"].numpy()).max()
+    if difference > REPRODUCED:
+        raise ArtifactError(
+            f"{path}: the model fitted again differs from the saved one by {difference:.2g} (it was fitted with "
+            f"scikit-learn {header['scikit_learn']}, here is {sklearn.__version__}); rerun fit_predictor"
+        )
+    return predictor

@@ -1,0 +1,87 @@
+"""Progress of long work: a live bar on a terminal, one line now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 45 s, 3 min 20 s, 2 h 05 min."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+class Progress:
+    """Counts work done and says rate and remaining time.
+
+    Parameters
+    ----------
+    label : str
+        What is being done.
+    total : int
+        Units of work in all.
+    unit : str
+        Plural name of a unit.
+    done : int
+        Units already done before this process started (a resumed job).
+    every : float
+        Seconds between two lines when standard output is no terminal.
+    """
+
+    def __init__(self, label: str, total: int, unit: str, *, done: int = 0, every: float = 15.0) -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.done = self.started_at_count = done
+        self.started = self.shown = time.monotonic()
+        self.live = sys.stdout.isatty()
+        self.every = 0.2 if self.live else every
+        self.note = ""
+
+    def advance(self, units: int = 1, note: str = "") -> None:
+        """Count units, remember the newest remark, and show both when it is time to."""
+        self.done += units
+        self.note = note or self.note
+        if time.monotonic() - self.shown >= self.every:
+            self.show()
+
+    def show(self) -> None:
+        """Show where the work stands, now."""
+        self.shown = time.monotonic()
+        elapsed = max(self.shown - self.started, 1e-9)
+        rate = (self.done - self.started_at_count) / elapsed
+        left = duration((self.total - self.done) / rate) if rate > 0 else "?"
+        share = self.done / self.total if self.total else 1.0
+        speed = f"{rate:.1f}" if rate < 100 else f"{rate:.0f}"
+        parts = [f"{self.label} {self.done}/{self.total} {self.unit}", f"{speed} {self.unit}/s", f"{left} left", self.note]
+        text = " · ".join(part for part in parts if part)
+        if self.live:
+            filled = round(20 * share)
+            print(f"\r\x1b[2K{'█' * filled}{'░' * (20 - filled)} {text}", end="", flush=True)
+        else:
+            print(f"{share:4.0%} {text}", flush=True)
+
+    def say(self, line: str) -> None:
+        """Print a line of its own above the bar."""
+        print(f"\r\x1b[2K{line}" if self.live else line, flush=True)
+
+    def close(self) -> None:
+        """End the bar with the whole duration."""
+        self.say(f"{self.label}: {self.done} {self.unit} in {duration(time.monotonic() - self.started)}")
+
+
+def track(items: Iterable[Item], label: str, unit: str, *, total: int | None = None) -> Iterator[Item]:
+    """Iterate over `items` with a `Progress` over their number."""
+    items = items if total is not None else list(items)
+    progress = Progress(label, total if total is not None else len(items), unit)  # type: ignore[arg-type]
+    for item in items:
+        yield item
+        progress.advance()
+    progress.close()

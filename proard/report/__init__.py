@@ -1,0 +1,18 @@
+"""From the tables of a run to one offline page, its figures, and the summary that the terminal shows."""
+
+from proard.report.facts import Comparison, Duration, Student, compare_searches, durations, exported_students
+from proard.report.inputs import Card, Results, load_results
+from proard.report.page import render
+
+__all__ = [
+    "Card",
+    "Comparison",
+    "Duration",
+    "Results",
+    "Student",
+    "compare_searches",
+    "durations",
+    "exported_students",
+    "load_results",
+    "render",
+]

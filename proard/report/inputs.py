@@ -1,0 +1,170 @@
+"""Everything the report reads, checked once: tables with their provenance, parity records, benchmarks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from proard import artifacts
+from proard.artifacts import ArtifactError
+
+EVALUATED = ("arch_id", "macs", "params", "split", "attack", "num_images", "clean_acc", "robust_acc")
+PREDICTIONS = ("arch_id", "macs", "predicted_clean_acc", "predicted_robust_acc", "found_by")
+TRAINED = ("phase", "epoch", "loss", "arch", "val_clean_acc", "val_robust_acc", "best")
+
+# flag of the stage: columns that the page needs of that table
+TABLES: dict[str, tuple[str, ...]] = {
+    "table": EVALUATED,
+    "teacher_history": TRAINED,
+    "control_table": EVALUATED,
+    "control_history": TRAINED,
+    "quality": ("model", "chosen", "target", "num_held_out", "kendall_tau", "noise_ceiling"),
+    "held_out": ("macs", "clean_acc", "robust_acc", "predicted_clean_acc", "predicted_robust_acc"),
+    "archive": PREDICTIONS,
+    "front": PREDICTIONS,
+    "search_history": ("search", "evaluations", "hypervolume"),
+    "verified": (*EVALUATED, "found_by", "predicted_clean_acc", "predicted_robust_acc"),
+}
+LISTS: dict[str, tuple[str, ...]] = {
+    "phase_histories": TRAINED,
+    "students": (*EVALUATED, "budget", "role", "chosen", "predicted_clean_acc", "predicted_robust_acc"),
+}
+MANIFEST_KEYS = ("source", "classes", "splits")
+PARITY_KEYS = ("budget", "passed", "onnx_max_softmax_difference", "onnx_top1_agreement", "onnx_test_accuracy")
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One file the page was made from."""
+
+    path: Path
+    sha256: str
+    stage: str = ""
+    version: str = ""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the export says about one student: its parity record and the folder of its files."""
+
+    folder: Path
+    parity: Mapping[str, Any]
+
+
+@dataclass
+class Results:
+    """All results of a run; a table that was not given is None.
+
+    Attributes
+    ----------
+    frames : dict of str to DataFrame
+        Tables by the name of their flag.
+    histories : list of DataFrame
+        Trainings in the order they ran: teacher, control, phases.
+    students : list of DataFrame
+        One per budget.
+    settings : dict
+        Every section found in the tables' provenance.
+    """
+
+    run: str
+    seed: int
+    manifest: dict[str, Any]
+    frames: dict[str, pd.DataFrame] = field(default_factory=dict)
+    histories: list[pd.DataFrame] = field(default_factory=list)
+    students: list[pd.DataFrame] = field(default_factory=list)
+    cards: list[Card] = field(default_factory=list)
+    benchmarks: Path | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    inputs: list[InputFile] = field(default_factory=list)
+
+    def get(self, name: str) -> pd.DataFrame | None:
+        """The table of that flag, or None where it is absent or empty."""
+        frame = self.frames.get(name)
+        return None if frame is None or frame.empty else frame
+
+    @property
+    def label_attack(self) -> str | None:
+        """Attack under which the sampled subnets were measured."""
+        table = self.get("table")
+        return None if table is None else str(table["attack"].iloc[0])
+
+
+def load_results(
+    files: Mapping[str, str | Sequence[str] | None], *, run: str, seed: int, benchmarks: str | Path | None = None
+) -> Results:
+    """Read the files of a run.
+
+    Parameters
+    ----------
+    files : mapping
+        Paths by flag: those of `TABLES` (one each), of `LISTS` and `cards` (several), and `manifest`. What is
+        missing or empty is left out of the page.
+    benchmarks : path, optional
+        Folder of Snakemake's benchmark records; used if it exists.
+
+    Raises
+    ------
+    ArtifactError
+        A file that was named is missing or damaged, or a table lacks a column.
+    """
+    results = Results(run, seed, {})
+    if files.get("manifest"):
+        results.manifest = _read_json(results, files["manifest"], MANIFEST_KEYS)
+        _merge_sections(results.settings, results.manifest.get("settings", {}))
+    for name, columns in TABLES.items():
+        if files.get(name):
+            results.frames[name] = _read_table(results, files[name], columns)
+    lists = {
+        name: [_read_table(results, path, columns) for path in files.get(name) or () if path]
+        for name, columns in LISTS.items()
+    }
+    trained = [results.get("teacher_history"), results.get("control_history"), *lists["phase_histories"]]
+    results.histories = [frame for frame in trained if frame is not None and not frame.empty]
+    results.students = [frame for frame in lists["students"] if not frame.empty]
+    results.cards = [
+        Card(Path(path).parent, _read_json(results, path, PARITY_KEYS)) for path in files.get("cards") or () if path
+    ]
+    if benchmarks and Path(benchmarks).is_dir():
+        results.benchmarks = Path(benchmarks)
+    return results
+
+
+def _read_table(results: Results, path: str | Path, columns: Sequence[str]) -> pd.DataFrame:
+    """One table; its settings and checksum are remembered in `results`."""
+    frame = artifacts.read_table(path, columns=columns)
+    metadata = artifacts.read_metadata(path)
+    _merge_sections(results.settings, metadata.get("settings", {}))
+    checksum = artifacts.sha256(path)
+    results.inputs.append(InputFile(Path(path), checksum, metadata.get("stage", ""), metadata.get("version", "")))
+    return frame
+
+
+def _read_json(results: Results, path: str | Path, keys: Sequence[str]) -> dict[str, Any]:
+    """One JSON record, with its keys checked."""
+    checksum = artifacts.sha256(path)
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path} is no valid JSON ({error}); delete it and rerun its stage") from None
+    missing = [key for key in keys if not isinstance(record, dict) or key not in record]
+    if missing:
+        raise ArtifactError(f"{path} lacks {', '.join(missing)}; it was not written by this version's stage")
+    results.inputs.append(InputFile(Path(path), checksum, version=record.get("version", "")))
+    return record
+
+
+def _merge_sections(known: dict[str, Any], sections: Mapping[str, Any]) -> None:
+    """Add a job's sections; a job of one phase adds its phase to the others."""
+    for name, section in sections.items():
+        if name == "train_phase" and isinstance(known.get(name), Mapping):
+            names = {phase["name"] for phase in known[name]["phases"]}
+            fresh = [phase for phase in section["phases"] if phase["name"] not in names]
+            known[name] = {"phases": [*known[name]["phases"], *fresh]}
+        else:
+            known[name] = section

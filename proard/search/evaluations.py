@@ -1,0 +1,131 @@
+"""Everything a search evaluates, each arch once, and none above the cost limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from proard.config import UserError
+
+Predict = Callable[[np.ndarray], np.ndarray]  # genotypes (n, genes) -> clean and robust accuracy (n, 2)
+Cost = Callable[[np.ndarray], np.ndarray]  # genotypes (n, genes) -> cost (n,)
+Canonical = Callable[[np.ndarray], np.ndarray]  # genotypes (n, genes) -> the same archs, one genotype per arch
+
+UNIFORM_ROUNDS, ROUNDS = 8, 40  # of drawing new archs; 65,536 draws a round at most
+DRAWS_PER_ROUND = 65_536
+
+
+@dataclass(frozen=True)
+class Archive:
+    """Distinct archs in the order of their evaluation.
+
+    Attributes
+    ----------
+    genotypes : ndarray of shape (n, genes)
+        Canonical.
+    accuracies : ndarray of shape (n, 2)
+        Predicted clean and robust accuracy, fractions.
+    costs : ndarray of shape (n,)
+        In the unit of the cost function.
+    generations : ndarray of shape (n,)
+        Generation of the evaluation, from 1.
+    """
+
+    genotypes: np.ndarray
+    accuracies: np.ndarray
+    costs: np.ndarray
+    generations: np.ndarray
+
+    def __len__(self) -> int:
+        """Archs evaluated."""
+        return len(self.costs)
+
+    @property
+    def objectives(self) -> np.ndarray:
+        """To be minimised: minus clean, minus robust accuracy, cost; of shape (n, 3)."""
+        return np.column_stack([-self.accuracies, self.costs])
+
+
+class Evaluations:
+    """The objective functions with a memory.
+
+    Parameters
+    ----------
+    predict, cost, canonical : callable
+        Functions of whole populations.
+    choices : sequence of int
+        Number of choices of every gene; cost must not fall where a gene rises.
+    max_cost : float, optional
+        Limit; dearer archs are never evaluated, because cost is exact and free.
+
+    Raises
+    ------
+    UserError
+        No arch is within the limit; the message names the smallest feasible cost.
+    """
+
+    def __init__(
+        self, predict: Predict, cost: Cost, choices: Sequence[int], canonical: Canonical, *, max_cost: float | None
+    ) -> None:
+        self.predict, self.cost, self.canonical, self.max_cost = predict, cost, canonical, max_cost
+        self.choices = np.asarray(choices)
+        smallest = float(cost(np.zeros((1, len(self.choices)), dtype=np.int64))[0])
+        if max_cost is not None and max_cost < smallest:
+            raise UserError(
+                f"search_front.max_cost is {max_cost:g}; no arch of the space is that small, "
+                f"the smallest feasible cost is {smallest:g}"
+            )
+        self.seen: set[bytes] = set()
+        self.batches: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+
+    def keys(self, genotypes: np.ndarray) -> list[bytes]:
+        """Equal bytes for equal archs."""
+        return [row.tobytes() for row in self.canonical(genotypes).astype(np.int16)]
+
+    def fresh(self, genotypes: np.ndarray, *, besides: Iterable[bytes] = ()) -> np.ndarray:
+        """Which rows are affordable, not evaluated, not among `besides` and not a repetition; bool of shape (n,)."""
+        genotypes = np.asarray(genotypes, dtype=np.int64)
+        taken = set(besides)
+        kept = np.ones(len(genotypes), dtype=bool) if self.max_cost is None else self.cost(genotypes) <= self.max_cost
+        rows = np.flatnonzero(kept)
+        for row, key in zip(rows, self.keys(genotypes[rows]), strict=True):
+            kept[row] = key not in self.seen and key not in taken
+            taken.add(key)
+        return kept
+
+    def evaluate(self, genotypes: np.ndarray) -> np.ndarray:
+        """Objectives of a population as `Archive.objectives`; remembers it as one generation."""
+        genotypes = self.canonical(np.asarray(genotypes, dtype=np.int64))
+        accuracies, costs = self.predict(genotypes), self.cost(genotypes)
+        self.seen.update(self.keys(genotypes))
+        self.batches.append((genotypes, accuracies, costs))
+        return np.column_stack([-accuracies, costs])
+
+    def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        """Up to `count` fresh genotypes, genes uniform and independent.
+
+        Where the cost limit rejects nearly all such draws, further ones have a random upper end common to all genes,
+        so that a tight limit is met too. Fewer come back only when hardly any fresh arch is left.
+        """
+        found: list[np.ndarray] = []
+        taken: set[bytes] = set()
+        size = 2 * count
+        for attempt in range(ROUNDS):
+            scale = np.ones((size, 1)) if attempt < UNIFORM_ROUNDS else rng.random((size, 1))
+            ends = np.minimum(np.floor(scale * self.choices) + 1, self.choices)  # (size, genes)
+            draws = np.floor(rng.random(ends.shape) * ends).astype(np.int64)
+            draws = draws[self.fresh(draws, besides=taken)][: count - len(taken)]
+            taken.update(self.keys(draws))
+            found.append(draws)
+            if len(taken) == count:
+                break
+            size = min(2 * size, DRAWS_PER_ROUND)
+        return np.concatenate(found)
+
+    def archive(self) -> Archive:
+        """Everything evaluated so far."""
+        genotypes, accuracies, costs = (np.concatenate(parts) for parts in zip(*self.batches, strict=True))
+        generations = np.repeat(np.arange(len(self.batches)) + 1, [len(batch[0]) for batch in self.batches])
+        return Archive(genotypes, accuracies, costs, generations)

@@ -1,0 +1,40 @@
+"""Random search: what NSGA-II has to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from proard.search.evaluations import Archive, Canonical, Cost, Evaluations, Predict
+
+
+def random(
+    predict: Predict,
+    cost: Cost,
+    choices: Sequence[int],
+    canonical: Canonical,
+    *,
+    generations: Sequence[int],
+    max_cost: float | None = None,
+    seed: int = 0,
+) -> Archive:
+    """Evaluate random archs, every gene uniform and independent, each arch once.
+
+    Parameters
+    ----------
+    generations : sequence of int
+        Archs per generation: those NSGA-II evaluated, for a comparison at equal evaluations. A random generation
+        is only a cut in the sequence.
+
+    Returns
+    -------
+    Archive
+        As of `nsga2`, whose other parameters and errors are the same.
+    """
+    evaluations = Evaluations(predict, cost, choices, canonical, max_cost=max_cost)
+    draws = evaluations.draw(sum(generations), np.random.default_rng([seed, 1]))
+    for part in np.split(draws, np.cumsum(generations)[:-1]):
+        if len(part):
+            evaluations.evaluate(part)
+    return evaluations.archive()

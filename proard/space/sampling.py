@@ -1,0 +1,134 @@
+"""Which archs are measured: a sample stratified over MACs, the enumeration of a small space, identity columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from proard.config import UserError
+from proard.space.resnet import SearchSpace
+
+POOL = 100_000  # draws of each kind; independent of how many archs are asked for, so that a larger sample contains it
+ENUMERABLE = 200_000  # archs; a space up to this size is listed in full where that helps
+
+
+def stratified_sample(space: SearchSpace, num_archs: int, *, strata: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw different archs, equally many of each stratum of log-MACs.
+
+    The range from the smallest to the largest subnet is cut into `strata` equal parts of log-MACs. The smallest, the
+    largest and the uniform-scaling diagonal are always among the archs. Further archs go to the stratum that has
+    fewest so far and has archs left. Within a stratum, uniform draws come first; draws with a common scale per
+    dim follow, because uniform draws concentrate in the middle and hardly reach the ends.
+
+    Parameters
+    ----------
+    num_archs : int
+        Number of archs. A larger number at the same seed contains the smaller sample.
+    strata : int
+        Number of strata.
+    seed : int
+        Seed of draws and of the order.
+
+    Returns
+    -------
+    genotypes : ndarray of shape (num_archs, genes), int64
+        Canonical, in random order, so that any range of rows is a fair mix.
+    strata : ndarray of shape (num_archs,), int64
+        Stratum of each arch, 0 for the cheapest.
+
+    Raises
+    ------
+    UserError
+        The space has fewer archs than asked for, or fewer are asked for than are always included.
+    """
+    anchors = np.asarray([space.genotype(arch) for arch in anchor_archs(space)])
+    if num_archs < len(anchors):
+        raise UserError(
+            f"sample_archs.num_archs is {num_archs}; expected at least {len(anchors)}: the smallest, the largest and "
+            f"the diagonal of space {space.settings.name} are always measured"
+        )
+    if num_archs > space.size:
+        raise UserError(
+            f"sample_archs.num_archs is {num_archs}; space {space.settings.name} has only {space.size} archs; "
+            "ask for fewer, or give the space more choices"
+        )
+    rng = np.random.default_rng(seed)
+    pool = _first_occurrences(np.concatenate([anchors, _draw(space, max(POOL, 20 * num_archs), rng)]))
+    if len(pool) < num_archs or space.size <= len(pool):
+        everything = rng.permutation(enumerate_genotypes(space.choices, space.canonical))
+        pool = _first_occurrences(np.concatenate([pool, everything]))
+    stratum = _strata(space, pool, strata)
+    kept = _level_strata(stratum, num_archs, strata, given=len(anchors))
+    kept = np.random.default_rng([seed, num_archs]).permutation(kept)
+    return pool[kept], stratum[kept]
+
+
+def anchor_archs(space: SearchSpace) -> list[Any]:
+    """The smallest, the largest and the diagonal, each once."""
+    return list(dict.fromkeys([space.smallest, space.largest, *space.diagonal()]))
+
+
+def enumerate_genotypes(choices: Sequence[int], canonical: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Every canonical genotype once, of shape (size, genes).
+
+    Notes
+    -----
+    Genes are opened from left to right and made canonical after each, so that the intermediate lists stay small.
+    This needs genes that switch others off (depth) to stand before those (expand).
+    """
+    genotypes = np.zeros((1, len(choices)), dtype=np.int64)
+    for gene, count in enumerate(choices):
+        genotypes = np.repeat(genotypes, count, axis=0)
+        genotypes[:, gene] = np.tile(np.arange(count), len(genotypes) // count)
+        genotypes = np.unique(canonical(genotypes), axis=0)
+    return genotypes
+
+
+def identity_columns(space: SearchSpace, genotypes: np.ndarray) -> dict[str, list[Any]]:
+    """Columns that name archs in every table: `arch_id`, `genotype`, `arch`, `macs`, `params`."""
+    genotypes = space.canonical(genotypes)
+    archs = [space.arch(genotype) for genotype in genotypes]
+    costs = space.costs(genotypes)
+    return {
+        "arch_id": [arch.arch_id for arch in archs],
+        "genotype": genotypes.tolist(),
+        "arch": [arch.to_json() for arch in archs],
+        "macs": costs["macs"].tolist(),
+        "params": costs["params"].tolist(),
+    }
+
+
+def _draw(space: SearchSpace, count: int, rng: np.random.Generator) -> np.ndarray:
+    """`count` uniform genotypes, then `count` whose genes share a random scale per dim."""
+    uniform = space.sample(count, rng)
+    scales = [np.repeat(rng.random((count, 1)), part.stop - part.start, axis=1) for part in space.sections]
+    scaled = rng.binomial(np.asarray(space.choices) - 1, np.concatenate(scales, axis=1))
+    return np.concatenate([uniform, space.canonical(scaled)])
+
+
+def _first_occurrences(genotypes: np.ndarray) -> np.ndarray:
+    """Distinct rows in their order of first occurrence."""
+    _, first = np.unique(genotypes, axis=0, return_index=True)
+    return genotypes[np.sort(first)]
+
+
+def _strata(space: SearchSpace, genotypes: np.ndarray, strata: int) -> np.ndarray:
+    """Stratum of every genotype by its log-MACs."""
+    ends = np.asarray([space.genotype(space.smallest), space.genotype(space.largest)])
+    low, high = np.log(space.costs(ends)["macs"])
+    position = (np.log(space.costs(genotypes)["macs"]) - low) / max(high - low, 1e-12)
+    return np.clip((position * strata).astype(np.int64), 0, strata - 1)
+
+
+def _level_strata(stratum: np.ndarray, num_archs: int, strata: int, *, given: int) -> np.ndarray:
+    """Rows of the first `given` archs and of further ones, each from the emptiest stratum that has any left."""
+    members = [list(np.flatnonzero(stratum[given:] == index)[::-1] + given) for index in range(strata)]
+    filled = np.bincount(stratum[:given], minlength=strata)
+    kept = list(range(given))
+    while len(kept) < num_archs:
+        index = min((s for s in range(strata) if members[s]), key=lambda s: filled[s])
+        kept.append(members[index].pop())
+        filled[index] += 1
+    return np.asarray(kept)

@@ -1,0 +1,52 @@
+"""Render the report: all tables of a run -> report.html and its figures as SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from proard import artifacts
+from proard.report import load_results, render
+from proard.report.page import placeholder
+from proard.stages.common import parse_arguments, run
+
+TABLES = (
+    "teacher_history",
+    "control_table",
+    "control_history",
+    "quality",
+    "held_out",
+    "archive",
+    "front",
+    "search_history",
+    "verified",
+)
+FIGURES = {
+    "front": "front_figure",
+    "training": "training_figure",
+    "predictor": "predictor_figure",
+    "search": "search_figure",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read what there is, write the page and its figures."""
+    job = parse_arguments(
+        __doc__,
+        argv,
+        stage="report",
+        reads=["manifest", "table"],
+        optional=[*TABLES, "benchmarks"],
+        lists=["phase_histories", "students", "cards"],
+        writes=["html", *FIGURES.values()],
+    )
+    results = load_results(vars(job.files), run=job.config.run, seed=job.seed, benchmarks=job.files.benchmarks)
+    threat = job.config.threat
+    report = render(results, html=job.files.html, title=job.config.report.title, norm=threat.norm, eps=threat.eps)
+    for name, flag in FIGURES.items():
+        artifacts.write_text(getattr(job.files, flag), report.figures.get(name, placeholder(name)))
+    artifacts.write_text(job.files.html, report.html)
+    print(f"report: {job.files.html} ({len(results.students)} students)", flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,81 @@
+"""One leg of progressive robust distillation: data, teacher, previous phase -> supernet.safetensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from proard.config import Phase, UserError
+from proard.nets import StaticNet, Supernet, load_static, load_supernet, save_supernet
+from proard.nets.elastic import key_of
+from proard.space import Arch, SearchSpace
+from proard.stages.common import parse_arguments, run
+from proard.stages.training import Training, frozen_teacher
+from proard.training import phase_plan
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the stage."""
+    job = parse_arguments(
+        __doc__,
+        argv,
+        stage="train_phase",
+        reads=["train", "val", "teacher"],
+        writes=["supernet", "history"],
+        optional=["previous"],
+    )
+    (phase,) = job.config.train_phase.phases
+    files = job.files
+    inputs = [files.train, files.val, files.teacher] + ([files.previous] if files.previous else [])
+    training = Training(job, phase, files.supernet, inputs)
+    space = SearchSpace(job.config.space)
+    try:
+        plan = phase_plan(space, phase)
+    except ValueError as error:
+        raise UserError(f"train_phase.{phase.name}: {error}") from None
+    teacher, teacher_space, teacher_arch, _ = load_static(files.teacher, kind="teacher")
+    with training.state.owned():
+        net = training.supernet(space)
+        if files.previous:
+            previous, _ = load_supernet(files.previous, space)
+            net.load_state_dict(previous.state_dict())
+        elif phase.warm_start == "teacher":
+            start_from_teacher(net, teacher, space, teacher_space, teacher_arch)
+        predict = None if phase.teacher == "dynamic" else frozen_teacher(teacher.to(job.device), job.config.threat)
+        rows = training.fit(
+            net, label=phase.name, plan=plan, validated=validated_archs(space, phase), teacher=predict
+        )
+        training.write_history(files.history, rows)
+        save_supernet(files.supernet, net, training.provenance, phase=phase.name)
+        training.state.finish()
+
+
+@torch.no_grad()
+def start_from_teacher(
+    net: Supernet, teacher: StaticNet, space: SearchSpace, teacher_space: SearchSpace, teacher_arch: Arch
+) -> None:
+    """Copy the teacher's weights into the supernet, where the teacher is its largest subnet; say so otherwise."""
+    if space.spec(space.largest) != teacher_space.spec(teacher_arch):
+        print("the teacher is not this space's largest subnet: the supernet starts from random weights", flush=True)
+        return
+    for conv in teacher.spec.convs:
+        layer, norm = net.layers[key_of(conv)], teacher.norms[key_of(conv)]
+        layer.weight.copy_(teacher.convs[key_of(conv)].weight)
+        layer.bn.load_state_dict(norm.state_dict())
+    net.head.load_state_dict(teacher.head.state_dict())
+
+
+def validated_archs(space: SearchSpace, phase: Phase) -> dict[str, Arch]:
+    """Smallest, middle and largest subnet of the choices a phase opens."""
+    among = space.open_choices(width=phase.width, depth=phase.depth, expand=phase.expand)
+    picks = {"smallest": 0.0, "middle": 0.5, "largest": 1.0}
+    archs = {
+        name: space.arch([options[round(place * (len(options) - 1))] for options in among])
+        for name, place in picks.items()
+    }
+    return {name: arch for name, arch in archs.items() if name == "largest" or arch != archs["largest"]}
+
+
+if __name__ == "__main__":
+    run(main)

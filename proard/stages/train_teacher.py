@@ -1,0 +1,78 @@
+"""Train the fixed robust teacher, or take it from a file: train and val tensors -> teacher.safetensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from proard.artifacts import HISTORY, write_table
+from proard.config import PRESETS, ConfigError, Space, TrainTeacher
+from proard.nets import load_static, save_static
+from proard.space import Arch, SearchSpace
+from proard.stages.common import Job, parse_arguments, run
+from proard.stages.training import Training, train_alone
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the stage."""
+    job = parse_arguments(
+        __doc__, argv, stage="train_teacher", reads=["train", "val"], writes=["teacher", "history"]
+    )
+    settings = job.config.train_teacher
+    if settings.source == "file":
+        take_from_file(job, settings)
+        return
+    space = teacher_space(settings, job.config.space)
+    arch = teacher_arch(settings, space)
+    training = Training(job, settings, job.files.teacher, [job.files.train, job.files.val])
+    with training.state.owned():
+        net, rows = train_alone(training, label="teacher", space=space, arch=arch, objective=settings.objective)
+        training.write_history(job.files.history, rows)
+        save_static(
+            job.files.teacher, net, space=space, arch=arch, kind="teacher", provenance=training.provenance
+        )
+        training.state.finish()
+
+
+def take_from_file(job: Job, settings: TrainTeacher) -> None:
+    """Check the given teacher and copy it into the run, with an empty history."""
+    net, space, arch, _ = load_static(settings.file, kind=("teacher", "control"))
+    shape = (space.settings.image_channels, space.settings.image_size, space.settings.classes)
+    own = job.config.space
+    if shape != (own.image_channels, own.image_size, own.classes):
+        raise ConfigError(
+            f"train_teacher.file {settings.file} is for {shape[0]}x{shape[1]}x{shape[1]} images of {shape[2]} classes; "
+            f"this run has {own.image_channels}x{own.image_size}x{own.image_size} of {own.classes}"
+        )
+    provenance = job.provenance(settings.file)
+    save_static(job.files.teacher, net, space=space, arch=arch, kind="teacher", provenance=provenance)
+    write_table(job.files.history, [], HISTORY, provenance)
+    print(f"teacher taken from {settings.file}: {space.spec(arch).macs / 1e6:.1f} M MACs")
+
+
+def teacher_space(settings: TrainTeacher, own: Space) -> SearchSpace:
+    """The teacher's space: the run's, or the preset that `train_teacher.space` names, for the run's images."""
+    if settings.space is None:
+        return SearchSpace(own)
+    if settings.space not in PRESETS:
+        raise ConfigError(f"train_teacher.space is {settings.space!r}; presets are {', '.join(sorted(PRESETS))}")
+    shape = {"image_channels": own.image_channels, "image_size": own.image_size, "classes": own.classes}
+    return SearchSpace(PRESETS[settings.space].model_copy(update=shape))
+
+
+def teacher_arch(settings: TrainTeacher, space: SearchSpace) -> Arch:
+    """The largest subnet, or the one whose dims are written out."""
+    if settings.arch == "largest":
+        return space.largest
+    missing = {"depth", "width", "expand"} ^ set(settings.arch)
+    if missing:
+        raise ConfigError(f"train_teacher.arch lists depth, width and expand; check {', '.join(sorted(missing))}")
+    dims = settings.arch
+    arch = Arch(tuple(int(value) for value in dims["depth"]), tuple(dims["width"]), tuple(dims["expand"]))
+    try:
+        return space.arch(space.genotype(arch))
+    except ValueError as error:
+        raise ConfigError(f"train_teacher.arch: {error}") from None
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,164 @@
+"""What the three training stages share: images, validation, resume state and the history table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from proard.artifacts import HISTORY, write_table
+from proard.config import Attack, Measurement, Phase, Threat, TrainControl, TrainTeacher, UserError
+from proard.data import Augmenter, ImageSet, epoch_order, load_split, to_float
+from proard.evaluation.meter import validation_rows
+from proard.nets import StaticNet, Supernet, extract, fold, recalibrate
+from proard.space import Arch, SearchSpace
+from proard.stages.common import Job
+from proard.training import Plan, ResumeState, fingerprint, fit, single_plan
+
+VALIDATION_RECALIBRATION_IMAGES = 1000
+
+
+class AugmentedImages:
+    """Training images of one split, augmented in batches where they lie."""
+
+    def __init__(self, train: ImageSet, settings: TrainTeacher | TrainControl | Phase) -> None:
+        self.train = train
+        self.augment = Augmenter(train.images, padding=settings.augment.crop_padding, flip=settings.augment.flip)
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.train)
+
+    def order(self, seed: int, epoch: int) -> Tensor:
+        """Order of one pass over the data."""
+        return epoch_order(len(self.train), seed=seed, epoch=epoch)
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Augmented images and labels."""
+        return self.augment(indices, generator), self.train.labels[indices.to(self.train.labels.device)]
+
+
+@dataclass
+class Training:
+    """A training stage's data and bookkeeping.
+
+    `output` is the declared file that the resume state lies beside; `inputs` are the files the weights depend on.
+    """
+
+    job: Job
+    settings: TrainTeacher | TrainControl | Phase
+    output: str
+    inputs: list[str]
+
+    def __post_init__(self) -> None:
+        files = self.job.files
+        self.train = load_split(files.train, self.job.device)
+        self.val = load_split(files.val, self.job.device)
+        self.provenance = self.job.provenance(*self.inputs)
+        mark = fingerprint(
+            settings=self.job.sections, seed=self.job.seed, inputs=self.provenance.inputs, device=self.job.device
+        )
+        self.state = ResumeState(self.output, mark)
+
+    def supernet(self, space: SearchSpace) -> Supernet:
+        """A fresh supernet for the images at hand.
+
+        Raises
+        ------
+        UserError
+            The space is for images of another shape or another number of classes.
+        """
+        height, width, channels = self.train.images.shape[1:]
+        wanted = (space.settings.image_channels, space.settings.image_size, space.settings.classes)
+        if (channels, height, len(self.train.classes)) != wanted or height != width:
+            raise UserError(
+                f"space {space.settings.name} is for {wanted[0]}x{wanted[1]}x{wanted[1]} images of {wanted[2]} classes, "
+                f"the data are {channels}x{height}x{width} of {len(self.train.classes)}; "
+                "set prepare_data.image_size and prepare_data.classes, or write the space for them"
+            )
+        generator = torch.Generator().manual_seed(self.job.seed)
+        net = Supernet(space, mean=self.train.mean, std=self.train.std, generator=generator)
+        return net.to(self.job.device)
+
+    def fit(
+        self,
+        net: Supernet,
+        *,
+        label: str,
+        plan: Plan,
+        validated: dict[str, Arch],
+        teacher: Callable[[Tensor], Tensor] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Train `net` in place; the history's rows."""
+        threat, settings = self.job.config.threat, self.settings
+        rule = settings.validation
+        attack = Attack(name="val", num_steps=rule.num_steps, step_size=rule.step_size)
+        val = self.val.first(rule.num_images)
+        recalibration = self.recalibration_images()
+
+        def validate(averaged: Supernet) -> list[dict[str, Any]]:
+            return validation_rows(
+                averaged,
+                validated,
+                recalibration=recalibration,
+                val=val,
+                attack=attack,
+                threat=threat,
+                measurement=Measurement(),
+                seed=self.job.seed,
+            )
+
+        passes = settings.epochs * plan.passes_per_epoch
+        size = sum(p.numel() for p in net.parameters()) * 4 / 2**20
+        print(
+            f"{label}: {passes:g} passes over {len(self.train)} images, {size:.1f} MiB of weights, "
+            f"state on disk up to {4 * size:.0f} MiB, device {self.job.device}, {torch.get_num_threads()} threads",
+            flush=True,
+        )
+        return fit(
+            net,
+            label=label,
+            plan=plan,
+            settings=settings,
+            eps=threat.eps,
+            source=AugmentedImages(self.train, settings),
+            teacher=teacher,
+            validate=validate,
+            state=self.state,
+            seed=self.job.seed,
+        )
+
+    def recalibration_images(self) -> Tensor:
+        """Clean training images that reset batch-norm statistics during and after training."""
+        return to_float(self.train.first(VALIDATION_RECALIBRATION_IMAGES).images)
+
+    def write_history(self, path: str, rows: list[dict[str, Any]]) -> None:
+        """Write the history table."""
+        write_table(path, rows, HISTORY, self.provenance)
+
+
+def train_alone(
+    training: Training, *, label: str, space: SearchSpace, arch: Arch, objective: str
+) -> tuple[StaticNet, list[dict[str, Any]]]:
+    """Train one arch of a space by itself and return it recalibrated, with its history."""
+    net = training.supernet(space)
+    plan = single_plan(arch, objective, training.settings)
+    rows = training.fit(net, label=label, plan=plan, validated={"largest": arch})
+    static = extract(net, arch)
+    recalibrate(static, training.recalibration_images(), batch_size=Measurement().batch_size)
+    return static, rows
+
+
+def frozen_teacher(net: StaticNet, threat: Threat) -> Callable[[Tensor], Tensor]:
+    """A teacher's logits without a graph, batch norm folded."""
+    del threat
+    folded = fold(net)
+
+    def predict(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return folded(images)
+
+    return predict

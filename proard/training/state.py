@@ -1,0 +1,142 @@
+"""Resume state of a training: beside its output, bound to settings, seed and inputs, written by one process at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from proard import __version__
+from proard.artifacts import ArtifactError, load_tensors, save_tensors
+from proard.config import UserError
+
+
+class Interrupted(UserError):
+    """The training stopped early with its state saved; the same command continues."""
+
+
+def fingerprint(*, settings: Mapping[str, Any], seed: int, inputs: Mapping[str, str], device: str) -> str:
+    """Hash of everything that the final weights depend on, the number of threads included."""
+    facts = {
+        "settings": settings,
+        "seed": seed,
+        "inputs": inputs,
+        "device": device.split(":")[0],
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "proard": __version__,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+class ResumeState:
+    """Files `NAME.state` and `NAME.lock` beside an output.
+
+    Parameters
+    ----------
+    output : path
+        The declared output; its state lies beside it under the same name.
+    fingerprint : str
+        A state with another fingerprint does not count.
+    patience : float
+        Seconds to wait for another process to hand over.
+    """
+
+    def __init__(self, output: str | Path, fingerprint: str, *, patience: float = 300.0) -> None:
+        output = Path(output)
+        self.path = output.with_name(f"{output.stem}.state")
+        self.lock_path = output.with_name(f"{output.stem}.lock")
+        self.request_path = output.with_name(f"{output.stem}.handover")
+        self.fingerprint, self.patience = fingerprint, patience
+
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Hold the lock; a process that still trains here is asked to save and stop.
+
+        Raises
+        ------
+        UserError
+            It did not stop within `patience`.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.lock_path.open("a+") as lock:
+            deadline, asked = time.monotonic() + self.patience, False
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    lock.seek(0)
+                    holder = lock.read().strip() or "another process"
+                    if not asked:
+                        print(f"{holder} still trains {self.path.stem}; asking it to save and stop", flush=True)
+                        self.request_path.touch()
+                        asked = True
+                    if time.monotonic() > deadline:
+                        raise UserError(f"{holder} holds {self.lock_path} and does not stop; end it and rerun") from None
+                    time.sleep(0.2)
+            self.request_path.unlink(missing_ok=True)
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {os.uname().nodename}")
+            lock.flush()
+            yield
+
+    def handover_asked(self) -> bool:
+        """Whether a successor waits for the lock."""
+        return self.request_path.exists()
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and facts of a state that fits, or None; a state that does not fit is said and ignored."""
+        if not self.path.exists():
+            return None
+        try:
+            tensors, header = load_tensors(self.path, kind="state")
+        except ArtifactError as error:
+            print(f"state ignored: {error}", flush=True)
+            return None
+        if header["fingerprint"] != self.fingerprint:
+            print(f"state ignored: {self.path} is of other settings, seed, threads or inputs", flush=True)
+            return None
+        return tensors, header["facts"]
+
+    def save(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Write the state atomically."""
+        save_tensors(self.path, tensors, kind="state", fingerprint=self.fingerprint, facts=dict(facts))
+
+    def finish(self) -> None:
+        """Remove the state and, as the stage is done, its lock."""
+        for path in (self.path, self.request_path, self.lock_path):
+            path.unlink(missing_ok=True)
+
+
+class StopFlag:
+    """Remembers that SIGTERM or SIGINT arrived."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[StopFlag]:
+    """Turn SIGTERM and SIGINT into a flag that the loop reads between steps."""
+    flag = StopFlag()
+
+    def remember(number: int, _frame: object) -> None:
+        flag.signal = signal.Signals(number)
+
+    previous = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield flag
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
