@@ -65,6 +65,12 @@ FRONT: dict[str, tuple[pa.DataType, str]] = {
     "predicted_robust_acc": (FLOAT, "fraction, predicted"),
     "found_by": (TEXT, "search that found the arch: nsga2, random or anchor"),
 }
+STUDENT: dict[str, tuple[pa.DataType, str]] = {
+    **FRONT,
+    "budget": (TEXT, "the limit that was asked for"),
+    "role": (TEXT, "candidate: measured on val to choose; choice: the chosen student under every attack"),
+    "chosen": (FLAG, "the student of this budget"),
+}
 HISTORY: dict[str, tuple[pa.DataType, str]] = {
     "phase": (TEXT, "teacher, control or the phase's name"),
     "epoch": (INT, "epochs done"),

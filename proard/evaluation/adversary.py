@@ -15,6 +15,7 @@ from torch import Tensor
 
 from proard.attacks import input_gradient
 from proard.config import Attack
+from proard.data import keyed_generator
 from proard.losses import CrossEntropy, InnerObjective, Margin
 
 OBJECTIVES: dict[str, Callable[[Tensor], InnerObjective]] = {"ce": CrossEntropy, "margin": Margin}
@@ -83,7 +84,7 @@ def attack_images(
     """
     robust, gradients = correct.clone(), 0
     for restart in range(attack.restarts):
-        generator = torch.Generator().manual_seed((seed << 16) + restart)
+        generator = keyed_generator(seed, restart)
         noise = torch.empty(images.shape).uniform_(-eps, eps, generator=generator).to(images.device)
         lost, spent = _one_restart(
             predict, images, labels, robust, noise, attack=attack, eps=eps, accounting=accounting, batch_size=batch_size

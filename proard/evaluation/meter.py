@@ -222,14 +222,16 @@ class SubnetMeter:
 
 def _read(path: Path | None) -> dict[str, Any] | None:
     """A cached measurement, or None; a damaged file counts as absent."""
+    if path is None:
+        return None
     try:
-        stored = json.loads(path.read_text()) if path is not None else None
-        if stored is None:
+        stored = json.loads(path.read_text())
+        if stored.pop("checksum") != _checksum(stored):
             return None
         for kind in ("clean", "robust"):
             bits = np.unpackbits(np.frombuffer(bytes.fromhex(stored[kind]), dtype=np.uint8), count=stored["num_images"])
             stored[kind] = bits.astype(bool)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return stored
 
@@ -239,7 +241,13 @@ def _write(path: Path | None, entry: Mapping[str, Any]) -> None:
     if path is None:
         return
     masks = {kind: np.packbits(entry[kind]).tobytes().hex() for kind in ("clean", "robust")}
-    write_text(path, json.dumps({**entry, **masks, "num_images": len(entry["clean"])}))
+    stored = {**entry, **masks, "num_images": len(entry["clean"])}
+    write_text(path, json.dumps({**stored, "checksum": _checksum(stored)}))
+
+
+def _checksum(stored: Mapping[str, Any]) -> str:
+    """Checksum of a measurement's JSON."""
+    return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()
 
 
 @torch.no_grad()

@@ -52,7 +52,7 @@ class FoldedNet(nn.Module):
     mean, std : Tensor of shape (channels,)
         Pixel normalisation.
     dtype : torch.dtype
-        Type of the convolutions; images, normalisation and logits stay float32.
+        Type of the convolutions; images, normalisation and the head keep theirs.
     """
 
     def __init__(
@@ -76,8 +76,21 @@ class FoldedNet(nn.Module):
         self.register_buffer("scale", (1 / std)[:, None, None])
         self.register_buffer("shift", (-mean / std)[:, None, None])
 
+    @classmethod
+    def from_state(cls, spec: NetSpec, state: Mapping[str, Tensor]) -> FoldedNet:
+        """The network whose `state_dict` this is, in the memory layout that `fold` gives it."""
+        layers = {
+            conv.name: (state[f"{key_of(conv)}_weight"], state[f"{key_of(conv)}_bias"]) for conv in spec.convs
+        }
+        head = (state["head_weight"], state["head_bias"])
+        channels = torch.ones(spec.image_channels)
+        dtype = state[f"{key_of(spec.convs[0])}_weight"].dtype
+        net = cls(spec, layers, head, mean=torch.zeros_like(channels), std=channels, dtype=dtype)
+        net.load_state_dict(state)
+        return net.to(memory_format=torch.channels_last)
+
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of shape (batch, classes), float32, for images in [0, 1]."""
+        """Logits of shape (batch, classes), in the head's type (float32), for images in [0, 1]."""
         buffers = self._buffers
 
         def conv(layer: ConvSpec, x: Tensor) -> Tensor:
@@ -86,7 +99,7 @@ class FoldedNet(nn.Module):
             return F.conv2d(x, weight, bias, layer.stride, layer.kernel // 2)
 
         def head(features: Tensor) -> Tensor:
-            return F.linear(features.float(), self.head_weight, self.head_bias)
+            return F.linear(features.to(self.head_weight.dtype), self.head_weight, self.head_bias)
 
         return run_network(self.spec, (images * self.scale + self.shift).to(self.dtype), conv, head)
 
@@ -101,7 +114,7 @@ def folded_layer(weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, var
 def extract(supernet: Supernet, arch: Arch) -> StaticNet:
     """The subnet as a network of its own, weights copied; its logits equal the supernet's at `arch` exactly."""
     spec = supernet.space.spec(arch)
-    net = StaticNet(spec).to(supernet.mean.device)
+    net = StaticNet(spec).to(supernet.mean)  # its device and type
     net.mean.copy_(supernet.mean)
     net.std.copy_(supernet.std)
     for conv in spec.convs:

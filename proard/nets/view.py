@@ -54,7 +54,7 @@ class SubnetView:
         images : Tensor of shape (batch, channels, height, width)
             In [0, 1].
         record : dict, optional
-            Receives every layer's batch mean and variance (unbiased), by layer name.
+            Receives every layer's batch mean and the (biased) variance that it divides by, by layer name.
         update_running : bool
             Move the supernet's running statistics by one step of their momentum.
         frozen : bool
@@ -69,7 +69,8 @@ class SubnetView:
             mean, var = torch.zeros_like(scale), torch.zeros_like(scale)  # momentum 1 leaves the batch's own
             out = F.batch_norm(out, mean, var, scale, shift, training=True, momentum=1.0, eps=BN_EPS)
             if record is not None:
-                record[layer.name] = (mean, var)
+                values = out.numel() / out.shape[1]  # per channel
+                record[layer.name] = (mean, var * ((values - 1) / values))
             if update_running:
                 bn = self.supernet.layers[key_of(layer)].bn
                 bn.running_mean[: layer.out_channels].lerp_(mean, BN_MOMENTUM)

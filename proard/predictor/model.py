@@ -41,7 +41,7 @@ class Predictor:
 
     def __init__(self, name: str, space: SearchSpace, features: np.ndarray, targets: np.ndarray, *, seed: int) -> None:
         self.name, self.space, self.seed = name, space, seed
-        self.features, self.targets = features, targets
+        self.features, self.targets = np.array(features), np.array(targets)
         self.pipeline = fit_pipeline(name, space, features, targets, seed=seed)
 
     def predict(self, genotypes: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ import pandas as pd
 from proard.artifacts import ArtifactError
 from proard.config import NEEDS
 from proard.report.inputs import Results
+from proard.search import Scale, hypervolume
 
 WORST = "worst"
 PACKAGES = (
@@ -126,17 +127,17 @@ def chosen_quality(results: Results, target: str) -> pd.Series | None:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Hypervolume of two searches' measured archs, as a share of the unit box, and of their difference."""
+    """Hypervolume of two searches' measured archs, and the interval of their difference."""
 
     split: str
     attack: str
+    cost: str
     num_nsga2: int
     num_random: int
     nsga2: float
     random: float
     low: float
     high: float
-    reference_macs: float
     bootstraps: int
 
     @property
@@ -146,20 +147,20 @@ class Comparison:
 
 
 def compare_searches(
-    verified: pd.DataFrame, *, reference_macs: float, bootstraps: int = 1000, seed: int = 0
+    verified: pd.DataFrame, *, cost: str = "macs", bootstraps: int = 1000, seed: int = 0
 ) -> Comparison | None:
     """Hypervolume of NSGA-II's measured archs against random search's.
 
-    Each arch is the point (1 - clean, 1 - robust, macs / reference_macs), all three to be made small; the reference
-    point is (1, 1, 1). The interval is the 2.5th to 97.5th percentile of the difference over `bootstraps` redraws, with
-    replacement, of each search's archs.
+    Objectives are clean accuracy, robust accuracy and cost, each scaled to the range of all archs compared, with the
+    reference point of the searches' own history. The interval is the 2.5th to 97.5th percentile of the difference
+    over `bootstraps` redraws, with replacement, of each search's archs.
 
     Parameters
     ----------
     verified : DataFrame
         Rows of verify_front. The worst case on test is used; without it, the strongest attack there is.
-    reference_macs : float
-        Multiply-accumulates at which an arch's contribution ends, normally the largest subnet's.
+    cost : str
+        Column that the searches minimised.
 
     Returns
     -------
@@ -167,35 +168,23 @@ def compare_searches(
         None if one of the searches has no measured arch.
     """
     split = "test" if (verified["split"] == "test").any() else "val"
-    rows = verified[verified["split"] == split]
+    rows = verified[(verified["split"] == split) & verified["found_by"].isin(["nsga2", "random"])]
+    if rows["found_by"].nunique() < 2:
+        return None
     attack = WORST if (rows["attack"] == WORST).any() else rows.groupby("attack")["robust_acc"].mean().idxmin()
     rows = rows[rows["attack"] == attack]
-    points = {
-        name: np.column_stack(
-            [1 - rows_of["clean_acc"], 1 - rows_of["robust_acc"], rows_of["macs"] / reference_macs]
-        ).astype(float)
-        for name, rows_of in ((name, rows[rows["found_by"] == name]) for name in ("nsga2", "random"))
-    }
-    nsga2, random = points["nsga2"], points["random"]
-    if not len(nsga2) or not len(random):
-        return None
+    objectives = np.column_stack([-rows["clean_acc"], -rows["robust_acc"], rows[cost]]).astype(float)
+    scale = Scale.of(objectives)
+    nsga2, random = (objectives[rows["found_by"] == name] for name in ("nsga2", "random"))
     generator = np.random.default_rng(seed)
     differences = [
-        _hypervolume(generator.choice(nsga2, len(nsga2))) - _hypervolume(generator.choice(random, len(random)))
+        hypervolume(generator.choice(nsga2, len(nsga2)), scale)
+        - hypervolume(generator.choice(random, len(random)), scale)
         for _ in range(bootstraps)
     ]
-    low, high = np.percentile(differences, [2.5, 97.5])
-    volumes = _hypervolume(nsga2), _hypervolume(random)
-    return Comparison(
-        split, str(attack), len(nsga2), len(random), *volumes, float(low), float(high), reference_macs, bootstraps
-    )
-
-
-def _hypervolume(points: np.ndarray) -> float:
-    """Volume between points of shape (n, 3), to be minimised, and (1, 1, 1)."""
-    from pymoo.indicators.hv import HV
-
-    return float(HV(ref_point=np.ones(3))(points))
+    low, high = np.percentile(differences, [2.5, 97.5]).tolist()
+    volumes = hypervolume(nsga2, scale), hypervolume(random, scale)
+    return Comparison(split, str(attack), cost, len(nsga2), len(random), *volumes, low, high, bootstraps)
 
 
 @dataclass(frozen=True)

@@ -9,20 +9,21 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from proard.report.facts import Student, chosen_quality, reference
 from proard.report.inputs import Results
 from proard.report.svg import COLOURS, STYLE
-from proard.report.text import SEARCH_NAMES, percent
+from proard.report.text import SEARCH_NAMES, decimal, percent
 from proard.space.cost import human
 
 SEARCH_LOOKS = {
     "nsga2": (COLOURS["blue"], "o"),
     "random": (COLOURS["orange"], "^"),
-    "exhaustive": (COLOURS["muted"], "s"),
 }
 ARCH_COLOURS = {"smallest": COLOURS["sky"], "middle": COLOURS["blue"], "largest": COLOURS["navy"]}
+CLEAN = (0, (3, 1.5))
 TARGETS = {"clean_acc": "Clean accuracy", "robust_acc": "Robust accuracy"}
 PERCENT = FuncFormatter(lambda share, _: f"{100 * share:g}")
 
@@ -46,8 +47,8 @@ def front_figure(results: Results, students: Sequence[Student]) -> tuple[Figure,
             _draw_sampled(axis, table, column, tooltips)
             _draw_predicted(axis, results.get("front"), column)
             _draw_verified(axis, results, column, tooltips)
-            _draw_references(axis, results, column)
             _draw_students(axis, students, column, tooltips)
+            _draw_references(axis, results, column)
             axis.set_title(label)
             axis.set_ylabel("%")
             axis.yaxis.set_major_formatter(PERCENT)
@@ -69,15 +70,15 @@ def _draw_sampled(axis: Axes, table: pd.DataFrame, column: str, tooltips: dict[s
 
 
 def _draw_predicted(axis: Axes, front: pd.DataFrame | None, column: str) -> None:
-    """The best value predicted at or under every cost, as a dashed stair."""
+    """The best value that each search was promised at or under every cost, as a dashed stair."""
     if front is None:
         return
-    rows = front.sort_values("macs")
-    best = rows[f"predicted_{column}"].cummax()
-    axis.step(
-        rows["macs"], best, where="post", color=COLOURS["blue"], linestyle=(0, (4, 2)), linewidth=1.2,
-        label="best predicted up to this cost",
-    )  # fmt: skip
+    for search, (colour, _) in SEARCH_LOOKS.items():
+        rows = front[front["found_by"] == search].sort_values("macs")
+        if not rows.empty:
+            look = {"color": colour, "linestyle": (0, (4, 2)), "linewidth": 1.1, "alpha": 0.9}
+            best = rows[f"predicted_{column}"].cummax()
+            axis.step(rows["macs"], best, where="post", label=f"{SEARCH_NAMES[search]}, predicted", **look)
 
 
 def _draw_verified(axis: Axes, results: Results, column: str, tooltips: dict[str, list[str]]) -> None:
@@ -103,11 +104,20 @@ def _draw_verified(axis: Axes, results: Results, column: str, tooltips: dict[str
 
 
 def _draw_references(axis: Axes, results: Results, column: str) -> None:
-    """Teacher and control as horizontal lines, both on val."""
+    """Teacher and control as horizontal lines on val; a value far from the subnets is named at the axis' end."""
+    low, high = axis.get_ylim()
+    room = 0.35 * (high - low)
     for name, colour, style in (("teacher", COLOURS["green"], "-"), ("control", COLOURS["ink"], ":")):
         value = reference(results, name, column)
-        if value is not None:
+        if value is None:
+            continue
+        if low - room < value < high + room:
             axis.axhline(value, color=colour, linestyle=style, linewidth=1.3, zorder=1, label=f"{name}, val")
+            continue
+        above = value > high
+        words = f"{name} {percent(value)} % {'↑' if above else '↓'}"
+        place = (0.02, 0.98, "left", "top") if above else (0.98, 0.03, "right", "bottom")
+        axis.text(*place[:2], words, transform=axis.transAxes, ha=place[2], va=place[3])
 
 
 def _draw_students(axis: Axes, students: Sequence[Student], column: str, tooltips: dict[str, list[str]]) -> None:
@@ -115,7 +125,7 @@ def _draw_students(axis: Axes, students: Sequence[Student], column: str, tooltip
     if not students:
         return
     points = axis.scatter(
-        [student.macs for student in students], [student.final[column] for student in students], s=135, marker="*",
+        [student.macs for student in students], [student.final[column] for student in students], s=115, marker="*",
         facecolor=COLOURS["gold"], edgecolor=COLOURS["ink"], linewidths=0.8, zorder=5,
         label="exported student, test, worst case",
     )  # fmt: skip
@@ -165,11 +175,12 @@ def training_figure(results: Results) -> Figure | None:
             if column == 0:
                 upper.set_ylabel("accuracy on val, %")
                 lower.set_ylabel("loss, nats")
-        handles: dict[str, object] = {}
-        for axis in figure.axes:
-            found, labels = axis.get_legend_handles_labels()
-            handles.update(zip(labels, found, strict=True))
-        figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=min(7, max(1, len(handles))))
+        archs = [name for name in ARCH_COLOURS if any((rows["arch"] == name).any() for _, rows in runs)]
+        looks = [(name, {"color": ARCH_COLOURS[name]}) for name in archs]
+        looks += [("robust", {"color": COLOURS["muted"]}), ("clean", {"color": COLOURS["muted"], "linestyle": CLEAN})]
+        looks += [("kept epoch", {"color": COLOURS["gold"]})]
+        handles = [Line2D([], [], label=name, **look) for name, look in looks]
+        figure.legend(handles=handles, loc="lower center", ncols=len(handles))
         figure.tight_layout(rect=(0, 0.28 / figure.get_figheight(), 1, 1))
     return figure
 
@@ -181,11 +192,11 @@ def _draw_validation(axis: Axes, rows: pd.DataFrame) -> None:
         colour = ARCH_COLOURS.get(str(arch), COLOURS["blue"])
         marker = "o" if len(of_arch) < 2 else ""
         look = {"color": colour, "marker": marker, "markersize": 4}
-        axis.plot(of_arch["epoch"], of_arch["val_clean_acc"], **look, linestyle=(0, (3, 1.5)), label=f"{arch}, clean")
-        axis.plot(of_arch["epoch"], of_arch["val_robust_acc"], **look, label=f"{arch}, robust")
+        axis.plot(of_arch["epoch"], of_arch["val_clean_acc"], **look, linestyle=CLEAN)
+        axis.plot(of_arch["epoch"], of_arch["val_robust_acc"], **look)
     kept = rows.loc[rows["best"].eq(True), "epoch"]
     if not kept.empty:
-        axis.axvline(kept.iloc[-1], color=COLOURS["gold"], linewidth=1.2, zorder=1, label="kept epoch")
+        axis.axvline(kept.iloc[-1], color=COLOURS["gold"], linewidth=1.2, zorder=1)
     axis.yaxis.set_major_formatter(PERCENT)
     axis.set_ylim(bottom=0)
 
@@ -230,7 +241,7 @@ def _tau_words(results: Results, target: str) -> str:
     quality = chosen_quality(results, target)
     if quality is None:
         return ""
-    return f"τ {quality['kendall_tau']:.2f}\nceiling {quality['noise_ceiling']:.2f}"
+    return f"τ {decimal(quality['kendall_tau'])}\nceiling {decimal(quality['noise_ceiling'])}"
 
 
 def search_figure(results: Results) -> Figure | None:
@@ -243,13 +254,11 @@ def search_figure(results: Results) -> Figure | None:
         axis = figure.subplots()
         for search, (colour, _) in SEARCH_LOOKS.items():
             rows = history[history["search"] == search].sort_values("evaluations")
-            if search == "exhaustive" and not rows.empty:
-                axis.axhline(
-                    rows["hypervolume"].max(), color=colour, linewidth=1.2, linestyle=":",
-                    label=f"exhaustive, {int(rows['evaluations'].max()):,} archs",
-                )  # fmt: skip
-            elif not rows.empty:
-                axis.plot(rows["evaluations"], rows["hypervolume"], color=colour, label=SEARCH_NAMES[search])
+            axis.plot(rows["evaluations"], rows["hypervolume"], color=colour, label=SEARCH_NAMES[search])
+        whole = history.get("exhaustive_hypervolume")
+        if whole is not None and whole.notna().any():
+            axis.axhline(whole.max(), color=COLOURS["muted"], linestyle=":", linewidth=1.2, label="whole space")
+        axis.set_xlim(left=0)
         axis.set(xlabel="archs evaluated by the predictor", ylabel="hypervolume, predicted")
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axis.legend(loc="lower right")

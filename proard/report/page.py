@@ -7,6 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from proard import __version__
 from proard.progress import duration
 from proard.report import sections
@@ -16,7 +18,7 @@ from proard.report.inputs import Results
 from proard.report.sections import Section, View
 from proard.report.style import STYLE_SHEET
 from proard.report.svg import to_svg
-from proard.report.text import count, percent, plural, threat_words
+from proard.report.text import count, decimal, percent, plural, threat_words
 
 FIGURES = ("front", "training", "predictor", "search")
 
@@ -43,11 +45,10 @@ def render(results: Results, *, html: str | Path, title: str, norm: str, eps: fl
     """
     students = exported_students(results.students)
     verified = results.get("verified")
+    cost = results.settings.get("search_front", {}).get("cost", "macs")
     comparison = None
     if verified is not None:
-        table = results.get("table")
-        largest = max(verified["macs"].max(), 0 if table is None else table["macs"].max())
-        comparison = compare_searches(verified, reference_macs=float(largest), bootstraps=bootstraps, seed=results.seed)
+        comparison = compare_searches(verified, cost=cost, bootstraps=bootstraps, seed=results.seed)
     figures = _figures(results, students)
     view = View(
         results=results,
@@ -130,9 +131,9 @@ def _lede(view: View) -> str:
         else f"of {count(costs[0])} MACs"
     )
     text = (
-        f"{plural(len(view.students), 'student')} {span}, cut from one supernet that was trained once. The best keeps "
-        f"<strong>{percent(best.final['robust_acc'])} %</strong> of {int(best.final['num_images']):,} test images right "
-        f"under attack within {threat_words(view.norm, view.eps)}"
+        f"{plural(len(view.students), 'student')} {span}, cut from one supernet that was trained once. "
+        f"The best keeps <strong>{percent(best.final['robust_acc'])} %</strong> of "
+        f"{int(best.final['num_images']):,} test images right under attack within {threat_words(view.norm, view.eps)}"
     )
     if control is not None:
         text += f"; a plainly trained network keeps {percent(control['robust_acc'])} %"
@@ -158,8 +159,8 @@ def _cards(view: View) -> str:
     quality = view.quality("robust_acc")
     if quality is not None:
         how = f"Kendall τ of robust accuracy on {int(quality['num_held_out'])} held-out archs; ceiling from label noise"
-        ceiling = f"of {quality['noise_ceiling']:.2f}"
-        cards.append(_card(f"{quality['kendall_tau']:.2f}", ceiling, "predictor", how))
+        ceiling = "" if pd.isna(quality["noise_ceiling"]) else f"of {decimal(quality['noise_ceiling'])}"
+        cards.append(_card(decimal(quality["kendall_tau"]), ceiling, "predictor", how))
     if view.durations:
         jobs = plural(sum(entry.jobs for entry in view.durations), "job")
         seconds = sum(entry.seconds for entry in view.durations)

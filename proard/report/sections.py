@@ -25,25 +25,27 @@ def students(view: View) -> Section | None:
     groups = [
         head("", span=3),
         head("measured on test", "edge", span=2 + len(attacks)),
-        head("predicted → measured on val", "edge", span=2),
-        head("file", "edge", span=2),
+        head("predicted → val", "edge", span=2),
+        head("files", "edge"),
     ]
-    heads = [head("budget"), head("MACs"), head("params"), head("clean, %", "edge"), head("robust, %")]
+    heads = [head("budget"), head("MACs"), head("params"), head("clean", "edge"), head("robust")]
     heads += [head(escape(name)) for name in attacks]
-    heads += [head("clean, %", "edge"), head("robust, %"), head("ONNX", "edge", "left"), head("")]
+    heads += [head("clean", "edge"), head("robust"), head("with ONNX parity", "edge", "left")]
     rows = "\n".join(_student_row(view, student, attacks, label) for student in view.students)
-    robust = f"robust: {escape(_words(view, final))}"
-    others = [f"{escape(name)}: {escape(_words(view, view.students[0].test[name]))}" for name in attacks]
-    body = f"""<p>One row per budget: the subnet that did best on val among the few that the predictor proposed, extracted
-with its own weights. The star marks the most robust.</p>
-<div class="scroll"><table class="students"><thead><tr class="groups">{"".join(groups)}</tr>
-<tr>{"".join(heads)}</tr></thead>
+    words = [f"Robust: {escape(_words(view, final))}"]
+    words += [f"{escape(name)}: {escape(_words(view, view.students[0].test[name]))}" for name in attacks]
+    measured = escape(label or "the attack")
+    body = f"""<p>One row per budget: the subnet that did best on val among the few that the predictor proposed,
+extracted with its own weights. The star marks the most robust. The control was trained plainly.</p>
+<div class="scroll"><table class="students">
+<thead><tr class="groups">{"".join(groups)}</tr><tr>{"".join(heads)}</tr></thead>
 <tbody>{rows}
 {_control_row(view, attacks)}</tbody></table></div>
 <p class="caption">Accuracies in percent on {int(final["num_images"]):,} test images; the small ranges are 95 % Wilson
-intervals. {"; ".join([robust, *others])}. Beside them, what the predictor expected and what {escape(label or "the attack")}
-then measured on val: predictions chose the candidates, they are no result. ONNX: the exported file was run over the
-images beside PyTorch; shown are the share of equal top-1 answers and the largest difference of softmax.</p>"""
+intervals. {"; ".join(words)}. Beside them, what the predictor expected and what {measured}
+then measured on val: predictions chose the candidates, they are no result. The exported ONNX file was run beside
+PyTorch on {_parity_images(view)}: shown are the share of equal top-1 answers and the largest difference of
+softmax.</p>"""
     return Section("students", "Students", "The students", body)
 
 
@@ -81,13 +83,20 @@ def _files(view: View, student: Student) -> str:
     """Parity and links of an exported student."""
     card = view.card(student.budget)
     if card is None:
-        return cell("–", "edge", "left") + cell("", "files")  # noqa: RUF001
+        return cell("–", "edge", "left")
     parity = card.parity
-    mark = "✓" if parity["passed"] else "✗ failed"
-    agreement = f"{percent(parity['onnx_top1_agreement'], 2).removesuffix('.00')} % equal"
-    text = f'{mark} {agreement}<span class="rangy">Δ ≤ {parity["onnx_max_softmax_difference"]:.1e}</span>'
-    links = " ".join(view.link(card.folder / name, short) for name, short in FILES)
-    return cell(text, "edge", "left", "nowrap") + cell(links, "files")
+    links = "".join(view.link(card.folder / name, short) for name, short in FILES)
+    agreement = percent(parity["onnx_top1_agreement"], 2).removesuffix(".00")
+    words = (
+        f"{'✓' if parity['passed'] else '✗ failed:'} {agreement} % equal, Δ {parity['onnx_max_softmax_difference']:.0e}"
+    )
+    return cell(f'{links}<span class="rangy">{words}</span>', "edge", "left", "files")
+
+
+def _parity_images(view: View) -> str:
+    """How many images the parity was checked on."""
+    numbers = {card.parity.get("num_images") for card in view.results.cards} - {None}
+    return f"{min(numbers):,} images" if numbers else "images"
 
 
 def _control_row(view: View, attacks: list[str]) -> str:
@@ -97,14 +106,14 @@ def _control_row(view: View, attacks: list[str]) -> str:
         return ""
     by_attack = rows_by_attack(table, "test")
     cells = [
-        cell("control, plainly trained"),
+        cell("control"),
         cell(count(row["macs"]), "nowrap"),
         cell(count(row["params"]), "nowrap"),
         accuracy(row, "clean_acc", "edge"),
         accuracy(row, "robust_acc"),
         *(accuracy(by_attack.get(name), "robust_acc") for name in attacks),
         cell("", "edge", span=2),
-        cell("", "edge", span=2),
+        cell("", "edge"),
     ]
     return f'<tr class="reference">{"".join(cells)}</tr>'
 
@@ -120,7 +129,7 @@ def tradeoff(view: View) -> Section | None:
         f"{escape(str(row['attack']))} ({escape(_words(view, row))})."
     ]
     if view.results.get("front") is not None:
-        parts.append("Dashed: the best that the predictor promised up to each cost.")
+        parts.append("Dashed: the best that the predictor promised up to each cost, of what each search found.")
     verified = view.results.get("verified")
     if verified is not None:
         rows = verified[(verified["split"] == "val") & (verified["attack"] == view.results.label_attack)]
@@ -129,8 +138,8 @@ def tradeoff(view: View) -> Section | None:
             found = " and ".join(f"{number} of {words}" for words, number in numbers.items() if number)
             images = int(rows["num_images"].iloc[0])
             parts.append(
-                f"Filled marks: searched archs as measured afterwards, {found}, on {images:,} val images under the same "
-                "attack, with 95 % intervals."
+                f"Filled marks: searched archs as measured afterwards, {found}, on {images:,} val images under the "
+                "same attack, with 95 % intervals."
             )
     if view.students:
         final = view.best.final
@@ -154,8 +163,8 @@ def _reference_words(view: View) -> str:
         on = "" if images is None or images.isna().all() else f" on {int(images.max()):,} val images"
         parts.append(f"teacher under {steps}{on}")
     if view.results.get("control_table") is not None:
-        parts.append("control under the dots' attack where it was measured with it")
-    return f"Lines: {'; '.join(parts)}." if parts else ""
+        parts.append("control on val, under the dots' attack where it was measured with it")
+    return f"Lines: {'; '.join(parts)}; an arrow marks a line beyond the axis." if parts else ""
 
 
 def search(view: View) -> Section | None:
@@ -170,7 +179,6 @@ def search(view: View) -> Section | None:
             "search",
             "Hypervolume of all archs found so far, on predicted values: how well each search serves the predictor, "
             f"with {spent:,} evaluations for each. The measured comparison follows.",
-            narrow=True,
         )
     body += _comparison_words(view)
     return Section("search", "Search", "NSGA-II against random search", body)
@@ -191,19 +199,21 @@ def _comparison_words(view: View) -> str:
         if found.num_nsga2 == found.num_random
         else f"{found.num_nsga2} archs of NSGA-II, {found.num_random} of random search"
     )
+    attack = "worst case per image over all attacks" if found.attack == "worst" else escape(found.attack)
     return f"""<h3>Measured afterwards</h3>
 <p class="verdict">Hypervolume {found.nsga2:.4f} for NSGA-II, {found.random:.4f} for random search: difference
-<strong>{_signed(found.difference)}</strong>, 95 % interval {_signed(found.low)} to {_signed(found.high)}. {verdict}.</p>
-<p class="caption">{counts}, measured on {found.split} ({escape(found.attack)} attack). Every arch is a point of clean
-accuracy, robust accuracy and MACs as a share of {count(found.reference_macs)}; the hypervolume is the part of the unit
-box that the points dominate, seen from accuracy 0 and a share of 1. The interval: percentiles 2.5 to 97.5 of the
-difference over {found.bootstraps:,} redraws, with replacement, of each search's archs. It speaks of which archs were
-found, not of another sample of images.</p>"""
+<strong>{_signed(found.difference)}</strong>, 95 % interval {_signed(found.low)} to {_signed(found.high)}.
+{verdict}.</p>
+<p class="caption">{counts}, measured on {found.split}, {attack}. Every arch is a point of clean
+accuracy, robust accuracy and {escape(found.cost)}, each scaled to the range that these archs span; the hypervolume is
+the share of the box, from the best corner to 1.1 times the range, that a search's archs dominate. The interval:
+percentiles 2.5 to 97.5 of the difference over {found.bootstraps:,} redraws, with replacement, of each search's archs.
+It speaks of which archs were found, not of another sample of images.</p>"""
 
 
 def _signed(value: float) -> str:
     """A difference with its sign."""
-    return f"{value:+.4f}".replace("-", "−")  # noqa: RUF001
+    return f"{value:+.4f}".replace("-", "−")
 
 
 def predictor(view: View) -> Section | None:
@@ -215,7 +225,11 @@ def predictor(view: View) -> Section | None:
     if "predictor" in view.figures:
         number = len(view.results.frames["held_out"])
         body += view.figure(
-            "predictor", f"{plural(number, 'held-out arch')} that the predictor never saw; the line is equality."
+            "predictor",
+            (
+                f"{plural(number, 'held-out arch')} that the model had not seen, measured on val under "
+                f"{escape(view.results.label_attack or 'the attack')}; the line is equality."
+            ),
         )
     if quality is not None:
         body += _quality_table(quality)
@@ -253,12 +267,12 @@ def _quality_value(row: pd.Series, column: str) -> str:
     """One quality figure with its interval."""
     value = row[column]
     if pd.isna(value):
-        return "–"  # noqa: RUF001
+        return "–"
     if column in ("rmse", "top_k_regret"):
         return percent(value, 2)
     low, high = row.get(f"{column}_low"), row.get(f"{column}_high")
     known = low is not None and high is not None and not pd.isna(low) and not pd.isna(high)
-    below = f'<span class="rangy">{low:.2f}–{high:.2f}</span>' if known else ""  # noqa: RUF001
+    below = f'<span class="rangy">{low:.2f}–{high:.2f}</span>' if known else ""
     return f"{value:.2f}{below}"
 
 
@@ -270,9 +284,9 @@ def training(view: View) -> Section | None:
     images = [int(number) for number in counts if not pd.isna(number)]
     on = f" on {min(images):,} val images" if images else " on val"
     caption = (
-        f"Dashed: clean accuracy{on}; solid: robust accuracy under the short PGD of training's validation, which is weaker "
-        "than the attacks above. The vertical line is the epoch whose weights were kept, chosen on val. Below: the mean "
-        "training loss of each epoch; losses of different objectives do not compare."
+        f"Dashed: clean accuracy{on}; solid: robust accuracy under the short PGD of training's validation, which is "
+        "weaker than the attacks above. The vertical line is the epoch whose weights were kept, chosen on val. Below: "
+        "the mean training loss of each epoch; losses of different objectives do not compare."
     )
     return Section("training", "Training", "Training, leg by leg", view.figure("training", caption))
 

@@ -54,7 +54,7 @@ def _data_words(view: View) -> str:
     classes = [str(name) for name in manifest["classes"]]
     names = ", ".join(classes[:12]) + (", …" if len(classes) > 12 else "")
     height, width, channels = manifest["splits"]["train"]["image_shape"]
-    size = f"{width} × {height} pixels, {plural(channels, 'channel')}"  # noqa: RUF001 - the sign of sizes
+    size = f"{width} × {height} pixels, {plural(channels, 'channel')}"
     return escape(f"{manifest['source']}: {size}, {len(classes)} classes ({names})")
 
 
@@ -94,9 +94,8 @@ def _teacher_words(teacher: Mapping[str, Any] | None) -> str:
         return f"read from <code>{escape(str(teacher['file']))}</code>"
     objective = {"trades": "TRADES", "pgd_at": "PGD adversarial training", "plain": "plain"}[teacher["objective"]]
     beta = f", β {teacher['beta']:g}" if teacher["objective"] == "trades" else ""
-    return escape(
-        f"{objective}{beta}, {teacher['epochs']:g} epochs, batch {teacher['batch_size']}, learning rate {teacher['lr']:g}"
-    )
+    schedule = f"{teacher['epochs']:g} epochs, batch {teacher['batch_size']}, learning rate {teacher['lr']:g}"
+    return escape(f"{objective}{beta}, {schedule}")
 
 
 def _phase_words(section: Mapping[str, Any] | None) -> str:
@@ -134,17 +133,22 @@ def time(view: View) -> Section | None:
         return None
     longest = max(entry.seconds for entry in view.durations)
     total = sum(entry.seconds for entry in view.durations)
-    rows = "".join(
-        "<tr>" + cell(f"<code>{escape(entry.stage)}</code>", "nowrap") + cell(f"{entry.jobs}")
-        + cell(duration(entry.seconds), "nowrap")
-        + cell(f'<span class="bar" style="width:{100 * entry.seconds / max(longest, 1e-9):.1f}%"></span>', "bars")
-        + cell("–" if entry.memory_mb is None else f"{entry.memory_mb / 1024:.1f}") + "</tr>"  # noqa: RUF001
-        for entry in view.durations
-    )  # fmt: skip
-    body = f"""<div class="scroll"><table><thead><tr>{head("stage")}{head("jobs")}{head("wall time")}{head("")}
-{head("peak GiB")}</tr></thead><tbody>{rows}</tbody></table></div>
-<p class="caption">{duration(total)} in all: wall time of each stage's jobs, summed; jobs that ran side by side make the run
-shorter than that. A job that was interrupted and continued counts its last start only. From Snakemake's benchmark records.</p>"""
+    rows = ""
+    for entry in view.durations:
+        width = 100 * entry.seconds / max(longest, 1e-9)
+        cells = [
+            cell(f"<code>{escape(entry.stage)}</code>", "nowrap"),
+            cell(str(entry.jobs)),
+            cell(duration(entry.seconds), "nowrap"),
+            cell(f'<span class="bar" style="width:{width:.1f}%"></span>', "bars"),
+            cell("–" if entry.memory_mb is None else f"{entry.memory_mb / 1024:.1f}"),
+        ]
+        rows += f"<tr>{''.join(cells)}</tr>"
+    heads = [head("stage"), head("jobs"), head("wall time"), head(""), head("peak GiB")]
+    body = f"""<div class="scroll"><table><thead><tr>{"".join(heads)}</tr></thead><tbody>{rows}</tbody></table></div>
+<p class="caption">{duration(total)} in all: wall time of each stage's jobs, summed; jobs that ran side by side make the
+run shorter than that. A job that was interrupted and continued counts its last start only. From Snakemake's benchmark
+records.</p>"""
     return Section("time", "Time", "How long each stage took", body)
 
 
@@ -158,16 +162,15 @@ def provenance(view: View) -> Section | None:
     )
     facts.append(("Packages", escape(", ".join(f"{name} {version}" for name, version in packages()))))
     facts.append(("Page made on", escape("; ".join(f"{value}" for value in machine().values()))))
-    rows = "".join(
-        "<tr>" + cell(view.link(entry.path, _short(entry.path, view.folder)), "nowrap")
-        + cell(entry.sha256, "left", "checksum") + "</tr>"
-        for entry in results.inputs
-    )  # fmt: skip
-    settings = escape(compact_json(results.settings))
+    rows = ""
+    for entry in results.inputs:
+        name = cell(view.link(entry.path, _short(entry.path, view.folder)), "nowrap")
+        rows += f"<tr>{name}{cell(entry.sha256, 'left', 'checksum')}</tr>"
+    heads = head("file") + head("SHA-256", "left")
     body = f"""{definitions(facts)}
-<details><summary>Settings of every stage</summary><pre>{settings}</pre></details>
-<details><summary>Files this page was made from ({len(results.inputs)})</summary><div class="scroll"><table><thead><tr>{head("file")}
-{head("SHA-256", "left")}</tr></thead><tbody>{rows}</tbody></table></div></details>"""
+<details><summary>Settings of every stage</summary><pre>{escape(compact_json(results.settings))}</pre></details>
+<details><summary>Files this page was made from ({len(results.inputs)})</summary>
+<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div></details>"""
     return Section("provenance", "Provenance", "Where the numbers come from", body)
 
 

@@ -23,7 +23,7 @@ body {
   margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.6 var(--sans);
   font-variant-numeric: tabular-nums;
 }
-main, header, footer { max-width: 1120px; margin: 0 auto; padding: 0 24px; }
+main, header, footer { max-width: 1140px; margin: 0 auto; padding: 0 24px; }
 header { padding-top: 56px; }
 h1 {
   font: 600 clamp(2rem, 5vw, 3.1rem)/1.1 var(--serif); letter-spacing: -.012em; margin: 6px 0 18px;
@@ -47,14 +47,12 @@ nav a:hover { text-decoration: underline; }
 .card .what { font-size: .93rem; font-weight: 600; margin-top: 4px; line-height: 1.35; }
 .card .how { font-size: .84rem; line-height: 1.4; color: var(--muted); margin-top: 3px; }
 .card.first { border-top: 3px solid var(--gold); padding-top: 14px; }
-section { margin: 22px 0 0; padding: 28px 30px 26px; scroll-margin-top: 12px; }
+section { margin: 22px 0 0; padding: 28px 28px 26px; scroll-margin-top: 12px; }
 .caption { color: var(--muted); font-size: .92rem; line-height: 1.55; max-width: 88ch; margin: 10px 0 0; }
 .scroll { overflow-x: auto; margin: 14px -8px 0; padding: 0 8px; }
-.figure svg { display: block; width: 100%; height: auto; min-width: 620px; }
-.figure.narrow svg { max-width: 760px; margin: 0 auto; }
-use:hover, .figure path:hover { cursor: default; }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; line-height: 1.35; }
-th, td { padding: 9px 10px; text-align: right; vertical-align: top; border-bottom: 1px solid var(--rule); }
+.figure svg { display: block; width: 100%; height: auto; min-width: 560px; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; line-height: 1.35; }
+th, td { padding: 9px 8px; text-align: right; vertical-align: top; border-bottom: 1px solid var(--rule); }
 th { font-weight: 600; color: var(--muted); font-size: .84rem; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 th:last-child, td:last-child { padding-right: 0; }
@@ -63,10 +61,10 @@ thead tr.groups th { border-bottom: 0; padding-bottom: 0; text-align: left; colo
 .rangy { display: block; color: var(--muted); font-size: .78rem; white-space: nowrap; }
 td.strong { font-weight: 650; font-size: 1.02rem; }
 td.strong .rangy { font-weight: 400; }
-td.quiet, th.quiet { color: var(--muted); }
-td.edge, th.edge { border-left: 1px solid var(--rule); padding-left: 16px; }
-td.files { white-space: nowrap; }
-td.files a { margin-left: 8px; }
+td.quiet { color: var(--muted); font-size: .84rem; }
+td.edge, th.edge { border-left: 1px solid var(--rule); padding-left: 13px; }
+td.files { white-space: nowrap; font-size: .86rem; }
+td.files a + a { margin-left: .55em; }
 td.nowrap, th.nowrap { white-space: nowrap; }
 tr.best td:first-child::after { content: " ★"; color: var(--gold); }
 tr.reference td { color: var(--muted); }

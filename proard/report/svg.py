@@ -14,6 +14,8 @@ SVG = "http://www.w3.org/2000/svg"
 XLINK = "http://www.w3.org/1999/xlink"
 FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
+PIXELS_PER_POINT = 1.42  # a figure of 10.4 inches fills the page's column
+
 # Colours on white, after Okabe and Ito (safe for colour-blind readers); the page maps each to a variable of its own.
 COLOURS: dict[str, str] = {
     "ink": "#1c2733",
@@ -34,6 +36,7 @@ STYLE = {
     "font.size": 9.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.facecolor": COLOURS["paper"],
     "axes.edgecolor": COLOURS["muted"],
     "axes.labelcolor": COLOURS["ink"],
     "axes.titlecolor": COLOURS["ink"],
@@ -99,16 +102,18 @@ def _add_tooltips(root: ElementTree.Element, group: str, texts: Sequence[str]) -
 
 
 def inline(svg: str, prefix: str) -> str:
-    """A standalone SVG as part of a page: ids of its own, colours as the page's variables, no background.
+    """A standalone SVG as part of a page: ids of its own, colours as the page's variables, scalable.
 
-    Each colour of `COLOURS` becomes `var(--NAME)`.
+    Each colour of `COLOURS` becomes `var(--NAME)`; the width in points becomes the greatest width on screen.
     """
-    text = svg[svg.index("<svg") :].strip()
+    root = svg[svg.index("<svg") :].strip()
+    head, body = root.split(">", 1)
+    width = float(re.search(r'width="([\d.]+)pt"', head)[1])  # type: ignore[index] - matplotlib always writes it
+    head = re.sub(r' (?:width|height)="[^"]*"', "", head)
+    text = f'{head} style="max-width: {PIXELS_PER_POINT * width:.0f}px">{body}'
     text = re.sub(r'\bid="', f'id="{prefix}-', text)
     text = re.sub(r'href="#', f'href="#{prefix}-', text)
     text = re.sub(r"url\(#", f"url(#{prefix}-", text)
     for name, colour in COLOURS.items():
         text = text.replace(colour, f"var(--{name})")
-    return re.sub(
-        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1
-    )
+    return text

@@ -10,33 +10,37 @@ import pandas as pd
 
 from proard.space.cost import human
 
-SEARCH_NAMES = {"nsga2": "NSGA-II", "random": "random search", "exhaustive": "exhaustive"}
+SEARCH_NAMES = {"nsga2": "NSGA-II", "random": "random search"}
 OBJECTIVES = {"ce": "cross-entropy", "margin": "logit margin (CW)"}
-NORMS = {"linf": "ℓ∞"}  # noqa: RUF001 - the norm's usual sign
+NORMS = {"linf": "ℓ∞"}
 
 
 def percent(share: Any, digits: int = 1) -> str:
     """A fraction in percent, without the sign; a dash where there is none."""
-    return "–" if share is None or pd.isna(share) else f"{100 * float(share):.{digits}f}"  # noqa: RUF001
+    return "–" if share is None or pd.isna(share) else f"{100 * float(share):.{digits}f}"
+
+
+def decimal(value: float) -> str:
+    """A correlation in two decimals; a dash where it is not defined."""
+    return "–" if pd.isna(value) else f"{value:.2f}"
 
 
 def interval(row: Mapping[str, Any], column: str) -> str:
     """A column's 95 % interval in percent, as a range; empty where the table has none."""
     low, high = row.get(f"{column}_low"), row.get(f"{column}_high")
-    return "" if low is None or high is None or pd.isna(low) or pd.isna(high) else f"{percent(low)}–{percent(high)}"  # noqa: RUF001
+    return "" if low is None or high is None or pd.isna(low) or pd.isna(high) else f"{percent(low)}–{percent(high)}"
 
 
 def pixels(length: float) -> str:
-    """A length in pixel units of [0, 1] as n/255 where it is one, else as a number."""
+    """A length in pixel units of [0, 1] as n/255 where it is a whole number of steps or a small part of one."""
     steps = Fraction(length * 255).limit_denominator(8)
-    if length and abs(float(steps) / 255 - length) < 1e-9:
-        return f"{steps}/255" if steps.denominator == 1 else f"{float(steps):g}/255"
-    return f"{length:.4g}"
+    exact = length > 0 and abs(float(steps) / 255 - length) < 1e-9
+    return f"{float(steps):g}/255" if exact and (steps.denominator == 1 or steps < 4) else f"{length:.4g}"
 
 
 def count(number: float) -> str:
-    """A cost as people write it, with a thin space before its suffix."""
-    text = human(number)
+    """A cost in three digits, with a thin space before its suffix."""
+    text = human(float(f"{number:.3g}"))
     return f"{text[:-1]}\u202f{text[-1]}" if text[-1].isalpha() else text
 
 
@@ -61,4 +65,4 @@ def attack_words(row: Mapping[str, Any], objective: str | None = None) -> str:
 
 def threat_words(norm: str, eps: float) -> str:
     """The threat model in a few signs."""
-    return f"{NORMS.get(norm, norm)} ≤ {pixels(eps)}"
+    return f"{NORMS.get(norm, norm)}\u00a0≤\u00a0{pixels(eps)}"

@@ -72,11 +72,10 @@ class View:
         target = Path(os.path.relpath(path, self.folder)).as_posix()
         return f'<a href="{escape(target)}">{escape(text)}</a>'
 
-    def figure(self, name: str, caption: str, *, narrow: bool = False) -> str:
+    def figure(self, name: str, caption: str) -> str:
         """A figure with its caption."""
         svg = inline(self.figures[name], name)
-        kind = "figure narrow" if narrow else "figure"
-        return f'<div class="scroll {kind}">{svg}</div>\n<p class="caption">{caption}</p>'
+        return f'<div class="scroll figure">{svg}</div>\n<p class="caption">{caption}</p>'
 
 
 def cell(content: str, *classes: str, span: int = 1) -> str:
@@ -94,7 +93,7 @@ def head(content: str, *classes: str, span: int = 1) -> str:
 def accuracy(row: Mapping[str, Any] | None, column: str, *classes: str) -> str:
     """A cell with an accuracy in percent and its interval below."""
     if row is None or pd.isna(row[column]):
-        return cell("–", *classes)  # noqa: RUF001
+        return cell("–", *classes)
     span = interval(row, column)
     below = f'<span class="rangy">{span}</span>' if span else ""
     return cell(f"{percent(row[column])}{below}", *classes)

@@ -13,8 +13,8 @@ Predict = Callable[[np.ndarray], np.ndarray]  # genotypes (n, genes) -> clean an
 Cost = Callable[[np.ndarray], np.ndarray]  # genotypes (n, genes) -> cost (n,)
 Canonical = Callable[[np.ndarray], np.ndarray]  # genotypes (n, genes) -> the same archs, one genotype per arch
 
-UNIFORM_ROUNDS, ROUNDS = 8, 40  # of drawing new archs; 65,536 draws a round at most
-DRAWS_PER_ROUND = 65_536
+UNIFORM_ROUNDS, SCALED_ROUNDS, ROUNDS = 8, 8, 40  # of drawing new archs
+DRAWS_PER_ROUND = 16_384  # at most
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class Evaluations:
         smallest = float(cost(np.zeros((1, len(self.choices)), dtype=np.int64))[0])
         if max_cost is not None and max_cost < smallest:
             raise UserError(
-                f"search_front.max_cost is {max_cost:g}; no arch of the space is that small, "
-                f"the smallest feasible cost is {smallest:g}"
+                f"search_front.max_cost is {max_cost:.0f}; no arch of the space is that small, "
+                f"the smallest feasible cost is {smallest:.0f}"
             )
         self.seen: set[bytes] = set()
         self.batches: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
@@ -104,25 +104,32 @@ class Evaluations:
         return np.column_stack([-accuracies, costs])
 
     def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """Up to `count` fresh genotypes, genes uniform and independent.
+        """Up to `count` fresh genotypes, genes uniform and independent; fewer only when hardly any arch is left.
 
         Where the cost limit rejects nearly all such draws, further ones have a random upper end common to all genes,
-        so that a tight limit is met too. Fewer come back only when hardly any fresh arch is left.
+        and the last ones are neighbours of those found, so that a tight limit is met too.
         """
-        found: list[np.ndarray] = []
-        taken: set[bytes] = set()
+        found = np.zeros((0, len(self.choices)), dtype=np.int64)
         size = 2 * count
         for attempt in range(ROUNDS):
-            scale = np.ones((size, 1)) if attempt < UNIFORM_ROUNDS else rng.random((size, 1))
-            ends = np.minimum(np.floor(scale * self.choices) + 1, self.choices)  # (size, genes)
-            draws = np.floor(rng.random(ends.shape) * ends).astype(np.int64)
-            draws = draws[self.fresh(draws, besides=taken)][: count - len(taken)]
-            taken.update(self.keys(draws))
-            found.append(draws)
-            if len(taken) == count:
+            draws = self._propose(attempt, size, found, rng)
+            draws = draws[self.fresh(draws, besides=self.keys(found))]
+            found = np.concatenate([found, draws[: count - len(found)]])
+            if len(found) == count:
                 break
-            size = min(2 * size, DRAWS_PER_ROUND)
-        return np.concatenate(found)
+            size = min(2 * size, max(DRAWS_PER_ROUND, count))
+        return found
+
+    def _propose(self, attempt: int, size: int, found: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Draw `size` genotypes for one round of `draw`."""
+        scale = rng.random((size, 1)) if attempt >= UNIFORM_ROUNDS else np.ones((size, 1))
+        ends = np.minimum(np.floor(scale * self.choices) + 1, self.choices)  # (size, genes)
+        draws = np.floor(rng.random(ends.shape) * ends).astype(np.int64)
+        if attempt < UNIFORM_ROUNDS + SCALED_ROUNDS:
+            return draws
+        known = np.concatenate([np.zeros((1, len(self.choices)), dtype=np.int64), found])
+        changed = rng.random(draws.shape) < 2 / draws.shape[1]
+        return np.where(changed, draws, known[rng.integers(0, len(known), size)])
 
     def archive(self) -> Archive:
         """Everything evaluated so far."""

@@ -219,9 +219,8 @@ class SearchSpace:
             )
         else:
             stems = np.asarray([_cost(self._stem_blocks(0, 0, out)) for out in widths])
-        units, size = [], self.settings.image_size // self.settings.stem.stride
+        units, size = [], -(-self.settings.image_size // self.settings.stem.stride)
         for unit, settings in enumerate(self.settings.units):
-            size = -(-size // settings.stride)
             first = [
                 [
                     [_cost([self._block(unit, 0, self._unit_width(unit - 1, before), own, e, size)]) for e in expands]
@@ -229,6 +228,7 @@ class SearchSpace:
                 ]
                 for before in widths
             ]
+            size = -(-size // settings.stride)
             others = [
                 [_cost([self._block(unit, 1, self._unit_width(unit, own), own, e, size)]) for e in expands]
                 for own in widths
@@ -242,7 +242,7 @@ class SearchSpace:
     def spec(self, arch: Arch) -> NetSpec:
         """The static network of an arch: every convolution with its channels and feature map."""
         genes = np.asarray(self.genotype(arch))
-        depth, width, expand = (list(genes[part]) for part in self.sections)
+        _, width, expand = (list(genes[part]) for part in self.sections)
         if self.deep_stem:
             blocks = self._stem_blocks(arch.depth[0], width[0], width[1])
             extra, unit_widths, channels = arch.depth[1:], width[2:], self._stem_width(width[1])
@@ -251,10 +251,9 @@ class SearchSpace:
             extra, unit_widths, channels = arch.depth, width[1:], self._stem_width(width[0])
         slot, size = 0, blocks[-1].convs[-1].out_size
         for unit, settings in enumerate(self.settings.units):
-            size = -(-size // settings.stride)
             for index in range(settings.blocks + extra[unit]):
                 blocks.append(self._block(unit, index, channels, unit_widths[unit], expand[slot + index], size))
-                channels = self._unit_width(unit, unit_widths[unit])
+                channels, size = self._unit_width(unit, unit_widths[unit]), blocks[-1].convs[-1].out_size
             slot += self.slots[unit]
         s = self.settings
         return NetSpec(tuple(blocks), channels, s.classes, s.image_channels, s.image_size)
@@ -286,15 +285,15 @@ class SearchSpace:
         last = ConvSpec("stem.out", inner, self._stem_width(out), 3, 1, size, True)
         return [*blocks, BlockSpec((last,), None, False)]
 
-    def _block(self, unit: int, index: int, channels: int, width: int, expand: int, size: int) -> BlockSpec:
-        """Block `index` of a unit; only the first one strides, and it alone has a convolution as its shortcut."""
+    def _block(self, unit: int, index: int, channels: int, width: int, expand: int, before: int) -> BlockSpec:
+        """Block `index` of a unit, entered at side `before`; only the first one strides, with a convolution as shortcut."""
         s = self.settings
         out = self._unit_width(unit, width)
         middle = make_divisible(out * s.expand[expand], s.channel_multiple)
         stride = s.units[unit].stride if index == 0 else 1
+        size = -(-before // stride)
         name = f"unit{unit + 1}.block{index + 1}"
         if s.block == "bottleneck":
-            before = size * stride if index == 0 else size
             convs = (
                 ConvSpec(f"{name}.conv1", channels, middle, 1, 1, before, True),
                 ConvSpec(f"{name}.conv2", middle, middle, 3, stride, size, True),

@@ -25,7 +25,7 @@ def stratified_sample(space: SearchSpace, num_archs: int, *, strata: int, seed: 
     Parameters
     ----------
     num_archs : int
-        Number of archs. A larger number at the same seed contains the smaller sample.
+        Number of archs. A larger number at the same seed contains the smaller sample (up to 5,000 archs).
     strata : int
         Number of strata.
     seed : int
@@ -56,7 +56,7 @@ def stratified_sample(space: SearchSpace, num_archs: int, *, strata: int, seed: 
         )
     rng = np.random.default_rng(seed)
     pool = _first_occurrences(np.concatenate([anchors, _draw(space, max(POOL, 20 * num_archs), rng)]))
-    if len(pool) < num_archs or space.size <= len(pool):
+    if len(pool) < num_archs:  # nearly the whole space is asked for
         everything = rng.permutation(enumerate_genotypes(space.choices, space.canonical))
         pool = _first_occurrences(np.concatenate([pool, everything]))
     stratum = _strata(space, pool, strata)

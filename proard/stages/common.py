@@ -61,7 +61,7 @@ def parse_arguments(
     for name in reads:
         parser.add_argument(f"--{name.replace('_', '-')}", required=True, metavar="PATH", help="read")
     for name in lists:
-        parser.add_argument(f"--{name.replace('_', '-')}", required=True, nargs="+", metavar="PATH", help="read")
+        parser.add_argument(f"--{name.replace('_', '-')}", required=True, nargs="*", metavar="PATH", help="read")
     for name in writes:
         parser.add_argument(f"--{name.replace('_', '-')}", required=True, metavar="PATH", help="written")
     for name in optional:

@@ -1,4 +1,4 @@
-"""Fit the accuracy and robustness predictor: table.parquet -> predictor.safetensors, quality.parquet, held_out.parquet."""
+"""Fit the accuracy and robustness predictor: table.parquet -> predictor.safetensors, quality and held_out.parquet."""
 
 from __future__ import annotations
 

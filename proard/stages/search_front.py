@@ -97,13 +97,13 @@ def predicted_rows(archives: dict[str, Archive], space: SearchSpace, seed: int) 
 
 def summary(history: Sequence[dict[str, Any]], fronts: dict[str, Archive]) -> str:
     """What the searches reached, as text for a terminal."""
-    lines = [f"  {'search':8}{'archs':>8}{'front':>8}{'hypervolume':>13}   {'cost':16}best predicted robust_acc"]
+    lines = [f"  {'search':8}{'archs':>8}{'front':>8}{'hypervolume':>13}   {'cost':20}best predicted robust_acc"]
     last = {row["search"]: row for row in history}
     for name, front in fronts.items():
         row = last[name]
         costs = f"{human(front.costs.min())} to {human(front.costs.max())}"
         lines.append(
-            f"  {name:8}{row['evaluations']:8}{row['front_size']:8}{row['hypervolume']:13.4f}   {costs:16}"
+            f"  {name:8}{row['evaluations']:8}{row['front_size']:8}{row['hypervolume']:13.4f}   {costs:20}"
             f"{100 * front.accuracies[:, 1].max():.1f} %"
         )
     best = last["nsga2"]["exhaustive_hypervolume"]

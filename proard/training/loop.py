@@ -17,6 +17,7 @@ from torch import Tensor
 
 from proard.attacks import pgd
 from proard.config import Phase, TrainControl, TrainTeacher, UserError
+from proard.data import keyed_generator
 from proard.losses import Batch, mix_logits
 from proard.nets import Supernet
 from proard.nets.view import Statistics, SubnetView
@@ -139,7 +140,7 @@ def fit(
                 order, order_of = source.order(seed, data_pass), data_pass
             start = step % steps_per_pass * settings.batch_size
             lr = learning_rate(settings, step, total, warmup)
-            generator = torch.Generator().manual_seed((seed << 32) + step)
+            generator = keyed_generator(seed, step, 1)  # 1: another stream than the order of pass number `step`
             images, labels = source.batch(order[start : start + settings.batch_size], generator)
             loss, clean, robust, work = trainer.step(images, labels, step, data_pass, lr, generator)
             if not math.isfinite(loss):
@@ -265,6 +266,7 @@ class _Trainer:
         if settings.momentum > 0:  # created up front: fused SGD fails when a first gradient comes later than others
             for parameter in self.parameters.values():
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        self.statistics = [buffer for name, buffer in net.named_buffers() if "running" in name]
         self.average = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.best = {name: value.clone() for name, value in self.average.items()}
 
@@ -280,6 +282,7 @@ class _Trainer:
         """
         drawn = self.plan.draw(self.seed, step, data_pass)
         torch._foreach_zero_([parameter.grad for parameter in self.parameters.values()])
+        statistics = [buffer.clone() for buffer in self.statistics]
         frozen = None
         if self.teacher is not None:
             with torch.no_grad():
@@ -303,6 +306,8 @@ class _Trainer:
         mean_loss = float(torch.stack(losses).mean())
         if math.isfinite(mean_loss):
             self._update(lr, step)
+        else:
+            torch._foreach_copy_(self.statistics, statistics)
         return mean_loss, clean_right, adv_right, work
 
     def _forward(
@@ -318,7 +323,7 @@ class _Trainer:
         attack, objective = self.settings.attack, subnet.objective
         record: Statistics | None = {} if attack.bn_mode == "clean_batch" and objective.inner else None
         clean, work = None, 0
-        if objective.needs_clean or record is not None:
+        if objective.needs_clean or record is not None or subnet.guides:
             with torch.set_grad_enabled(objective.needs_clean), self._autocast():
                 clean = view(images, record=record, update_running=True).float()
             work += 3 if objective.needs_clean else 1
@@ -343,7 +348,7 @@ class _Trainer:
             generator=generator,
         )
         with self._autocast():
-            adv = view(adversarial, update_running=not objective.needs_clean and record is None).float()
+            adv = view(adversarial, update_running=clean is None).float()
         return Batch(labels, clean=clean, teacher=target, adv=adv), work + 2 * attack.num_steps + 3
 
     def _autocast(self) -> torch.autocast:

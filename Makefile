@@ -1,0 +1,42 @@
+# Two commands for people: `make quickstart` and `make test`. Everything lands in .venv; nothing else is touched.
+PYTHON ?= python3
+BIN := .venv/bin
+REPORT := results/quickstart/report/report.html
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help quickstart test bench
+help:
+	@echo "make quickstart   install into .venv, run the whole pipeline on the bundled digits, print the students"
+	@echo "make test         install the test tools, run the linters and all tests"
+	@echo "make bench        time the training step against the released code's"
+
+quickstart: .venv/installed
+	@$(BIN)/snakemake --configfile config/quickstart.yaml --cores all --quiet host rules reason
+	@echo
+	@$(BIN)/proard students results/quickstart
+	@echo "Report: $(REPORT)"
+
+test: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check workflow
+	$(BIN)/snakemake --lint --configfile config/quickstart.yaml
+	$(BIN)/python -m pytest -n 2
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/bench_step.py
+
+# The stamps are older than pyproject.toml when the requirements have changed.
+.venv/installed: pyproject.toml | $(BIN)/python
+	@echo "Installing proard and what it needs into .venv; torch is large, this takes one to several minutes."
+	@$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+.venv/installed-test: pyproject.toml | $(BIN)/python
+	@echo "Installing proard and the test tools into .venv; torch is large, this takes one to several minutes."
+	@$(BIN)/python -m pip install --quiet --editable ".[test]"
+	@touch $@ .venv/installed
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "proard needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12 $(MAKECMDGOALS)")'
+	@$(PYTHON) -m venv .venv

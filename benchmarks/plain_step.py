@@ -1,0 +1,221 @@
+"""The released code's training step, written anew from its description, and the first levers on it (rows V0 to V5).
+
+One step trains one subnet by RSLAD on one batch. The baseline (no lever) does, in this order:
+
+1. teacher forward without graph, whose output nobody uses,
+2. student forward in training mode for a metric; it also moves the running statistics,
+3. teacher forward again, its graph kept,
+4. PGD on the student in evaluation mode from x + 0.001 N(0, 1), ascending KL(teacher || student) summed over the
+   batch, gradient by autograd with respect to the input, chained clamps to ball and box,
+5. student forwards in training mode: adversarial, then clean,
+6. 5/6 of the adversarial and 1/6 of the clean divergence, backward, SGD with Nesterov momentum, a loop over tensors.
+
+Weights lie in NCHW memory, and every student forward slices and copies the active ones anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from proard.attacks import pgd
+from proard.losses import KLToTarget
+from proard.nets import SubnetView, Supernet, run_network
+from proard.nets.elastic import BN_EPS, BN_MOMENTUM, key_of
+from proard.space import Arch, ConvSpec
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Hyper-parameters of the step; `eps`, `step_size` in pixel units. Values of the released code's last phases."""
+
+    num_steps: int = 10
+    eps: float = 0.031
+    step_size: float = 0.0078
+    adv_weight: float = 5 / 6
+    lr: float = 7.5e-3
+    momentum: float = 0.9
+    weight_decay: float = 3e-5
+
+
+@dataclass(frozen=True)
+class Levers:
+    """What a row does better than the released step; each row pulls all levers of the rows above it."""
+
+    few_forwards: bool = False
+    channels_last: bool = False
+    view_in_attack: bool = False
+    fold_in_attack: bool = False
+    closed_form: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A step's adversarial images and the training-mode logits on clean and adversarial images."""
+
+    adv: Tensor
+    clean_logits: Tensor
+    adv_logits: Tensor
+
+
+class PlainStep:
+    """The released step with some levers.
+
+    Parameters
+    ----------
+    student, teacher : Supernet
+        The student is changed in place; the teacher, a network of its own, acts at its largest arch.
+    recipe : Recipe
+        Hyper-parameters.
+    levers : Levers
+        None of them gives the baseline.
+    """
+
+    def __init__(self, student: Supernet, teacher: Supernet, recipe: Recipe, levers: Levers) -> None:
+        self.layout = torch.channels_last if levers.channels_last else torch.contiguous_format
+        self.net, self.teacher = student.to(memory_format=self.layout), teacher.to(memory_format=self.layout)
+        self.recipe, self.levers = recipe, levers
+        self.moves = ("clean", "adv") if levers.few_forwards else ("clean", "adv", "clean")
+        self.optimizer = loop_sgd(self.net, recipe)
+
+    def __call__(self, arch: Arch, images: Tensor, labels: Tensor, generator: torch.Generator) -> Outcome:
+        """Train `arch` on one batch."""
+        self.optimizer.zero_grad(set_to_none=False)
+        if self.levers.few_forwards:  # the clean pass stands first: it serves the metric and moves the statistics
+            with torch.no_grad():
+                target = self._teach(images)
+            clean = self._student(arch, images, training=True)
+            right = _count_correct(clean, labels)
+        else:
+            with torch.no_grad():
+                self._teach(images)
+            right = _count_correct(self._student(arch, images, training=True), labels)
+            target = self._teach(images)
+        adv_images = self._attack(arch, images, target, generator)
+        adv = self._student(arch, adv_images, training=True)
+        if not self.levers.few_forwards:
+            clean = self._student(arch, images, training=True)
+        weight = self.recipe.adv_weight
+        loss = weight * _divergence(adv, target) + (1 - weight) * _divergence(clean, target)
+        loss.backward()
+        self.optimizer.step()
+        self.metrics = (float(loss.detach()), right)
+        return Outcome(adv_images, clean.detach(), adv.detach())
+
+    def _student(self, arch: Arch, images: Tensor, *, training: bool) -> Tensor:
+        """Student logits from freshly sliced weights."""
+        return sliced_forward(self.net, arch, images, training=training, layout=self.layout)
+
+    def _teach(self, images: Tensor) -> Tensor:
+        """Teacher logits, in evaluation mode."""
+        return sliced_forward(self.teacher, self.teacher.space.largest, images, training=False, layout=self.layout)
+
+    def _attack(self, arch: Arch, images: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
+        """Adversarial images, on whatever form of the subnet the levers ask for."""
+        recipe, levers = self.recipe, self.levers
+        attack = {"eps": recipe.eps, "step_size": recipe.step_size, "num_steps": recipe.num_steps}
+        if not levers.view_in_attack:
+
+            def predict(x: Tensor) -> Tensor:
+                return self._student(arch, x, training=False)
+
+        else:
+            view = SubnetView(self.net, arch)
+            if levers.fold_in_attack:
+                predict = view.folded(view.running_statistics(), dtype=images.dtype)
+            else:
+                predict = unfolded(view)
+        if levers.closed_form:
+            return pgd(predict, KLToTarget(target), images, start="gaussian", generator=generator, **attack)
+        return chained_pgd(predict, target, images, generator=generator, layout=self.layout, **attack)
+
+
+def sliced_forward(net: Supernet, arch: Arch, images: Tensor, *, training: bool, layout: torch.memory_format) -> Tensor:
+    """Logits of a subnet whose weights are sliced and copied in this very call, as the released layers do."""
+
+    def conv(layer: ConvSpec, x: Tensor) -> Tensor:
+        elastic, out = net.layers[key_of(layer)], layer.out_channels
+        weight = elastic.weight[:out, : layer.in_channels].contiguous(memory_format=layout)
+        bn = elastic.bn
+        x = F.conv2d(x, weight, None, layer.stride, layer.kernel // 2)
+        mean, var, scale, shift = bn.running_mean[:out], bn.running_var[:out], bn.weight[:out], bn.bias[:out]
+        return F.batch_norm(x, mean, var, scale, shift, training=training, momentum=BN_MOMENTUM, eps=BN_EPS)
+
+    def head(features: Tensor) -> Tensor:
+        return F.linear(features, net.head.weight[:, : features.shape[1]].contiguous(), net.head.bias)
+
+    return run_network(net.space.spec(arch), images, conv, head)
+
+
+def unfolded(view: SubnetView) -> Callable[[Tensor], Tensor]:
+    """Turn a view into a function of images, batch norm on running statistics but not folded."""
+    statistics = view.running_statistics()
+    leaves = {name: tuple(leaf.detach() for leaf in tensors) for name, tensors in view.leaves.items()}
+    head = (view.head_weight.detach(), view.head_bias.detach())
+
+    def conv(layer: ConvSpec, x: Tensor) -> Tensor:
+        weight, scale, shift = leaves[layer.name]
+        x = F.conv2d(x, weight, None, layer.stride, layer.kernel // 2)
+        return F.batch_norm(x, *statistics[layer.name], scale, shift, training=False, eps=BN_EPS)
+
+    def predict(images: Tensor) -> Tensor:
+        return run_network(view.spec, images, conv, lambda features: F.linear(features, *head))
+
+    return predict
+
+
+def chained_pgd(
+    predict: Callable[[Tensor], Tensor],
+    target: Tensor,
+    images: Tensor,
+    *,
+    eps: float,
+    step_size: float,
+    num_steps: int,
+    generator: torch.Generator,
+    layout: torch.memory_format,
+) -> Tensor:
+    """PGD on KL(target || prediction) with an autograd loss and one clamp after the other."""
+    noise = torch.empty(images.shape, dtype=images.dtype).normal_(generator=generator)
+    adv = images + 0.001 * noise.contiguous(memory_format=layout)
+    for _ in range(num_steps):
+        adv.requires_grad_()
+        divergence = F.kl_div(F.log_softmax(predict(adv), 1), F.softmax(target, 1), reduction="sum")
+        (gradient,) = torch.autograd.grad(divergence, adv)
+        adv = adv.detach() + step_size * gradient.sign()
+        adv = torch.minimum(torch.maximum(adv, images - eps), images + eps)
+        adv = adv.clamp(0, 1)
+    return adv
+
+
+def parameter_groups(net: Supernet, recipe: Recipe) -> list[dict[str, object]]:
+    """Weights with decay; norms and biases without."""
+    decayed = [p for p in net.parameters() if p.ndim > 1]
+    plain = [p for p in net.parameters() if p.ndim == 1]
+    return [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def loop_sgd(net: Supernet, recipe: Recipe) -> torch.optim.SGD:
+    """Nesterov SGD that loops over tensors; gradients and momentum exist from the start, so no tensor is skipped."""
+    groups = parameter_groups(net, recipe)
+    optimizer = torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=True, foreach=False)
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def _divergence(logits: Tensor, target: Tensor) -> Tensor:
+    """RSLAD's divergence, the released small constant in the teacher's logarithm included; mean over images."""
+    teacher = F.softmax(target.detach(), 1)
+    elements = teacher * torch.log(teacher + 1e-5) - teacher * F.log_softmax(logits, 1)
+    return elements.mean() * logits.shape[1]  # the released code stops at the mean over images and classes
+
+
+def _count_correct(logits: Tensor, labels: Tensor) -> int:
+    """Right answers in the batch."""
+    return int((logits.detach().argmax(1) == labels).sum())

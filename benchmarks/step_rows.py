@@ -1,0 +1,202 @@
+"""The rows of the training-step ladder, and the problem that all of them start from."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from plain_step import Levers, Outcome, PlainStep, Recipe, loop_sgd
+from torch import Tensor
+
+from proard.config import Phase, Space, TrainingAttack
+from proard.config.spaces import PRESETS
+from proard.losses import Batch
+from proard.nets import SubnetView, Supernet, extract, fold
+from proard.nets.elastic import key_of
+from proard.nets.view import Statistics
+from proard.space import Arch, SearchSpace
+from proard.training import Drawn, Plan, loop
+from proard.training.plan import bind
+
+LEVERS = {
+    "V0": "released step",
+    "V1": "redundant forwards dropped, teacher without a graph",
+    "V2": "channels_last memory",
+    "V3": "subnet materialised once for the attack",
+    "V4": "batch norm folded in the attack",
+    "V5": "closed-form logit gradient, update in place",
+    "V6": "one view for all passes, gradients scattered, folded teacher",
+    "V7": "fused SGD: the package's step",
+    "V8": "bfloat16 attack",
+    "V9": "bfloat16 training passes",
+}
+EXACT = tuple(LEVERS)[:8]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What every row starts from: archs, one batch, weights of student and teacher.
+
+    Attributes
+    ----------
+    images : Tensor of shape (batch, channels, height, width)
+        At least 0.02 inside [0, 1], so that the start noise never leaves the box (the released code does not clip it).
+    labels : Tensor of shape (batch,)
+    student, teacher : Supernet
+        Copied by every row.
+    """
+
+    archs: list[Arch]
+    images: Tensor
+    labels: Tensor
+    student: Supernet
+    teacher: Supernet
+    recipe: Recipe
+
+
+class PackageStep:
+    """`proard.training`'s step on one given arch, with attack statistics `running` as in the released code."""
+
+    moves = ("clean",)
+
+    def __init__(
+        self,
+        student: Supernet,
+        teacher: Supernet,
+        recipe: Recipe,
+        *,
+        fused: bool = True,
+        attack_dtype: str = "float32",
+        dtype: str = "float32",
+    ) -> None:
+        attack = TrainingAttack(
+            num_steps=recipe.num_steps,
+            step_size=recipe.step_size,
+            start="gaussian",
+            bn_mode="running",
+            dtype=attack_dtype,
+        )
+        phase = Phase(
+            sampling="uniform",
+            archs_per_step=1,
+            adv_weight=recipe.adv_weight,
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            attack=attack,
+            dtype=dtype,
+        )
+        self.net, self.recipe = student, recipe
+        objective = bind(phase.loss, phase)
+        plan = Plan(lambda seed, step, data_pass: [Drawn(self.arch, *objective)])
+        folded_teacher = fold(extract(teacher, teacher.space.largest), dtype=teacher.mean.dtype)
+        self.trainer = _Recorded(student, phase, plan, recipe.eps, folded_teacher, 0)
+        if attack_dtype == "float32":
+            self.trainer.attack_dtype = student.mean.dtype  # float64 in the equality check
+        if not fused:
+            self.trainer.optimizer = loop_sgd(student, recipe)
+        self.optimizer = self.trainer.optimizer
+
+    def __call__(self, arch: Arch, images: Tensor, labels: Tensor, generator: torch.Generator) -> Outcome:
+        """Train `arch` on one batch."""
+        self.arch = arch
+        self.trainer.step(images, labels, 0, 0, self.recipe.lr, generator)
+        batch = self.trainer.batch
+        return Outcome(self.trainer.adv, batch.clean.detach(), batch.adv.detach())
+
+
+class _Recorded(loop._Trainer):
+    """The trainer, which also remembers its last batch and adversarial images."""
+
+    def _forward(self, *args: Any) -> tuple[Batch, int]:
+        pgd = loop.pgd
+
+        def remember(*attack: Any, **options: Any) -> Tensor:
+            self.adv = pgd(*attack, **options)
+            return self.adv
+
+        with mock.patch.object(loop, "pgd", remember):
+            self.batch, work = super()._forward(*args)
+        return self.batch, work
+
+
+Step = PlainStep | PackageStep
+
+
+def build(row: str, problem: Problem) -> Step:
+    """Make a row's step on its own copies of student and teacher."""
+    nets = (copy.deepcopy(problem.student), copy.deepcopy(problem.teacher), problem.recipe)
+    number = int(row[1:])
+    if number < 6:
+        return PlainStep(*nets, Levers(*(number > lever for lever in range(5))))
+    attack_dtype, dtype = ("bfloat16" if number >= first else "float32" for first in (8, 9))
+    return PackageStep(*nets, fused=number > 6, attack_dtype=attack_dtype, dtype=dtype)
+
+
+def scaled_space(name: str, scale: float) -> SearchSpace:
+    """Multiply all channels of a preset, and what they are rounded to, by `scale`.
+
+    Raises
+    ------
+    ValueError
+        A number of channels would not be whole.
+    """
+    full = PRESETS[name]
+
+    def times(channels: int) -> int:
+        if not (channels * scale).is_integer() or channels * scale < 1:
+            raise ValueError(f"width scale {scale:g} leaves {channels * scale:g} of {channels} channels of {name}")
+        return int(channels * scale)
+
+    fields = full.model_dump()
+    fields["channel_multiple"] = times(full.channel_multiple)
+    fields["stem"]["channels"] = times(full.stem.channels)
+    for unit in fields["units"]:
+        unit["channels"] = times(unit["channels"])
+    return SearchSpace(Space.model_validate(fields))
+
+
+def make_problem(
+    space: SearchSpace, *, recipe: Recipe, num_archs: int, batch_size: int, seed: int = 0, dtype: torch.dtype
+) -> Problem:
+    """Random archs, images and networks whose norms and statistics are of ordinary size but nowhere trivial."""
+    generator = torch.Generator().manual_seed(seed)
+    settings = space.settings
+    archs = [space.arch(genes) for genes in space.sample(num_archs, np.random.default_rng(seed))]
+    shape = (batch_size, settings.image_channels, settings.image_size, settings.image_size)
+    images = torch.rand(shape, generator=generator).mul_(0.96).add_(0.02).to(dtype)
+    labels = torch.randint(settings.classes, (batch_size,), generator=generator)
+    channels = settings.image_channels
+    nets = []
+    for among in (archs, []):
+        net = Supernet(space, mean=[0.0] * channels, std=[1.0] * channels, generator=generator).to(dtype)
+        for layer in net.layers.values():
+            layer.bn.weight.data.uniform_(0.5, 1.5, generator=generator)
+            layer.bn.bias.data.normal_(0, 0.1, generator=generator)
+        for arch in (space.largest, *among):
+            _settle_statistics(net, arch, images)
+        for layer in net.layers.values():
+            layer.bn.running_var.mul_(torch.empty_like(layer.bn.running_var).uniform_(0.8, 1.2, generator=generator))
+        nets.append(net)
+    return Problem(archs, images, labels, *nets, recipe)
+
+
+@torch.no_grad()
+def _settle_statistics(net: Supernet, arch: Arch, images: Tensor) -> None:
+    """Put the batch's statistics into the running ones of a subnet's channels."""
+    statistics: Statistics = {}
+    SubnetView(net, arch)(images, record=statistics)
+    for conv in net.space.spec(arch).convs:
+        bn = net.layers[key_of(conv)].bn
+        for running, seen in zip((bn.running_mean, bn.running_var), statistics[conv.name], strict=True):
+            running[: conv.out_channels].copy_(seen)
+
+
+def laid_out(images: Tensor, row: str) -> Tensor:
+    """Put the images in the memory layout of a row."""
+    layout = torch.contiguous_format if row in ("V0", "V1") else torch.channels_last
+    return images.contiguous(memory_format=layout)

@@ -1,0 +1,228 @@
+"""The command `proard`: look at a run's tables in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from proard import __version__, artifacts
+from proard.config import UserError
+
+SHORT_LISTS, SHORT_TEXT = 6, 28
+PIPE_WIDTH = 2000  # characters of a line where no terminal sets a limit
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; an error that the user can mend is one line and exit status 1."""
+    arguments = _parser().parse_args(argv)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    try:
+        if arguments.command == "show":
+            columns = arguments.columns.split(",") if arguments.columns else None
+            show(arguments.file, console, rows=arguments.rows, columns=columns)
+        else:
+            students(arguments.run_folder, console)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader, say `head`, has seen enough
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    parser = argparse.ArgumentParser(prog="proard", description="Look at the results of a run.")
+    parser.add_argument("--version", action="version", version=f"proard {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    table = commands.add_parser("show", help="a result table with its units and provenance")
+    table.add_argument("file", metavar="FILE.parquet")
+    table.add_argument("--rows", type=_row_count, default=20, metavar="N", help="rows to print (default 20; 0: all)")
+    table.add_argument("--columns", metavar="A,B", help="only these columns")
+    run = commands.add_parser("students", help="the exported students of a run")
+    run.add_argument("run_folder", metavar="results/RUN")
+    return parser
+
+
+def _row_count(text: str) -> int:
+    """A number of rows."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of rows; write 0 or more")
+    return int(text)
+
+
+def show(path: str | Path, console: Console, *, rows: int = 20, columns: Sequence[str] | None = None) -> None:
+    """Print a table: provenance, what all rows share, the rows, and the unit of every printed column.
+
+    Parameters
+    ----------
+    rows : int
+        Rows to print; 0 prints all.
+    columns : sequence of str, optional
+        Columns to print; by default all that differ between rows and are not empty.
+
+    Raises
+    ------
+    UserError
+        The file is no table of a run, or has no such column.
+    """
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder; name a .parquet file in it")
+    frame, metadata = artifacts.read_table(path), artifacts.read_metadata(path)
+    unknown = [name for name in columns or () if name not in frame]
+    if unknown:
+        raise UserError(f"{path} has no column {', '.join(unknown)}; it has {', '.join(frame.columns)}")
+    units = metadata["units"]
+    console.print(f"[bold]{escape(str(path))}[/]  {len(frame):,} rows, {len(frame.columns)} columns")
+    _print_provenance(metadata, console)
+    if frame.empty:
+        console.print("no rows")
+        return
+    text = {name: [format_value(value, units.get(name, "")) for value in frame[name]] for name in columns or frame}
+    if columns is None:
+        text = {name: cells for name, cells in text.items() if any(cells)}
+    shared = {name: cells[0] for name, cells in text.items() if columns is None and len(set(cells)) == 1}
+    varying = [name for name in text if name not in shared]
+    if shared:
+        console.print("\n[bold]the same in every row[/]" if len(frame) > 1 else "")
+        _print_shared(shared, units, console)
+    if varying:
+        shown = len(frame) if rows == 0 else min(rows, len(frame))
+        _print_rows({name: text[name][:shown] for name in varying}, frame[varying], console)
+        if shown < len(frame):
+            console.print(f"[dim]{len(frame) - shown:,} more rows; --rows 0 prints all[/]")
+        console.print()
+        for name in varying:
+            console.print(f"[dim]{name:<22} {escape(units.get(name, ''))}[/]")
+
+
+def _print_provenance(metadata: Mapping[str, Any], console: Console) -> None:
+    """Which job wrote the table, from which inputs."""
+    if "run" not in metadata:
+        console.print("[dim]no provenance: not written by this package[/]")
+        return
+    parts = (f"{key} {metadata.get(key)}" for key in ("run", "stage", "seed"))
+    console.print(escape(" · ".join([*parts, f"proard {metadata.get('version')}"])))
+    for name, checksum in metadata.get("inputs", {}).items():
+        console.print(f"[dim]input {escape(name)} sha256 {checksum[:12]}[/]")
+
+
+def _print_shared(shared: Mapping[str, str], units: Mapping[str, str], console: Console) -> None:
+    """Columns with one value, each on a line."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for name, value in shared.items():
+        table.add_row(name, Text(value, "bold"), Text(units.get(name, ""), "dim"))
+    console.print(table)
+
+
+def _print_rows(text: Mapping[str, Sequence[str]], frame: pd.DataFrame, console: Console) -> None:
+    """Rows in as many blocks as the width needs; the first column leads every block."""
+    widths = {name: max(len(name), *map(len, cells)) + 2 for name, cells in text.items()}
+    first, *others = text
+    blocks: list[list[str]] = [[first]]
+    for name in others:
+        full = sum(widths[entry] for entry in blocks[-1]) + widths[name] > console.width
+        if full and len(blocks[-1]) > 1:
+            blocks.append([first])
+        blocks[-1].append(name)
+    for block in blocks:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        for name in block:
+            numeric = pd.api.types.is_numeric_dtype(frame[name])
+            table.add_column(name, justify="right" if numeric else "left", no_wrap=True)
+        for cells in zip(*(text[name] for name in block), strict=True):
+            table.add_row(*map(Text, cells))
+        console.print()
+        console.print(table)
+
+
+def format_value(value: Any, unit: str) -> str:
+    """One cell: fractions with four decimals, pixel lengths as n/255, long texts and lists shortened."""
+    from proard.report.text import pixels
+
+    if isinstance(value, (list, tuple, np.ndarray)):
+        items = " ".join(str(item) for item in list(value)[:SHORT_LISTS])
+        return f"{items} …" if len(value) > SHORT_LISTS else items
+    if value is None or pd.isna(value):
+        return ""
+    if isinstance(value, (bool, np.bool_)):
+        return "yes" if value else "no"
+    if isinstance(value, (int, np.integer)):
+        return str(value) if unit.startswith("seed") else f"{value:,}"
+    if isinstance(value, (float, np.floating)):
+        if unit.startswith("pixel"):
+            return pixels(float(value))
+        if unit.startswith("fraction"):
+            return f"{value:.4f}"
+        return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.4g}"
+    text = str(value)
+    return f"{text[: SHORT_TEXT - 1]}…" if len(text) > SHORT_TEXT else text
+
+
+def students(run_folder: str | Path, console: Console) -> None:
+    """Print the table of a run's exported students, and where its report lies.
+
+    Raises
+    ------
+    UserError
+        The folder holds no selected students, or one of its tables is damaged.
+    """
+    from proard.report.facts import exported_students, headline_row, rows_by_attack
+    from proard.report.text import count, interval, percent
+
+    folder = Path(run_folder)
+    paths = sorted(folder.glob("select_student/*/student.parquet"))
+    if not paths:
+        raise UserError(
+            f"{folder} holds no select_student/BUDGET/student.parquet; expected a run's folder, results/RUN"
+        )
+    found = exported_students([artifacts.read_table(path, columns=["budget", "role"]) for path in paths])
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("budget", "MACs", "params", "clean", "95 %", "robust", "95 %", "exported"):
+        table.add_column(name, justify="left" if name in ("budget", "exported") else "right", no_wrap=True)
+
+    def add(name: str, row: Mapping[str, Any], exported: str, style: str | None = None) -> None:
+        cells = [percent(row["clean_acc"]), interval(row, "clean_acc")]
+        cells += [percent(row["robust_acc"]), interval(row, "robust_acc")]
+        table.add_row(name, count(row["macs"]), count(row["params"]), *cells, exported, style=style)
+
+    for student in found:
+        add(student.budget, student.final, _parity_mark(folder / "export_student" / student.budget / "parity.json"))
+    control = folder / "train_control" / "table.parquet"
+    if control.exists():
+        rows = rows_by_attack(artifacts.read_table(control, columns=["split", "attack", "robust_acc"]), "test")
+        if rows:
+            add("control", headline_row(rows), "plainly trained", "dim")
+    final = found[0].final
+    console.print(table)
+    console.print(
+        f"[dim]percent of {int(final['num_images']):,} test images; robust: {final['attack']}, eps "
+        f"{format_value(final.get('eps'), 'pixel')}; control: plainly trained[/]"
+    )
+    report = folder / "report" / "report.html"
+    console.print(f"report: {report}" if report.exists() else "[dim]no report yet: the stage report writes it[/]")
+
+
+def _parity_mark(path: Path) -> str:
+    """Whether the exported file was checked against the measured network."""
+    if not path.exists():
+        return "not yet"
+    try:
+        passed = json.loads(path.read_text(encoding="utf-8"))["passed"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is no parity record; delete it and rerun export_student") from None
+    return "parity checked" if passed else "parity FAILED"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""The model card: what the student is for, what goes in, under which attacks it was measured, what it cannot do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import onnx
+import onnxruntime
+import pandas as pd
+import torch
+
+from proard import __version__
+from proard.export.formats import StudentFacts
+
+HUB_DATASETS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
+OBJECTIVES = {"ce": "cross-entropy", "margin": "logit margin (CW)"}
+ACCOUNTING = {
+    "any_iterate": "an image is lost if any iterate of any restart is misclassified",
+    "last_iterate": "an image is lost if the last iterate of any restart is misclassified",
+}
+HUB_LICENSES = {"unspecified": "unknown"}
+LISTED_CLASSES = 20
+
+TEXT = """\
+# {name}
+
+An image classifier for small devices that was trained to withstand adversarial perturbations.
+
+| | |
+|---|---|
+| Budget asked for | `{budget}` |
+| Multiply-accumulates of one image | {macs:,} (tools that count FLOPs often say twice that) |
+| Parameters (before batch norm is folded) | {params:,} |
+| Clean accuracy, test | {clean_acc} |
+| Robust accuracy, test, {hardest} | {robust_acc} |
+| Threat model | {norm}, eps {eps}, white box |
+| Classes | {num_classes} |
+| Arch | `{arch_id}` of space `{space}`: `{arch}` |
+
+Accuracies are measured and stand with their 95 % Wilson intervals; none is a prediction.
+
+## Intended use
+
+Classifying {channels} images of {side} x {side} pixels that resemble `{dataset}` into: {class_list}.
+It suits edge devices whose inputs an adversary may change slightly, and comparisons of robust networks. It is no
+safety component: see the limits below.
+
+| | |
+|---|---|
+| Input | `{input}`, values in [0, 1] |
+| Normalisation | inside the network: do **not** normalise |
+| Output | `{output}` |
+| ONNX | `student.onnx`, one file, any batch size |
+| PyTorch | `student.pt2` (torch.export), or `proard.export.load_student("student.safetensors")` |
+| Checksums | `sha256sum -c SHA256SUMS` |
+
+Class names, arch, costs and threat model also stand in the metadata properties of the ONNX file.
+
+## Example
+
+Needs numpy and onnxruntime. An image file, with Pillow:
+`images = np.asarray(Image.open(path).convert("{mode}").resize(({side}, {side})), np.float32){to_batch} / 255`
+
+```python
+import json
+import numpy as np
+import onnxruntime
+
+session = onnxruntime.InferenceSession("student.onnx", providers=["CPUExecutionProvider"])
+classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
+images = np.full((1, {image_channels}, {side}, {side}), 0.5, dtype=np.float32)  # your images in [0, 1]
+(logits,) = session.run(["logits"], {{"images": images}})
+scores = np.exp(logits - logits.max(axis=1, keepdims=True))
+for row in scores / scores.sum(axis=1, keepdims=True):
+    print(classes[row.argmax()], round(float(row.max()), 4))
+```
+
+## Threat model and measured accuracy
+
+The adversary knows the network and changes every pixel by at most eps = {eps} ({norm}, pixel range [0, 1]).
+Attacks are projected gradient descent with random starts on this very network, its batch norm folded at recalibrated
+statistics; {accounting}.
+
+| split | role | attack | what | images | clean accuracy | robust accuracy |
+|---|---|---|---|---|---|---|
+{rows}
+
+Each line is a row of `student.parquet` (stage `select_student`): the one with `arch_id` {arch_id} and this split, role
+and attack. This student was chosen on `val`, so its `val` numbers are slightly favourable; `test` chose nothing.
+
+## The files are the measured network
+
+`student.onnx` ran in onnxruntime over all {num_images:,} test images: accuracy {onnx_test_accuracy:.4%} (the selected
+row: {selected_row_clean_acc:.4%}), the same class as PyTorch on {onnx_top1_agreement:.4%} of them, class
+probabilities within {onnx_max_softmax_difference:.1e}. On {adv_images:,} attacked test images: the same class on
+{adv_agreement:.4%}, within {adv_difference:.1e}. `student.pt2`: within {pt2_max_softmax_difference:.1e}.
+Details: `parity.json`.
+
+Sizes: {sizes}. One image on one CPU thread ({runtime}; {machine}): median {median_ms:.2f} ms, 95th percentile
+{p95_ms:.2f} ms over {runs} runs, for orientation only.
+
+## Training
+
+The weights are a subnet of one supernet, trained by robust distillation; nothing was fine-tuned afterwards.
+Batch-norm statistics were recalibrated on training images for this subnet.
+
+| | |
+|---|---|
+| Data | `{dataset}`: {counts} images |
+| Run, seed | `{run}`, {seed} |
+| Supernet | weights `{supernet}`, last phase `{phase}`, made by proard {supernet_version} |
+| Settings of export and measurement | sha256 `{settings_sha256}` |
+| Versions | {versions} |
+| License | {license} |
+
+## Limits
+
+- Robust accuracy under attacks is an upper bound: a stronger attack may find more, and nothing here is certified.
+- It holds for {norm} perturbations up to {eps} only: not for larger ones, other norms, patches, rotations,
+  blur, noise, weather or a changed camera, none of which was measured.
+- It rests on {num_images:,} test images of `{dataset}`; the intervals say what that leaves open for such images.
+- Images of anything else still get one of the {num_classes} classes; probabilities were not calibrated.
+- The numbers are for float32. A quantised or otherwise changed network must be measured again.
+"""
+
+
+def model_card(
+    facts: StudentFacts,
+    rows: pd.DataFrame,
+    *,
+    attacks: Sequence[Mapping[str, Any]],
+    parity: Mapping[str, Any],
+    supernet: Mapping[str, Any],
+    counts: Mapping[str, int],
+) -> str:
+    """Text of `card.md`, with front matter as model hubs read it.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        Rows of `student.parquet` that measure this student, in the order of the table.
+    attacks : sequence of mapping
+        Settings of the attacks that `select_student` ran: what each of them maximises.
+    parity : mapping
+        Contents of `parity.json`.
+    supernet : mapping
+        Header of the supernet's file.
+    counts : mapping of str to int
+        Images per split.
+    """
+    worst = _hardest(rows[rows["split"] == "test"])
+    header, adversarial, made = facts.to_header(), parity["adversarial"], supernet.get("provenance", {})
+    grey = facts.space.settings.image_channels == 1
+    phases = made.get("settings", {}).get("train_phase", {}).get("phases", [{}])
+    objectives = {attack["name"]: OBJECTIVES[attack["objective"]] for attack in attacks}
+    further = f", ... ({len(facts.classes)} in all)" if len(facts.classes) > LISTED_CLASSES else ""
+    values = {
+        **header,
+        **parity,
+        **parity["latency"],
+        "clean_acc": _interval(worst, "clean_acc"),
+        "robust_acc": _interval(worst, "robust_acc"),
+        "hardest": _called(worst),
+        "norm": facts.threat.norm,
+        "eps": _eps(facts.threat.eps),
+        "num_classes": len(facts.classes),
+        "class_list": ", ".join(facts.classes[:LISTED_CLASSES]) + further,
+        "space": facts.space.settings.name,
+        "side": facts.space.settings.image_size,
+        "image_channels": facts.space.settings.image_channels,
+        "channels": facts.channel_order,
+        "mode": "L" if grey else "RGB",
+        "to_batch": "[None, None]" if grey else ".transpose(2, 0, 1)[None]",
+        "accounting": ACCOUNTING[rows["accounting"].iloc[0]],
+        "rows": "\n".join(_row(row, objectives) for _, row in rows.iterrows()),
+        "adv_images": adversarial["num_images"],
+        "adv_agreement": adversarial["onnx_top1_agreement"],
+        "adv_difference": adversarial["onnx_max_softmax_difference"],
+        "sizes": ", ".join(f"`{name}` {size / 1e3:,.0f} kB" for name, size in parity["bytes"].items()),
+        "counts": ", ".join(f"{number:,} {split}" for split, number in counts.items()),
+        "supernet": supernet["checksum"][:16],
+        "supernet_version": made.get("version", "(unknown)"),
+        "phase": phases[-1].get("name", "(unknown)"),
+        "settings_sha256": header["settings_sha256"][:16],
+        "versions": f"proard {__version__}, torch {torch.__version__}, onnx {onnx.__version__}, "
+        f"onnxruntime {onnxruntime.__version__}",
+    }
+    return _front_matter(facts, worst) + TEXT.format(**values)
+
+
+def _hardest(test: pd.DataFrame) -> pd.Series:
+    """The worst case over all attacks where the table has it, else the attack that left fewest images."""
+    over_all = test[test["attack"] == "worst"]
+    return test.sort_values("robust_acc").iloc[0] if over_all.empty else over_all.iloc[0]
+
+
+def _front_matter(facts: StudentFacts, worst: pd.Series) -> str:
+    """Metadata for model hubs; texts of users stand as JSON, which YAML reads."""
+    hub_name = HUB_DATASETS.get(facts.dataset)
+    robust = f"Robust accuracy, {facts.threat.norm} {_eps(facts.threat.eps)}, {_called(worst)}"
+    lines = [
+        "---",
+        f"license: {json.dumps(HUB_LICENSES.get(facts.license, facts.license))}",
+        "library_name: onnx",
+        "pipeline_tag: image-classification",
+        "tags:",
+        *(f"- {tag}" for tag in ("image-classification", "adversarial-robustness", "edge", "onnx", "proard")),
+        *([f"datasets:\n- {hub_name}"] if hub_name else []),
+        "metrics:",
+        "- accuracy",
+        "model-index:",
+        f"- name: {json.dumps(facts.name)}",
+        "  results:",
+        "  - task:",
+        "      type: image-classification",
+        "    dataset:",
+        f"      name: {facts.dataset}",
+        f"      type: {hub_name or facts.dataset}",
+        "      split: test",
+        "    metrics:",
+    ]
+    for name, value in (("Clean accuracy", worst["clean_acc"]), (robust, worst["robust_acc"])):
+        lines += ["    - type: accuracy", f"      name: {json.dumps(name)}", f"      value: {value:.4f}"]
+    return "\n".join([*lines, "---", "", ""])
+
+
+def _row(row: pd.Series, objectives: Mapping[str, str]) -> str:
+    """A measurement as a line of the card's table."""
+    what = "worst case per image over the attacks of this split"
+    if row["attack"] != "worst":
+        restarts = f"{row['restarts']:.0f} restart" + ("s" if row["restarts"] > 1 else "")
+        what = f"{row['num_steps']:.0f} steps of {_eps(row['step_size'])}, {restarts}"
+        what = ", ".join(part for part in (objectives.get(row["attack"]), what) if part)
+    cells = [row["split"], row["role"], row["attack"], what, f"{row['num_images']:,}"]
+    return "| " + " | ".join([*cells, _interval(row, "clean_acc"), _interval(row, "robust_acc")]) + " |"
+
+
+def _called(row: pd.Series) -> str:
+    """An attack as a headline names it."""
+    return "worst case of all attacks" if row["attack"] == "worst" else row["attack"]
+
+
+def _interval(row: pd.Series, name: str) -> str:
+    """An accuracy in percent with its 95 % interval."""
+    return f"{row[name]:.2%} [{row[name + '_low']:.2%}, {row[name + '_high']:.2%}]"
+
+
+def _eps(value: float) -> str:
+    """A pixel length as n/255."""
+    return f"{value * 255:.4g}/255"

@@ -1,0 +1,192 @@
+"""Export a budget's student: student.parquet and the supernet -> weights, ONNX, pt2, card, parity, checksums."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from proard import artifacts
+from proard.artifacts import ArtifactError, read_header, read_metadata, read_table
+from proard.config import UserError
+from proard.data import ImageSet
+from proard.export import (
+    StudentFacts,
+    check_parity,
+    export_program,
+    load_student,
+    measured_logits,
+    model_card,
+    save_onnx,
+    save_pt2,
+    save_student,
+)
+from proard.space import Arch, parse_budget
+from proard.stages.common import parse_arguments, run
+from proard.stages.measuring import load_images, subnet_meter
+
+WRITES = ("weights", "onnx", "pt2", "card", "parity", "checksums")
+COLUMNS = ("arch", "arch_id", "macs", "split", "attack", "num_images", "clean_acc", "budget", "role", "chosen")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the stage."""
+    job = parse_arguments(
+        __doc__,
+        argv,
+        stage="export_student",
+        reads=["student", "supernet", "train", "test", "manifest", "budget"],
+        writes=WRITES,
+    )
+    files, settings = job.files, job.config.export_student
+    paths = {name: Path(getattr(files, name)) for name in WRITES}
+    rows = chosen_rows(files.student, files.budget)
+    test, manifest = load_images(job, "test"), _manifest(files.manifest)
+    _check_images(files, manifest, test, rows)
+    meter = subnet_meter(job, cache=None)
+    arch = Arch.from_json(rows["arch"].iloc[0])
+    facts = StudentFacts(
+        name=f"{job.config.run} {files.budget}",
+        budget=files.budget,
+        space=meter.supernet.space,
+        arch=arch,
+        classes=test.classes,
+        threat=job.config.threat,
+        dataset=manifest["source"],
+        license=settings.license,
+        provenance=job.provenance(files.student, files.supernet, files.train, files.test, files.manifest),
+    )
+    measured, batch_size = meter.student(arch), job.config.measurement.batch_size
+    reference = rows[(rows["split"] == "test") & (rows["attack"] != "worst")].iloc[0]
+    clean_acc = float(reference["clean_acc"])
+    logits = measured_logits(measured, test, row_clean_acc=clean_acc, batch_size=batch_size)
+    try:
+        save_student(paths["weights"], measured, facts)
+        program = export_program(load_student(paths["weights"]))
+        save_pt2(paths["pt2"], program, facts)
+        save_onnx(paths["onnx"], program, facts, opset=settings.opset)
+        checked = check_parity(
+            logits,
+            test,
+            weights=paths["weights"],
+            onnx=paths["onnx"],
+            pt2=paths["pt2"],
+            row_clean_acc=clean_acc,
+            eps=job.config.threat.eps,
+            step_size=float(reference["step_size"]),
+            num_steps=int(reference["num_steps"]),
+            tolerance=settings.tolerance,
+            batch_size=batch_size,
+            seed=job.seed,
+            threads=torch.get_num_threads(),
+        )
+    except BaseException:
+        for name in ("weights", "onnx", "pt2"):  # nothing unchecked stays behind
+            paths[name].unlink(missing_ok=True)
+        raise
+    identity = {key: facts.to_header()[key] for key in ("budget", "arch_id", "arch", "macs", "params")}
+    artifacts.write_json(paths["parity"], {**identity, **checked, "provenance": json.loads(facts.provenance.to_json())})
+    card = model_card(
+        facts,
+        rows,
+        attacks=_attacks(files.student),
+        parity=checked,
+        supernet=read_header(files.supernet),
+        counts={split: entry["count"] for split, entry in manifest["splits"].items()},
+    )
+    artifacts.write_text(paths["card"], card)
+    artifacts.write_text(paths["checksums"], checksum_list(paths))
+    print(_summary(facts, checked, paths))
+
+
+def chosen_rows(path: str | Path, budget: str) -> pd.DataFrame:
+    """Rows that measure the chosen student of this budget, under every attack and on both splits.
+
+    Raises
+    ------
+    ArtifactError
+        The table is of another budget, or does not hold exactly one choice with rows on test.
+    UserError
+        The choice costs more than the budget allows.
+    """
+    table = read_table(path, columns=COLUMNS)
+    limit = parse_budget(budget)
+    found = sorted(set(table["budget"]))
+    if found != [budget]:
+        raise ArtifactError(f"{path} is of budget {', '.join(found) or '(empty)'}, not {budget}; rerun select_student")
+    rows = table[table["chosen"].astype(bool)]
+    archs = rows["arch"].nunique()
+    on_test = (rows["role"] == "choice") & (rows["split"] == "test") & (rows["attack"] != "worst")
+    if archs != 1 or not on_test.any():
+        raise ArtifactError(
+            f"{path} holds {archs} chosen archs and {int(on_test.sum())} measurements of the choice on test; "
+            "expected one arch with at least one; rerun select_student"
+        )
+    cost = int(rows[limit.column].iloc[0])
+    if cost > limit.limit:
+        raise UserError(f"{path}: the chosen student has {limit.column} {cost:,}, above budget {budget}")
+    return rows
+
+
+def _manifest(path: str) -> dict[str, Any]:
+    """What `prepare_data` says about the images."""
+    try:
+        manifest = json.loads(Path(path).read_text())
+        return {key: manifest[key] for key in ("source", "classes", "splits")}
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} does not exist; rerun prepare_data") from None
+    except (ValueError, KeyError) as error:
+        raise ArtifactError(f"{path} is no manifest of prepare_data ({error}); rerun prepare_data") from None
+
+
+def _check_images(files: Any, manifest: dict[str, Any], test: ImageSet, rows: pd.DataFrame) -> None:
+    """Refuse test images that are not the manifest's or not those of the selected rows."""
+    expected = manifest["splits"]["test"]["checksum"]
+    if test.checksum != expected:
+        raise ArtifactError(
+            f"{files.test} has checksum {test.checksum[:12]}, {files.manifest} says {expected[:12]}; rerun prepare_data"
+        )
+    measured = set(rows.loc[rows["split"] == "test", "num_images"].astype(int))
+    if measured != {len(test)}:
+        raise ArtifactError(
+            f"{files.student} was measured on {sorted(measured)} test images, {files.test} holds {len(test)}; "
+            "rerun select_student"
+        )
+
+
+def _attacks(path: str) -> list[dict[str, Any]]:
+    """Settings of the attacks that the selection ran, from the table's provenance."""
+    sections = read_metadata(path).get("settings", {})
+    selection = sections.get("select_student", {}).get("attack")
+    return [*sections.get("verify_front", {}).get("attacks", []), *([selection] if selection else [])]
+
+
+def checksum_list(paths: dict[str, Path]) -> str:
+    """Lines for `sha256sum -c`, run in the folder of the list."""
+    folder = paths["checksums"].parent
+    others = [path for name, path in paths.items() if name != "checksums"]
+    return "".join(f"{artifacts.sha256(path)}  {os.path.relpath(path, folder)}\n" for path in others)
+
+
+def _summary(facts: StudentFacts, checked: dict[str, Any], paths: dict[str, Path]) -> str:
+    """What was made and how well it agrees, for people."""
+    spec, sizes = facts.space.spec(facts.arch), checked["bytes"]
+    by_onnx, by_pt2 = checked["onnx_max_softmax_difference"], checked["pt2_max_softmax_difference"]
+    attacked, accuracy = checked["adversarial"]["onnx_max_softmax_difference"], checked["onnx_test_accuracy"]
+    lines = [
+        f"{facts.name}: arch {facts.arch.arch_id}, {spec.macs / 1e6:.2f} M MACs, {spec.params / 1e6:.3f} M parameters",
+        f"  {checked['num_images']:,} test images: accuracy {accuracy:.2%} in ONNX, PyTorch and student.parquet",
+        f"  softmax within {by_onnx:.1e} (ONNX), {attacked:.1e} (ONNX, attacked images), {by_pt2:.1e} (pt2)",
+        f"  one image on one CPU thread: {checked['latency']['median_ms']:.2f} ms",
+    ]
+    lines += [f"  {paths[name]} ({sizes[paths[name].name] / 1e3:,.0f} kB)" for name in ("weights", "onnx", "pt2")]
+    return "\n".join([*lines, *(f"  {paths[name]}" for name in ("card", "parity", "checksums"))])
+
+
+if __name__ == "__main__":
+    run(main)

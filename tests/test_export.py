@@ -1,0 +1,336 @@
+"""Export: the files are the measured network, stand alone, describe themselves, and refuse to differ from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import yaml
+from helpers import TINY_DEEP, random_supernet, save_stripes, tiny_config, tiny_space
+
+from proard.artifacts import ArtifactError, Provenance, read_header, read_table, sha256, write_json, write_table
+from proard.artifacts.tables import PREDICTED, STUDENT
+from proard.config import Threat, UserError, job_settings
+from proard.data import ImageSet, load_split, to_float
+from proard.evaluation import SubnetMeter
+from proard.export import StudentFacts, export_program, load_student, save_onnx
+from proard.export.parity import difference, open_session
+from proard.nets import extract, fold, load_supernet, save_supernet
+from proard.space import Arch
+from proard.space.sampling import identity_columns
+from proard.stages import export_student, select_student
+
+BUDGET = "macs=60K"
+WRITTEN = {
+    "weights": "student.safetensors",
+    "onnx": "student.onnx",
+    "pt2": "student.pt2",
+    "card": "card.md",
+    "parity": "parity.json",
+    "checksums": "SHA256SUMS",
+}
+ATTACKS = (
+    {"name": "pgd3", "num_steps": 3, "step_size": 0.03},
+    {"name": "cw3x2", "objective": "margin", "num_steps": 3, "step_size": 0.03, "restarts": 2},
+)
+CONFIG = tiny_config(
+    verify_front={"attacks": ATTACKS},
+    select_student={"candidates": 2, "attack": ATTACKS[0]},
+    export_student={"license": "apache-2.0"},
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> dict[str, Path]:
+    """A random supernet, images, and a student selected from all of its subnets."""
+    folder = tmp_path_factory.mktemp("inputs")
+    made_by = Provenance("tiny", "train_phase")
+    files = {"supernet": folder / "supernet.safetensors", "archive": folder / "archive.parquet"}
+    files |= save_stripes(folder, val=130)
+    space = tiny_space()
+    save_supernet(files["supernet"], random_supernet(space, dtype=torch.float32), made_by)
+    genotypes = space.sample(50, np.random.default_rng(0))
+    scores = np.linspace(0, 1, len(genotypes))
+    archive = {**identity_columns(space, genotypes), "predicted_clean_acc": scores, "predicted_robust_acc": scores}
+    rows = [dict(zip(archive, values, strict=True)) for values in zip(*archive.values(), strict=True)]
+    write_table(files["archive"], rows, PREDICTED, made_by)
+    splits = {
+        name: {"count": len(load_split(files[name])), "checksum": read_header(files[name])["checksum"]}
+        for name in ("train", "val", "test")
+    }
+    files["manifest"] = folder / "manifest.json"
+    write_json(files["manifest"], {"source": "digits", "classes": ["left", "right", "low"], "splits": splits})
+    files["student"] = folder / "student.parquet"
+    flags = {name: files[name] for name in ("archive", "supernet", "train", "val", "test", "student")}
+    select_student.main(arguments("select_student", CONFIG, budget=BUDGET, **flags))
+    return files
+
+
+@pytest.fixture(scope="module")
+def exported(inputs, tmp_path_factory) -> Path:
+    """The folder of an export of the whole stage."""
+    folder = tmp_path_factory.mktemp("exported")
+    export(inputs, folder)
+    return folder
+
+
+def arguments(stage, config, **flags):
+    argv = ["--settings", job_settings(config, stage), "--seed", "0", "--device", "cpu", "--threads", "1"]
+    return argv + [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+
+
+def export(inputs, folder, *, config=CONFIG, **changed):
+    flags = {name: inputs[name] for name in ("student", "supernet", "train", "test", "manifest")}
+    flags |= {"budget": BUDGET, **{name: folder / file for name, file in WRITTEN.items()}, **changed}
+    export_student.main(arguments("export_student", config, **flags))
+
+
+def chosen_arch(inputs) -> Arch:
+    table = read_table(inputs["student"])
+    return Arch.from_json(table.loc[table["chosen"].astype(bool), "arch"].iloc[0])
+
+
+def measured_network(inputs):
+    """The network as the measuring stages build it, written out."""
+    supernet, checksum = load_supernet(inputs["supernet"], tiny_space())
+    meter = SubnetMeter(
+        supernet,
+        checksum=checksum,
+        train=load_split(inputs["train"]),
+        threat=CONFIG.threat,
+        measurement=CONFIG.measurement,
+        seed=0,
+    )
+    return meter.student(chosen_arch(inputs))
+
+
+def pixels_of(images: ImageSet) -> torch.Tensor:
+    return to_float(images.images)
+
+
+def onnx_logits(path, images):
+    return open_session(path, threads=1).run(["logits"], {"images": np.ascontiguousarray(images)})[0]
+
+
+def facts_of(space, arch):
+    return StudentFacts(
+        name="tiny",
+        budget=BUDGET,
+        space=space,
+        arch=arch,
+        classes=("left", "right", "low"),
+        threat=Threat(),
+        dataset="digits",
+        license="unspecified",
+        provenance=Provenance("tiny", "export_student"),
+    )
+
+
+def test_the_folder_holds_six_files_and_no_external_weights(exported):
+    assert sorted(path.name for path in exported.iterdir()) == sorted(WRITTEN.values())
+
+
+def test_the_weights_alone_give_exactly_the_measured_logits(inputs, exported):
+    images = pixels_of(load_split(inputs["test"]))
+    with torch.no_grad():
+        expected = measured_network(inputs)(images)
+        torch.testing.assert_close(load_student(exported / "student.safetensors")(images), expected, rtol=0, atol=0)
+    header = read_header(exported / "student.safetensors")
+    assert header["classes"] == ["left", "right", "low"]
+    assert header["arch_id"] == chosen_arch(inputs).arch_id
+    assert header["provenance"]["inputs"]["student.parquet"] == sha256(inputs["student"])
+
+
+@pytest.mark.parametrize("number", [1, 2, 13])
+def test_every_batch_size_gives_the_measured_logits(inputs, exported, number):
+    images = pixels_of(load_split(inputs["test"]).first(number)).contiguous()
+    with torch.no_grad():
+        expected = measured_network(inputs)(images)
+        by_pt2 = torch.export.load(exported / "student.pt2").module()(images)
+    torch.testing.assert_close(by_pt2, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(onnx_logits(exported / "student.onnx", images.numpy()), expected, rtol=0, atol=1e-5)
+
+
+def test_onnx_describes_itself_and_names_no_source_file(inputs, exported):
+    model = onnx.load(exported / "student.onnx")
+    facts = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(facts["classes"]) == ["left", "right", "low"]
+    assert json.loads(facts["input_range"]) == [0, 1]
+    assert json.loads(facts["threat"]) == {"norm": "linf", "eps": 0.1}
+    assert Arch.from_json(facts["arch"]) == chosen_arch(inputs)
+    assert int(facts["macs"]) == tiny_space().spec(chosen_arch(inputs)).macs
+    assert facts["dataset"] == "digits"
+    assert model.opset_import[0].version == CONFIG.export_student.opset
+    (entry,) = model.graph.input
+    assert [entry.name, model.graph.output[0].name] == ["images", "logits"]
+    assert entry.type.tensor_type.shape.dim[0].dim_param
+    with zipfile.ZipFile(exported / "student.pt2") as archive:
+        inside = b"".join(archive.read(name) for name in archive.namelist())
+    for content in ((exported / "student.onnx").read_bytes(), inside):
+        assert b"subnet.py" not in content
+
+
+def test_parity_record_says_what_was_compared(inputs, exported):
+    parity = json.loads((exported / "parity.json").read_text())
+    rows = read_table(inputs["student"])
+    selected = rows[(rows["role"] == "choice") & (rows["split"] == "test")].iloc[0]
+    assert parity["passed"] is True
+    assert parity["num_images"] == 130
+    assert parity["batch_sizes"] == [1, 40]
+    assert parity["onnx_test_accuracy"] == parity["torch_test_accuracy"] == selected["clean_acc"]
+    assert parity["selected_row_clean_acc"] == selected["clean_acc"]
+    assert parity["onnx_top1_agreement"] == parity["adversarial"]["onnx_top1_agreement"] == 1
+    assert 0 < parity["onnx_max_softmax_difference"] <= parity["tolerance"]
+    assert parity["adversarial"]["num_images"] == 130
+    assert (parity["budget"], parity["arch_id"], parity["macs"]) == (BUDGET, selected["arch_id"], selected["macs"])
+    assert parity["bytes"] == {name: (exported / name).stat().st_size for name in list(WRITTEN.values())[:3]}
+    assert 0 < parity["latency"]["median_ms"] <= parity["latency"]["p95_ms"]
+
+
+def test_checksums_cover_every_other_file(exported):
+    lines = [line.split("  ") for line in (exported / "SHA256SUMS").read_text().splitlines()]
+    assert {name for _, name in lines} == set(WRITTEN.values()) - {"SHA256SUMS"}
+    for digest, name in lines:
+        assert hashlib.sha256((exported / name).read_bytes()).hexdigest() == digest
+    if shutil.which("sha256sum"):
+        subprocess.run(["sha256sum", "-c", "--strict", "SHA256SUMS"], cwd=exported, check=True, capture_output=True)
+
+
+def test_the_card_quotes_the_rows_and_its_front_matter_is_yaml(inputs, exported):
+    card = (exported / "card.md").read_text()
+    _, front, body = card.split("---\n", 2)
+    matter = yaml.safe_load(front)
+    rows = read_table(inputs["student"])
+    rows = rows[rows["chosen"].astype(bool)]
+    worst = rows[(rows["split"] == "test") & (rows["attack"] == "worst")].iloc[0]
+    assert matter["license"] == "apache-2.0"
+    values = [entry["value"] for entry in matter["model-index"][0]["results"][0]["metrics"]]
+    assert values == [round(worst["clean_acc"], 4), round(worst["robust_acc"], 4)]
+    for _, row in rows.iterrows():
+        (line,) = (line for line in body.splitlines() if line.startswith(_beginning(row)))
+        low, high = row["robust_acc_low"], row["robust_acc_high"]
+        assert line.endswith(f"{row['robust_acc']:.2%} [{low:.2%}, {high:.2%}] |")
+    assert chosen_arch(inputs).arch_id in body
+    assert "25.5/255" in body
+    assert "logit margin (CW), 3 steps of 7.65/255, 2 restarts" in body
+
+
+def _beginning(row):
+    return f"| {row['split']} | {row['role']} | {row['attack']} |"
+
+
+def test_the_example_of_the_card_runs_beside_the_onnx_file_alone(exported, tmp_path):
+    example = re.search(r"```python\n(.*?)```", (exported / "card.md").read_text(), re.DOTALL)[1]
+    assert len(example.strip().splitlines()) <= 11
+    shutil.copy(exported / "student.onnx", tmp_path)
+    guard = "import sys; sys.modules['torch'] = sys.modules['onnx'] = sys.modules['proard'] = None\n"
+    done = subprocess.run(
+        [sys.executable, "-c", guard + example], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    name, score = done.stdout.split()
+    logits = onnx_logits(exported / "student.onnx", np.full((1, 1, 8, 8), 0.5, np.float32))[0].astype(float)
+    scores = np.exp(logits) / np.exp(logits).sum()
+    assert name == ["left", "right", "low"][scores.argmax()]
+    assert float(score) == pytest.approx(scores.max(), abs=1e-4)
+
+
+def test_older_opset_and_colour_bottleneck_space_export_alike(tmp_path):
+    space = tiny_space(TINY_DEEP)
+    net = fold(extract(random_supernet(space, dtype=torch.float32).eval(), space.smallest))
+    save_onnx(tmp_path / "a.onnx", export_program(net), facts_of(space, space.smallest), opset=18)
+    model = onnx.load(tmp_path / "a.onnx")
+    assert model.opset_import[0].version == 18
+    images = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = net(images)
+    np.testing.assert_allclose(onnx_logits(tmp_path / "a.onnx", images.numpy()), expected, rtol=0, atol=1e-5)
+
+
+def test_difference_finds_the_image_and_counts_near_ties_as_they_are():
+    reference = np.zeros((4, 3), np.float32)
+    reference[:, 0] = 5
+    reference[2] = [1, np.nextafter(np.float32(1), np.float32(0)), 0]
+    other = reference.copy()
+    other[2] = other[2][[1, 0, 2]]  # the smallest possible change, but another class
+    other[3, 1] += 3
+    found = difference(reference, other)
+    assert found.image == 3
+    assert found.flipped == (2,)
+    assert found.top1_agreement == 0.75
+    assert 0 < found.margins[0] < 1e-6
+    assert np.isnan(difference(reference, np.full_like(other, np.nan)).max_softmax)
+
+
+def test_export_beyond_the_tolerance_is_refused_and_leaves_nothing(inputs, tmp_path):
+    config = CONFIG.model_copy(update={"export_student": CONFIG.export_student.model_copy(update={"tolerance": 1e-12})})
+    with pytest.raises(UserError, match=r"student.onnx is not the measured network: on test image \d+ .* by \d.*e-\d+"):
+        export(inputs, tmp_path, config=config)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_onnx_file_of_other_weights_is_refused(inputs, tmp_path, monkeypatch):
+    def of_another_network(path, program, facts, *, opset):
+        net = load_student(tmp_path / "student.safetensors")
+        net.head_bias[1] += 1
+        save_onnx(path, export_program(net), facts, opset=opset)
+
+    monkeypatch.setattr(export_student, "save_onnx", of_another_network)
+    with pytest.raises(UserError, match="a class probability differs by"):
+        export(inputs, tmp_path)
+
+
+def test_a_supernet_that_changed_since_the_selection_is_refused(inputs, tmp_path):
+    other = tmp_path / "supernet.safetensors"
+    save_supernet(other, random_supernet(tiny_space(), seed=5, dtype=torch.float32), Provenance("tiny", "train_phase"))
+    with pytest.raises(UserError, match=r"classifies \d+ of 130 test images correctly, the selected row says \d+"):
+        export(inputs, tmp_path / "out", supernet=other)
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_inputs_are_named(inputs, tmp_path):
+    content = bytearray(inputs["supernet"].read_bytes())
+    content[-8] ^= 0xFF
+    damaged = tmp_path / "supernet.safetensors"
+    damaged.write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"supernet.safetensors is damaged.*checksum"):
+        export(inputs, tmp_path, supernet=damaged)
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text("{}")
+    with pytest.raises(ArtifactError, match=r"manifest.json is no manifest of prepare_data"):
+        export(inputs, tmp_path, manifest=manifest)
+    with pytest.raises(ArtifactError, match=r"train.safetensors has checksum .*manifest.json says"):
+        export(inputs, tmp_path, test=inputs["train"])
+
+
+def test_a_table_of_another_budget_or_without_a_choice_is_refused(inputs, tmp_path):
+    with pytest.raises(ArtifactError, match=r"is of budget macs=60K, not macs=1M; rerun select_student"):
+        export(inputs, tmp_path, budget="macs=1M")
+    table = read_table(inputs["student"])
+    path = tmp_path / "student.parquet"
+    write_table(path, table[table["role"] == "candidate"], STUDENT, Provenance("tiny", "select_student"))
+    with pytest.raises(ArtifactError, match="1 chosen archs and 0 measurements of the choice on test"):
+        export(inputs, tmp_path, student=path)
+
+
+def test_load_student_refuses_other_files(inputs, exported, tmp_path):
+    with pytest.raises(ArtifactError, match="holds 'supernet', expected student"):
+        load_student(inputs["supernet"])
+    cut = tmp_path / "student.safetensors"
+    cut.write_bytes((exported / "student.safetensors").read_bytes()[:-100])
+    with pytest.raises(ArtifactError, match="truncated"):
+        load_student(cut)

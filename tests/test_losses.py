@@ -1,0 +1,178 @@
+"""Losses and inner objectives: values by hand, gradients by autograd and by finite differences."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from proard.losses import (
+    OBJECTIVES,
+    Batch,
+    CrossEntropy,
+    KLToTarget,
+    Margin,
+    kl_to_teacher,
+    mix_logits,
+    rslad_loss,
+    trades_loss,
+)
+
+close = torch.testing.assert_close
+LABELS = torch.tensor([0, 2, 1, 2])
+
+
+def logits(seed=0, *, scale=2.0, classes=3):
+    return scale * torch.randn(4, classes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def of(*probabilities):
+    return torch.tensor([probabilities], dtype=torch.float64).log()
+
+
+HALF_KL = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)  # KL((1/2, 1/2) || (1/4, 3/4)) = ln(4/3) / 2
+
+
+def test_divergence_has_its_hand_computed_value():
+    assert math.isclose(HALF_KL, 0.5 * math.log(4 / 3))
+    close(kl_to_teacher(of(0.25, 0.75), of(0.5, 0.5)), torch.tensor([HALF_KL], dtype=torch.float64))
+
+
+def test_rslad_has_its_hand_computed_value():
+    teacher, clean, adv = of(0.5, 0.5), of(0.5, 0.5), of(0.25, 0.75)
+    assert float(rslad_loss(clean, adv, teacher)) == pytest.approx(5 / 6 * HALF_KL)
+    assert float(rslad_loss(adv, clean, teacher, adv_weight=0.25)) == pytest.approx(0.75 * HALF_KL)
+
+
+def test_trades_has_its_hand_computed_value():
+    clean, adv = of(0.5, 0.5), of(0.25, 0.75)
+    expected = math.log(2) + 6 * HALF_KL
+    assert float(trades_loss(clean, adv, torch.tensor([0]))) == pytest.approx(expected)
+
+
+def test_losses_average_over_images():
+    one, two = rslad_loss(logits(0), logits(1), logits(2)), trades_loss(logits(0), logits(1), LABELS)
+    doubled = [torch.cat([logits(seed), logits(seed)]) for seed in range(3)]
+    close(rslad_loss(*doubled), one)
+    close(trades_loss(doubled[0], doubled[1], torch.cat([LABELS, LABELS])), two)
+
+
+def test_losses_do_not_average_over_classes():
+    """Classes that nobody believes in change nothing."""
+
+    def wider(x):
+        return torch.cat([x, torch.full((len(x), 7), -1e4, dtype=x.dtype)], 1)
+
+    three = [logits(seed) for seed in range(3)]
+    close(rslad_loss(*map(wider, three)), rslad_loss(*three))
+    close(trades_loss(wider(three[0]), wider(three[1]), LABELS), trades_loss(three[0], three[1], LABELS))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e5])
+def test_equal_logits_give_zero_loss_and_finite_gradients(scale):
+    teacher = logits(scale=scale).float()
+    clean, adv = teacher.clone().requires_grad_(), teacher.clone().requires_grad_()
+    loss = rslad_loss(clean, adv, teacher)
+    loss.backward()
+    assert loss.item() == 0
+    close(clean.grad, torch.zeros_like(clean), atol=1e-6, rtol=0)
+    close(adv.grad, torch.zeros_like(adv), atol=1e-6, rtol=0)
+
+
+def test_far_apart_logits_give_a_finite_loss_and_finite_gradients():
+    student = torch.tensor([[1e4, 0.0, -1e4]], requires_grad=True)
+    loss = rslad_loss(student, student, torch.tensor([[-1e4, 0.0, 1e4]]))
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(student.grad).all()
+
+
+def test_no_gradient_flows_into_the_distillation_teacher():
+    teacher, student = logits(0).requires_grad_(), logits(1).requires_grad_()
+    rslad_loss(student, student * 2, teacher).backward()
+    assert teacher.grad is None
+    assert student.grad.abs().sum() > 0
+
+
+def test_trades_gradient_flows_through_both_branches():
+    clean, adv = logits(0).requires_grad_(), logits(1).requires_grad_()
+    trades_loss(clean, adv, LABELS).backward()
+    with_divergence = clean.grad.clone()
+    clean.grad = None
+    trades_loss(clean, adv, LABELS, beta=0).backward()
+    assert adv.grad.abs().sum() > 0
+    assert not torch.allclose(with_divergence, clean.grad)
+    assert torch.autograd.gradcheck(lambda a, b: trades_loss(a, b, LABELS), (clean, adv))
+
+
+def test_rslad_gradient_is_that_of_the_closed_form():
+    """The gradient of KL(t || s) with respect to the student's logits is s - t, over images and with its weight."""
+    teacher, clean, adv = logits(0), logits(1).requires_grad_(), logits(2).requires_grad_()
+    rslad_loss(clean, adv, teacher, adv_weight=0.8).backward()
+    close(clean.grad, 0.2 * (clean.softmax(1) - teacher.softmax(1)).detach() / 4)
+    close(adv.grad, 0.8 * (adv.softmax(1) - teacher.softmax(1)).detach() / 4)
+
+
+INNER = {"kl": KLToTarget(logits(5)), "ce": CrossEntropy(LABELS), "margin": Margin(LABELS)}
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_closed_form_logit_gradient_equals_autograd_and_finite_differences(name):
+    objective, x = INNER[name], logits(1).requires_grad_()
+    (by_autograd,) = torch.autograd.grad(objective(x).sum(), x)
+    closed = objective.logit_gradient(x.detach())
+    close(closed, by_autograd, rtol=1e-6, atol=1e-7)  # a target is kept in float32
+    step, differences = 1e-6, torch.zeros_like(closed)
+    for index in range(x.shape[1]):
+        shift = torch.zeros_like(x)
+        shift[:, index] = step
+        differences[:, index] = (objective(x + shift) - objective(x - shift)).detach() / (2 * step)
+    close(closed, differences, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_objectives_give_one_value_per_image_and_leave_the_logits_alone(name):
+    x = logits(1)
+    before = x.clone()
+    assert INNER[name](x).shape == (4,)
+    assert INNER[name].logit_gradient(x).shape == x.shape
+    assert torch.equal(x, before)
+
+
+def test_margin_is_positive_exactly_where_the_image_is_misclassified():
+    x = torch.cat([logits(seed) for seed in range(20)])
+    labels = LABELS.repeat(20)
+    assert torch.equal(Margin(labels)(x) > 0, x.argmax(1) != labels)
+
+
+def test_divergence_to_a_target_ignores_the_target_s_graph():
+    target = logits(0).requires_grad_()
+    x = logits(1).requires_grad_()
+    KLToTarget(target)(x).sum().backward()
+    assert target.grad is None
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_mixed_logits_are_the_mixed_probabilities(weight):
+    first, second = logits(0), logits(1)
+    mixed = mix_logits(first, second, first_weight=weight)
+    close(mixed.softmax(1), weight * first.softmax(1) + (1 - weight) * second.softmax(1))
+
+
+def test_mixed_logits_of_a_certain_network_stay_finite():
+    certain = torch.tensor([[1e4, 0.0, -1e4]])
+    assert torch.isfinite(mix_logits(certain, certain, first_weight=0.5)).all()
+
+
+def test_every_objective_computes_from_what_it_says_it_needs():
+    for objective in OBJECTIVES.values():
+        batch = Batch(
+            LABELS,
+            clean=logits(0) if objective.needs_clean else None,
+            teacher=logits(1) if objective.needs_teacher else None,
+            adv=None if objective.inner is None else logits(2),
+        )
+        assert torch.isfinite(objective.loss(batch, **dict.fromkeys(objective.options, 0.5)))
+        if objective.inner is not None:
+            assert objective.inner(batch)(logits(3)).shape == (4,)

@@ -1,0 +1,239 @@
+"""The report says what the tables say, stands alone, and does without what was not given."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic_run import BUDGETS, SyntheticRun
+
+from proard import artifacts
+from proard.artifacts import ArtifactError
+from proard.report import compare_searches, durations, exported_students
+from proard.report.svg import COLOURS
+from proard.report.text import count, percent, pixels
+from proard.stages.report import main
+
+SECTIONS = ["students", "tradeoff", "search", "predictor", "training", "setup", "time", "provenance"]
+FIGURES = ["front", "training", "predictor", "hypervolume"]
+VOID = {"meta", "br", "link", "img", "path", "use"}
+
+
+class Page(HTMLParser):
+    """Ids, links, and the cells of every row of students; raises on tags that do not match."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.rows: list[list[str]] = []
+        self.open: list[str] = []
+        self.in_student = False
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Remember what the tests ask for."""
+        values = dict(attrs)
+        if tag not in VOID or tag in ("path", "use"):
+            self.open.append(tag)
+        self.ids += [values["id"]] if values.get("id") else []
+        self.links += [values[name] for name in ("href", "src", "xlink:href") if values.get(name)]
+        if tag == "tr":
+            self.in_student = "student" in (values.get("class") or "").split()
+            self.rows += [[]] if self.in_student else []
+        if tag == "td" and self.in_student:
+            self.rows[-1].append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """A tag that closes itself."""
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID or tag in ("path", "use"):
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        """Tags close in order."""
+        assert self.open.pop() == tag
+        self.in_student = self.in_student and tag != "tr"
+
+    def handle_data(self, data: str) -> None:
+        """Words of a student's cell."""
+        if self.in_student and self.rows[-1]:
+            self.rows[-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> SyntheticRun:
+    """A run with its report rendered."""
+    made = SyntheticRun(tmp_path_factory.mktemp("report"))
+    main(made.flags())
+    return made
+
+
+@pytest.fixture(scope="module")
+def page(run: SyntheticRun) -> str:
+    """The page's text."""
+    return run.path("report", "report.html").read_text()
+
+
+def test_page_is_whole_and_fetches_nothing(page: str):
+    parsed = Page(page)
+    assert [name for name in parsed.ids if name in SECTIONS] == SECTIONS
+    assert len(set(parsed.ids)) == len(parsed.ids)
+    assert not [link for link in parsed.links if "//" in link]
+    assert not re.search(r"<script|<link|@import|url\((?!#)", page)
+
+
+def test_every_link_within_the_page_has_a_target(page: str):
+    parsed = Page(page)
+    inner = {link[1:] for link in parsed.links if link.startswith("#")}
+    assert inner <= set(parsed.ids)
+    assert set(re.findall(r"url\(#([^)]*)\)", page)) <= set(parsed.ids)
+
+
+def test_links_to_files_are_relative_to_the_page(run: SyntheticRun, page: str):
+    links = Page(page).links
+    for budget in BUDGETS:
+        assert {f"../export_student/{budget}/{name}" for name in ("student.onnx", "card.md")} <= set(links)
+    parquet = [link for link in links if link.endswith(".parquet")]
+    assert parquet
+    assert all((run.path("report") / link).exists() for link in parquet)
+
+
+def test_students_table_holds_the_numbers_of_the_tables(run: SyntheticRun, page: str):
+    rows = {cells[0]: cells for cells in Page(page).rows}
+    assert sorted(rows) == sorted(BUDGETS)
+    for budget, row in run.students.items():
+        cells = rows[budget]
+        assert cells[1] == count(row["macs"])
+        assert cells[3].startswith(percent(row["clean_acc"]))
+        interval = f"{percent(row['robust_acc_low'])}–{percent(row['robust_acc_high'])}"
+        assert cells[4] == f"{percent(row['robust_acc'])}{interval}"
+        assert cells[8].startswith(f"{percent(row['predicted_clean_acc'])} → ")
+    best = max(run.students.values(), key=lambda row: row["robust_acc"])
+    assert f"<strong>{percent(best['robust_acc'])} %</strong>" in page
+    assert f"<b>{percent(best['robust_acc'])}<small>%</small></b>" in page
+
+
+def test_figures_are_valid_and_the_same_every_time(run: SyntheticRun, tmp_path: Path):
+    for name in FIGURES:
+        text = run.path("report", f"{name}.svg").read_text()
+        root = ElementTree.fromstring(text)
+        assert root.tag.endswith("svg")
+        assert root[0].text
+    again = [str(tmp_path / Path(word).name) if word.endswith((".svg", ".html")) else word for word in run.flags()]
+    main(again)
+    for name in FIGURES:
+        assert (tmp_path / f"{name}.svg").read_bytes() == run.path("report", f"{name}.svg").read_bytes()
+
+
+def test_every_sampled_subnet_has_its_tooltip(run: SyntheticRun):
+    root = ElementTree.fromstring(run.path("report", "front.svg").read_text())
+    titles = [entry.text for entry in root.iter("{http://www.w3.org/2000/svg}title")]
+    assert sum(text.startswith("sampled subnet") for text in titles) == 2 * run.num_archs
+    assert sum(text.startswith("student macs=2M") for text in titles) == 2
+
+
+def test_colours_of_figures_follow_the_page(page: str):
+    body = page[page.index("</style>") :]
+    assert not [name for name, colour in COLOURS.items() if colour in body]
+    assert set(re.findall(r"var\(--([a-z]+)\)", page)) <= set(re.findall(r"--([a-z]+):", page))
+
+
+def test_what_was_not_given_is_left_out(tmp_path: Path):
+    run = SyntheticRun(tmp_path)
+    missing = ("quality", "held-out", "front", "archive", "search-history", "verified", "control-table", "benchmarks")
+    main(run.flags(without=(*missing, "students", "cards")))
+    page = run.path("report", "report.html").read_text()
+    kept = [name for name in Page(page).ids if name in SECTIONS]
+    assert kept == ["tradeoff", "training", "setup", "provenance"]
+    for name in FIGURES:
+        ElementTree.fromstring(run.path("report", f"{name}.svg").read_text())
+
+
+def test_damaged_table_is_named(tmp_path: Path):
+    run = SyntheticRun(tmp_path)
+    path = run.path("merge_table", "table.parquet")
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ArtifactError, match=r"merge_table/table\.parquet"):
+        main(run.flags())
+    assert not run.path("report", "report.html").exists()
+
+
+def test_damaged_records_are_named(tmp_path: Path):
+    run = SyntheticRun(tmp_path)
+    run.path("export_student", "macs=2M", "parity.json").write_text("{")
+    with pytest.raises(ArtifactError, match=r"macs=2M/parity\.json"):
+        main(run.flags())
+    record = tmp_path / "records" / "train.tsv"
+    artifacts.write_text(record, "nothing\n")
+    with pytest.raises(ArtifactError, match=r"train\.tsv"):
+        durations(record.parent)
+
+
+def test_names_from_outside_cannot_write_markup(tmp_path: Path):
+    run = SyntheticRun(tmp_path)
+    manifest = run.path("prepare_data", "manifest.json")
+    manifest.write_text(manifest.read_text().replace("airplane", "<b>&plane"))
+    main(run.flags())
+    page = run.path("report", "report.html").read_text()
+    assert "&lt;b&gt;&amp;plane" in page
+    assert "<b>&plane" not in page
+
+
+def test_durations_sum_the_jobs_of_a_stage(run: SyntheticRun):
+    found = {entry.stage: entry for entry in durations(run.path("benchmarks"))}
+    assert list(found)[:2] == ["prepare_data", "train_teacher"]
+    assert (found["evaluate_archs"].jobs, found["evaluate_archs"].seconds) == (3, 3 * 310.125)
+    assert found["train_phase"].memory_mb == 1620
+    assert found["prepare_data"].memory_mb is None
+
+
+def test_students_are_the_choices_measured_on_test(run: SyntheticRun):
+    frames = [artifacts.read_table(run.path("select_student", budget, "student.parquet")) for budget in BUDGETS]
+    found = exported_students(frames)
+    assert [student.macs for student in found] == sorted(student.macs for student in found)
+    for student in found:
+        assert student.final["split"] == "test"
+        assert student.final["robust_acc"] == min(row["robust_acc"] for row in student.test.values())
+    without_test = frames[0][frames[0]["split"] == "val"]
+    with pytest.raises(ArtifactError, match="no row of its choice on test"):
+        exported_students([without_test])
+
+
+def searched(nsga2: list[tuple[float, float, float]], random: list[tuple[float, float, float]]) -> pd.DataFrame:
+    """Rows of verify_front from (clean, robust, macs)."""
+    rows = [(*point, "nsga2") for point in nsga2] + [(*point, "random") for point in random]
+    frame = pd.DataFrame(rows, columns=["clean_acc", "robust_acc", "macs", "found_by"])
+    return frame.assign(split="test", attack="worst")
+
+
+def test_hypervolume_difference_by_hand():
+    # Scaled to their range, the points are (0, 0, 0) and (1, 1, 1): volumes 1.1^3 and 0.1^3 of a box of 1.1^3.
+    found = compare_searches(searched([(0.8, 0.5, 10)], [(0.6, 0.3, 20)]), bootstraps=20)
+    assert found.nsga2 == pytest.approx(1.0)
+    assert found.random == pytest.approx((0.1 / 1.1) ** 3)
+    assert found.low == pytest.approx(found.difference)
+    assert found.high == pytest.approx(found.difference)
+
+
+def test_equal_searches_have_no_difference_and_one_search_no_comparison():
+    rng = np.random.default_rng(0)
+    points = [tuple(row) for row in rng.random((8, 3))]
+    found = compare_searches(searched(points, points), bootstraps=200)
+    assert found.difference == 0
+    assert found.low < 0 < found.high
+    assert compare_searches(searched(points, [])) is None
+
+
+@pytest.mark.parametrize(
+    ("length", "text"),
+    [(8 / 255, "8/255"), (2 / 255, "2/255"), (0.5 / 255, "0.5/255"), (0.1, "0.1"), (0.2, "51/255")],
+)
+def test_lengths_are_written_in_pixel_steps(length: float, text: str):
+    assert pixels(length) == text

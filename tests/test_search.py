@@ -1,0 +1,166 @@
+"""NSGA-II and random search: same seed, same archive; nothing evaluated twice; the limit kept."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from proard import artifacts, predictor, search
+from proard.artifacts import ArtifactError, Provenance
+from proard.config import PRESETS, UserError, job_settings, load
+from proard.search import Scale
+from proard.space import SearchSpace
+from proard.space.sampling import anchor_archs, enumerate_genotypes, stratified_sample
+from proard.stages import search_front
+
+SPACE = SearchSpace(PRESETS["resnet_micro"])
+BUDGET = {"population": 40, "generations": 15}
+
+
+def predict(genotypes):
+    """A separable problem: each gene's choice adds to both accuracies, with weights of its own."""
+    weights = np.random.default_rng(3).normal(0, 1, (sum(SPACE.choices), 2))
+    return 1 / (1 + np.exp(-0.3 * (SPACE.features(genotypes) @ weights)))
+
+
+def cost(genotypes):
+    """MACs."""
+    return SPACE.costs(genotypes)["macs"]
+
+
+PROBLEM = (predict, cost, SPACE.choices, SPACE.canonical)
+
+
+def run_both(*, seed=0, **settings):
+    """NSGA-II, and random search at as many evaluations."""
+    nsga2 = search.nsga2(*PROBLEM, **{**BUDGET, **settings}, seed=seed)
+    per_generation = np.bincount(nsga2.generations)[1:]
+    return nsga2, search.random(*PROBLEM, generations=per_generation, max_cost=settings.get("max_cost"), seed=seed)
+
+
+def test_one_seed_one_archive():
+    for first, again, other in zip(run_both(), run_both(), run_both(seed=1), strict=True):
+        np.testing.assert_array_equal(first.genotypes, again.genotypes)
+        np.testing.assert_array_equal(first.accuracies, again.accuracies)
+        assert not np.array_equal(first.genotypes, other.genotypes)
+
+
+def test_no_arch_is_evaluated_twice_and_populations_go_in_whole():
+    calls = []
+
+    def counting(genotypes):
+        calls.append(np.array(genotypes))
+        return predict(genotypes)
+
+    archive = search.nsga2(counting, *PROBLEM[1:], **BUDGET, seed=0)
+    evaluated = np.concatenate(calls)
+    assert [len(call) for call in calls] == [BUDGET["population"]] * BUDGET["generations"]
+    assert len(np.unique(SPACE.canonical(evaluated), axis=0)) == len(evaluated) == len(archive)
+    np.testing.assert_array_equal(archive.genotypes, SPACE.canonical(archive.genotypes))
+
+
+def test_both_searches_evaluate_equally_many():
+    nsga2, random = run_both()
+    assert len(nsga2) == len(random) == 600
+    np.testing.assert_array_equal(np.bincount(nsga2.generations), np.bincount(random.generations))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_nsga2_dominates_more_than_random(seed):
+    nsga2, random = run_both(seed=seed)
+    genotypes = enumerate_genotypes(SPACE.choices, SPACE.canonical)
+    exhaustive = np.column_stack([-predict(genotypes), cost(genotypes)])
+    rows = search.history({"nsga2": nsga2, "random": random}, cost_name="macs", seed=seed, exhaustive=exhaustive)
+    curves = {name: [row["hypervolume"] for row in rows if row["search"] == name] for name in ("nsga2", "random")}
+    assert all(np.diff(curve).min() >= 0 for curve in curves.values())
+    assert curves["random"][-1] < curves["nsga2"][-1] <= rows[0]["exhaustive_hypervolume"]
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1, 3.0])
+def test_cost_limit_is_kept(factor):
+    smallest = cost(np.zeros((1, len(SPACE.choices)), dtype=np.int64))[0]
+    nsga2, random = run_both(max_cost=factor * smallest, generations=5)
+    assert nsga2.costs.max() <= factor * smallest
+    assert random.costs.max() <= factor * smallest
+    assert len(nsga2) == len(random) >= 1
+
+
+def test_limit_below_the_smallest_arch_names_it():
+    smallest = cost(np.zeros((1, len(SPACE.choices)), dtype=np.int64))[0]
+    with pytest.raises(UserError, match=f"smallest feasible cost is {smallest}$"):
+        search.nsga2(*PROBLEM, **BUDGET, max_cost=smallest - 1, seed=0)
+
+
+def test_a_space_smaller_than_the_budget_is_searched_nearly_in_full():
+    space = SearchSpace(PRESETS["resnet_digits"].model_copy(update={"depth": (0,), "expand": (0.5, 1.0)}))
+
+    def flat(genotypes):
+        return np.full((len(genotypes), 2), 0.5)
+
+    archive = search.nsga2(
+        flat, lambda genotypes: space.costs(genotypes)["macs"], space.choices, space.canonical, **BUDGET, seed=0
+    )
+    assert 0.95 * space.size <= len(archive) <= space.size
+
+
+def test_non_dominated_and_hypervolume_by_hand():
+    points = np.array([[0.0, 1.0], [1.0, 0.0], [0.5, 0.5], [0.6, 0.6], [0.0, 1.0]])
+    assert search.non_dominated(points).tolist() == [0, 1, 2, 4]
+    scale = Scale(best=(0.0, 0.0), worst=(1.0, 1.0), reference=1.0)
+    assert search.hypervolume(points, scale) == pytest.approx(0.25)
+    stretched = Scale(best=(0.0, 0.0), worst=(10.0, 1.0), reference=1.0)
+    assert search.hypervolume(points * [10, 1], stretched) == pytest.approx(0.25)
+
+
+def test_history_after_a_generation_counts_the_archive_so_far():
+    nsga2, random = run_both()
+    rows = search.history({"nsga2": nsga2, "random": random}, cost_name="macs", seed=0)
+    scale = Scale.of(np.concatenate([nsga2.objectives, random.objectives]))
+    for row in (rows[4], rows[14]):
+        so_far = nsga2.objectives[nsga2.generations <= row["generation"]]
+        assert row["evaluations"] == len(so_far)
+        assert row["hypervolume"] == pytest.approx(search.hypervolume(so_far, scale))
+
+
+def test_stage_writes_archive_front_and_history(tmp_path):
+    write_predictor(tmp_path)
+    archive, front, history = run_stage(tmp_path)
+    counts = archive["found_by"].value_counts()
+    assert counts["nsga2"] == counts["random"] == 60
+    anchors = archive[archive["found_by"] == "anchor"]
+    assert set(anchors["arch_id"]) == {arch.arch_id for arch in anchor_archs(SPACE)}
+    assert not archive.duplicated(["arch_id", "found_by"]).any()
+    for name in ("nsga2", "random"):
+        mine, best = archive[archive["found_by"] == name], front[front["found_by"] == name]
+        rows = mine[["predicted_clean_acc", "predicted_robust_acc", "macs"]].to_numpy() * [-1, -1, 1]
+        assert set(best["arch_id"]) == set(mine["arch_id"].iloc[search.non_dominated(rows)])
+        assert history[history["search"] == name]["evaluations"].tolist() == [20, 40, 60]
+    assert history["exhaustive_hypervolume"].notna().all()
+
+
+def test_stage_refuses_a_predictor_of_another_table_or_space(tmp_path):
+    write_predictor(tmp_path)
+    with pytest.raises(ArtifactError, match="another space"):
+        run_stage(tmp_path, space="resnet_cifar")
+    (tmp_path / "table.parquet").write_bytes(b"measured again")
+    with pytest.raises(ArtifactError, match="was not fitted on"):
+        run_stage(tmp_path)
+
+
+def write_predictor(folder):
+    """Write a predictor and the file that stands for its table."""
+    (folder / "table.parquet").write_bytes(b"measured")
+    genotypes, _ = stratified_sample(SPACE, 40, strata=4, seed=0)
+    model = predictor.Predictor("ridge", SPACE, SPACE.features(genotypes), predict(genotypes), seed=0)
+    inputs = {"table.parquet": artifacts.sha256(folder / "table.parquet")}
+    predictor.save(folder / "predictor.safetensors", model, Provenance("test", "fit_predictor", inputs=inputs))
+
+
+def run_stage(folder, space="resnet_micro"):
+    """Run `search_front` and read its tables."""
+    config = load({"run": "test", "space": space, "search_front": {"population": 20, "generations": 3}})
+    files = {name: str(folder / f"{name}.parquet") for name in ("table", "archive", "front", "history")}
+    flags = [part for name, path in files.items() for part in (f"--{name}", path)]
+    flags += ["--predictor", str(folder / "predictor.safetensors"), "--threads", "1"]
+    search_front.main(["--settings", job_settings(config, "search_front"), *flags])
+    return (artifacts.read_table(files[name]) for name in ("archive", "front", "history"))

@@ -1,0 +1,46 @@
+rule report:
+    input:
+        manifest=rules.prepare_data.output.manifest,
+        teacher_history=rules.train_teacher.output.history,
+        control_table=rules.train_control.output.table,
+        control_history=rules.train_control.output.history,
+        phase_histories=collect("<results>/train_phase/{phase}/history.parquet", phase=PHASES),
+        table=rules.merge_table.output.table,
+        quality=rules.fit_predictor.output.quality,
+        held_out=rules.fit_predictor.output.held_out,
+        archive=rules.search_front.output.archive,
+        front=rules.search_front.output.front,
+        search_history=rules.search_front.output.history,
+        verified=rules.verify_front.output.table,
+        students=collect("<results>/select_student/{budget}/student.parquet", budget=BUDGETS),
+        cards=collect("<results>/export_student/{budget}/parity.json", budget=BUDGETS),
+    output:
+        html=report("<results>/report/report.html", caption="../report/report.rst", category="Report"),
+        front_figure="<results>/report/front.svg",
+        training_figure="<results>/report/training.svg",
+        predictor_figure="<results>/report/predictor.svg",
+        search_figure="<results>/report/search.svg",
+    log:
+        "<logs>/report.log",
+    benchmark:
+        "<benchmarks>/report.tsv"
+    conda:
+        "../../environment.yml"
+    resources:
+        mem_mb=per_attempt(4000),
+        runtime=30,
+    params:
+        settings=settings("report"),
+        seed=run.seed,
+        benchmarks=f"results/{run.run}/benchmarks",
+    shell:
+        "python -m proard.stages.report --settings {params.settings:q} --seed {params.seed}"
+        " --threads {threads} --device cpu --manifest {input.manifest:q}"
+        " --teacher-history {input.teacher_history:q} --control-table {input.control_table:q}"
+        " --control-history {input.control_history:q} --phase-histories {input.phase_histories:q}"
+        " --table {input.table:q} --quality {input.quality:q} --held-out {input.held_out:q}"
+        " --archive {input.archive:q} --front {input.front:q} --search-history {input.search_history:q}"
+        " --verified {input.verified:q} --students {input.students:q} --cards {input.cards:q}"
+        " --benchmarks {params.benchmarks:q} --html {output.html:q} --front-figure {output.front_figure:q}"
+        " --training-figure {output.training_figure:q} --predictor-figure {output.predictor_figure:q}"
+        " --search-figure {output.search_figure:q} 2>&1 | tee {log:q}"

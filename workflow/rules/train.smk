@@ -1,0 +1,94 @@
+# A training keeps its resume state beside its outputs, under names that no rule declares: Snakemake deletes declared
+# outputs of a job that starts or fails. Run time is therefore no matter of luck: the next attempt continues.
+
+
+rule train_teacher:
+    input:
+        train=rules.prepare_data.output.train,
+        val=rules.prepare_data.output.val,
+    output:
+        teacher="<results>/train_teacher/teacher.safetensors",
+        history="<results>/train_teacher/history.parquet",
+    log:
+        "<logs>/train_teacher.log",
+    benchmark:
+        "<benchmarks>/train_teacher.tsv"
+    conda:
+        "../../environment.yml"
+    threads: 8
+    resources:
+        mem_mb=per_attempt(16000),
+        runtime=1440,
+        gpu=1,
+    params:
+        settings=settings("train_teacher"),
+        seed=run.seed,
+    shell:
+        "python -m proard.stages.train_teacher --settings {params.settings:q} --seed {params.seed}"
+        " --threads {threads} --device auto --train {input.train:q} --val {input.val:q}"
+        " --teacher {output.teacher:q} --history {output.history:q} 2>&1 | tee {log:q}"
+
+
+rule train_control:
+    input:
+        train=rules.prepare_data.output.train,
+        val=rules.prepare_data.output.val,
+        test=rules.prepare_data.output.test,
+    output:
+        control="<results>/train_control/control.safetensors",
+        table="<results>/train_control/table.parquet",
+        history="<results>/train_control/history.parquet",
+    log:
+        "<logs>/train_control.log",
+    benchmark:
+        "<benchmarks>/train_control.tsv"
+    conda:
+        "../../environment.yml"
+    threads: 8
+    resources:
+        mem_mb=per_attempt(16000),
+        runtime=1440,
+        gpu=1,
+    params:
+        settings=settings("train_control"),
+        seed=run.seed,
+    shell:
+        "python -m proard.stages.train_control --settings {params.settings:q} --seed {params.seed}"
+        " --threads {threads} --device auto --train {input.train:q} --val {input.val:q} --test {input.test:q}"
+        " --control {output.control:q} --table {output.table:q} --history {output.history:q} 2>&1 | tee {log:q}"
+
+
+rule train_phase:
+    input:
+        train=rules.prepare_data.output.train,
+        val=rules.prepare_data.output.val,
+        teacher=rules.train_teacher.output.teacher,
+        previous=previous_supernet,
+    output:
+        supernet="<results>/train_phase/{phase}/supernet.safetensors",
+        history="<results>/train_phase/{phase}/history.parquet",
+    log:
+        "<logs>/train_phase/{phase}.log",
+    benchmark:
+        "<benchmarks>/train_phase/{phase}.tsv"
+    conda:
+        "../../environment.yml"
+    threads: 8
+    resources:
+        mem_mb=per_attempt(16000),
+        runtime=2880,
+        gpu=1,
+    params:
+        settings=phase_settings,
+        seed=run.seed,
+        previous=lambda wildcards, input: f"--previous {input.previous}" if input.previous else "",
+    shell:
+        "python -m proard.stages.train_phase --settings {params.settings:q} --seed {params.seed}"
+        " --threads {threads} --device auto --train {input.train:q} --val {input.val:q}"
+        " --teacher {input.teacher:q} {params.previous}"
+        " --supernet {output.supernet:q} --history {output.history:q} 2>&1 | tee {log:q}"
+
+
+rule train_phases:
+    input:
+        SUPERNET,
