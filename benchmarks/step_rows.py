@@ -19,7 +19,7 @@ from proard.nets import SubnetView, Supernet, extract, fold
 from proard.nets.elastic import key_of
 from proard.nets.view import Statistics
 from proard.space import Arch, SearchSpace
-from proard.training import Drawn, Plan, loop
+from proard.training import Drawn, Plan, trainer
 from proard.training.plan import bind
 
 LEVERS = {
@@ -109,17 +109,17 @@ class PackageStep:
         return Outcome(self.trainer.adv, batch.clean.detach(), batch.adv.detach())
 
 
-class _Recorded(loop._Trainer):
+class _Recorded(trainer.Trainer):
     """The trainer, which also remembers its last batch and adversarial images."""
 
     def _forward(self, *args: Any) -> tuple[Batch, int]:
-        pgd = loop.pgd
+        pgd = trainer.pgd
 
         def remember(*attack: Any, **options: Any) -> Tensor:
             self.adv = pgd(*attack, **options)
             return self.adv
 
-        with mock.patch.object(loop, "pgd", remember):
+        with mock.patch.object(trainer, "pgd", remember):
             self.batch, work = super()._forward(*args)
         return self.batch, work
 
@@ -175,8 +175,11 @@ def make_problem(
     for among in (archs, []):
         net = Supernet(space, mean=[0.0] * channels, std=[1.0] * channels, generator=generator).to(dtype)
         for layer in net.layers.values():
-            layer.bn.weight.data.uniform_(0.5, 1.5, generator=generator)
+            layer.bn.weight.data.uniform_(0.8, 1.2, generator=generator)
             layer.bn.bias.data.normal_(0, 0.1, generator=generator)
+        for block in space.spec(space.largest).blocks:
+            if block.shortcut is not None:  # small residual branches: gradients as smooth as trained networks' are
+                net.layers[key_of(block.convs[-1])].bn.weight.data.mul_(0.2)
         for arch in (space.largest, *among):
             _settle_statistics(net, arch, images)
         for layer in net.layers.values():

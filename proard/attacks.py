@@ -32,7 +32,9 @@ def project_(adv: Tensor, images: Tensor, eps: float) -> Tensor:
     return torch.clamp(adv, (images - eps).clamp_(min=0), (images + eps).clamp_(max=1), out=adv)
 
 
-def input_gradient(predict: Callable[[Tensor], Tensor], objective: InnerObjective, adv: Tensor) -> tuple[Tensor, Tensor]:
+def input_gradient(
+    predict: Callable[[Tensor], Tensor], objective: InnerObjective, adv: Tensor
+) -> tuple[Tensor, Tensor]:
     """Logits at `adv` and the gradient of the summed objective with respect to it; weights get none."""
     adv = adv.detach().requires_grad_()
     with torch.enable_grad():

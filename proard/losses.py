@@ -60,7 +60,9 @@ class CrossEntropy:
     def logit_gradient(self, logits: Tensor) -> Tensor:
         """Closed-form gradient of the summed cross-entropy."""
         gradient = logits.softmax(1)
-        return gradient.scatter_add_(1, self.labels[:, None], torch.full_like(self.labels, -1.0, dtype=gradient.dtype)[:, None])
+        return gradient.scatter_add_(
+            1, self.labels[:, None], torch.full_like(self.labels, -1.0, dtype=gradient.dtype)[:, None]
+        )
 
 
 class Margin:
@@ -143,7 +145,8 @@ def trades_loss(clean: Tensor, adv: Tensor, labels: Tensor, *, beta: float = 6.0
 
     References
     ----------
-    Zhang et al., Theoretically Principled Trade-off between Robustness and Accuracy, ICML 2019, arXiv:1901.08573, eq. 5.
+    Zhang et al., Theoretically Principled Trade-off between Robustness and Accuracy, ICML 2019,
+    arXiv:1901.08573, eq. 5.
     """
     return F.cross_entropy(clean, labels) + beta * kl_to_teacher(adv, clean).mean()
 

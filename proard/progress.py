@@ -60,7 +60,12 @@ class Progress:
         left = duration((self.total - self.done) / rate) if rate > 0 else "?"
         share = self.done / self.total if self.total else 1.0
         speed = f"{rate:.1f}" if rate < 100 else f"{rate:.0f}"
-        parts = [f"{self.label} {self.done}/{self.total} {self.unit}", f"{speed} {self.unit}/s", f"{left} left", self.note]
+        parts = [
+            f"{self.label} {self.done}/{self.total} {self.unit}",
+            f"{speed} {self.unit}/s",
+            f"{left} left",
+            self.note,
+        ]
         text = " · ".join(part for part in parts if part)
         if self.live:
             filled = round(20 * share)

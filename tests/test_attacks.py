@@ -98,7 +98,15 @@ def test_one_seed_gives_one_result():
 
     def attacked(seed):
         generator = torch.Generator().manual_seed(seed)
-        return pgd(predict, Margin(torch.zeros(6, dtype=torch.long)), images, eps=EPS, step_size=0.01, num_steps=3, generator=generator)
+        return pgd(
+            predict,
+            Margin(torch.zeros(6, dtype=torch.long)),
+            images,
+            eps=EPS,
+            step_size=0.01,
+            num_steps=3,
+            generator=generator,
+        )
 
     assert torch.equal(attacked(0), attacked(0))
     assert not torch.equal(attacked(0), attacked(1))

@@ -263,7 +263,9 @@ def test_static_network_survives_a_round_trip(settings, tmp_path):
 def test_supernet_of_another_space_is_refused(tmp_path):
     path = tmp_path / "net.safetensors"
     save_supernet(path, random_supernet(tiny_space(), dtype=torch.float32), Provenance("run", "train_phase"))
-    with pytest.raises(ArtifactError, match=r"net.safetensors is a supernet of space tiny, not of .* rerun train_phase"):
+    with pytest.raises(
+        ArtifactError, match=r"net.safetensors is a supernet of space tiny, not of .* rerun train_phase"
+    ):
         load_supernet(path, tiny_space(depth=[0, 2]))
 
 

@@ -38,13 +38,13 @@ def test_conda_environment_equals_the_requirements():
 
 def test_every_imported_package_is_required():
     required = {split(requirement)[0] for requirement in PROJECT["dependencies"]} | {"pydantic-core"}  # of pydantic
-    missing = {}
+    distributions, missing = packages_distributions(), {}
     for path in (ROOT / "proard").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             for package in {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"proard"}:
-                known = {name.lower().replace("_", "-") for name in packages_distributions().get(package, [package])}
+                known = {name.lower().replace("_", "-") for name in distributions.get(package, [package])}
                 if not known & required:
                     missing[package] = path.name
     assert missing == {}

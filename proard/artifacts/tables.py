@@ -106,7 +106,13 @@ class Provenance:
     @classmethod
     def of(cls, *, stage: str, settings: Mapping[str, Any], seed: int, inputs: Iterable[str | Path]) -> Provenance:
         """Provenance of a job: its settings and the checksum of every input file."""
-        return cls(settings["run"], stage, settings, seed, {Path(path).name: sha256(path) for path in inputs})
+        paths = [Path(path) for path in inputs]
+        names = [path.name for path in paths]
+        checksums = {
+            path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}": sha256(path)
+            for path in paths
+        }
+        return cls(settings["run"], stage, settings, seed, checksums)
 
     def to_json(self) -> str:
         """One line of JSON."""
@@ -137,9 +143,7 @@ def write_table(
         raise ValueError(f"{path}: columns {sorted(strange)} are not of this table")
     schema = table_schema(columns).with_metadata({"proard": provenance.to_json()})
     data = frame.reindex(columns=list(columns)).to_dict("list")
-    arrays = [
-        pa.array([_null_if_missing(value) for value in data[entry.name]], type=entry.type) for entry in schema
-    ]
+    arrays = [pa.array([_null_if_missing(value) for value in data[entry.name]], type=entry.type) for entry in schema]
     with atomic_path(path) as temporary:
         pq.write_table(pa.Table.from_arrays(arrays, schema=schema), temporary, write_page_checksum=True)
 

@@ -61,7 +61,9 @@ def read_header(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ArtifactError(f"{path} does not exist; rerun the stage that writes it") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise ArtifactError(f"{path} is truncated or no safetensors file ({error}); delete it and rerun its stage") from None
+        raise ArtifactError(
+            f"{path} is truncated or no safetensors file ({error}); delete it and rerun its stage"
+        ) from None
 
 
 def load_tensors(path: str | Path, *, kind: str | tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -79,9 +81,10 @@ def load_tensors(path: str | Path, *, kind: str | tuple[str, ...]) -> tuple[dict
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     found = tensors_checksum(tensors)
-    if found != header["checksum"]:
+    said = str(header.get("checksum"))
+    if found != said:
         raise ArtifactError(
-            f"{path} is damaged: its contents have checksum {found[:12]}, its header says {header['checksum'][:12]}; "
+            f"{path} is damaged: its contents have checksum {found[:12]}, its header says {said[:12]}; "
             "delete it and rerun its stage"
         )
     return tensors, header

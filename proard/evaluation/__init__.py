@@ -1,4 +1,4 @@
-"""A network's clean and robust accuracy on a fixed image set, as table rows; subnets after recalibration, with a cache."""
+"""Clean and robust accuracy on a fixed image set, as table rows; subnets after recalibration, with a cache."""
 
 from proard.evaluation.adversary import Outcome, attack_images, clean_correct
 from proard.evaluation.meter import SubnetMeter, measure, rows_of

@@ -1,4 +1,4 @@
-"""Subnets that stand alone: with batch norm (`StaticNet`), and folded for attacks, measurement and export (`FoldedNet`)."""
+"""Subnets that stand alone: with batch norm (`StaticNet`), or folded for attack, measurement, export (`FoldedNet`)."""
 
 from __future__ import annotations
 
@@ -79,9 +79,7 @@ class FoldedNet(nn.Module):
     @classmethod
     def from_state(cls, spec: NetSpec, state: Mapping[str, Tensor]) -> FoldedNet:
         """The network whose `state_dict` this is, in the memory layout that `fold` gives it."""
-        layers = {
-            conv.name: (state[f"{key_of(conv)}_weight"], state[f"{key_of(conv)}_bias"]) for conv in spec.convs
-        }
+        layers = {conv.name: (state[f"{key_of(conv)}_weight"], state[f"{key_of(conv)}_bias"]) for conv in spec.convs}
         head = (state["head_weight"], state["head_bias"])
         channels = torch.ones(spec.image_channels)
         dtype = state[f"{key_of(spec.convs[0])}_weight"].dtype

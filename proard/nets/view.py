@@ -78,9 +78,7 @@ class SubnetView:
             return out
 
         head = (self.head_weight.detach(), self.head_bias.detach()) if frozen else (self.head_weight, self.head_bias)
-        return run_network(
-            self.spec, self.supernet.normalise(images), conv, lambda features: F.linear(features, *head)
-        )
+        return run_network(self.spec, self.supernet.normalise(images), conv, lambda features: F.linear(features, *head))
 
     @torch.no_grad()
     def running_statistics(self) -> Statistics:
@@ -93,7 +91,7 @@ class SubnetView:
 
     @torch.no_grad()
     def folded(self, statistics: Statistics, *, dtype: torch.dtype = torch.float32) -> FoldedNet:
-        """This subnet with batch norm fixed at `statistics` and folded into the convolutions."""
+        """The subnet with batch norm fixed at `statistics` and folded into the convolutions."""
         layers = {
             name: folded_layer(weight.detach(), scale.detach(), shift.detach(), *statistics[name])
             for name, (weight, scale, shift) in self.leaves.items()

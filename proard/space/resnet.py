@@ -286,7 +286,7 @@ class SearchSpace:
         return [*blocks, BlockSpec((last,), None, False)]
 
     def _block(self, unit: int, index: int, channels: int, width: int, expand: int, before: int) -> BlockSpec:
-        """Block `index` of a unit, entered at side `before`; only the first one strides, with a convolution as shortcut."""
+        """Block `index` of a unit, entered at side `before`; only the first strides, with a convolution as shortcut."""
         s = self.settings
         out = self._unit_width(unit, width)
         middle = make_divisible(out * s.expand[expand], s.channel_multiple)

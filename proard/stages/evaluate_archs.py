@@ -9,6 +9,7 @@ from proard.artifacts import MEASURED, read_table, write_table
 from proard.config import UserError
 from proard.progress import Progress
 from proard.space import Arch
+from proard.space.cost import human
 from proard.stages.common import parse_arguments, run
 from proard.stages.measuring import load_images, subnet_meter
 
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows += meter.rows(Arch.from_json(text), val, [settings.attack])
         newest = rows[-1]
         progress.advance(
-            note=f"{newest['macs'] / 1e6:.2f} M MACs clean {newest['clean_acc']:.1%} robust {newest['robust_acc']:.1%}"
+            note=f"{human(newest['macs'])} MACs clean {newest['clean_acc']:.1%} robust {newest['robust_acc']:.1%}"
         )
     progress.close()
     write_table(files.table, rows, MEASURED, job.provenance(files.supernet, files.archs, files.train, files.val))

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for _, candidate in candidates.iterrows():
         (row,) = meter.rows(Arch.from_json(candidate["arch"]), val, [settings.attack])
         rows.append({**row, **_facts(candidate, budget), "role": "candidate", "chosen": False})
-        progress.advance(note=f"{row['macs'] / 1e6:.2f} M MACs clean {row['clean_acc']:.1%} robust {row['robust_acc']:.1%}")
+        progress.advance(note=f"{human(row['macs'])} MACs clean {row['clean_acc']:.1%} robust {row['robust_acc']:.1%}")
     progress.close()
 
     best = max(range(len(rows)), key=lambda i: (rows[i]["robust_acc"], rows[i]["clean_acc"], -rows[i]["macs"]))
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_table(files.student, rows, STUDENT, job.provenance(*inputs))
     worst = rows[-1]
     print(
-        f"{budget.text}: {worst['macs'] / 1e6:.2f} M MACs, {worst['params'] / 1e6:.3f} M parameters; on test clean "
+        f"{budget.text}: {human(worst['macs'])} MACs, {human(worst['params'])} parameters; on test clean "
         f"{worst['clean_acc']:.1%}, robust {worst['robust_acc']:.1%} (worst case of all attacks)"
     )
 
@@ -69,7 +69,7 @@ def under_budget(archive: pd.DataFrame, budget: Budget, number: int) -> pd.DataF
         smallest = int(distinct[budget.column].min())
         raise UserError(
             f"budget {budget.text} is below the smallest subnet: the smallest feasible cost is "
-            f"{budget.column}={human(smallest)} ({smallest:,})"
+            f"{budget.column}={smallest}"
         )
     return feasible.sort_values(["predicted_robust_acc", "predicted_clean_acc"], ascending=False).head(number)
 

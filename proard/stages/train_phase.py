@@ -42,10 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             net.load_state_dict(previous.state_dict())
         elif phase.warm_start == "teacher":
             start_from_teacher(net, teacher, space, teacher_space, teacher_arch)
-        predict = None if phase.teacher == "dynamic" else frozen_teacher(teacher.to(job.device), job.config.threat)
-        rows = training.fit(
-            net, label=phase.name, plan=plan, validated=validated_archs(space, phase), teacher=predict
-        )
+        predict = None if phase.teacher == "dynamic" else frozen_teacher(teacher.to(job.device))
+        rows = training.fit(net, label=phase.name, plan=plan, validated=validated_archs(space, phase), teacher=predict)
         training.write_history(files.history, rows)
         save_supernet(files.supernet, net, training.provenance, phase=phase.name)
         training.state.finish()

@@ -14,9 +14,7 @@ from proard.stages.training import Training, train_alone
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage."""
-    job = parse_arguments(
-        __doc__, argv, stage="train_teacher", reads=["train", "val"], writes=["teacher", "history"]
-    )
+    job = parse_arguments(__doc__, argv, stage="train_teacher", reads=["train", "val"], writes=["teacher", "history"])
     settings = job.config.train_teacher
     if settings.source == "file":
         take_from_file(job, settings)
@@ -27,9 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with training.state.owned():
         net, rows = train_alone(training, label="teacher", space=space, arch=arch, objective=settings.objective)
         training.write_history(job.files.history, rows)
-        save_static(
-            job.files.teacher, net, space=space, arch=arch, kind="teacher", provenance=training.provenance
-        )
+        save_static(job.files.teacher, net, space=space, arch=arch, kind="teacher", provenance=training.provenance)
         training.state.finish()
 
 

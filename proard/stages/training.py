@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from proard.artifacts import HISTORY, write_table
-from proard.config import Attack, Measurement, Phase, Threat, TrainControl, TrainTeacher, UserError
+from proard.config import Attack, Measurement, Phase, TrainControl, TrainTeacher, UserError
 from proard.data import Augmenter, ImageSet, epoch_order, load_split, to_float
 from proard.evaluation.meter import validation_rows
 from proard.nets import StaticNet, Supernet, extract, fold, recalibrate
@@ -75,7 +75,7 @@ class Training:
         wanted = (space.settings.image_channels, space.settings.image_size, space.settings.classes)
         if (channels, height, len(self.train.classes)) != wanted or height != width:
             raise UserError(
-                f"space {space.settings.name} is for {wanted[0]}x{wanted[1]}x{wanted[1]} images of {wanted[2]} classes, "
+                f"space {space.settings.name} is for {wanted[0]}x{wanted[1]}x{wanted[1]} images, {wanted[2]} classes; "
                 f"the data are {channels}x{height}x{width} of {len(self.train.classes)}; "
                 "set prepare_data.image_size and prepare_data.classes, or write the space for them"
             )
@@ -152,9 +152,8 @@ def train_alone(
     return static, rows
 
 
-def frozen_teacher(net: StaticNet, threat: Threat) -> Callable[[Tensor], Tensor]:
+def frozen_teacher(net: StaticNet) -> Callable[[Tensor], Tensor]:
     """A teacher's logits without a graph, batch norm folded."""
-    del threat
     folded = fold(net)
 
     def predict(images: Tensor) -> Tensor:

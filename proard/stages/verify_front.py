@@ -10,6 +10,7 @@ import pandas as pd
 from proard.artifacts import FRONT, read_table, write_table
 from proard.progress import Progress
 from proard.space import Arch
+from proard.space.cost import human
 from proard.stages.common import parse_arguments, run
 from proard.stages.measuring import load_images, subnet_meter
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows += [{**row, **predicted, "found_by": candidate["found_by"]} for row in measured]
             newest = rows[-1]
             progress.advance(
-                note=f"{candidate['found_by']} {newest['macs'] / 1e6:.2f} M MACs on {images.split}: "
+                note=f"{candidate['found_by']} {human(newest['macs'])} MACs on {images.split}: "
                 f"clean {newest['clean_acc']:.1%} worst {newest['robust_acc']:.1%}"
             )
     progress.close()

@@ -1,4 +1,4 @@
-"""Resume state of a training: beside its output, bound to settings, seed and inputs, written by one process at a time."""
+"""Resume state of a training: beside its output, bound to settings, seed, inputs; one process writes it at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -69,27 +69,34 @@ class ResumeState:
             It did not stop within `patience`.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.lock_path.open("a+") as lock:
-            deadline, asked = time.monotonic() + self.patience, False
-            while True:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    lock.seek(0)
-                    holder = lock.read().strip() or "another process"
-                    if not asked:
-                        print(f"{holder} still trains {self.path.stem}; asking it to save and stop", flush=True)
-                        self.request_path.touch()
-                        asked = True
-                    if time.monotonic() > deadline:
-                        raise UserError(f"{holder} holds {self.lock_path} and does not stop; end it and rerun") from None
-                    time.sleep(0.2)
-            self.request_path.unlink(missing_ok=True)
+        with self._locked() as lock:
+            for stale in (self.request_path, *self.path.parent.glob(f".{self.path.stem}.*.part")):
+                stale.unlink(missing_ok=True)  # left by a process that was killed while it wrote
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {os.uname().nodename}")
             lock.flush()
             yield
+
+    def _locked(self) -> TextIO:
+        """Lock the file; one that its owner removed in the meantime (it finished) does not count."""
+        deadline, asked = time.monotonic() + self.patience, False
+        while True:
+            lock = self.lock_path.open("a+")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self.lock_path.exists() and os.path.samestat(os.fstat(lock.fileno()), self.lock_path.stat()):
+                    return lock
+            except BlockingIOError:
+                lock.seek(0)
+                holder = lock.read().strip() or "another process"
+                if not asked:
+                    print(f"{holder} still trains {self.path.stem}; asking it to save and stop", flush=True)
+                    self.request_path.touch()
+                    asked = True
+                if time.monotonic() > deadline:
+                    raise UserError(f"{holder} holds {self.lock_path} and does not stop; end it and rerun") from None
+                time.sleep(0.2)
+            lock.close()
 
     def handover_asked(self) -> bool:
         """Whether a successor waits for the lock."""

@@ -1,0 +1,221 @@
+"""What Snakemake plans: every stage once, only what an edit touches, and one line where a user erred.
+
+Nothing is trained: one run is faked by writing its files and letting Snakemake take them for finished.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import yaml
+
+from proard.config import NEEDS
+
+ROOT = Path(__file__).parents[1]
+RULES = sorted((ROOT / "workflow" / "rules").glob("*.smk"))
+BUDGETS = 3
+CONFIG = {
+    "run": "fake",
+    "train_phase": {"phases": [{"name": "wide"}, {"name": "all"}]},
+    "sample_archs": {"num_archs": 10},
+    "evaluate_archs": {"archs_per_shard": 4},
+    "select_student": {"budgets": ["macs=100K", "macs=1M", "params=20K"]},
+}
+FROM_SELECTION = {"select_student": BUDGETS, "export_student": BUDGETS, "report": 1, "all": 1}
+FROM_SEARCH = {"search_front": 1, "verify_front": 1, **FROM_SELECTION}
+FROM_TABLE = {"merge_table": 1, "fit_predictor": 1, **FROM_SEARCH}
+
+
+def snakemake(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "snakemake", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=120)
+
+
+def planned(done: subprocess.CompletedProcess) -> dict[str, int]:
+    """Number of jobs per rule in a dry run."""
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    if "Nothing to be done" in output:
+        return {}
+    rows = output.split("Job stats:")[-1].split("total")[0].splitlines()
+    return {name: int(count) for name, count in (row.split() for row in rows[3:] if row.strip())}
+
+
+class FakeRun:
+    """A finished run in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = self.write("config.yaml", CONFIG)
+        summary = self("--summary").stdout.splitlines()[1:]
+        for name in (line.split("\t")[0] for line in summary):
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(name)
+        touched = self("--touch", "--forceall", "--cores", "1")
+        assert touched.returncode == 0, touched.stderr
+
+    def write(self, name: str, values: Mapping) -> Path:
+        path = self.folder / name
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    def __call__(self, *arguments: str, more: Path | None = None, snakefile: Path | None = None):
+        where = ["--directory", self.folder, "--snakefile", snakefile or ROOT / "workflow" / "Snakefile"]
+        configs = ["--configfile", self.config, *([more] if more else [])]
+        return snakemake(*arguments, *where, *configs)
+
+    def plan(self, *arguments: str, **options) -> dict[str, int]:
+        return planned(self("--dry-run", *arguments, **options))
+
+    def plan_after(self, **sections) -> dict[str, int]:
+        return self.plan(more=self.write("edit.yaml", sections))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return FakeRun(tmp_path_factory.mktemp("workflow"))
+
+
+def test_a_second_run_plans_nothing(finished):
+    assert finished.plan() == {}
+
+
+def test_repeating_the_search_repeats_what_follows_and_nothing_else(finished):
+    assert finished.plan("-R", "search_front") == FROM_SEARCH
+
+
+def test_a_budget_nobody_listed_is_selected_and_exported_only(finished):
+    assert finished.plan("results/fake/export_student/macs=77K/student.onnx") == {
+        "select_student": 1,
+        "export_student": 1,
+    }
+
+
+def test_listing_one_more_budget_leaves_the_others_alone(finished):
+    budgets = [*CONFIG["select_student"]["budgets"], "macs=200K"]
+    plan = finished.plan_after(select_student={"budgets": budgets})
+    assert plan == {"select_student": 1, "export_student": 1, "report": 1, "all": 1}
+
+
+@pytest.mark.parametrize(
+    ("sections", "plan"),
+    [
+        ({"report": {"title": "Other"}}, {"report": 1, "all": 1}),
+        ({"select_student": {"candidates": 2}}, FROM_SELECTION),
+        ({"search_front": {"population": 44}}, FROM_SEARCH),
+        ({"fit_predictor": {"folds": 3}}, {"fit_predictor": 1, **FROM_SEARCH}),
+        (
+            {"train_phase": {"phases": [{"name": "wide"}, {"name": "all", "epochs": 7}]}},
+            {"train_phase": 1, "evaluate_archs": 3, **FROM_TABLE},
+        ),
+    ],
+    ids=lambda value: next(iter(value)),
+)
+def test_editing_a_section_plans_its_stage_and_what_follows(finished, sections, plan):
+    assert finished.plan_after(**sections) == plan
+
+
+def test_white_space_in_a_shell_line_repeats_nothing(finished):
+    copy = finished.folder / "copy"
+    shutil.copytree(ROOT / "workflow", copy / "workflow")
+    shutil.copy(ROOT / "environment.yml", copy)
+    for path in (copy / "workflow" / "rules").glob("*.smk"):
+        path.write_text(path.read_text("utf-8").replace('" --', '"   \\n --'), "utf-8")
+    assert finished.plan(snakefile=copy / "workflow" / "Snakefile") == {}
+
+
+def test_all_stages_are_planned_and_profiles_are_found_in_both_spellings():
+    quickstart = ["--dry-run", "--configfile", "config/quickstart.yaml"]
+    plans = [planned(snakemake(*quickstart, flag, "slurm")) for flag in ("--profile", "--workflow-profile")]
+    assert set(plans[0]) == {*NEEDS, "all"}
+    assert plans[0] == plans[1]
+    assert plans[0]["export_student"] >= 5
+
+
+def test_the_full_run_is_the_default_and_no_other_file_inherits_from_it(tmp_path):
+    full = planned(snakemake("--dry-run"))
+    assert full == planned(snakemake("--dry-run", "--configfile", "config/cifar10_resnet.yaml"))
+    assert (full["train_phase"], full["evaluate_archs"]) == (5, 40)
+    small = tmp_path / "small.yaml"
+    small.write_text("run: small\n")
+    own = planned(snakemake("--dry-run", "--configfile", small, "--directory", tmp_path))
+    assert own["train_phase"] == 1
+    assert "select_student" not in own
+
+
+def test_a_later_config_file_changes_the_source_and_keeps_the_rest(tmp_path):
+    parquet = tmp_path / "parquet.yaml"
+    parquet.write_text(
+        "prepare_data: {source: parquet, train: train.parquet, test: test.parquet}\nthreat: {eps: 4/255}"
+    )
+    configs = ["--configfile", "config/cifar10_micro.yaml", parquet, "--config", "seed=3"]
+    done = snakemake("prepare_data", "sample_archs", "--dry-run", "--printshellcmds", *configs)
+    assert done.returncode == 0, done.stderr
+    command = next(line for line in done.stdout.splitlines() if "proard.stages.prepare_data" in line)
+    assert '"source":"parquet"' in command
+    assert '"classes":["airplane"' in command
+    assert "--seed 3" in command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config", "sedd=1"], ["sedd", "did you mean seed"]),
+        (["--config", "threat={'eps': 8}"], ["threat.eps is 8", "8/255"]),
+        (["--config", "select_student={'budgets': ['macs=1K']}"], ["macs=1K", "smallest feasible cost", "macs=29264"]),
+    ],
+    ids=["unknown key", "eps in 0-255", "budget"],
+)
+def test_an_error_in_the_config_is_one_line(arguments, words):
+    done = snakemake("--dry-run", "--configfile", "config/quickstart.yaml", *arguments)
+    assert_one_line(done, words)
+
+
+@pytest.mark.parametrize("budget", ["macs=1K", "watts=3", "macs=1 M"])
+def test_an_impossible_budget_stops_before_the_first_job(finished, budget):
+    assert_one_line(finished("--dry-run", f"results/fake/select_student/{budget}/student.parquet"), ["budget", budget])
+
+
+def test_a_python_without_the_package_is_told_so(tmp_path):
+    (tmp_path / "proard.py").write_text("raise ModuleNotFoundError(\"No module named 'proard'\")")
+    (tmp_path / "a.yaml").write_text("run: a")
+    snakefile = ROOT / "workflow" / "Snakefile"
+    done = snakemake("--dry-run", "--snakefile", snakefile, "--configfile", "a.yaml", cwd=tmp_path)
+    assert_one_line(done, ["proard", sys.executable, "pip install -e ."])
+
+
+def assert_one_line(done: subprocess.CompletedProcess, words: list[str]) -> None:
+    """A failed call that says `words` in one line beginning with `error:`, and shows no traceback."""
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    assert [word for word in words if word not in errors[0]] == []
+    assert "Traceback" not in done.stdout + done.stderr
+    assert ".smk" not in done.stderr
+
+
+@pytest.mark.parametrize("path", RULES, ids=lambda path: path.stem)
+def test_every_job_is_logged_timed_and_sized(path):
+    for rule in re.split(r"^rule ", path.read_text("utf-8"), flags=re.MULTILINE)[1:]:
+        name = rule.split(":", 1)[0]
+        if "shell:" not in rule:
+            continue
+        needed = ["log:", "benchmark:", "conda:", "mem_mb=", "runtime=", "settings=", "seed=", "2>&1 | tee {log:q}"]
+        assert [word for word in needed if word not in rule] == [], name
+        assert f"python -m proard.stages.{name} " in rule
+        assert f"<results>/{name}/" in rule
+        assert ("gpu=1" in rule) == ("--device auto" in rule), name
+
+
+def test_a_stage_is_a_rule_a_module_and_a_target():
+    names = {name for path in RULES for name in re.findall(r"^rule (\w+):", path.read_text("utf-8"), re.MULTILINE)}
+    assert set(NEEDS) <= names
+    assert {"train_phases", "evaluate", "select_students", "export_students"} <= names
+    assert {path.stem for path in (ROOT / "proard" / "stages").glob("*.py")} >= set(NEEDS)

@@ -1,0 +1,81 @@
+"""Tiny trainings inside one process, with everything they did at hand."""
+
+from __future__ import annotations
+
+import torch
+from helpers import random_supernet, tiny_config, tiny_space
+
+from proard.nets import Supernet, extract, fold
+from proard.stages.training import AugmentedImages
+from proard.training import ResumeState, fit, phase_plan, single_plan
+
+EPS = 0.1
+
+
+def same(first, second):
+    """Whether two state dicts are equal bit for bit."""
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def snapshot(net):
+    return {name: value.detach().clone() for name, value in net.state_dict().items()}
+
+
+class Watched(AugmentedImages):
+    """Training images that remember what they gave, and the network before each step."""
+
+    def __init__(self, train, settings, net):
+        super().__init__(train, settings)
+        self.net, self.before, self.given, self.poison_at = net, [], [], None
+
+    def batch(self, indices, generator):
+        images, labels = super().batch(indices, generator)
+        self.before.append(snapshot(self.net))
+        if self.poison_at == len(self.given):
+            images = images.index_fill(0, torch.tensor([0]), torch.nan)
+        self.given.append(images)
+        return images, labels
+
+
+def no_validation(_net):
+    return [{"arch": "largest", "macs": 1, "val_clean_acc": 0.5, "val_robust_acc": 0.5, "val_num_images": 1}]
+
+
+class Run:
+    """A training in one process; what it did stays at hand."""
+
+    def __init__(self, train, folder, settings, plan, *, seed=0, validate=no_validation, teacher=None, fit_now=True):
+        self.space = tiny_space()
+        generator = torch.Generator().manual_seed(seed)
+        self.net = Supernet(self.space, mean=train.mean, std=train.std, generator=generator)
+        self.source = Watched(train, settings, self.net)
+        self.state = ResumeState(folder / "net.safetensors", "mark")
+        self.options = {
+            "label": "teacher",
+            "plan": plan,
+            "settings": settings,
+            "eps": EPS,
+            "source": self.source,
+            "teacher": teacher,
+            "validate": validate,
+            "state": self.state,
+            "seed": seed,
+        }
+        self.rows = self.fit() if fit_now else None
+
+    def fit(self):
+        self.rows = fit(self.net, **self.options)
+        return self.rows
+
+
+def teacher_run(train, folder, *, objective="trades", fit_now=True, seed=0, validate=no_validation, **changes):
+    settings = tiny_config(**{f"train_teacher__{key}": value for key, value in changes.items()}).train_teacher
+    plan = single_plan(tiny_space().largest, objective, settings)
+    return Run(train, folder, settings, plan, seed=seed, validate=validate, fit_now=fit_now)
+
+
+def phase_run(train, folder, *, fit_now=True, seed=0, **changes):
+    (phase,) = tiny_config(**{f"phase__{key}": value for key, value in changes.items()}).train_phase.phases
+    teacher_net = fold(extract(random_supernet(tiny_space(), dtype=torch.float32).eval(), tiny_space().largest))
+    teacher = None if phase.teacher == "dynamic" else torch.no_grad()(teacher_net.forward)
+    return Run(train, folder, phase, phase_plan(tiny_space(), phase), teacher=teacher, seed=seed, fit_now=fit_now)
