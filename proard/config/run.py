@@ -178,6 +178,8 @@ def job_settings(config: RunConfig, stage: str, *, phase: str | None = None) -> 
         The phase is not in the config.
     """
     sections = config.model_dump(mode="json", include=set(NEEDS[stage]))
+    if stage != "verify_front" and "verify_front" in sections:  # these measure under the same attacks, no more
+        sections["verify_front"] = {"attacks": sections["verify_front"]["attacks"]}
     if phase is not None:
         phases = {entry["name"]: entry for entry in sections["train_phase"]["phases"]}
         if phase not in phases:

@@ -171,6 +171,7 @@ def fit(
                 save()
                 saved = time.monotonic()
     progress.close()
+    save()  # what follows may take long and be killed as well
     trainer.keep_best()
     return history
 

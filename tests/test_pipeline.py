@@ -1,0 +1,130 @@
+"""The whole DAG on the digits, smaller than the quick start: killed in between, then asked for one student more."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import onnx
+import pytest
+import yaml
+
+from proard.artifacts import read_header, read_table
+
+ROOT = Path(__file__).parents[1]
+SHORT = {"epochs": 2, "warmup_epochs": 0, "validation": {"every_epochs": 2, "num_images": 60, "num_steps": 2}}
+SMALL = {
+    "run": "small",
+    "train_teacher": {**SHORT, "epochs": 12, "save_every_minutes": 0.001},
+    "train_control": SHORT,
+    "train_phase": {"phases": [{"name": "depth", "width": [1.0], **SHORT}, {"name": "all", **SHORT}]},
+    "sample_archs": {"num_archs": 16, "strata": 4},
+    "evaluate_archs": {"archs_per_shard": 16, "num_images": 60, "attack": {"num_steps": 3}},
+    "fit_predictor": {"models": ["ridge"], "held_out": 6, "folds": 2, "bootstraps": 20},
+    "search_front": {"population": 12, "generations": 3},
+    "verify_front": {"num_archs": 2, "num_val_images": 60, "attacks": [{"name": "pgd3", "num_steps": 3}]},
+    "select_student": {"budgets": ["macs=200K"], "candidates": 2, "num_images": 60, "attack": {"num_steps": 3}},
+}
+
+
+class Run:
+    """A run of the workflow in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.results = folder, folder / "results" / "small"
+        config = folder / "small.yaml"
+        config.write_text(yaml.safe_dump(SMALL))
+        self.command = [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "workflow" / "Snakefile"]
+        quickstart = ROOT / "config" / "quickstart.yaml"
+        self.options = [
+            "--directory",
+            folder,
+            "--cores",
+            "2",
+            "--configfile",
+            quickstart,
+            config,
+        ]
+
+    def start(self, *arguments: str) -> subprocess.Popen:
+        """Start Snakemake in a process group of its own."""
+        command = [*map(str, self.command), *arguments, *map(str, self.options)]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+    def __call__(self, *arguments: str) -> str:
+        """Run to the end; what it printed."""
+        process = self.start(*arguments)
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, output[-4000:]
+        return output
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run whose Snakemake was killed with the teacher half trained, and brought to its end as the README says."""
+    run = Run(tmp_path_factory.mktemp("killed"))
+    state = run.results / "train_teacher" / "teacher.state"
+    process = run.start()
+    deadline = time.monotonic() + 240
+    while not state.exists():
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        assert time.monotonic() < deadline, "the teacher saved no state"
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (run.results / "train_teacher" / "teacher.safetensors").exists()
+    run("--unlock")
+    run("--rerun-incomplete")
+    return run
+
+
+def test_the_whole_dag_ends_in_checked_students(finished: Run):
+    student = finished.results / "export_student" / "macs=200K"
+    parity = json.loads((student / "parity.json").read_text())
+    assert parity["passed"]
+    table = read_table(finished.results / "select_student" / "macs=200K" / "student.parquet")
+    chosen = table[(table["role"] == "choice") & (table["split"] == "test") & (table["attack"] == "worst")].iloc[0]
+    assert chosen["macs"] <= 200e3
+    assert parity["onnx_test_accuracy"] == chosen["clean_acc"]
+    onnx.checker.check_model(onnx.load(student / "student.onnx"))
+    page = (finished.results / "report" / "report.html").read_text()
+    assert "macs=200K" in page
+    verified = read_table(finished.results / "verify_front" / "front.parquet")
+    per_search = verified[["found_by", "arch_id"]].drop_duplicates()["found_by"].value_counts()
+    assert per_search["nsga2"] == per_search["random"]
+    assert not list(finished.results.rglob("*.state"))
+    assert not list(finished.results.rglob("*.part"))
+
+
+def test_a_second_run_does_nothing(finished: Run):
+    assert "Nothing to be done" in finished()
+
+
+def test_a_new_budget_selects_and_exports_and_nothing_else(finished: Run):
+    before = {path: path.stat().st_mtime_ns for path in finished.results.rglob("*.safetensors")}
+    output = finished("results/small/export_student/params=20K/student.onnx")
+    assert (finished.results / "export_student" / "params=20K" / "student.onnx").exists()
+    ran = {line.split()[1].rstrip(":") for line in output.splitlines() if line.startswith(("rule ", "localrule "))}
+    assert ran == {"select_student", "export_student"}
+    assert all(path.stat().st_mtime_ns == mtime for path, mtime in before.items())
+
+
+def test_a_killed_run_ends_in_the_weights_of_an_undisturbed_one(finished: Run, tmp_path: Path):
+    undisturbed = Run(tmp_path)
+    undisturbed("train_phases")
+    for name in ("train_teacher/teacher", "train_phase/all/supernet"):
+        path = f"{name}.safetensors"
+        assert read_header(finished.results / path)["checksum"] == read_header(undisturbed.results / path)["checksum"]
+
+
+def test_measurements_are_not_repeated(finished: Run):
+    cached = {path: path.stat().st_mtime_ns for path in (finished.results / "cache").rglob("*.json")}
+    (finished.results / "evaluate_archs" / "0000-0015" / "table.parquet").unlink()
+    finished("evaluate")
+    assert {path: path.stat().st_mtime_ns for path in (finished.results / "cache").rglob("*.json")} == cached
