@@ -65,6 +65,7 @@ class Run:
 
     def fit(self):
         self.rows = fit(self.net, **self.options)
+        self.options["state"].finish()  # as a stage does once its output is written
         return self.rows
 
 

@@ -60,7 +60,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
             return json.loads((file.metadata() or {}).get("proard", "{}"))
     except FileNotFoundError:
         raise ArtifactError(f"{path} does not exist; rerun the stage that writes it") from None
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise ArtifactError(
             f"{path} is truncated or no safetensors file ({error}); delete it and rerun its stage"
         ) from None
