@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, files = job.config, job.files
     space = teacher_space(config.train_teacher, config.space)
     arch = teacher_arch(config.train_teacher, space)
-    training = Training(job, config.train_control, files.control, [files.train, files.val])
+    training = Training(job, config.train_control, files.control, [files.train, files.val, files.test])
     with training.state.owned():
         net, rows = train_alone(training, label="control", space=space, arch=arch, objective="plain")
         folded, table = fold(net), []
