@@ -1,7 +1,8 @@
 """Losses and inner objectives: logits in, numbers out; no model, no attack, no setting.
 
 All KL divergences are summed over classes and averaged over images (natural units), whatever the number of classes.
-`OBJECTIVES` names each training objective once: what its adversary ascends, what the network descends.
+`OBJECTIVES` names each training objective once, with what its paper's adversary ascends; `INNER_OBJECTIVES` names what
+an adversary may ascend instead.
 """
 
 from __future__ import annotations
@@ -180,32 +181,38 @@ class Batch:
 
 @dataclass(frozen=True)
 class Objective:
-    """A training objective: the adversary's goal (None: no attack) and the loss, with what each needs."""
+    """A training objective: the adversary's goal by name (None: no attack) and the loss, with what the loss needs."""
 
-    inner: Callable[[Batch], InnerObjective] | None
+    inner: str | None
     loss: Callable[..., Tensor]
     needs_clean: bool
     needs_teacher: bool
     options: tuple[str, ...] = ()
 
 
+INNER_OBJECTIVES: dict[str, Callable[[Batch], InnerObjective]] = {
+    "ce": lambda batch: CrossEntropy(batch.labels),
+    "margin": lambda batch: Margin(batch.labels),
+    "kl_clean": lambda batch: KLToTarget(batch.clean),
+    "kl_teacher": lambda batch: KLToTarget(batch.teacher),
+}
 OBJECTIVES: dict[str, Objective] = {
     "plain": Objective(None, lambda batch: F.cross_entropy(batch.clean, batch.labels), True, False),
     "pgd_at": Objective(
-        lambda batch: CrossEntropy(batch.labels),
+        "ce",
         lambda batch: F.cross_entropy(batch.adv, batch.labels),
         False,
         False,
     ),
     "trades": Objective(
-        lambda batch: KLToTarget(batch.clean),
+        "kl_clean",
         lambda batch, beta: trades_loss(batch.clean, batch.adv, batch.labels, beta=beta),
         True,
         False,
         ("beta",),
     ),
     "rslad": Objective(
-        lambda batch: KLToTarget(batch.teacher),
+        "kl_teacher",
         lambda batch, adv_weight: rslad_loss(batch.clean, batch.adv, batch.teacher, adv_weight=adv_weight),
         True,
         True,

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from proard.losses import (
+    INNER_OBJECTIVES,
     OBJECTIVES,
     Batch,
     CrossEntropy,
@@ -175,4 +176,13 @@ def test_every_objective_computes_from_what_it_says_it_needs():
         )
         assert torch.isfinite(objective.loss(batch, **dict.fromkeys(objective.options, 0.5)))
         if objective.inner is not None:
-            assert objective.inner(batch)(logits(3)).shape == (4,)
+            assert INNER_OBJECTIVES[objective.inner](batch)(logits(3)).shape == (4,)
+
+
+def test_divergence_grows_when_an_unsure_network_becomes_surer_of_the_truth():
+    unsure = torch.tensor([[0.3, 0.0, 0.0]])
+    label = torch.tensor([0])
+    surer, wrong = unsure + torch.tensor([[2.0, 0.0, 0.0]]), unsure + torch.tensor([[0.0, 0.9, 0.0]])
+    divergence, cross_entropy = KLToTarget(unsure), CrossEntropy(label)
+    assert divergence(surer) > divergence(wrong)  # an adversary that ascends it helps the network here
+    assert cross_entropy(surer) < cross_entropy(unsure) < cross_entropy(wrong)

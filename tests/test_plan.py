@@ -118,3 +118,13 @@ def test_running_statistics_move_once_a_step(train_set, tmp_path, objective, bn_
         assert 0.05 < float(moved.median()) < 0.2
     else:
         torch.testing.assert_close(stem.bn.running_mean, 0.1 * clean)
+
+
+@pytest.mark.parametrize(
+    ("inner", "guide", "student"),
+    [("loss", "kl_clean", "kl_teacher"), ("ce", "ce", "ce"), ("kl_teacher", "kl_clean", "kl_teacher")],
+)
+def test_inner_objective_is_chosen_by_name(inner, guide, student):
+    draws = drawn_archs(teacher="dynamic", teacher_objective="trades", attack={"objective": inner})[3]
+    assert {drawn.objective.inner for step in draws for drawn in step if drawn.guides} == {guide}
+    assert {drawn.objective.inner for step in draws for drawn in step if not drawn.guides} == {student}

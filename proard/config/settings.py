@@ -32,10 +32,14 @@ class Threat(Settings):
 class TrainingAttack(Settings):
     """Inner maximisation of training.
 
+    `objective` is what the adversary ascends: `loss` (what the loss's paper takes), `ce`, `margin`, `kl_clean` (to the
+    network's own clean output) or `kl_teacher`. A divergence also grows when the true class gains: on networks of low
+    confidence, such as small ones early on, it makes a weak attack; prefer `ce` there.
     `bn_mode` says which statistics batch norm uses inside the attack: `running` (the stored ones), `batch` (those
     of the perturbed batch, in every step) or `clean_batch` (those of the clean batch, fixed during the attack).
     """
 
+    objective: Literal["loss", "ce", "margin", "kl_clean", "kl_teacher"] = "loss"
     num_steps: Natural = 10
     step_size: PixelLength = 2 / 255
     start: Literal["uniform", "gaussian", "zero"] = "uniform"

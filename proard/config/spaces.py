@@ -73,18 +73,19 @@ PRESETS: dict[str, Space] = {
         expand=(0.2, 0.25, 0.35),
         width=(0.65, 0.8, 1.0),
     ),
-    # CIFAR-10 on two CPU cores: stride-2 stem, 3x3 blocks; 2.7 M to 26.7 M MACs.
+    # CIFAR-10 on two CPU cores: stride-2 stem, 3x3 blocks, thin where maps are large; 2.3 M to 18.7 M MACs.
     "resnet_micro": Space(
         name="resnet_micro",
-        stem=Stem(channels=32, stride=2),
+        stem=Stem(channels=16, stride=2),
         units=(
-            Unit(channels=32, stride=1),
+            Unit(channels=16, stride=1),
             Unit(channels=64, stride=2),
             Unit(channels=128, stride=2),
         ),
         depth=(0, 1),
         expand=(0.75, 1.0),
-        width=(0.5, 0.75, 1.0),
+        width=(0.6, 0.8, 1.0),
+        channel_multiple=2,
     ),
     # The 8x8 digits, for the quick start and the tests.
     "resnet_digits": Space(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,8 +36,11 @@ class Plan:
 
 
 def bind(name: str, settings: Any) -> tuple[Objective, dict[str, Any]]:
-    """An objective by name with its options read from the settings of the same names."""
-    objective = OBJECTIVES[name]
+    """An objective by name, under the attack's own inner objective where one is set, with its options."""
+    objective, inner = OBJECTIVES[name], settings.attack.objective
+    fits = objective.inner is not None and (inner != "kl_teacher" or objective.needs_teacher)
+    if inner != "loss" and fits:
+        objective = replace(objective, inner=inner)
     return objective, {option: getattr(settings, option) for option in objective.options}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from proard.attacks import pgd
 from proard.config import Phase, TrainControl, TrainTeacher
-from proard.losses import Batch, mix_logits
+from proard.losses import INNER_OBJECTIVES, Batch, mix_logits
 from proard.nets import Supernet
 from proard.nets.view import Statistics, SubnetView
 from proard.training.plan import Drawn, Plan
@@ -119,13 +119,14 @@ class Trainer:
         attack, objective = self.settings.attack, subnet.objective
         record: Statistics | None = {} if attack.bn_mode == "clean_batch" and objective.inner else None
         clean, work = None, 0
-        if objective.needs_clean or record is not None or subnet.guides:
+        if objective.needs_clean or record is not None or subnet.guides or objective.inner == "kl_clean":
             with torch.set_grad_enabled(objective.needs_clean), self._autocast():
                 clean = view(images, record=record, update_running=True).float()
             work += 3 if objective.needs_clean else 1
         if objective.inner is None:
             return Batch(labels, clean=clean, adv=clean), work
-        inner = objective.inner(Batch(labels, clean=None if clean is None else clean.detach(), teacher=target))
+        known = Batch(labels, clean=None if clean is None else clean.detach(), teacher=target)
+        inner = INNER_OBJECTIVES[objective.inner](known)
         if attack.bn_mode == "batch":
 
             def predict(x: Tensor) -> Tensor:
