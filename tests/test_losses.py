@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from proard.config import Phase
 from proard.losses import (
     INNER_OBJECTIVES,
     OBJECTIVES,
@@ -166,17 +168,48 @@ def test_mixed_logits_of_a_certain_network_stay_finite():
     assert torch.isfinite(mix_logits(certain, certain, first_weight=0.5)).all()
 
 
-def test_every_objective_computes_from_what_it_says_it_needs():
-    for objective in OBJECTIVES.values():
-        batch = Batch(
-            LABELS,
-            clean=logits(0) if objective.needs_clean else None,
-            teacher=logits(1) if objective.needs_teacher else None,
-            adv=None if objective.inner is None else logits(2),
-        )
-        assert torch.isfinite(objective.loss(batch, **dict.fromkeys(objective.options, 0.5)))
-        if objective.inner is not None:
-            assert INNER_OBJECTIVES[objective.inner](batch)(logits(3)).shape == (4,)
+def batch_with(fields, *, classes=3, **more):
+    """A batch with these fields and no others: images of 2 x 2 pixels under a linear network."""
+    weight = torch.randn(4, classes, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    images = torch.rand(4, 1, 2, 2, generator=torch.Generator().manual_seed(8), dtype=torch.float64).requires_grad_()
+    adversarial = (images + 0.05).detach().requires_grad_()
+    weight.requires_grad_()
+    values = {
+        "clean": images.flatten(1) @ weight,
+        "adv": adversarial.flatten(1) @ weight,
+        "images": images,
+        "adversarial": adversarial,
+        "teacher_gradient": torch.full_like(images, 0.1).detach(),
+        "teacher_gradient_adv": torch.full_like(images, 0.2).detach(),
+    }
+    values |= {name: logits(seed) for seed, name in enumerate(sorted(fields - values.keys()))}
+    return Batch(LABELS, **{name: values[name] for name in fields | {"images", "adversarial"}}, **more), weight
+
+
+def loss_of(objective, batch, options):
+    """As a training step computes it."""
+    if objective.memory is not None:
+        memory = objective.memory(batch.clean.shape[1], **options)
+        batch = replace(batch, memory=memory)
+        batch = replace(batch, memory=objective.remember(batch, **options))
+    return objective.loss(batch, **options), batch
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_computes_from_what_it_says_it_needs(name):
+    objective = OBJECTIVES[name]
+    options = {option: getattr(Phase(), option) for option in objective.options}
+    batch, weight = batch_with(objective.needs, progress=0.5)
+    loss, batch = loss_of(objective, batch, options)
+    (gradient,) = torch.autograd.grad(loss, weight)
+    assert torch.isfinite(loss)
+    assert torch.isfinite(gradient).all()
+    assert gradient.abs().sum() > 0
+    if objective.inner is not None:
+        fields = {"kl_clean": "clean", "kl_teacher": "teacher", "kl_class": "teacher"}.get(objective.inner)
+        known = Batch(LABELS, memory=batch.memory, **({fields: logits(1)} if fields else {}))
+        both = torch.cat([logits(3), logits(4)], 1) if objective.inner == "kl_teacher_adv" else logits(3)
+        assert INNER_OBJECTIVES[objective.inner](known)(both).shape == (4,)
 
 
 def test_divergence_grows_when_an_unsure_network_becomes_surer_of_the_truth():

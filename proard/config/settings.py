@@ -17,6 +17,7 @@ from proard.config.fields import (
     Settings,
     Share,
 )
+from proard.config.losses import WITHOUT_ATTACK, Distillation, DistillationOptions, RobustObjective, RobustOptions
 
 Paths = str | tuple[str, ...]
 Dtype = Literal["float32", "bfloat16"]
@@ -39,7 +40,7 @@ class TrainingAttack(Settings):
     of the perturbed batch, in every step) or `clean_batch` (those of the clean batch, fixed during the attack).
     """
 
-    objective: Literal["loss", "ce", "margin", "kl_clean", "kl_teacher"] = "loss"
+    objective: Literal["loss", "ce", "margin", "kl_clean", "kl_teacher", "kl_teacher_adv"] = "loss"
     num_steps: Natural = 10
     step_size: PixelLength = 2 / 255
     start: Literal["uniform", "gaussian", "zero"] = "uniform"
@@ -143,15 +144,22 @@ class Optimisation(Settings):
     save_every_minutes: Positive = 5
 
 
-class TrainTeacher(Optimisation):
-    """The fixed robust network. `arch` is `largest` or a mapping of elastic dims; `space` names another space."""
+class TrainTeacher(Optimisation, RobustOptions):
+    """The fixed robust network. `arch` is `largest` or a mapping of elastic dims; `space` names another space.
+
+    `objective`: `plain`, `pgd_at` (also called `sat`), `trades`, `mart` or `hat`, whose helper is the run's control.
+    """
 
     source: Literal["train", "file"] = "train"
     file: str | None = None
     space: str | None = None
     arch: Literal["largest"] | dict[str, tuple[Number, ...]] = "largest"
-    objective: Literal["plain", "pgd_at", "trades"] = "trades"
-    beta: NonNegative = 6.0
+    objective: Literal["plain", "pgd_at", "sat", "trades", "mart", "hat"] = "trades"
+
+    @property
+    def needs_control(self) -> bool:
+        """Whether the training asks the plainly trained network."""
+        return self.source == "train" and self.objective == "hat"
 
     @model_validator(mode="after")
     def file_is_named(self) -> TrainTeacher:
@@ -165,27 +173,43 @@ class TrainControl(Optimisation):
     """The plainly trained network of the teacher's size: what robust training is compared with."""
 
 
-class Phase(Optimisation):
+class Phase(Optimisation, DistillationOptions):
     """One leg of progressive distillation: which choices are open, who is drawn, who teaches, with which loss.
 
     `width`, `depth`, `expand` list the open choices; an omitted dim is fully open. `teacher` is `frozen` (a separate
     network), `dynamic` (the largest subnet, trained jointly on `teacher_objective`) or `both`, with
     `frozen_weight` as the frozen one's share. `warm_start` picks where the weights come from.
+
+    `sampling`: `per_pass`, `uniform`, `sandwich`; `progressive` is uniform among choices that open with the training
+    (width, then depth, then expand, a third each); `pareto` is the sandwich whose inner subnets win a comparison of
+    `pareto_candidates` at a drawn cost, the `best` or the `worst` by their loss on the batch (`pareto_pick`).
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = "phase"
     width: tuple[Positive, ...] | None = None
     depth: tuple[Natural, ...] | None = None
     expand: tuple[Positive, ...] | None = None
-    sampling: Literal["per_pass", "uniform", "sandwich"] = "sandwich"
+    sampling: Literal["per_pass", "uniform", "sandwich", "progressive", "pareto"] = "sandwich"
     archs_per_step: Count = 3
-    loss: Literal["rslad"] = "rslad"
-    adv_weight: Share = 5 / 6
+    pareto_candidates: Count = 3
+    pareto_pick: Literal["best", "worst"] = "worst"
+    loss: Distillation = "rslad"
     teacher: Literal["frozen", "dynamic", "both"] = "frozen"
     frozen_weight: Share = 0.5
-    teacher_objective: Literal["pgd_at", "trades"] = "trades"
-    beta: NonNegative = 6.0
+    teacher_objective: RobustObjective = "trades"
     warm_start: Literal["teacher", "random"] = "teacher"
+
+    @property
+    def needs_control(self) -> bool:
+        """Whether the training asks the plainly trained network."""
+        return self.loss == "mtard" or (self.teacher != "frozen" and self.teacher_objective == "hat")
+
+    @model_validator(mode="after")
+    def terms_fit(self) -> Phase:
+        """What is matched at adversarial images needs an attack."""
+        if self.loss in WITHOUT_ATTACK and (self.igdm_weight > 0 or (self.kdiga_weight > 0 and self.kdiga_at == "adv")):
+            raise ValueError(f"loss {self.loss} has no attack: igdm_weight and kdiga_at: adv do not fit it")
+        return self
 
 
 class TrainPhase(Settings):

@@ -92,8 +92,9 @@ def _teacher_words(teacher: Mapping[str, Any] | None) -> str:
         return ""
     if teacher["source"] == "file":
         return f"read from <code>{escape(str(teacher['file']))}</code>"
-    objective = {"trades": "TRADES", "pgd_at": "PGD adversarial training", "plain": "plain"}[teacher["objective"]]
-    beta = f", β {teacher['beta']:g}" if teacher["objective"] == "trades" else ""
+    words = {"pgd_at": "PGD adversarial training", "sat": "PGD adversarial training", "plain": "plain"}
+    objective = words.get(teacher["objective"], str(teacher["objective"]).upper())
+    beta = f", β {teacher['beta']:g}" if teacher["objective"] in ("trades", "mart", "hat") else ""
     schedule = f"{teacher['epochs']:g} epochs, batch {teacher['batch_size']}, learning rate {teacher['lr']:g}"
     return escape(f"{objective}{beta}, {schedule}")
 

@@ -11,7 +11,7 @@ from proard.nets import StaticNet, Supernet, load_static, load_supernet, save_su
 from proard.nets.elastic import key_of
 from proard.space import Arch, SearchSpace
 from proard.stages.common import parse_arguments, run
-from proard.stages.training import Training, frozen_teacher
+from proard.stages.training import Training, frozen_network
 from proard.training import phase_plan
 
 
@@ -23,11 +23,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         stage="train_phase",
         reads=["train", "val", "teacher"],
         writes=["supernet", "history"],
-        optional=["previous"],
+        optional=["previous", "control"],
     )
     (phase,) = job.config.train_phase.phases
     files = job.files
-    inputs = [files.train, files.val, files.teacher] + ([files.previous] if files.previous else [])
+    inputs = [files.train, files.val, files.teacher] + [path for path in (files.previous, files.control) if path]
     training = Training(job, phase, files.supernet, inputs)
     space = SearchSpace(job.config.space)
     try:
@@ -42,8 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             net.load_state_dict(previous.state_dict())
         elif phase.warm_start == "teacher":
             start_from_teacher(net, teacher, space, teacher_space, teacher_arch)
-        predict = None if phase.teacher == "dynamic" else frozen_teacher(teacher.to(job.device))
-        rows = training.fit(net, label=phase.name, plan=plan, validated=validated_archs(space, phase), teacher=predict)
+        predict = None if phase.teacher == "dynamic" else frozen_network(teacher.to(job.device))
+        networks = {"teacher": predict, "control": files.control}
+        rows = training.fit(net, label=phase.name, plan=plan, validated=validated_archs(space, phase), **networks)
         training.write_history(files.history, rows)
         save_supernet(files.supernet, net, training.provenance, phase=phase.name)
         training.state.finish()

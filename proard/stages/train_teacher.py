@@ -14,16 +14,26 @@ from proard.stages.training import Training, train_alone
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage."""
-    job = parse_arguments(__doc__, argv, stage="train_teacher", reads=["train", "val"], writes=["teacher", "history"])
+    job = parse_arguments(
+        __doc__,
+        argv,
+        stage="train_teacher",
+        reads=["train", "val"],
+        writes=["teacher", "history"],
+        optional=["control"],
+    )
     settings = job.config.train_teacher
     if settings.source == "file":
         take_from_file(job, settings)
         return
     space = teacher_space(settings, job.config.space)
     arch = teacher_arch(settings, space)
-    training = Training(job, settings, job.files.teacher, [job.files.train, job.files.val])
+    control = job.files.control
+    inputs = [job.files.train, job.files.val] + ([control] if control else [])
+    training = Training(job, settings, job.files.teacher, inputs)
     with training.state.owned():
-        net, rows = train_alone(training, label="teacher", space=space, arch=arch, objective=settings.objective)
+        objective = settings.objective
+        net, rows = train_alone(training, label="teacher", space=space, arch=arch, objective=objective, control=control)
         training.write_history(job.files.history, rows)
         save_static(job.files.teacher, net, space=space, arch=arch, kind="teacher", provenance=training.provenance)
         training.state.finish()

@@ -13,7 +13,7 @@ from proard.artifacts import HISTORY, write_table
 from proard.config import Attack, Measurement, Phase, TrainControl, TrainTeacher, UserError
 from proard.data import Augmenter, ImageSet, epoch_order, load_split, to_float
 from proard.evaluation.meter import validation_rows
-from proard.nets import StaticNet, Supernet, extract, fold, recalibrate
+from proard.nets import StaticNet, Supernet, extract, fold, load_static, recalibrate
 from proard.space import Arch, SearchSpace
 from proard.stages.common import Job
 from proard.training import Plan, ResumeState, fingerprint, fit, single_plan
@@ -91,8 +91,9 @@ class Training:
         plan: Plan,
         validated: dict[str, Arch],
         teacher: Callable[[Tensor], Tensor] | None = None,
+        control: str | None = None,
     ) -> list[dict[str, Any]]:
-        """Train `net` in place; the history's rows."""
+        """Train `net` in place; the history's rows. `control` is the file of the plainly trained network."""
         threat, settings = self.job.config.threat, self.settings
         rule = settings.validation
         attack = Attack(name="val", num_steps=rule.num_steps, step_size=rule.step_size)
@@ -129,7 +130,23 @@ class Training:
             validate=validate,
             state=self.state,
             seed=self.job.seed,
+            control=self.control(control),
         )
+
+    def control(self, path: str | None) -> Callable[[Tensor], Tensor] | None:
+        """The plainly trained network, where the settings name a loss that asks it.
+
+        Raises
+        ------
+        UserError
+            They do, and no file was given.
+        """
+        if not getattr(self.settings, "needs_control", False):
+            return None
+        if path is None:
+            raise UserError("this loss asks the plainly trained network: give --control, train_control's output")
+        net, *_ = load_static(path, kind="control")
+        return frozen_network(net.to(self.job.device))
 
     def recalibration_images(self) -> Tensor:
         """Clean training images that reset batch-norm statistics during and after training."""
@@ -141,23 +158,23 @@ class Training:
 
 
 def train_alone(
-    training: Training, *, label: str, space: SearchSpace, arch: Arch, objective: str
+    training: Training,
+    *,
+    label: str,
+    space: SearchSpace,
+    arch: Arch,
+    objective: str,
+    control: str | None = None,
 ) -> tuple[StaticNet, list[dict[str, Any]]]:
     """Train one arch of a space by itself and return it recalibrated, with its history."""
     net = training.supernet(space)
     plan = single_plan(arch, objective, training.settings)
-    rows = training.fit(net, label=label, plan=plan, validated={"largest": arch})
+    rows = training.fit(net, label=label, plan=plan, validated={"largest": arch}, control=control)
     static = extract(net, arch)
     recalibrate(static, training.recalibration_images(), batch_size=Measurement().batch_size)
     return static, rows
 
 
-def frozen_teacher(net: StaticNet) -> Callable[[Tensor], Tensor]:
-    """A teacher's logits without a graph, batch norm folded."""
-    folded = fold(net)
-
-    def predict(images: Tensor) -> Tensor:
-        with torch.no_grad():
-            return folded(images)
-
-    return predict
+def frozen_network(net: StaticNet) -> Callable[[Tensor], Tensor]:
+    """Logits of a network that is not trained, batch norm folded; only images that ask for a gradient get one."""
+    return fold(net)

@@ -73,6 +73,7 @@ def fit(
     validate: Callable[[Supernet], Rows],
     state: ResumeState,
     seed: int,
+    control: Callable[[Tensor], Tensor] | None = None,
 ) -> Rows:
     """Train `net` by `plan` and leave in it the averaged weights of its best validated epoch.
 
@@ -97,6 +98,8 @@ def fit(
         Where an interrupted training continues; the caller removes it after writing its output.
     seed : int
         Seed of order, augmentation, sampling and attack starts.
+    control : callable, optional
+        Plainly trained network, where the plan's objectives ask it: images to logits.
 
     Returns
     -------
@@ -110,11 +113,11 @@ def fit(
     Interrupted
         SIGTERM, SIGINT or a successor asked to stop: the state is saved.
     """
-    trainer = Trainer(net, settings, plan, eps, teacher, seed)
+    trainer = Trainer(net, settings, plan, eps, teacher, seed, control)
     steps_per_pass = max(len(source) // settings.batch_size, 1)
     steps_per_epoch = steps_per_pass * plan.passes_per_epoch
     total, warmup = (round(epochs * steps_per_epoch) for epochs in (settings.epochs, settings.warmup_epochs))
-    total = max(total, 1)
+    trainer.total_steps = total = max(total, 1)
     history: Rows = []
     done = Progressed()
     loaded = state.load()

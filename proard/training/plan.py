@@ -4,23 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from proard.config import Phase
-from proard.losses import OBJECTIVES, Objective
+from proard.losses import OBJECTIVES, Memory, Objective, with_igdm, with_kdiga
 from proard.space import Arch, SearchSpace
+from proard.training.attentive import at_one_cost
+
+OPENED = ("width", "depth", "expand")  # `progressive` opens dims in this order, as ProARD's phases do
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """One subnet of a step with its objective; `guides` marks the dynamic teacher, whose logits guide the others."""
+    """One subnet of a step with its objective; `guides` marks the dynamic teacher, whose logits guide the others.
+
+    `rivals` compete with `arch` for its place: the `best` or the `worst` of them (`pick`) is trained.
+    """
 
     arch: Arch
     objective: Objective
     options: dict[str, Any]
     guides: bool = False
+    rivals: tuple[Arch, ...] = ()
+    pick: str = "worst"
 
 
 @dataclass(frozen=True)
@@ -28,20 +37,31 @@ class Plan:
     """`draw(seed, step, data_pass)` gives a step's subnets; an epoch makes `passes_per_epoch` passes over the data.
 
     `frozen_weight` is the frozen teacher's share of the target: 1 alone, 0 for the dynamic teacher alone.
+    `memory(classes)` is what the loss remembers before the first step, where it does.
     """
 
     draw: Callable[[int, int, int], list[Drawn]]
     passes_per_epoch: int = 1
     frozen_weight: float = 1.0
+    memory: Callable[[int], Memory] | None = None
 
 
 def bind(name: str, settings: Any) -> tuple[Objective, dict[str, Any]]:
     """An objective by name, under the attack's own inner objective where one is set, with its options."""
     objective, inner = OBJECTIVES[name], settings.attack.objective
-    fits = objective.inner is not None and (inner != "kl_teacher" or objective.needs_teacher)
+    fits = objective.inner is not None and (not inner.startswith("kl_teacher") or objective.needs_teacher)
     if inner != "loss" and fits:
         objective = replace(objective, inner=inner)
     return objective, {option: getattr(settings, option) for option in objective.options}
+
+
+def with_terms(objective: Objective, phase: Phase) -> Objective:
+    """A distillation loss with the terms that the phase adds to it."""
+    if phase.igdm_weight > 0:
+        objective = with_igdm(objective, weight=phase.igdm_weight)
+    if phase.kdiga_weight > 0:
+        objective = with_kdiga(objective, weight=phase.kdiga_weight, norm=phase.kdiga_norm, at=phase.kdiga_at)
+    return objective
 
 
 def single_plan(arch: Arch, objective: str, settings: Any) -> Plan:
@@ -55,8 +75,9 @@ def phase_plan(space: SearchSpace, phase: Phase) -> Plan:
 
     `per_pass` draws one subnet for a whole pass over the data and makes `archs_per_step` passes an epoch (the released
     ProARD code); `uniform` draws `archs_per_step` subnets in each step; `sandwich` takes the largest and the smallest
-    of the open choices and draws the rest (Yu and Huang 2019, arXiv:1903.05134). A dynamic teacher trains in every
-    step on its own objective.
+    of the open choices and draws the rest (Yu and Huang 2019, arXiv:1903.05134). `progressive` draws as `uniform` does
+    among choices that open with the training. `pareto` is the sandwich whose drawn subnets win a comparison at one cost
+    (AttentiveNAS, Wang et al. 2021, arXiv:2011.09011). A dynamic teacher trains in every step on its own objective.
 
     Raises
     ------
@@ -64,20 +85,39 @@ def phase_plan(space: SearchSpace, phase: Phase) -> Plan:
         The phase opens a choice that the space does not have.
     """
     among = space.open_choices(width=phase.width, depth=phase.depth, expand=phase.expand)
-    loss = bind(phase.loss, phase)
+    objective, options = bind(phase.loss, phase)
+    objective = with_terms(objective, phase)
     guide = Drawn(space.largest, *bind(phase.teacher_objective, phase), guides=True)
     first = [space.arch([options[0] for options in among]), space.arch([options[-1] for options in among])]
 
     def draw(seed: int, step: int, data_pass: int) -> list[Drawn]:
         key, count = (data_pass, 1) if phase.sampling == "per_pass" else (step, phase.archs_per_step)
         rng = np.random.default_rng([seed, key])
-        fixed = first[::-1][:count] if phase.sampling == "sandwich" else []
-        archs = fixed + [space.arch(row) for row in space.sample(count - len(fixed), rng, among=among)]
-        students = [Drawn(arch, *loss) for arch in archs]
-        if phase.teacher == "frozen":
-            return students
-        return [guide] + [student for student in students if student.arch != space.largest]
+        fixed = first[::-1][:count] if phase.sampling in ("sandwich", "pareto") else []
+        opened = opened_choices(space, phase, data_pass) if phase.sampling == "progressive" else among
+        if phase.sampling == "pareto":
+            rivals = [at_one_cost(space, among, phase.pareto_candidates, rng) for _ in range(count - len(fixed))]
+        else:
+            rivals = [[space.arch(row)] for row in space.sample(count - len(fixed), rng, among=opened)]
+        if phase.teacher != "frozen":  # the guide is trained anyway
+            rivals = [kept for group in rivals if (kept := [arch for arch in group if arch != space.largest])]
+            fixed = [arch for arch in fixed if arch != space.largest]
+        students = [Drawn(arch, objective, options) for arch in fixed]
+        students += [
+            Drawn(group[0], objective, options, rivals=tuple(group[1:]), pick=phase.pareto_pick) for group in rivals
+        ]
+        return students if phase.teacher == "frozen" else [guide, *students]
 
     passes = phase.archs_per_step if phase.sampling == "per_pass" else 1
     weight = {"frozen": 1.0, "dynamic": 0.0, "both": phase.frozen_weight}[phase.teacher]
-    return Plan(draw, passes, weight)
+    memory = None if objective.memory is None else partial(objective.memory, **options)
+    return Plan(draw, passes, weight, memory)
+
+
+def opened_choices(space: SearchSpace, phase: Phase, data_pass: int) -> list[np.ndarray]:
+    """What `progressive` sampling has opened by a pass: one dim more with each third of the epochs, largest first."""
+    wanted = {dim: getattr(phase, dim) for dim in OPENED}
+    begun = int(len(OPENED) * data_pass / phase.epochs)
+    for dim in OPENED[begun + 1 :]:
+        wanted[dim] = (max(wanted[dim] or getattr(space.settings, dim)),)
+    return space.open_choices(**wanted)

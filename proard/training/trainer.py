@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from proard.attacks import pgd
 from proard.config import Phase, TrainControl, TrainTeacher
-from proard.losses import INNER_OBJECTIVES, Batch, mix_logits
+from proard.losses import INNER_OBJECTIVES, Batch, kl_to_teacher
 from proard.nets import Supernet
 from proard.nets.view import Statistics, SubnetView
+from proard.space import Arch
+from proard.training.attentive import settle
+from proard.training.guidance import Guidance, guided, passed, side_by_side
+from proard.training.perturbation import perturbed
 from proard.training.plan import Drawn, Plan
 
 
@@ -33,6 +40,8 @@ class Trainer:
         Frozen teacher: images to logits.
     seed : int
         Seed of the plan's draws.
+    control : callable, optional
+        Plainly trained network: images to logits.
     """
 
     def __init__(
@@ -43,8 +52,10 @@ class Trainer:
         eps: float,
         teacher: Callable[[Tensor], Tensor] | None,
         seed: int,
+        control: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.net, self.settings, self.plan, self.eps, self.teacher, self.seed = net, settings, plan, eps, teacher, seed
+        self.control, self.total_steps = control, 1
         self.attack_dtype = getattr(torch, settings.attack.dtype)
         self.train_dtype = getattr(torch, settings.dtype)
         self.parameters = dict(net.named_parameters())
@@ -62,7 +73,10 @@ class Trainer:
         if settings.momentum > 0:  # created up front: fused SGD fails when a first gradient comes later than others
             for parameter in self.parameters.values():
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        memory = {} if plan.memory is None else plan.memory(net.space.settings.classes)
+        self.memory = {name: tensor.to(net.mean.device) for name, tensor in memory.items()}
         self.statistics = [buffer for name, buffer in net.named_buffers() if "running" in name]
+        self.statistics += self.memory.values()
         self.average = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.best = {name: value.clone() for name, value in self.average.items()}
 
@@ -83,20 +97,21 @@ class Trainer:
         if self.teacher is not None:
             with torch.no_grad():
                 frozen = self.teacher(images)
-        target, losses, clean_right, adv_right = frozen, [], 0.0, 0.0
-        work = int(frozen is not None)
+        losses, clean_right, adv_right = [], 0.0, 0.0
+        guidance = Guidance(frozen, self.teacher, self.control, min(step / self.total_steps, 1.0), data_pass)
+        drawn, scored = settle(drawn, lambda arch: self._score(arch, images, labels, frozen))
+        work = int(frozen is not None) + scored
         for subnet in drawn:
             view = SubnetView(self.net, subnet.arch)
-            batch, spent = self._forward(view, subnet, images, labels, target, generator)
-            loss = subnet.objective.loss(batch, **subnet.options)
-            (loss / len(drawn)).backward()
+            batch, spent = self._forward(view, subnet, images, labels, guidance, generator)
+            loss, more = self._backward(view, subnet, batch, len(drawn))
             losses.append(loss.detach())
             if subnet.guides:
-                guide = batch.clean.detach()
-                target = guide if frozen is None else mix_logits(frozen, guide, first_weight=self.plan.frozen_weight)
+                guide = partial(view, frozen=True)
+                guidance = guidance.led_by(batch.clean.detach(), guide, frozen_weight=self.plan.frozen_weight)
             clean_right += _correct(batch.clean, labels) / len(drawn)
             adv_right += _correct(batch.adv, labels) / len(drawn)
-            work += spent
+            work += spent + more
             if math.isfinite(float(loss.detach())):
                 view.scatter_gradients()
         mean_loss = float(torch.stack(losses).mean())
@@ -112,20 +127,24 @@ class Trainer:
         subnet: Drawn,
         images: Tensor,
         labels: Tensor,
-        target: Tensor | None,
+        guidance: Guidance,
         generator: torch.Generator,
     ) -> tuple[Batch, int]:
         """Clean pass, attack on this very subnet, adversarial pass; with the forward-equivalents they took."""
         attack, objective = self.settings.attack, subnet.objective
         record: Statistics | None = {} if attack.bn_mode == "clean_batch" and objective.inner else None
-        clean, work = None, 0
+        clean, work, needs = None, 0, objective.needs
+        source = images.detach().requires_grad_() if "teacher_gradient" in needs else images
         if objective.needs_clean or record is not None or subnet.guides or objective.inner == "kl_clean":
             with torch.set_grad_enabled(objective.needs_clean), self._autocast():
-                clean = view(images, record=record, update_running=True).float()
+                clean = view(source, record=record, update_running=True).float()
             work += 3 if objective.needs_clean else 1
+        batch = Batch(labels, clean=clean, teacher=guidance.target, images=source, memory=self.memory)
         if objective.inner is None:
-            return Batch(labels, clean=clean, adv=clean), work
-        known = Batch(labels, clean=None if clean is None else clean.detach(), teacher=target)
+            batch, asked = guided(replace(batch, adv=clean), needs, guidance)
+            batch, more = passed(batch, needs - {"clean"}, self._train_pass(view), reach=1.0)
+            return batch, work + asked + more
+        known = replace(batch, clean=None if clean is None else clean.detach())
         inner = INNER_OBJECTIVES[objective.inner](known)
         if attack.bn_mode == "batch":
 
@@ -134,6 +153,8 @@ class Trainer:
 
         else:
             predict = view.folded(record if record is not None else view.running_statistics(), dtype=self.attack_dtype)
+        if objective.inner == "kl_teacher_adv":  # every step asks the teacher as well
+            predict, work = side_by_side(predict, guidance.teacher), work + 2 * attack.num_steps
         adversarial = pgd(
             predict,
             inner,
@@ -144,9 +165,50 @@ class Trainer:
             start=attack.start,
             generator=generator,
         )
+        adversarial.requires_grad_("teacher_gradient_adv" in needs)
         with self._autocast():
             adv = view(adversarial, update_running=clean is None).float()
-        return Batch(labels, clean=clean, teacher=target, adv=adv), work + 2 * attack.num_steps + 3
+        batch, asked = guided(replace(batch, adv=adv, adversarial=adversarial), needs, guidance)
+        needs, reach = needs - {"clean", "adv"}, self._option("helper_reach")
+        batch, more = passed(batch, needs, self._train_pass(view), reach=reach)
+        return batch, work + asked + more + 2 * attack.num_steps + 3
+
+    def _backward(self, view: SubnetView, subnet: Drawn, batch: Batch, count: int) -> tuple[Tensor, int]:
+        """The loss and its gradients / `count`, at perturbed weights where asked for, with the extra work of that."""
+        objective, options, gamma = subnet.objective, subnet.options, self._option("awp_gamma")
+        if objective.remember is not None:
+            for name, value in objective.remember(batch, **options).items():
+                self.memory[name].copy_(value)
+        loss = objective.loss(batch, **options)
+        if not gamma or batch.progress * self.settings.epochs < self._option("awp_warmup_epochs"):
+            (loss / count).backward()
+            return loss, 0
+        weights = [leaf for leaves in view.leaves.values() for leaf in leaves if leaf.ndim > 1] + [view.head_weight]
+        with perturbed(weights, loss, gamma=gamma):
+            predict, reach = self._train_pass(view), self._option("helper_reach")
+            batch, more = passed(batch, objective.needs, predict, reach=reach)
+            loss = objective.loss(batch, **options)
+            (loss / count).backward()
+        return loss, more
+
+    def _option(self, name: str) -> float:
+        """A loss setting; 0 in a plain training, which has none."""
+        return getattr(self.settings, name, 0.0)
+
+    def _train_pass(self, view: SubnetView) -> Callable[[Tensor], Tensor]:
+        """The subnet in training mode; running statistics stay."""
+
+        def predict(images: Tensor) -> Tensor:
+            with self._autocast():
+                return view(images).float()
+
+        return predict
+
+    def _score(self, arch: Arch, images: Tensor, labels: Tensor, target: Tensor | None) -> Tensor:
+        """A subnet's loss on clean images: divergence from the frozen teacher, or cross-entropy without one."""
+        with self._autocast():
+            logits = SubnetView(self.net, arch)(images, frozen=True).float()
+        return F.cross_entropy(logits, labels) if target is None else kl_to_teacher(logits, target).mean()
 
     def _autocast(self) -> torch.autocast:
         """Mixed precision of the training passes, where asked for."""
@@ -190,6 +252,7 @@ class Trainer:
             if "momentum_buffer" in self.optimizer.state[parameter]
         }
         groups = {"net": self.net.state_dict(), "average": self.average, "best": self.best, "momentum": momentum}
+        groups["memory"] = self.memory
         return {f"{group}.{name}": tensor for group, members in groups.items() for name, tensor in members.items()}
 
     @torch.no_grad()

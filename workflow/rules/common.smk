@@ -68,6 +68,16 @@ def previous_supernet(wildcards):
     return [f"<results>/train_phase/{phase}/supernet.safetensors" for phase in earlier]
 
 
+def plain_network(section):
+    """The control network, where a loss asks it: HAT's helper, MTARD's clean teacher."""
+    return ["<results>/train_control/control.safetensors"] if section.needs_control else []
+
+
+def plain_network_of_phase(wildcards):
+    """The same of one phase."""
+    return plain_network(run.train_phase.phases[PHASES.index(wildcards.phase)])
+
+
 def per_attempt(amount):
     """A resource that grows with every attempt."""
     return lambda wildcards, attempt: amount * attempt

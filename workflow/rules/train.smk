@@ -6,6 +6,7 @@ rule train_teacher:
     input:
         train=rules.prepare_data.output.train,
         val=rules.prepare_data.output.val,
+        control=plain_network(run.train_teacher),
     output:
         teacher="<results>/train_teacher/teacher.safetensors",
         history="<results>/train_teacher/history.parquet",
@@ -23,9 +24,10 @@ rule train_teacher:
     params:
         settings=settings("train_teacher"),
         seed=run.seed,
+        control=lambda wildcards, input: f"--control {input.control}" if input.control else "",
     shell:
         "python -m proard.stages.train_teacher --settings {params.settings:q} --seed {params.seed}"
-        " --threads {threads} --device auto --train {input.train:q} --val {input.val:q}"
+        " --threads {threads} --device auto --train {input.train:q} --val {input.val:q} {params.control}"
         " --teacher {output.teacher:q} --history {output.history:q} 2>&1 | tee {log:q}"
 
 
@@ -64,6 +66,7 @@ rule train_phase:
         val=rules.prepare_data.output.val,
         teacher=rules.train_teacher.output.teacher,
         previous=previous_supernet,
+        control=plain_network_of_phase,
     output:
         supernet="<results>/train_phase/{phase}/supernet.safetensors",
         history="<results>/train_phase/{phase}/history.parquet",
@@ -82,10 +85,11 @@ rule train_phase:
         settings=phase_settings,
         seed=run.seed,
         previous=lambda wildcards, input: f"--previous {input.previous}" if input.previous else "",
+        control=lambda wildcards, input: f"--control {input.control}" if input.control else "",
     shell:
         "python -m proard.stages.train_phase --settings {params.settings:q} --seed {params.seed}"
         " --threads {threads} --device auto --train {input.train:q} --val {input.val:q}"
-        " --teacher {input.teacher:q} {params.previous}"
+        " --teacher {input.teacher:q} {params.previous} {params.control}"
         " --supernet {output.supernet:q} --history {output.history:q} 2>&1 | tee {log:q}"
 
 

@@ -1,0 +1,79 @@
+"""Settings of the losses. Where a loss's paper has another default than the key, naming the loss sets the paper's."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from proard.config.fields import NonNegative, Number, Positive, Settings, Share
+
+RobustObjective = Literal["pgd_at", "sat", "trades", "mart", "hat"]
+Distillation = Literal["rslad", "kd", "akd", "ard", "iad", "adaad", "adaiad", "mtard", "absld", "alpha"]
+WITHOUT_ATTACK = ("kd",)
+PAPER_DEFAULTS: dict[str, dict[str, float]] = {
+    "hat": {"beta": 2.5},
+    "kd": {"soft_weight": 0.5},
+    "akd": {"soft_weight": 0.5},
+    "ard": {"temperature": 30.0},
+    "adaad": {"adv_weight": 1.0},
+    "adaiad": {"temperature": 30.0},
+}
+
+
+class RobustOptions(Settings):
+    """Options of objectives without a teacher.
+
+    `beta` weighs the divergence of `trades`, `mart` and `hat` (2.5 for `hat`). `hat` adds `helper_weight` times a
+    cross-entropy at `helper_reach` times the perturbation, labelled by the run's plainly trained control. `awp_gamma`
+    above 0 trains on weights moved against the loss by that share of each layer's norm (the paper: 5e-3), from
+    `awp_warmup_epochs` on.
+    """
+
+    beta: NonNegative = 6.0
+    helper_weight: NonNegative = 0.5
+    helper_reach: Positive = 2.0
+    awp_gamma: NonNegative = 0.0
+    awp_warmup_epochs: NonNegative = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def paper_defaults(cls, value: Any) -> Any:
+        """Fill keys that are left out by what the named losses' papers take."""
+        if not isinstance(value, dict):
+            return value
+        named = [value.get(key) for key in ("loss", "objective", "teacher_objective")]
+        filled: dict[str, Any] = {}
+        for name in named:
+            filled |= PAPER_DEFAULTS.get(name, {}) if isinstance(name, str) else {}
+        return {**filled, **value}
+
+
+class DistillationOptions(RobustOptions):
+    """Options of distillation losses, and terms that any of them may add.
+
+    `adv_weight` is the share of the adversarial term (`rslad`, `absld`, `alpha`: 5/6; `adaad`: 1), `soft_weight` that
+    of soft labels beside hard ones (`ard`, `iad`, `adaiad`: 1; `kd`, `akd`: 1/2), `temperature` theirs (30 for `ard`
+    and `adaiad`). `iad` and `adaiad` trust the teacher by p_y(x')^`trust_power` after `trust_after` of the training.
+    `mtard` moves the share of its two teachers at `balance_rate`. `absld` moves the temperature of each class by up
+    to `temperature_rate` a pass between `temperature_min` and `temperature_max`. `alpha` takes the larger divergence of
+    `alpha_min` and `alpha_max`, importance weights clipped at `ratio_clip`. Above 0, `igdm_weight` (the paper: 1 on
+    CIFAR-10) and `kdiga_weight` add input-gradient matching, the latter in `kdiga_norm` at `kdiga_at` images.
+    """
+
+    adv_weight: Share = 5 / 6
+    soft_weight: Share = 1.0
+    temperature: Positive = 1.0
+    trust_power: NonNegative = 0.1
+    trust_after: Share = 0.3
+    balance_rate: Share = 0.025
+    temperature_rate: NonNegative = 0.1
+    temperature_min: Positive = 0.5
+    temperature_max: Positive = 5.0
+    alpha_min: Number = -1.0
+    alpha_max: Number = 1.0
+    ratio_clip: Positive = 5.0
+    igdm_weight: NonNegative = 0.0
+    kdiga_weight: NonNegative = 0.0
+    kdiga_norm: Literal["l2", "l1", "l2_squared"] = "l2"
+    kdiga_at: Literal["clean", "adv"] = "clean"

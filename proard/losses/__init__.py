@@ -1,0 +1,59 @@
+"""Losses and inner objectives: logits in, numbers out; no model, no attack, no setting.
+
+All KL divergences are summed over classes and averaged over images (natural units), whatever the number of classes.
+"""
+
+from proard.losses.alignment import NORMS, gradient_gap, igdm_term, kdiga_term, loss_gradient
+from proard.losses.distillation import (
+    absld_loss,
+    adaad_loss,
+    alpha_loss,
+    balanced_share,
+    iad_loss,
+    kd_loss,
+    mtard_loss,
+    next_temperatures,
+    rslad_loss,
+    trust,
+)
+from proard.losses.divergence import alpha_divergence, kl_to_teacher, mix_logits, softened_kl
+from proard.losses.inner import CrossEntropy, InnerObjective, KLBetweenNets, KLToTarget, Margin
+from proard.losses.objectives import INNER_OBJECTIVES, OBJECTIVES, Batch, Memory, Objective, with_igdm, with_kdiga
+from proard.losses.robust import hat_loss, mart_loss, trades_loss
+
+__all__ = [
+    "INNER_OBJECTIVES",
+    "NORMS",
+    "OBJECTIVES",
+    "Batch",
+    "CrossEntropy",
+    "InnerObjective",
+    "KLBetweenNets",
+    "KLToTarget",
+    "Margin",
+    "Memory",
+    "Objective",
+    "absld_loss",
+    "adaad_loss",
+    "alpha_divergence",
+    "alpha_loss",
+    "balanced_share",
+    "gradient_gap",
+    "hat_loss",
+    "iad_loss",
+    "igdm_term",
+    "kd_loss",
+    "kdiga_term",
+    "kl_to_teacher",
+    "loss_gradient",
+    "mart_loss",
+    "mix_logits",
+    "mtard_loss",
+    "next_temperatures",
+    "rslad_loss",
+    "softened_kl",
+    "trades_loss",
+    "trust",
+    "with_igdm",
+    "with_kdiga",
+]

@@ -1,0 +1,354 @@
+"""Losses of (robust) distillation: student and teacher logits in, one number out.
+
+No gradient flows into a teacher. Every KL is summed over classes and averaged over images; the released code of most
+papers averages over classes as well, which makes its values, and the learning rates tuned with them, 10 or 100 times
+smaller.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from proard.losses.divergence import alpha_divergence, kl_to_teacher, softened_kl
+
+
+def kd_loss(
+    clean: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    *,
+    soft_weight: float = 0.5,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Soft labels of the teacher and hard labels on clean images: KD, AKD and ARD differ in who is asked where.
+
+    Parameters
+    ----------
+    clean : Tensor of shape (batch, classes)
+        Student logits on the clean images, for the hard labels.
+    student, teacher : Tensor of shape (batch, classes)
+        The pair that is compared: KD at clean images, ARD the student's adversarial with the teacher's clean ones, AKD
+        (the KDIGA paper's) both at adversarial images.
+    labels : Tensor of shape (batch,)
+        Class indices.
+    soft_weight : float in [0, 1]
+        Share of the soft labels (the papers' alpha).
+    temperature : float
+        Temperature tau of the soft labels.
+
+    Returns
+    -------
+    Tensor of shape ()
+        alpha tau^2 KL(teacher_tau || student_tau) + (1 - alpha) CE(clean, y), nats, averaged over images.
+
+    Notes
+    -----
+    ARD's defaults are those of its code, alpha 1 and tau 30, which leave no hard label; KD's and AKD's those of the
+    KDIGA code, alpha 0.5 and tau 1.
+
+    References
+    ----------
+    Hinton et al., arXiv:1503.02531. Goldblum et al., Adversarially Robust Distillation, AAAI 2020, arXiv:1905.09747.
+    Shao et al., arXiv:2110.12072, for AKD.
+    """
+    soft = softened_kl(student, teacher.detach(), temperature=temperature).mean()
+    return soft_weight * soft + (1 - soft_weight) * F.cross_entropy(clean, labels)
+
+
+def trust(teacher_adv: Tensor, labels: Tensor, *, trust_power: float = 0.1) -> Tensor:
+    """How far the teacher is right at the adversarial images: p_y(x')^power in [0, 1], of shape (batch,)."""
+    return teacher_adv.detach().softmax(1).gather(1, labels[:, None])[:, 0] ** trust_power
+
+
+def iad_loss(
+    clean: Tensor,
+    adv: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    trusted: Tensor,
+    *,
+    soft_weight: float = 1.0,
+    temperature: float = 1.0,
+) -> Tensor:
+    """The teacher's soft labels, and the student's own where the teacher is not to be trusted.
+
+    Parameters
+    ----------
+    clean, adv : Tensor of shape (batch, classes)
+        Student logits; the gradient flows through both.
+    teacher : Tensor of shape (batch, classes)
+        Teacher logits on the clean images (IAD) or on the adversarial ones (AdaIAD).
+    labels : Tensor of shape (batch,)
+        Class indices.
+    trusted : Tensor of shape (batch,)
+        `trust` of the teacher, 1 during the first phase of training (60 of 200 epochs).
+    soft_weight : float in [0, 1]
+        Share of both divergences (the code's alpha).
+    temperature : float
+        Temperature of the teacher's term: 1 for IAD, 30 in the code of AdaIAD.
+
+    Returns
+    -------
+    Tensor of shape ()
+        alpha (tau^2 KL(t_tau || s_tau(x')) + (1 - trusted) KL(s(x) || s(x'))) + (1 - alpha) CE(s(x), y), nats,
+        averaged over images.
+
+    Notes
+    -----
+    As the authors' code; the paper's formula also multiplies the teacher's term by `trusted`.
+
+    References
+    ----------
+    Zhu et al., Reliable Adversarial Distillation with Unreliable Teachers, ICLR 2022, arXiv:2106.04928 (IAD-I).
+    Huang et al., Boosting Accuracy and Robustness of Student Models via Adaptive Adversarial Distillation, CVPR 2023.
+    """
+    from_teacher = softened_kl(adv, teacher.detach(), temperature=temperature)  # (batch,)
+    from_itself = (1 - trusted) * kl_to_teacher(adv, clean)
+    return soft_weight * (from_teacher + from_itself).mean() + (1 - soft_weight) * F.cross_entropy(clean, labels)
+
+
+def rslad_loss(
+    student_clean: Tensor, student_adv: Tensor, teacher_clean: Tensor, *, adv_weight: float = 5 / 6
+) -> Tensor:
+    """Pull clean and adversarial student outputs to the teacher's clean soft labels.
+
+    Parameters
+    ----------
+    student_clean, student_adv : Tensor of shape (batch, classes)
+        Student logits on the clean and on the adversarial images.
+    teacher_clean : Tensor of shape (batch, classes)
+        Teacher logits on the clean images. No gradient flows into them.
+    adv_weight : float in [0, 1]
+        Share of the adversarial term.
+
+    Returns
+    -------
+    Tensor of shape ()
+        KL(teacher || student) in nats, summed over classes, averaged over images.
+
+    Notes
+    -----
+    The authors' code also averages over classes: its values are smaller by that factor.
+
+    References
+    ----------
+    Zi et al., Revisiting Adversarial Robustness Distillation, ICCV 2021, arXiv:2108.07969.
+    """
+    teacher = teacher_clean.detach()
+    clean, adv = kl_to_teacher(student_clean, teacher), kl_to_teacher(student_adv, teacher)  # (batch,)
+    return (adv_weight * adv + (1 - adv_weight) * clean).mean()
+
+
+def adaad_loss(
+    student_clean: Tensor, student_adv: Tensor, teacher_clean: Tensor, teacher_adv: Tensor, *, adv_weight: float = 1.0
+) -> Tensor:
+    """Pull the student to the teacher's outputs at the same images, clean and adversarial.
+
+    Parameters
+    ----------
+    student_clean, student_adv, teacher_clean, teacher_adv : Tensor of shape (batch, classes)
+        Logits; none flows into the teacher's here. The attack ascends KL(teacher(x') || student(x')) through both.
+    adv_weight : float in [0, 1]
+        Share of the adversarial term (the paper's alpha, 1 in its code).
+
+    Returns
+    -------
+    Tensor of shape ()
+        alpha KL(t(x') || s(x')) + (1 - alpha) KL(t(x) || s(x)), nats, averaged over images.
+
+    Notes
+    -----
+    The authors' code averages over classes on CIFAR-10 and sums on CIFAR-100.
+
+    References
+    ----------
+    Huang et al., Boosting Accuracy and Robustness of Student Models via Adaptive Adversarial Distillation, CVPR 2023.
+    """
+    adv = kl_to_teacher(student_adv, teacher_adv.detach())
+    clean = kl_to_teacher(student_clean, teacher_clean.detach())
+    return (adv_weight * adv + (1 - adv_weight) * clean).mean()
+
+
+def mtard_loss(
+    student_clean: Tensor, student_adv: Tensor, clean_teacher: Tensor, robust_teacher_adv: Tensor, *, adv_share: Tensor
+) -> Tensor:
+    """Two teachers: a robust one at adversarial images, a plainly trained one at clean images.
+
+    Parameters
+    ----------
+    student_clean, student_adv : Tensor of shape (batch, classes)
+        Student logits.
+    clean_teacher, robust_teacher_adv : Tensor of shape (batch, classes)
+        The plainly trained network at x, the robust teacher at x'.
+    adv_share : Tensor of shape (1,)
+        Share of the adversarial term, moved by `balanced_share` from 0.5 on.
+
+    Returns
+    -------
+    Tensor of shape ()
+        w KL(t_robust(x') || s(x')) + (1 - w) KL(t_clean(x) || s(x)), nats, averaged over images.
+
+    References
+    ----------
+    Zhao et al., Enhanced Accuracy and Robustness via Multi-Teacher Adversarial Distillation, ECCV 2022.
+    """
+    adv = kl_to_teacher(student_adv, robust_teacher_adv.detach()).mean()
+    clean = kl_to_teacher(student_clean, clean_teacher.detach()).mean()
+    return (adv_share * adv + (1 - adv_share) * clean).sum()
+
+
+def balanced_share(share: Tensor, losses: Tensor, first: Tensor, *, balance_rate: float = 0.025) -> Tensor:
+    """MTARD's next share of the adversarial term: it drifts to the term that has fallen less.
+
+    Parameters
+    ----------
+    share : Tensor of shape (1,)
+        Share before.
+    losses, first : Tensor of shape (2,)
+        Adversarial and clean divergence, of this batch and of the first batch of the training.
+    balance_rate : float in [0, 1]
+        Rate of the drift.
+
+    Returns
+    -------
+    Tensor of shape (1,)
+        w + rate (r_adv / (r_adv + r_clean) - w) with r = loss / first loss.
+
+    Notes
+    -----
+    The authors' code lowers the rate with the learning rate, by 10 at epochs 215, 260 and 285 of 300; here it is
+    constant. Subnets of one step move one share in turn.
+    """
+    relative = losses / first.clamp_min(torch.finfo(first.dtype).tiny)
+    return share + balance_rate * (relative[:1] / relative.sum().clamp_min(torch.finfo(share.dtype).tiny) - share)
+
+
+def absld_loss(
+    student_clean: Tensor,
+    student_adv: Tensor,
+    teacher_clean: Tensor,
+    labels: Tensor,
+    clean_temperature: Tensor,
+    adv_temperature: Tensor,
+    *,
+    adv_weight: float = 5 / 6,
+) -> Tensor:
+    """RSLAD with a teacher temperature for every class, which makes the teacher surer of classes that are hard.
+
+    Parameters
+    ----------
+    student_clean, student_adv, teacher_clean : Tensor of shape (batch, classes)
+        Logits; the student's keep temperature 1.
+    labels : Tensor of shape (batch,)
+        Class indices, which choose the temperature.
+    clean_temperature, adv_temperature : Tensor of shape (classes,)
+        Temperatures of both terms, moved by `next_temperatures` after every pass over the data.
+    adv_weight : float in [0, 1]
+        Share of the adversarial term.
+
+    Returns
+    -------
+    Tensor of shape ()
+        5/6 KL(t(x) at tau_adv || s(x')) + 1/6 KL(t(x) at tau_clean || s(x)), nats, averaged over images.
+
+    Notes
+    -----
+    In the authors' code both sets of logits are one tensor, so that each term gets both temperatures; here each has its
+    own. The attack ascends the divergence to the teacher at the adversarial temperature.
+
+    References
+    ----------
+    Zhao et al., Improving Adversarial Robust Fairness via Anti-Bias Soft Label Distillation, NeurIPS 2024,
+    arXiv:2312.05508.
+    """
+    teacher = teacher_clean.detach()
+    clean = kl_to_teacher(student_clean, teacher / clean_temperature[labels, None].to(teacher))
+    adv = kl_to_teacher(student_adv, teacher / adv_temperature[labels, None].to(teacher))
+    return (adv_weight * adv + (1 - adv_weight) * clean).mean()
+
+
+def next_temperatures(
+    temperatures: Tensor,
+    losses: Tensor,
+    counts: Tensor,
+    *,
+    temperature_rate: float = 0.1,
+    temperature_min: float = 0.5,
+    temperature_max: float = 5.0,
+) -> Tensor:
+    """ABSLD's temperatures of the next pass: lower for classes whose cross-entropy is above the mean of the classes.
+
+    Parameters
+    ----------
+    temperatures, losses, counts : Tensor of shape (classes,)
+        Temperatures so far; cross-entropy of the student summed over the pass, and number of images, of every class.
+    temperature_rate : float
+        Step of the class that is farthest from the mean.
+    temperature_min, temperature_max : float
+        Range.
+
+    Returns
+    -------
+    Tensor of shape (classes,)
+        tau - rate gap / max |gap|, clipped; unchanged where a class was not seen.
+
+    Notes
+    -----
+    Means of a class instead of the code's sums, which are the same for balanced classes. The code's rate falls with
+    the learning rate; here it is constant.
+    """
+    seen = counts > 0
+    means = losses / counts.clamp_min(1)
+    gap = torch.where(seen, means - means.sum() / seen.sum().clamp_min(1), torch.zeros_like(means))
+    step = gap / gap.abs().max().clamp_min(torch.finfo(gap.dtype).tiny)
+    return (temperatures - temperature_rate * step).clamp(temperature_min, temperature_max)
+
+
+def alpha_loss(
+    student_clean: Tensor,
+    student_adv: Tensor,
+    teacher_clean: Tensor,
+    *,
+    adv_weight: float = 5 / 6,
+    alpha_min: float = -1.0,
+    alpha_max: float = 1.0,
+    ratio_clip: float = 5.0,
+) -> Tensor:
+    """Adaptive alpha-divergence to the teacher's clean outputs: of two alphas the larger divergence, image by image.
+
+    Parameters
+    ----------
+    student_clean, student_adv, teacher_clean : Tensor of shape (batch, classes)
+        Logits; none flows into the teacher's.
+    adv_weight : float in [0, 1]
+        Share of the adversarial term; 0 is AlphaNet's own loss.
+    alpha_min, alpha_max : float
+        The two alphas: one punishes overestimation by the student, one underestimation.
+    ratio_clip : float
+        Largest importance weight.
+
+    Returns
+    -------
+    Tensor of shape ()
+        w max_alpha D(t(x) || s(x')) + (1 - w) max_alpha D(t(x) || s(x)), averaged over images.
+
+    Notes
+    -----
+    AlphaNet trains without an adversary; the adversarial term and its share are RSLAD's.
+
+    References
+    ----------
+    Wang et al., AlphaNet: Improved Training of Supernets with Alpha-Divergence, ICML 2021, arXiv:2102.07954.
+    """
+
+    def larger(student: Tensor) -> Tensor:
+        low, high = (
+            alpha_divergence(student, teacher_clean, alpha=alpha, ratio_clip=ratio_clip)
+            for alpha in (alpha_min, alpha_max)
+        )
+        return torch.where(low > high, low, high)
+
+    return (adv_weight * larger(student_adv) + (1 - adv_weight) * larger(student_clean)).mean()
