@@ -14,6 +14,7 @@ from proard.losses import (
     OBJECTIVES,
     Batch,
     CrossEntropy,
+    KLBetweenNets,
     KLToTarget,
     Margin,
     kl_to_teacher,
@@ -118,11 +119,17 @@ def test_rslad_gradient_is_that_of_the_closed_form():
 
 
 INNER = {"kl": KLToTarget(logits(5)), "ce": CrossEntropy(LABELS), "margin": Margin(LABELS)}
+INNER["kl_both"] = KLBetweenNets()
+
+
+def given_to(name):
+    """Logits as the objective takes them: of one network, or of student and teacher side by side."""
+    return torch.cat([logits(1), logits(6)], 1) if name == "kl_both" else logits(1)
 
 
 @pytest.mark.parametrize("name", INNER)
 def test_closed_form_logit_gradient_equals_autograd_and_finite_differences(name):
-    objective, x = INNER[name], logits(1).requires_grad_()
+    objective, x = INNER[name], given_to(name).requires_grad_()
     (by_autograd,) = torch.autograd.grad(objective(x).sum(), x)
     closed = objective.logit_gradient(x.detach())
     close(closed, by_autograd, rtol=1e-6, atol=1e-7)  # a target is kept in float32
@@ -136,7 +143,7 @@ def test_closed_form_logit_gradient_equals_autograd_and_finite_differences(name)
 
 @pytest.mark.parametrize("name", INNER)
 def test_objectives_give_one_value_per_image_and_leave_the_logits_alone(name):
-    x = logits(1)
+    x = given_to(name)
     before = x.clone()
     assert INNER[name](x).shape == (4,)
     assert INNER[name].logit_gradient(x).shape == x.shape

@@ -202,8 +202,10 @@ def test_non_finite_loss_of_one_subnet_among_several_moves_nothing(train_set, tm
         {"sampling": "sandwich"},
         {"sampling": "per_pass", "teacher": "both", "momentum": 0},
         {"sampling": "uniform", "teacher": "dynamic", "attack": {"num_steps": 1, "bn_mode": "running"}},
+        {"sampling": "uniform", "loss": "absld", "attack": {"num_steps": 1}},
+        {"sampling": "pareto", "loss": "mtard", "igdm_weight": 1, "attack": {"num_steps": 1}},
     ],
-    ids=["sandwich", "per_pass", "dynamic"],
+    ids=["sandwich", "per_pass", "dynamic", "absld", "mtard"],
 )
 def test_stopped_and_continued_training_equals_an_uninterrupted_one(train_set, tmp_path, changes):
     whole = phase_run(train_set, tmp_path / "whole", epochs=2, archs_per_step=2, **changes)

@@ -122,6 +122,19 @@ def test_editing_a_section_plans_its_stage_and_what_follows(finished, sections, 
     assert finished.plan_after(**sections) == plan
 
 
+@pytest.mark.parametrize(("objective", "loss", "asked"), [("hat", "mtard", True), ("mart", "ard", False)])
+def test_the_plain_network_is_trained_first_only_where_a_loss_asks_it(tmp_path, objective, loss, asked):
+    config = tmp_path / "config.yaml"
+    sections = {"train_teacher": {"objective": objective}, "train_phase": {"phases": [{"name": "all", "loss": loss}]}}
+    config.write_text(yaml.safe_dump({"run": "asks", **sections}))
+    where = ["--snakefile", ROOT / "workflow" / "Snakefile", "--directory", tmp_path, "--configfile", config]
+    done = snakemake("train_phases", "--dry-run", "--printshellcmds", *where)
+    assert ("train_control" in planned(done)) == asked
+    for output in ("--teacher results/asks/train_teacher", "--supernet results/asks/train_phase"):
+        line = next(line for line in done.stdout.splitlines() if output in line and "proard.stages" in line)
+        assert ("--control results/asks/train_control/control.safetensors" in line) == asked
+
+
 def test_white_space_in_a_shell_line_repeats_nothing(finished):
     copy = finished.folder / "copy"
     shutil.copytree(ROOT / "workflow", copy / "workflow")

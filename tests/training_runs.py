@@ -44,7 +44,7 @@ def no_validation(_net):
 class Run:
     """A training in one process; what it did stays at hand."""
 
-    def __init__(self, train, folder, settings, plan, *, seed=0, validate=no_validation, teacher=None, fit_now=True):
+    def __init__(self, train, folder, settings, plan, *, seed=0, validate=no_validation, fit_now=True, **networks):
         self.space = tiny_space()
         generator = torch.Generator().manual_seed(seed)
         self.net = Supernet(self.space, mean=train.mean, std=train.std, generator=generator)
@@ -56,7 +56,8 @@ class Run:
             "settings": settings,
             "eps": EPS,
             "source": self.source,
-            "teacher": teacher,
+            "teacher": networks.get("teacher"),
+            "control": networks.get("control"),
             "validate": validate,
             "state": self.state,
             "seed": seed,
@@ -69,14 +70,22 @@ class Run:
         return self.rows
 
 
+def plain_network(*, seed=7):
+    """A network that is not trained: the control, or a frozen teacher."""
+    net = random_supernet(tiny_space(), seed=seed, dtype=torch.float32).eval()
+    return fold(extract(net, tiny_space().largest))
+
+
 def teacher_run(train, folder, *, objective="trades", fit_now=True, seed=0, validate=no_validation, **changes):
+    changes["objective"] = objective
     settings = tiny_config(**{f"train_teacher__{key}": value for key, value in changes.items()}).train_teacher
     plan = single_plan(tiny_space().largest, objective, settings)
-    return Run(train, folder, settings, plan, seed=seed, validate=validate, fit_now=fit_now)
+    control = plain_network() if settings.needs_control else None
+    return Run(train, folder, settings, plan, seed=seed, validate=validate, fit_now=fit_now, control=control)
 
 
 def phase_run(train, folder, *, fit_now=True, seed=0, **changes):
     (phase,) = tiny_config(**{f"phase__{key}": value for key, value in changes.items()}).train_phase.phases
-    teacher_net = fold(extract(random_supernet(tiny_space(), dtype=torch.float32).eval(), tiny_space().largest))
-    teacher = None if phase.teacher == "dynamic" else torch.no_grad()(teacher_net.forward)
-    return Run(train, folder, phase, phase_plan(tiny_space(), phase), teacher=teacher, seed=seed, fit_now=fit_now)
+    networks = {"teacher": None if phase.teacher == "dynamic" else plain_network(seed=0)}
+    networks["control"] = plain_network() if phase.needs_control else None
+    return Run(train, folder, phase, phase_plan(tiny_space(), phase), seed=seed, fit_now=fit_now, **networks)

@@ -197,7 +197,8 @@ def mtard_loss(
     """
     adv = kl_to_teacher(student_adv, robust_teacher_adv.detach()).mean()
     clean = kl_to_teacher(student_clean, clean_teacher.detach()).mean()
-    return (adv_share * adv + (1 - adv_share) * clean).sum()
+    share = adv_share.to(adv).sum()  # of shape (), in the losses' precision
+    return share * adv + (1 - share) * clean
 
 
 def balanced_share(share: Tensor, losses: Tensor, first: Tensor, *, balance_rate: float = 0.025) -> Tensor:
