@@ -8,13 +8,16 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from helpers import image_sets, random_images, random_supernet, tiny_config, tiny_space
+from helpers import image_sets, random_images, random_supernet, save_stripes, tiny_config, tiny_space
 from training_runs import EPS, phase_run, plain_network, same, teacher_run
 
+from proard.artifacts import Provenance, read_header
 from proard.attacks import pgd
-from proard.config import UserError
+from proard.config import UserError, job_settings
 from proard.losses import OBJECTIVES, Batch, KLBetweenNets, igdm_term, kdiga_term, kl_to_teacher
+from proard.nets import extract, save_static
 from proard.nets.view import SubnetView
+from proard.stages import train_phase, train_teacher
 from proard.stages.training import Training
 from proard.training import Drawn, phase_plan
 from proard.training.attentive import at_one_cost, settle
@@ -187,6 +190,33 @@ def test_a_loss_that_asks_the_control_says_so_when_it_is_not_there():
         Training.control(Without(), None)
     Without.settings = phase_of(loss="rslad")
     assert Training.control(Without(), None) is None
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [(train_teacher, {"train_teacher__objective": "hat"}), (train_phase, {"phase__loss": "mtard"})],
+    ids=["hat", "mtard"],
+)
+def test_stages_read_the_control_and_depend_on_it(tmp_path, stage, changes):
+    name, output = stage.__name__.rsplit(".", 1)[1], tmp_path / "net.safetensors"
+    section = "phase" if name == "train_phase" else name
+    config = tiny_config(**changes, **{f"{section}__epochs": 1 / 6, f"{section}__attack": ONE_STEP})
+    space, files = tiny_space(), save_stripes(tmp_path)
+    for seed, kind in enumerate(("control", "teacher")):
+        net = extract(random_supernet(space, seed=seed, dtype=torch.float32), space.largest)
+        files[kind] = tmp_path / f"{kind}.safetensors"
+        save_static(
+            files[kind], net, space=space, arch=space.largest, kind=kind, provenance=Provenance("tiny", f"train_{kind}")
+        )
+    phase = "all" if name == "train_phase" else None
+    flags = {"settings": job_settings(config, name, phase=phase), "device": "cpu", "threads": 1}
+    flags |= {"train": files["train"], "val": files["val"], "history": tmp_path / "history.parquet"}
+    flags |= {"teacher": files["teacher"], "supernet": output} if phase else {"teacher": output}
+    arguments = [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
+    with pytest.raises(UserError, match="give --control, train_control's output"):
+        stage.main(arguments)
+    stage.main([*arguments, "--control", str(files["control"])])
+    assert any("control.safetensors" in path for path in read_header(output)["provenance"]["inputs"])
 
 
 # Perturbed weights.
