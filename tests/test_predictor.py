@@ -74,6 +74,16 @@ def test_genes_of_absent_blocks_do_not_matter(model):
 
 
 @pytest.mark.parametrize("model", MODELS)
+def test_matrix_products_predict_what_the_pipeline_does(model):
+    genotypes, targets, _ = labelled(40, noise=0.02)
+    fitted = predictor.Predictor(model, SPACE, SPACE.features(genotypes), targets, seed=2)
+    unseen = SPACE.features(SPACE.sample(200, np.random.default_rng(1)))
+    expected = fitted.pipeline.predict(unseen)
+    assert np.ptp(expected, axis=0).min() > 0.01
+    np.testing.assert_allclose(fitted.dense(unseen), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("model", MODELS)
 def test_loading_gives_equal_predictions(tmp_path, model):
     genotypes, targets, _ = labelled(40, noise=0.02)
     saved = predictor.Predictor(model, SPACE, SPACE.features(genotypes), targets, seed=3)

@@ -12,7 +12,13 @@ from proard import artifacts
 from proard.artifacts import MEASURED, ArtifactError, Provenance
 from proard.config import PRESETS, UserError, job_settings, load
 from proard.space import SearchSpace
-from proard.space.sampling import anchor_archs, enumerate_genotypes, identity_columns, stratified_sample
+from proard.space.sampling import (
+    anchor_archs,
+    enumerate_genotypes,
+    genotype_blocks,
+    identity_columns,
+    stratified_sample,
+)
 from proard.stages import merge_table, sample_archs
 
 SPACE = SearchSpace(PRESETS["resnet_digits"])
@@ -63,6 +69,24 @@ def test_enumeration_lists_the_space_once():
     genotypes = enumerate_genotypes(SPACE.choices, SPACE.canonical)
     assert len(genotypes) == SPACE.size == len(np.unique(genotypes, axis=0))
     np.testing.assert_array_equal(genotypes, SPACE.canonical(genotypes))
+
+
+@pytest.mark.parametrize("rows", [2, 37, 10**6])
+def test_blocks_are_the_enumeration_cut_to_size_and_refused_branches_are_left_out(rows):
+    everything = enumerate_genotypes(SPACE.choices, SPACE.canonical)
+    macs = SPACE.costs(everything)["macs"]
+    limit = np.quantile(macs, 0.1)
+    asked = []
+
+    def cheap(genotypes):
+        asked.append(len(genotypes))
+        return SPACE.costs(genotypes)["macs"] <= limit
+
+    blocks = list(genotype_blocks(SPACE.choices, SPACE.canonical, keep=cheap, rows=rows))
+    assert max(len(block) for block in blocks) <= max(rows, max(SPACE.choices))
+    np.testing.assert_array_equal(np.concatenate(blocks), everything[macs <= limit])
+    assert sum(asked) < len(everything)
+    assert not list(genotype_blocks(SPACE.choices, SPACE.canonical, keep=lambda g: np.zeros(len(g), dtype=bool)))
 
 
 def test_stage_writes_archs_with_identity(tmp_path):

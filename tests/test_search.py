@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
+from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 
 from proard import artifacts, predictor, search
 from proard.artifacts import ArtifactError, Provenance
@@ -14,6 +17,7 @@ from proard.space.sampling import anchor_archs, enumerate_genotypes, stratified_
 from proard.stages import search_front
 
 SPACE = SearchSpace(PRESETS["resnet_micro"])
+exhaustive = sys.modules["proard.search.exhaustive"]  # the package's name is the function
 BUDGET = {"population": 40, "generations": 15}
 
 
@@ -68,12 +72,13 @@ def test_both_searches_evaluate_equally_many():
 @pytest.mark.parametrize("seed", [0, 1])
 def test_nsga2_dominates_more_than_random(seed):
     nsga2, random = run_both(seed=seed)
-    genotypes = enumerate_genotypes(SPACE.choices, SPACE.canonical)
-    exhaustive = np.column_stack([-predict(genotypes), cost(genotypes)])
-    rows = search.history({"nsga2": nsga2, "random": random}, cost_name="macs", seed=seed, exhaustive=exhaustive)
+    whole = search.exhaustive(*PROBLEM, up_to=SPACE.size)
+    rows = search.history({"nsga2": nsga2, "random": random}, cost_name="macs", seed=seed, exhaustive=whole)
     curves = {name: [row["hypervolume"] for row in rows if row["search"] == name] for name in ("nsga2", "random")}
     assert all(np.diff(curve).min() >= 0 for curve in curves.values())
-    assert curves["random"][-1] < curves["nsga2"][-1] <= rows[0]["exhaustive_hypervolume"]
+    best = rows[0]["exhaustive_hypervolume"]
+    assert curves["random"][-1] < curves["nsga2"][-1] <= best
+    assert all(row["relative_hypervolume"] == pytest.approx(row["hypervolume"] / best) for row in rows)
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.1, 3.0])
@@ -101,6 +106,50 @@ def test_a_space_smaller_than_the_budget_is_searched_nearly_in_full():
         flat, lambda genotypes: space.costs(genotypes)["macs"], space.choices, space.canonical, **BUDGET, seed=0
     )
     assert 0.95 * space.size <= len(archive) <= space.size
+
+
+@pytest.mark.parametrize("factor", [None, 2.0])
+def test_exhaustive_front_is_that_of_all_affordable_archs(factor):
+    genotypes = enumerate_genotypes(SPACE.choices, SPACE.canonical)
+    limit = None if factor is None else factor * cost(genotypes).min()
+    genotypes = genotypes if limit is None else genotypes[cost(genotypes) <= limit]
+    objectives = np.column_stack([-predict(genotypes), cost(genotypes)])
+    blocks = []
+    whole = search.exhaustive(*PROBLEM, up_to=len(genotypes), max_cost=limit, on_block=lambda *b: blocks.append(b))
+    assert whole.size == len(genotypes) == sum(archs for archs, _ in blocks)
+    expected = NonDominatedSorting().do(objectives, only_non_dominated_front=True)
+    np.testing.assert_array_equal(sorted_rows(whole.front.genotypes), sorted_rows(genotypes[expected]))
+    np.testing.assert_allclose(whole.front.objectives, objectives[find(genotypes, whole.front.genotypes)], rtol=1e-12)
+    assert whole.scale == Scale.of(objectives)
+
+
+def test_a_space_too_large_is_not_enumerated_and_nothing_is_predicted():
+    def forbidden(genotypes):
+        raise AssertionError("predicted before the archs were counted")
+
+    problem = (forbidden, *PROBLEM[1:])
+    assert search.exhaustive(*problem, up_to=SPACE.size - 1) is None
+    smallest = cost(np.zeros((1, len(SPACE.choices)), dtype=np.int64))[0]
+    assert search.exhaustive(*problem, up_to=SPACE.size, max_cost=smallest - 1) is None
+    large = SearchSpace(PRESETS["resnet_cifar"])
+    args = (forbidden, lambda genotypes: large.costs(genotypes)["macs"], large.choices, large.canonical)
+    assert search.exhaustive(*args, up_to=100_000) is None
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_front_merged_block_by_block_is_pymoos(ties, monkeypatch):
+    objectives = np.random.default_rng(0).normal(size=(4_000, 3))
+    if ties:
+        objectives = np.floor(2 * np.abs(objectives))
+        objectives = objectives[objectives.sum(axis=1) >= 4]
+    index = np.arange(len(objectives))[:, None]
+    monkeypatch.setattr(exhaustive, "genotype_blocks", lambda *args, **options: np.array_split(index, 7))
+    found = search.exhaustive(
+        lambda rows: -objectives[rows[:, 0], :2], lambda rows: objectives[rows[:, 0], 2], [1], None, up_to=len(index)
+    )
+    front, *_ = NonDominatedSorting().do(objectives)
+    assert sorted(found.front.genotypes[:, 0]) == sorted(front)
+    assert ties is (len(np.unique(objectives[front], axis=0)) < len(front))
 
 
 def test_non_dominated_and_hypervolume_by_hand():
@@ -135,7 +184,19 @@ def test_stage_writes_archive_front_and_history(tmp_path):
         rows = mine[["predicted_clean_acc", "predicted_robust_acc", "macs"]].to_numpy() * [-1, -1, 1]
         assert set(best["arch_id"]) == set(mine["arch_id"].iloc[search.non_dominated(rows)])
         assert history[history["search"] == name]["evaluations"].tolist() == [20, 40, 60]
-    assert history["exhaustive_hypervolume"].notna().all()
+    exact = archive[archive["found_by"] == "exhaustive"]
+    assert set(exact["arch_id"]) == set(front.loc[front["found_by"] == "exhaustive", "arch_id"])
+    rows = exact[["predicted_clean_acc", "predicted_robust_acc", "macs"]].to_numpy() * [-1, -1, 1]
+    assert len(search.non_dominated(rows)) == len(exact) > 0
+    assert 0 < history["relative_hypervolume"].min() <= history["relative_hypervolume"].max() <= 1
+
+
+def test_stage_leaves_enumeration_out_where_it_is_told_to(tmp_path):
+    write_predictor(tmp_path)
+    archive, front, history = run_stage(tmp_path, enumerate_up_to=0)
+    assert set(archive["found_by"]) == {"nsga2", "random", "anchor"}
+    assert set(front["found_by"]) == {"nsga2", "random"}
+    assert history[["exhaustive_hypervolume", "relative_hypervolume"]].isna().all(axis=None)
 
 
 def test_stage_refuses_a_predictor_of_another_table_or_space(tmp_path):
@@ -147,6 +208,17 @@ def test_stage_refuses_a_predictor_of_another_table_or_space(tmp_path):
         run_stage(tmp_path)
 
 
+def sorted_rows(genotypes):
+    """In lexicographic order."""
+    return genotypes[np.lexsort(genotypes.T[::-1])]
+
+
+def find(genotypes, wanted):
+    """Row of each wanted genotype."""
+    rows = {genotype.tobytes(): row for row, genotype in enumerate(genotypes)}
+    return [rows[genotype.tobytes()] for genotype in wanted]
+
+
 def write_predictor(folder):
     """Write a predictor and the file that stands for its table."""
     (folder / "table.parquet").write_bytes(b"measured")
@@ -156,9 +228,10 @@ def write_predictor(folder):
     predictor.save(folder / "predictor.safetensors", model, Provenance("test", "fit_predictor", inputs=inputs))
 
 
-def run_stage(folder, space="resnet_micro"):
+def run_stage(folder, space="resnet_micro", **settings):
     """Run `search_front` and read its tables."""
-    config = load({"run": "test", "space": space, "search_front": {"population": 20, "generations": 3}})
+    settings = {"population": 20, "generations": 3, **settings}
+    config = load({"run": "test", "space": space, "search_front": settings})
     files = {name: str(folder / f"{name}.parquet") for name in ("table", "archive", "front", "history")}
     flags = [part for name, path in files.items() for part in (f"--{name}", path)]
     flags += ["--predictor", str(folder / "predictor.safetensors"), "--threads", "1"]

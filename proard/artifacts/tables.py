@@ -56,14 +56,14 @@ PREDICTED: dict[str, tuple[pa.DataType, str]] = {
     **IDENTITY,
     "predicted_clean_acc": (FLOAT, "fraction, predicted"),
     "predicted_robust_acc": (FLOAT, "fraction, predicted"),
-    "found_by": (TEXT, "search that evaluated the arch: nsga2, random or anchor"),
+    "found_by": (TEXT, "search that evaluated the arch: nsga2, random, exhaustive or anchor"),
     "seed": (INT, "seed of the search"),
 }
 FRONT: dict[str, tuple[pa.DataType, str]] = {
     **MEASURED,
     "predicted_clean_acc": (FLOAT, "fraction, predicted"),
     "predicted_robust_acc": (FLOAT, "fraction, predicted"),
-    "found_by": (TEXT, "search that found the arch: nsga2, random or anchor"),
+    "found_by": (TEXT, "search that found the arch: nsga2, random, exhaustive or anchor"),
 }
 STUDENT: dict[str, tuple[pa.DataType, str]] = {
     **FRONT,

@@ -14,6 +14,7 @@ from threadpoolctl import threadpool_limits
 
 from proard.artifacts import ArtifactError, Provenance, load_tensors, save_tensors
 from proard.config import Space, parse
+from proard.predictor.dense import Dense, dense
 from proard.predictor.estimators import build, describe
 from proard.space import SearchSpace
 
@@ -43,13 +44,14 @@ class Predictor:
         self.name, self.space, self.seed = name, space, seed
         self.features, self.targets = np.array(features), np.array(targets)
         self.pipeline = fit_pipeline(name, space, features, targets, seed=seed)
+        self.dense = dense(self.pipeline)
 
     def predict(self, genotypes: np.ndarray) -> np.ndarray:
         """Predicted `TARGETS` of genotypes of shape (n, genes): shape (n, 2), fractions in [0, 1].
 
         Equal subnets get equal predictions, whatever stands in the genes of blocks that depth leaves out.
         """
-        return predict_features(self.pipeline, self.space.features(genotypes))
+        return _in_parts(self.dense, self.space.features(genotypes))
 
 
 def fit_pipeline(name: str, space: SearchSpace, features: np.ndarray, targets: np.ndarray, *, seed: int) -> Pipeline:
@@ -60,9 +62,14 @@ def fit_pipeline(name: str, space: SearchSpace, features: np.ndarray, targets: n
 
 
 def predict_features(pipeline: Pipeline, features: np.ndarray) -> np.ndarray:
+    """What a fitted pipeline says about features: shape (n, 2), clipped to [0, 1]."""
+    return _in_parts(pipeline.predict, features)
+
+
+def _in_parts(predict: Dense, features: np.ndarray) -> np.ndarray:
     """Predictions of shape (n, 2), clipped to [0, 1], some thousand rows at a time."""
     starts = range(0, len(features), ROWS_PER_CALL)
-    parts = [pipeline.predict(features[start : start + ROWS_PER_CALL]) for start in starts]
+    parts = [predict(features[start : start + ROWS_PER_CALL]) for start in starts]
     return np.clip(np.concatenate(parts), 0.0, 1.0) if parts else np.zeros((0, len(TARGETS)))
 
 

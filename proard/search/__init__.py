@@ -1,9 +1,21 @@
-"""NSGA-II and random search over genotypes, and the hypervolume by which they are compared."""
+"""NSGA-II and random search over genotypes, exact enumeration, and the hypervolume by which they are compared."""
 
 from proard.search.evaluations import Archive
+from proard.search.exhaustive import Exhaustive, exhaustive
 from proard.search.fronts import Scale, hypervolume, non_dominated
 from proard.search.history import HISTORY, history
 from proard.search.nsga2 import nsga2
 from proard.search.uniform import random
 
-__all__ = ["HISTORY", "Archive", "Scale", "history", "hypervolume", "non_dominated", "nsga2", "random"]
+__all__ = [
+    "HISTORY",
+    "Archive",
+    "Exhaustive",
+    "Scale",
+    "exhaustive",
+    "history",
+    "hypervolume",
+    "non_dominated",
+    "nsga2",
+    "random",
+]

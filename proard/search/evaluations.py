@@ -81,18 +81,22 @@ class Evaluations:
         self.batches: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def keys(self, genotypes: np.ndarray) -> list[bytes]:
-        """Equal bytes for equal archs."""
-        return [row.tobytes() for row in self.canonical(genotypes).astype(np.int16)]
+        """Equal bytes for equal archs, different ones for different archs."""
+        rows = np.ascontiguousarray(self.canonical(genotypes), dtype=np.int16)
+        return rows.view(f"S{rows.dtype.itemsize * rows.shape[1]}")[
+            :, 0
+        ].tolist()  # all as long, up to zeros at the end
 
     def fresh(self, genotypes: np.ndarray, *, besides: Iterable[bytes] = ()) -> np.ndarray:
         """Which rows are affordable, not evaluated, not among `besides` and not a repetition; bool of shape (n,)."""
         genotypes = np.asarray(genotypes, dtype=np.int64)
-        taken = set(besides)
-        kept = np.ones(len(genotypes), dtype=bool) if self.max_cost is None else self.cost(genotypes) <= self.max_cost
-        rows = np.flatnonzero(kept)
-        for row, key in zip(rows, self.keys(genotypes[rows]), strict=True):
-            kept[row] = key not in self.seen and key not in taken
-            taken.add(key)
+        rows = np.arange(len(genotypes))
+        if self.max_cost is not None:
+            rows = np.flatnonzero(self.cost(genotypes) <= self.max_cost)
+        keys = self.keys(genotypes[rows])
+        first = dict(zip(reversed(keys), reversed(rows.tolist()), strict=True))  # of equal keys the last entry stays
+        kept = np.zeros(len(genotypes), dtype=bool)
+        kept[[first[key] for key in set(first).difference(self.seen).difference(besides)]] = True
         return kept
 
     def evaluate(self, genotypes: np.ndarray) -> np.ndarray:

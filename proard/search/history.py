@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from proard.artifacts.tables import FLOAT, INT, TEXT
 from proard.search.evaluations import Archive
+from proard.search.exhaustive import Exhaustive
 from proard.search.fronts import Scale, hypervolume, non_dominated
 
 HISTORY: dict[str, tuple[pa.DataType, str]] = {
@@ -19,6 +20,7 @@ HISTORY: dict[str, tuple[pa.DataType, str]] = {
     "front_size": (INT, "non-dominated archs among them"),
     "hypervolume": (FLOAT, "of all evaluated so far, share of the box between best and reference point"),
     "exhaustive_hypervolume": (FLOAT, "of the whole space within max_cost, same scale; empty where it is too large"),
+    "relative_hypervolume": (FLOAT, "hypervolume / exhaustive_hypervolume; empty where the space is too large"),
     "cost": (TEXT, "cost column that was minimised"),
     "clean_acc_best": (FLOAT, "fraction, predicted; 0 of the normalised objective"),
     "clean_acc_worst": (FLOAT, "fraction, predicted; 1 of the normalised objective"),
@@ -32,7 +34,7 @@ HISTORY: dict[str, tuple[pa.DataType, str]] = {
 
 
 def history(
-    archives: Mapping[str, Archive], *, cost_name: str, seed: int, exhaustive: np.ndarray | None = None
+    archives: Mapping[str, Archive], *, cost_name: str, seed: int, exhaustive: Exhaustive | None = None
 ) -> list[dict[str, Any]]:
     """Rows of `HISTORY`, one per search and generation.
 
@@ -42,14 +44,15 @@ def history(
         What each search evaluated.
     cost_name : str
         Column that the cost objective is.
-    exhaustive : ndarray of shape (size, 3), optional
-        Objectives of every feasible arch. The scale is theirs, or else that of all archives together.
+    exhaustive : Exhaustive, optional
+        The whole space. The scale is its own, or else that of all archives together.
     """
-    everything = exhaustive
-    if everything is None:
-        everything = np.concatenate([archive.objectives for archive in archives.values()])
-    scale = Scale.of(everything)
-    best = None if exhaustive is None else hypervolume(exhaustive[non_dominated(exhaustive)], scale)
+    best = None
+    if exhaustive is None:
+        scale = Scale.of(np.concatenate([archive.objectives for archive in archives.values()]))
+    else:
+        scale = exhaustive.scale
+        best = hypervolume(exhaustive.front.objectives, scale)
     common = {
         "exhaustive_hypervolume": best,
         "cost": cost_name,
@@ -70,5 +73,7 @@ def history(
             front, done = np.concatenate([front, new]), done + len(new)
             front = front[non_dominated(front)]
             progress = {"search": name, "generation": generation, "evaluations": done, "front_size": len(front)}
-            rows.append({**progress, "hypervolume": hypervolume(front, scale), **common})
+            volume = hypervolume(front, scale)
+            relative = volume / best if best else None
+            rows.append({**progress, "hypervolume": volume, "relative_hypervolume": relative, **common})
     return rows

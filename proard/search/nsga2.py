@@ -1,19 +1,23 @@
-"""NSGA-II over genotypes, with operators that treat a gene as a choice and not as a number."""
+"""NSGA-II over genotypes: pymoo's algorithm on arrays, and operators that treat a gene as a choice, not as a number."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from pymoo.algorithms.moo.nsga2 import NSGA2
-from pymoo.core.duplicate import DuplicateElimination
-from pymoo.core.mutation import Mutation
-from pymoo.core.population import Population
+from pymoo.core.evaluator import Evaluator
 from pymoo.core.problem import Problem
-from pymoo.operators.crossover.ux import UniformCrossover
+from pymoo.util.misc import random_permutations
+from pymoo.util.randomized_argsort import randomized_argsort
 
 from proard.search.evaluations import Archive, Canonical, Cost, Evaluations, Predict
+
+CROSSOVER = 0.9  # share of couples whose genes are mixed, pymoo's default
+MATINGS = 100  # rounds of mating in which a generation must find its new archs, pymoo's default
 
 
 def nsga2(
@@ -63,62 +67,163 @@ def nsga2(
     choice along; canonical genotypes decide what is a duplicate. An arch is never evaluated twice, also not after it
     has left the population, unlike in pymoo's default.
 
+    pymoo keeps an object per arch; here a population is three arrays. Draws, operators and order are those of pymoo's
+    tournament (dominance, then crowding), uniform crossover and survival: the archive is the same, arch by arch.
+
     References
     ----------
     Deb et al., A fast and elitist multiobjective genetic algorithm: NSGA-II, IEEE TEC 6(2), 2002.
     """
-    evaluations = Evaluations(predict, cost, choices, canonical, max_cost=max_cost)
+    return evolve(
+        Evaluations(predict, cost, choices, canonical, max_cost=max_cost),
+        population=population,
+        generations=generations,
+        seed=seed,
+    )[0].archive()
+
+
+@dataclass
+class Members:
+    """A population.
+
+    Attributes
+    ----------
+    genotypes : ndarray of shape (n, genes)
+    objectives : ndarray of shape (n, 3)
+        As of `Archive`; empty before the evaluation.
+    crowding : ndarray of shape (n,)
+        Crowding distance within the own front; empty before the first selection.
+    """
+
+    genotypes: np.ndarray
+    objectives: np.ndarray
+    crowding: np.ndarray
+
+    @classmethod
+    def new(cls, genotypes: np.ndarray) -> Members:
+        """Archs that nothing is known of yet."""
+        return cls(genotypes, np.zeros((0, 3)), np.zeros(0))
+
+    def __len__(self) -> int:
+        """Archs."""
+        return len(self.genotypes)
+
+    def set(self, *args: Any) -> None:
+        """Ignore the number of the generation, with which pymoo labels what it evaluates."""
+
+
+def evolve(evaluations: Evaluations, *, population: int, generations: int, seed: int) -> tuple[Evaluations, Members]:
+    """Run NSGA-II; everything evaluated, and the last population."""
     first = evaluations.draw(population, np.random.default_rng(seed))
-    algorithm = NSGA2(
-        pop_size=population,
-        sampling=first,
-        crossover=UniformCrossover(),
-        mutation=ChoiceMutation(choices),
-        eliminate_duplicates=FreshOnly(evaluations),
-    )
-    algorithm.setup(ArchProblem(evaluations), termination=("n_gen", generations), seed=seed, verbose=False)
+    algorithm = ArrayNSGA2(evaluations, first, pop_size=population)
+    problem = Problem(n_var=first.shape[1], n_obj=3)
+    algorithm.setup(problem, termination=("n_gen", generations), seed=seed, verbose=False)
     while algorithm.has_next():
         algorithm.next()
-    return evaluations.archive()
+    return evaluations, algorithm.pop
 
 
-class ArchProblem(Problem):
+class PopulationEvaluator(Evaluator):
     """Three objectives of a whole population per call."""
 
     def __init__(self, evaluations: Evaluations) -> None:
-        super().__init__(n_var=len(evaluations.choices), n_obj=3, xl=0, xu=evaluations.choices - 1, vtype=int)
+        super().__init__()
         self.evaluations = evaluations
 
-    def _evaluate(self, x: np.ndarray, out: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+    def eval(self, problem: Problem, pop: Members, **kwargs: Any) -> Members:
         """Pymoo's hook."""
-        out["F"] = self.evaluations.evaluate(x)
+        pop.objectives = self.evaluations.evaluate(pop.genotypes)
+        self.n_eval += len(pop)
+        return pop
 
 
-class ChoiceMutation(Mutation):
+class ArrayNSGA2(NSGA2):
+    """pymoo's NSGA-II with `Members` for populations: its loop, sorting and crowding, and the same random draws."""
+
+    def __init__(self, evaluations: Evaluations, first: np.ndarray, **kwargs: Any) -> None:
+        super().__init__(evaluator=PopulationEvaluator(evaluations), **kwargs)
+        self.evaluations, self.first = evaluations, first
+
+    def _initialize_infill(self) -> Members:
+        """Pymoo's hook: the first generation."""
+        return Members.new(self.first)
+
+    def _initialize_advance(self, infills: Members, **kwargs: Any) -> None:
+        """Pymoo's hook: rank the first generation."""
+        self.pop = self._survivors(infills, len(infills))
+
+    def _infill(self) -> Members | None:
+        """Pymoo's hook: archs that no generation has evaluated and that the cost limit allows."""
+        found = self.first[:0]
+        for _ in range(MATINGS):
+            children = self._children(self.n_offsprings - len(found))
+            children = children[self.evaluations.fresh(children, besides=self.evaluations.keys(found))]
+            found = np.concatenate([found, children])[: self.n_offsprings]
+            if len(found) == self.n_offsprings:
+                break
+        if not len(found):
+            self.termination.force_termination = True
+            return None
+        return Members.new(found)
+
+    def _advance(self, infills: Members | None = None, **kwargs: Any) -> None:
+        """Pymoo's hook: the best of parents and offspring stay."""
+        if infills is None:
+            return
+        parents = self.pop
+        merged = Members.new(np.concatenate([parents.genotypes, infills.genotypes]))
+        merged.objectives = np.concatenate([parents.objectives, infills.objectives])
+        self.pop = self._survivors(merged, self.pop_size)
+
+    def _set_optimum(self) -> None:
+        """Pymoo's hook: the archive has it."""
+        self.opt = None
+
+    def _survivors(self, members: Members, number: int) -> Members:
+        """Whole fronts, then the least crowded of the first that does not fit."""
+        number = min(number, len(members))
+        kept, crowding = np.zeros(0, dtype=np.int64), np.empty(len(members))
+        for front in self.survival.nds.do(members.objectives, n_stop_if_ranked=number):
+            surplus = max(len(kept) + len(front) - number, 0)
+            crowding[front] = self.survival.crowding_func.do(members.objectives[front], n_remove=surplus)
+            if surplus:
+                order = randomized_argsort(
+                    crowding[front], order="descending", method="numpy", random_state=self.random_state
+                )
+                front = front[order[:-surplus]]
+            kept = np.concatenate([kept, front])
+        return Members(members.genotypes[kept], members.objectives[kept], crowding[kept])
+
+    def _children(self, count: int) -> np.ndarray:
+        """At least `count` genotypes: binary tournaments, uniform crossover, mutation; of shape (even, genes)."""
+        rng, couples = self.random_state, math.ceil(count / 2)
+        parents = self.pop.genotypes[self._tournaments(2 * couples).reshape(couples, 2)]  # (couples, 2, genes)
+        mixed = rng.random(couples) < CROSSOVER
+        if mixed.any():
+            swapped = (rng.random((couples, parents.shape[2])) < 0.5) & mixed[:, None]
+            parents = np.where(swapped[:, None], parents[:, ::-1], parents)
+        children = parents.swapaxes(0, 1).reshape(2 * couples, -1)
+        children = mutate(children, self.evaluations.choices, rng)
+        rng.random(len(children))  # pymoo draws whether to mutate at all, and always does
+        return children
+
+    def _tournaments(self, number: int) -> np.ndarray:
+        """Rows that win against one other: by dominance, else by distance from neighbours, else by lot; (number,)."""
+        pop, rng = self.pop, self.random_state
+        draws = random_permutations(math.ceil(2 * number / len(pop)), len(pop), random_state=rng)
+        draws = draws[: 2 * number].reshape(number, 2)
+        first, second = pop.objectives[draws[:, 0]], pop.objectives[draws[:, 1]]
+        better, worse = (first < second).any(axis=1), (first > second).any(axis=1)
+        lonelier, tighter = (compare(*pop.crowding[draws.T]) for compare in (np.greater, np.less))
+        undecided = better == worse
+        first_wins = np.where(undecided, lonelier, better)
+        tied = np.flatnonzero(undecided & ~lonelier & ~tighter)
+        first_wins[tied] = rng.integers(0, 2, len(tied)) == 0
+        return np.where(first_wins, draws[:, 0], draws[:, 1])
+
+
+def mutate(genotypes: np.ndarray, choices: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Set each gene, with probability 1 / genes, to another of its choices, all equally likely."""
-
-    def __init__(self, choices: Sequence[int]) -> None:
-        super().__init__()
-        self.choices = np.asarray(choices)
-
-    def _do(self, problem: Problem, X: np.ndarray, *args: Any, random_state: Any, **kwargs: Any) -> np.ndarray:
-        """Pymoo's hook."""
-        changed = random_state.random(X.shape) < 1 / X.shape[1]
-        others = np.maximum(self.choices - 1, 1)
-        shift = 1 + np.floor(random_state.random(X.shape) * others).astype(np.int64)
-        return np.where(changed, (X + shift) % self.choices, X)
-
-
-class FreshOnly(DuplicateElimination):
-    """Keep offspring that no generation has evaluated and that the cost limit allows."""
-
-    def __init__(self, evaluations: Evaluations) -> None:
-        super().__init__()
-        self.evaluations = evaluations
-
-    def do(self, pop: Population, *args: Population, **kwargs: Any) -> Population:
-        """Pymoo's hook; `args` are the population and the offspring accepted so far."""
-        if not len(pop):
-            return pop
-        accepted = [key for other in args if len(other) for key in self.evaluations.keys(other.get("X"))]
-        return pop[self.evaluations.fresh(pop.get("X"), besides=accepted)]
+    changed = rng.random(genotypes.shape) < 1 / genotypes.shape[1]
+    shift = 1 + np.floor(rng.random(genotypes.shape) * np.maximum(choices - 1, 1)).astype(np.int64)
+    return np.where(changed, (genotypes + shift) % choices, genotypes)

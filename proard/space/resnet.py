@@ -108,11 +108,15 @@ class SearchSpace:
 
     def _active(self, genotypes: np.ndarray) -> np.ndarray:
         """Which block slots depth keeps, of shape (n, blocks)."""
-        depth = np.asarray(self.settings.depth)[genotypes[:, self.sections[0]][:, int(self.deep_stem) :]]
-        columns = []
-        for unit, (settings, slots) in enumerate(zip(self.settings.units, self.slots, strict=True)):
-            columns.append(np.arange(slots)[None] < settings.blocks + depth[:, unit : unit + 1])
-        return np.concatenate(columns, axis=1)
+        beyond, unit = self._slots_by_unit
+        depth = np.asarray(self.settings.depth)[genotypes[:, self.sections[0]][:, int(self.deep_stem) :]]  # (n, units)
+        return beyond < depth[:, unit]
+
+    @cached_property
+    def _slots_by_unit(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of every block slot: its number beyond the unit's least number of blocks, and its unit; (blocks,) each."""
+        beyond = [np.arange(slots) - unit.blocks for unit, slots in zip(self.settings.units, self.slots, strict=True)]
+        return np.concatenate(beyond), np.repeat(np.arange(len(self.slots)), self.slots)
 
     @property
     def largest(self) -> Arch:
@@ -173,20 +177,17 @@ class SearchSpace:
 
     def features(self, genotypes: np.ndarray) -> np.ndarray:
         """One-hot code of every gene, all zeros for blocks left out; of shape (n, sum of choices), float64."""
-        genotypes = self.canonical(genotypes)
+        genotypes = np.asarray(genotypes)
         active = np.ones(genotypes.shape, dtype=bool)
         active[:, self.sections[2]] = self._active(genotypes)
-        return np.concatenate(
-            [
-                (genotypes[:, gene, None] == np.arange(count)) & active[:, gene, None]
-                for gene, count in enumerate(self.choices)
-            ],
-            axis=1,
-        ).astype(np.float64)
+        features = np.zeros((len(genotypes), sum(self.choices)))
+        starts = np.cumsum([0, *self.choices[:-1]])
+        features[np.arange(len(genotypes))[:, None], starts + genotypes] = active
+        return features
 
     def costs(self, genotypes: np.ndarray) -> dict[str, np.ndarray]:
         """`macs` and `params` of every genotype, each of shape (n,), int64; exact, from a table per block."""
-        genotypes = self.canonical(genotypes)
+        genotypes = np.asarray(genotypes)
         depth, width, expand = self.sections
         active = self._active(genotypes)
         stems, units = self._cost_tables
@@ -198,8 +199,8 @@ class SearchSpace:
         for unit, (first, others) in enumerate(units):
             own, before = widths[:, first_unit + unit], widths[:, first_unit + unit - 1]
             total += first[before, own, expands[:, slot]]
-            for inner in range(1, self.slots[unit]):
-                total += others[own, expands[:, slot + inner]] * active[:, slot + inner, None]
+            inner = slice(slot + 1, slot + self.slots[unit])
+            total += (others[own[:, None], expands[:, inner]] * active[:, inner, None]).sum(axis=1)
             slot += self.slots[unit]
         last = np.asarray([self._unit_width(len(units) - 1, i) for i in range(len(self.settings.width))])[widths[:, -1]]
         total[:, 0] += last * self.settings.classes

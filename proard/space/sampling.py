@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from proard.config import UserError
 from proard.space.resnet import SearchSpace
 
 POOL = 100_000  # draws of each kind; independent of how many archs are asked for, so that a larger sample contains it
-ENUMERABLE = 200_000  # archs; a space up to this size is listed in full where that helps
+BLOCK = 32_768  # genotypes that are enumerated at a time
 
 
 def stratified_sample(space: SearchSpace, num_archs: int, *, strata: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -71,19 +71,63 @@ def anchor_archs(space: SearchSpace) -> list[Any]:
 
 
 def enumerate_genotypes(choices: Sequence[int], canonical: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Every canonical genotype once, of shape (size, genes).
+    """Every canonical genotype once, of shape (size, genes), in lexicographic order."""
+    return np.concatenate(list(genotype_blocks(choices, canonical)))
+
+
+def genotype_blocks(
+    choices: Sequence[int],
+    canonical: Callable[[np.ndarray], np.ndarray],
+    *,
+    keep: Callable[[np.ndarray], np.ndarray] | None = None,
+    rows: int = BLOCK,
+) -> Iterator[np.ndarray]:
+    """Every canonical genotype once, in lexicographic order, at most `rows` at a time.
+
+    Parameters
+    ----------
+    choices : sequence of int
+        Number of choices of every gene.
+    canonical : callable
+        Genotypes of shape (n, genes) to canonical ones.
+    keep : callable, optional
+        Genotypes to bool of shape (n,). Where a genotype is refused, so must be all that have a larger choice
+        somewhere, as under a cost limit: then whole branches are left out unseen.
+    rows : int
+        Largest block; memory grows with it and not with the space.
 
     Notes
     -----
-    Genes are opened from left to right and made canonical after each, so that the intermediate lists stay small.
-    This needs genes that switch others off (depth) to stand before those (expand).
+    Genes are opened from left to right, those to come at 0, and what is not canonical is dropped after each, so that
+    hardly more is ever built than is yielded. This needs genes that switch others off (depth) to stand before those
+    (expand).
     """
-    genotypes = np.zeros((1, len(choices)), dtype=np.int64)
-    for gene, count in enumerate(choices):
-        genotypes = np.repeat(genotypes, count, axis=0)
-        genotypes[:, gene] = np.tile(np.arange(count), len(genotypes) // count)
-        genotypes = np.unique(canonical(genotypes), axis=0)
-    return genotypes
+    branches = [(0, np.zeros((1, len(choices)), dtype=np.int64))]
+    if keep is not None and not keep(branches[0][1])[0]:
+        return
+    while branches:
+        gene, genotypes = branches.pop()
+        while gene < len(choices) and (len(genotypes) == 1 or len(genotypes) * choices[gene] <= rows):
+            genotypes = _open_gene(genotypes, gene, choices[gene], canonical)
+            if keep is not None:
+                genotypes = genotypes[keep(genotypes)]
+            gene += 1
+        if gene == len(choices):
+            yield genotypes
+        else:
+            middle = len(genotypes) // 2
+            branches += [(gene, genotypes[middle:]), (gene, genotypes[:middle])]
+
+
+def _open_gene(
+    genotypes: np.ndarray, gene: int, count: int, canonical: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """Every genotype with each choice of one gene, where that is canonical."""
+    if count == 1:
+        return genotypes
+    opened = np.repeat(genotypes, count, axis=0)
+    opened[:, gene] = np.tile(np.arange(count), len(genotypes))
+    return opened[(canonical(opened) == opened).all(axis=1)]
 
 
 def identity_columns(space: SearchSpace, genotypes: np.ndarray) -> dict[str, list[Any]]:

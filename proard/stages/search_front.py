@@ -9,11 +9,13 @@ import numpy as np
 
 from proard import artifacts, predictor, search
 from proard.artifacts import PREDICTED, ArtifactError
+from proard.config import SearchFront
 from proard.predictor import Predictor
-from proard.search import HISTORY, Archive, non_dominated
+from proard.progress import Progress
+from proard.search import HISTORY, Archive, Exhaustive, non_dominated
 from proard.space import SearchSpace
 from proard.space.cost import human
-from proard.space.sampling import ENUMERABLE, anchor_archs, enumerate_genotypes, identity_columns
+from proard.space.sampling import anchor_archs, identity_columns
 from proard.stages.common import parse_arguments, run
 
 
@@ -39,18 +41,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     per_generation = np.bincount(nsga2.generations)[1:].tolist()
     random = search.random(*problem, generations=per_generation, max_cost=settings.max_cost, seed=job.seed)
     archives = {"nsga2": nsga2, "random": random}
-    exhaustive = all_objectives(model, space, settings.cost, settings.max_cost) if space.size <= ENUMERABLE else None
-    history = search.history(archives, cost_name=settings.cost, seed=job.seed, exhaustive=exhaustive)
+    whole = exhaustive(problem, settings, size=space.size)
+    history = search.history(archives, cost_name=settings.cost, seed=job.seed, exhaustive=whole)
 
     fronts = {name: take(archive, non_dominated(archive.objectives)) for name, archive in archives.items()}
+    exact = {} if whole is None else {"exhaustive": take(whole.front, np.arange(len(whole.front)))}
     anchors = np.asarray([space.genotype(arch) for arch in anchor_archs(space)])
     anchor = Archive(anchors, model.predict(anchors), cost(anchors), np.zeros(len(anchors), dtype=np.int64))
     provenance = job.provenance(job.files.predictor, job.files.table)
-    archive_rows = predicted_rows({**archives, "anchor": anchor}, space, job.seed)
+    archive_rows = predicted_rows({**archives, **exact, "anchor": anchor}, space, job.seed)
     artifacts.write_table(job.files.archive, archive_rows, PREDICTED, provenance)
-    artifacts.write_table(job.files.front, predicted_rows(fronts, space, job.seed), PREDICTED, provenance)
+    artifacts.write_table(job.files.front, predicted_rows({**fronts, **exact}, space, job.seed), PREDICTED, provenance)
     artifacts.write_table(job.files.history, history, HISTORY, provenance)
-    print(summary(history, fronts))
+    print(summary(history, fronts, whole))
 
 
 def read_predictor(path: str, table: str, space: SearchSpace) -> Predictor:
@@ -70,12 +73,21 @@ def read_predictor(path: str, table: str, space: SearchSpace) -> Predictor:
     return model
 
 
-def all_objectives(model: Predictor, space: SearchSpace, cost: str, max_cost: float | None) -> np.ndarray:
-    """Objectives of every arch within the limit, of shape (archs, 3)."""
-    genotypes = enumerate_genotypes(space.choices, space.canonical)
-    costs = space.costs(genotypes)[cost]
-    kept = costs <= (np.inf if max_cost is None else max_cost)
-    return np.column_stack([-model.predict(genotypes[kept]), costs[kept]])
+def exhaustive(problem: tuple[Any, ...], settings: SearchFront, *, size: int) -> Exhaustive | None:
+    """Everything within the limit, or None where that is more than `enumerate_up_to`."""
+    if settings.max_cost is None and size > settings.enumerate_up_to:
+        return None
+    progress = None
+
+    def on_block(archs: int, total: int) -> None:
+        nonlocal progress
+        progress = progress or Progress("enumerate", total, "archs")
+        progress.advance(archs)
+
+    whole = search.exhaustive(*problem, up_to=settings.enumerate_up_to, max_cost=settings.max_cost, on_block=on_block)
+    if progress is not None:
+        progress.close()
+    return whole
 
 
 def take(archive: Archive, rows: np.ndarray) -> Archive:
@@ -95,20 +107,20 @@ def predicted_rows(archives: dict[str, Archive], space: SearchSpace, seed: int) 
     return rows
 
 
-def summary(history: Sequence[dict[str, Any]], fronts: dict[str, Archive]) -> str:
+def summary(history: Sequence[dict[str, Any]], fronts: dict[str, Archive], whole: Exhaustive | None) -> str:
     """What the searches reached, as text for a terminal."""
-    lines = [f"  {'search':8}{'archs':>8}{'front':>8}{'hypervolume':>13}   {'cost':20}best predicted robust_acc"]
+    lines = [f"  {'search':10}{'archs':>9}{'front':>8}{'hypervolume':>13}   {'cost':20}best predicted robust_acc"]
     last = {row["search"]: row for row in history}
-    for name, front in fronts.items():
-        row = last[name]
+    found = {name: (last[name]["evaluations"], last[name]["hypervolume"], front) for name, front in fronts.items()}
+    if whole is not None:
+        found["exact"] = (whole.size, last["nsga2"]["exhaustive_hypervolume"], whole.front)
+    for name, (archs, volume, front) in found.items():
         costs = f"{human(front.costs.min())} to {human(front.costs.max())}"
-        lines.append(
-            f"  {name:8}{row['evaluations']:8}{row['front_size']:8}{row['hypervolume']:13.4f}   {costs:20}"
-            f"{100 * front.accuracies[:, 1].max():.1f} %"
-        )
-    best = last["nsga2"]["exhaustive_hypervolume"]
-    if best is not None:
-        lines.append(f"  {'whole space':29}{best:8.4f}")
+        best = f"{100 * front.accuracies[:, 1].max():.1f} %"
+        lines.append(f"  {name:10}{archs:9}{len(front):8}{volume:13.4f}   {costs:20}{best}")
+    if whole is not None:
+        shares = [f"{name} {last[name]['relative_hypervolume']:.2%}" for name in fronts]
+        lines.append(f"  of the exact hypervolume: {', '.join(shares)}")
     return "\n".join(lines)
 
 

@@ -1,0 +1,88 @@
+"""The whole space, where it is small enough: its exact front, and the scale that it spans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from proard.search.evaluations import Archive, Canonical, Cost, Predict
+from proard.search.fronts import Scale, non_dominated
+from proard.space.sampling import genotype_blocks
+
+
+@dataclass(frozen=True)
+class Exhaustive:
+    """What evaluating every arch within the cost limit shows.
+
+    Attributes
+    ----------
+    size : int
+        Number of those archs.
+    front : Archive
+        The non-dominated ones, all in generation 1; of archs with equal objectives all are kept.
+    scale : Scale
+        Of all of them.
+    """
+
+    size: int
+    front: Archive
+    scale: Scale
+
+
+def exhaustive(
+    predict: Predict,
+    cost: Cost,
+    choices: Sequence[int],
+    canonical: Canonical,
+    *,
+    up_to: int,
+    max_cost: float | None = None,
+    on_block: Callable[[int, int], None] = lambda archs, size: None,
+) -> Exhaustive | None:
+    """Evaluate every arch within the limit, where there are not more than `up_to`.
+
+    Parameters
+    ----------
+    predict, cost, choices, canonical, max_cost
+        As of `nsga2`.
+    up_to : int
+        Most archs; 0 for none.
+    on_block : callable
+        Called after each block with the archs in it and those in all.
+
+    Returns
+    -------
+    Exhaustive or None
+        None where there are more archs, or none within the limit.
+
+    Notes
+    -----
+    Archs are counted before any is predicted, and counting ends at the bound. Blocks are merged into one front as they
+    come, so that memory does not grow with the space.
+    """
+
+    def affordable(genotypes: np.ndarray) -> np.ndarray:
+        return cost(genotypes) <= max_cost
+
+    keep, size = None if max_cost is None else affordable, 0
+    for block in genotype_blocks(choices, canonical, keep=keep):
+        size += len(block)
+        if size > up_to:
+            return None
+    if not size:
+        return None
+    genotypes, objectives = np.zeros((0, len(choices)), dtype=np.int64), np.zeros((0, 3))
+    ends = np.full((2, 3), np.nan)
+    for block in genotype_blocks(choices, canonical, keep=keep):
+        values = np.column_stack([-predict(block), cost(block)])
+        ends = np.fmin(ends[0], values.min(axis=0)), np.fmax(ends[1], values.max(axis=0))
+        best = non_dominated(values)
+        genotypes, objectives = np.concatenate([genotypes, block[best]]), np.concatenate([objectives, values[best]])
+        best = non_dominated(objectives)
+        genotypes, objectives = genotypes[best], objectives[best]
+        on_block(len(block), size)
+    costs = objectives[:, 2].astype(cost(genotypes[:1]).dtype)
+    front = Archive(genotypes, -objectives[:, :2], costs, np.ones(len(genotypes), dtype=np.int64))
+    return Exhaustive(size, front, Scale(tuple(ends[0].tolist()), tuple(ends[1].tolist())))
