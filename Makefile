@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:
 	@echo "make quickstart   install into .venv, run the whole pipeline on the bundled digits, print the students"
 	@echo "make test         install the test tools, run the linters and all tests"
-	@echo "make bench        time the training step against the released code's"
+	@echo "make bench        run the benchmarks, keep their results in benchmarks/results (BENCH=--quick shows that they run)"
 
 quickstart: .venv/installed
 	@$(BIN)/snakemake --configfile config/quickstart.yaml --cores all --quiet host rules reason
@@ -24,7 +24,7 @@ test: .venv/installed-test
 	$(BIN)/python -m pytest -n 2
 
 bench: .venv/installed
-	$(BIN)/python benchmarks/bench_step.py
+	$(BIN)/python benchmarks/run_all.py $(BENCH)
 
 # The stamps are older than pyproject.toml when the requirements have changed.
 .venv/installed: pyproject.toml | $(BIN)/python

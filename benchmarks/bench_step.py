@@ -1,8 +1,9 @@
 """One training step: the released code's, lever by lever, up to this package's, in one run.
 
-Row V0 is the released ProARD step rewritten from its description (`plain_step.py`), V1 to V5 add levers to it, V6 and
-V7 are `proard.training`'s own step with a loop and with the fused optimizer, V8 and V9 use bfloat16. Before anything
-is timed, V0 to V7 must agree in float64; for V8 and V9, which cannot, the agreement of gradients is printed.
+There are two baselines. Row V0 is the released ProARD step rewritten from its description (`plain_step.py`), V1 a fair
+textbook step. V2 to V6 add levers to it, V7 and V8 are `proard.training`'s own step with a loop and with the fused
+optimizer, V9 and V10 use bfloat16. Before anything is timed, V0 to V8 must agree in float64; for V9 and V10, which
+cannot, the agreement of gradients is printed. `--official PATH` times the official classes of a checkout as well.
 
     python benchmarks/bench_step.py --help
 """
@@ -17,20 +18,22 @@ from typing import Any
 
 import torch
 from common import NOISY, Timing, machine, table, time_interleaved, write_rows
+from official_step import OfficialStep, load_official
 from plain_step import Recipe
 from step_checks import equality, reduced_precision, require_equal
-from step_rows import LEVERS, Problem, build, laid_out, make_problem, scaled_space
+from step_rows import LEVERS, OFFICIAL, PLAIN, Problem, build, laid_out, make_problem, scaled_space
 
 from proard.config.spaces import PRESETS
 
 RESULTS = Path(__file__).parent / "results" / "bench_step.json"
 
 
-def timed_calls(problem: Problem) -> dict[str, Callable[[int], None]]:
-    """Per row, a call that makes one step on each arch."""
+def timed_calls(problem: Problem, official: OfficialStep | None = None) -> dict[str, Callable[[int], None]]:
+    """Per row, a call that makes one step on each arch; the official classes stand right after the first baseline."""
 
     def call(row: str) -> Callable[[int], None]:
-        step, images = build(row, problem), laid_out(problem.images, row)
+        step = build(row, problem) if official is None or row != OFFICIAL else official
+        images = laid_out(problem.images, row)
 
         def run(number: int) -> None:
             for index, arch in enumerate(problem.archs):
@@ -39,7 +42,8 @@ def timed_calls(problem: Problem) -> dict[str, Callable[[int], None]]:
 
         return run
 
-    return {row: call(row) for row in LEVERS}
+    baseline, *others = LEVERS
+    return {row: call(row) for row in (baseline, *([OFFICIAL] if official else []), *others)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -51,16 +55,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         raise SystemExit(str(error)) from None
     recipe = Recipe(num_steps=args.steps)
+    official = load_official(args.official, args.space) if args.official else None
     common = {"num_archs": args.archs, "seed": args.seed}
     small = make_problem(
         space, recipe=Recipe(num_steps=min(args.steps, 3)), batch_size=min(args.batch, 8), dtype=torch.float64, **common
     )
     largest_difference = require_equal(equality(small))
-    print(f"V0 to V7 agree in float64: largest relative difference {largest_difference:.1e}", flush=True)
+    print(f"V0 to V8 agree in float64: largest relative difference {largest_difference:.1e}", flush=True)
     problem = make_problem(space, recipe=recipe, batch_size=args.batch, dtype=torch.float32, **common)
     agreement = reduced_precision(problem)
     facts = machine()
-    timings, spread = time_interleaved(timed_calls(problem), rounds=args.rounds, label="steps")
+    step = OfficialStep(official, problem, args.width_scale) if official else None
+    timings, spread = time_interleaved(timed_calls(problem, step), rounds=args.rounds, label="steps", plain=PLAIN)
     macs = [space.spec(arch).macs for arch in problem.archs]
     run = {
         "space": args.space,
@@ -92,6 +98,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--archs", type=int, default=2, help="sampled subnets; times are means over them")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0, help="of archs, weights, images and noise")
+    parser.add_argument("--official", metavar="PATH", help="checkout of the official repository, timed as one more row")
     parser.add_argument("--json", nargs="?", const=str(RESULTS), metavar="FILE", help=f"default {RESULTS.name}")
     parser.add_argument("--quick", action="store_true", help="batch 8, PGD-2, 1 arch, 2 rounds: shows that it runs")
     args = parser.parse_args(argv)
@@ -112,11 +119,11 @@ def _report(
     cells = []
     for row, timing in timings.items():
         seconds = timing.seconds / args.archs
-        ratios = (f"{timing.ratio_total:.2f}", f"{timing.ratio_previous:.2f}")
-        cells.append((row, *ratios, f"{1e3 * seconds:.0f}", f"{args.batch / seconds:.0f}", LEVERS[row]))
+        ratios = (f"{timing.ratio_total:.2f}", f"{timing.ratio_plain:.2f}", f"{timing.ratio_previous:.2f}")
+        cells.append((row, *ratios, f"{1e3 * seconds:.0f}", f"{args.batch / seconds:.0f}", lever_of(row)))
     macs = ", ".join(f"{arch['macs'] / 1e6:.1f} M" for arch in run["archs"])
     lines = [
-        table(("row", "total", "over previous", "ms/step", "images/s", "lever"), cells),
+        table(("row", "/released", "/plain", "/previous", "ms/step", "images/s", "lever"), cells),
         "",
         f"{args.space} at width scale {args.width_scale:g}, "
         f"subnets of {macs} MACs, "
@@ -128,9 +135,14 @@ def _report(
     for row, values in agreement.items():
         signs, cosine = values["input_gradient_signs"], values["parameter_gradients"]
         lines.append(
-            f"{row} beside V7: {signs:.1%} equal signs of input gradients, cosine of weight gradients {cosine:.4f}"
+            f"{row} beside V8: {signs:.1%} equal signs of input gradients, cosine of weight gradients {cosine:.4f}"
         )
     return "\n".join(lines)
+
+
+def lever_of(row: str) -> str:
+    """What a row adds."""
+    return LEVERS.get(row, "the official classes on archs of the same choices")
 
 
 def _json_row(row: str, timing: Timing, args: argparse.Namespace, agreement: dict[str, float] | None) -> dict[str, Any]:
@@ -139,8 +151,9 @@ def _json_row(row: str, timing: Timing, args: argparse.Namespace, agreement: dic
     return {
         "bench": "step",
         "row": row,
-        "lever": LEVERS[row],
+        "lever": lever_of(row),
         "ratio_total": round(timing.ratio_total, 4),
+        "ratio_plain": round(timing.ratio_plain, 4),
         "ratio_previous": round(timing.ratio_previous, 4),
         "ms_per_step": round(1e3 * seconds, 3),
         "cpu_ms_per_step": round(1e3 * timing.cpu_seconds / args.archs, 3),

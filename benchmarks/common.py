@@ -31,12 +31,15 @@ class Timing:
         Wall time and processor time (all threads) of one call.
     ratio_total, ratio_previous : float
         How many times faster than the baseline, and than the row above; ratios are taken within a round.
+    ratio_plain : float, optional
+        How many times faster than the second baseline, where there is one.
     """
 
     seconds: float
     cpu_seconds: float
     ratio_total: float
     ratio_previous: float
+    ratio_plain: float | None = None
 
 
 def machine() -> dict[str, Any]:
@@ -56,7 +59,7 @@ def machine() -> dict[str, Any]:
 
 
 def time_interleaved(
-    calls: Mapping[str, Callable[[int], None]], *, rounds: int, label: str
+    calls: Mapping[str, Callable[[int], None]], *, rounds: int, label: str, plain: str | None = None
 ) -> tuple[dict[str, Timing], float]:
     """Time every call once per round, the first one (the baseline) once more at the end of each round.
 
@@ -68,6 +71,8 @@ def time_interleaved(
         Rounds that count.
     label : str
         What the progress lines are about.
+    plain : str, optional
+        Name of the second baseline, one of the calls.
 
     Returns
     -------
@@ -85,10 +90,12 @@ def time_interleaved(
             clocks[-1].append(_clock(calls[name], number))
             progress.advance(note=name)
     progress.close()
-    return summarise(list(calls), clocks[1:])
+    return summarise(list(calls), clocks[1:], plain=plain)
 
 
-def summarise(names: Sequence[str], clocks: Sequence[Sequence[tuple[float, float]]]) -> tuple[dict[str, Timing], float]:
+def summarise(
+    names: Sequence[str], clocks: Sequence[Sequence[tuple[float, float]]], *, plain: str | None = None
+) -> tuple[dict[str, Timing], float]:
     """Medians and ratios of rounds of (wall, processor) seconds; each round ends with the second baseline."""
     rounds = [[(first[0] + again[0]) / 2, *(wall for wall, _ in rest)] for first, *rest, again in clocks]
     processor = [[(first[1] + again[1]) / 2, *(used for _, used in rest)] for first, *rest, again in clocks]
@@ -99,6 +106,7 @@ def summarise(names: Sequence[str], clocks: Sequence[Sequence[tuple[float, float
             statistics.median(used[index] for used in processor),
             statistics.median(walls[0] / walls[index] for walls in rounds),
             statistics.median(walls[max(index - 1, 0)] / walls[index] for walls in rounds),
+            None if plain is None else statistics.median(walls[names.index(plain)] / walls[index] for walls in rounds),
         )
     first, again = (statistics.median(clock[end][0] for clock in clocks) for end in (0, -1))
     return timings, abs(first - again) / min(first, again)

@@ -1,4 +1,4 @@
-"""The released code's training step, written anew from its description, and the first levers on it (rows V0 to V5).
+"""The released code's training step, written anew from its description, and the first levers on it (rows V0 to V6).
 
 One step trains one subnet by RSLAD on one batch. The baseline (no lever) does, in this order:
 
@@ -11,12 +11,17 @@ One step trains one subnet by RSLAD on one batch. The baseline (no lever) does, 
 6. 5/6 of the adversarial and 1/6 of the clean divergence, backward, SGD with Nesterov momentum, a loop over tensors.
 
 Weights lie in NCHW memory, and every student forward slices and copies the active ones anew.
+
+The first lever alone (row V1) is the second baseline, `plain`: a fair textbook step. The teacher runs under no_grad,
+the attack takes the gradient of the input alone, each forward is made once; but every forward slices anew, memory is
+NCHW, norms are not folded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +56,7 @@ class Levers:
     view_in_attack: bool = False
     fold_in_attack: bool = False
     closed_form: bool = False
+    written_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,6 +136,8 @@ class PlainStep:
             else:
                 predict = unfolded(view)
         if levers.closed_form:
+            if not levers.written_out:
+                predict = partial(predict)  # hides the network's own input gradient: autograd takes it
             return pgd(predict, KLToTarget(target), images, start="gaussian", generator=generator, **attack)
         return chained_pgd(predict, target, images, generator=generator, layout=self.layout, **attack)
 

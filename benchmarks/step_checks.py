@@ -27,7 +27,7 @@ def equality(problem: Problem, rows: Sequence[str] = EXACT) -> dict[str, dict[st
     Every row starts from equal weights, statistics and (random, non-zero) momentum, and gets equal noise. Compared are
     the adversarial images, clean and adversarial training-mode logits, all gradients and all updated parameters.
     The rows move running statistics differently often (V0: clean batch for its metric, adversarial, clean again;
-    V1 to V5: clean, adversarial; the package: clean), so `statistics` compares each row's with those that its own
+    V1 to V6: clean, adversarial; the package: clean), so `statistics` compares each row's with those that its own
     moves give, replayed from V0's adversarial images. Nothing else is left out but the counter of batches.
 
     Returns
@@ -73,12 +73,12 @@ def require_equal(differences: dict[str, dict[str, float]]) -> float:
 
 
 def reduced_precision(problem: Problem) -> dict[str, dict[str, float]]:
-    """How far the bfloat16 rows follow V7 in one step, averaged over archs.
+    """How far the bfloat16 rows follow V8 in one step, averaged over archs.
 
     `input_gradient_signs`: share of equal signs in the attack's first input gradient. `parameter_gradients`: cosine
-    between the step's gradients and V7's.
+    between the step's gradients and V8's.
     """
-    agreement: dict[str, dict[str, float]] = {row: {} for row in ("V8", "V9")}
+    agreement: dict[str, dict[str, float]] = {row: {} for row in ("V9", "V10")}
     for arch in problem.archs:
         view = SubnetView(problem.student, arch)
         folds = [view.folded(view.running_statistics(), dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
@@ -89,12 +89,12 @@ def reduced_precision(problem: Problem) -> dict[str, dict[str, float]]:
         exact, rounded = (input_gradient(net, target, start)[1].sign() for net in folds)
         signs = float((exact == rounded).float().mean())
         gradients = {}
-        for row in ("V7", *agreement):
+        for row in ("V8", *agreement):
             step = build(row, problem)
             step(arch, laid_out(problem.images, row), problem.labels, torch.Generator().manual_seed(1))
             gradients[row] = torch.cat([p.grad.flatten() for p in step.net.parameters()])
         for row, values in agreement.items():
-            cosine = float(F.cosine_similarity(gradients[row], gradients["V7"], dim=0))
+            cosine = float(F.cosine_similarity(gradients[row], gradients["V8"], dim=0))
             for name, value in (("input_gradient_signs", signs), ("parameter_gradients", cosine)):
                 values[name] = values.get(name, 0.0) + value / len(problem.archs)
     return agreement

@@ -24,17 +24,20 @@ from proard.training.plan import bind
 
 LEVERS = {
     "V0": "released step",
-    "V1": "redundant forwards dropped, teacher without a graph",
+    "V1": "plain step: redundant forwards dropped, teacher without a graph",
     "V2": "channels_last memory",
     "V3": "subnet materialised once for the attack",
     "V4": "batch norm folded in the attack",
     "V5": "closed-form logit gradient, update in place",
-    "V6": "one view for all passes, gradients scattered, folded teacher",
-    "V7": "fused SGD: the package's step",
-    "V8": "bfloat16 attack",
-    "V9": "bfloat16 training passes",
+    "V6": "input gradient written out, without autograd",
+    "V7": "one view for all passes, gradients scattered, folded teacher",
+    "V8": "fused SGD: the package's step",
+    "V9": "bfloat16 attack",
+    "V10": "bfloat16 training passes",
 }
-EXACT = tuple(LEVERS)[:8]
+RELEASED, PLAIN = "V0", "V1"  # the two baselines
+OFFICIAL = "official"  # the official classes, where the user has them
+EXACT = tuple(LEVERS)[:9]
 
 
 @dataclass(frozen=True)
@@ -131,10 +134,10 @@ def build(row: str, problem: Problem) -> Step:
     """Make a row's step on its own copies of student and teacher."""
     nets = (copy.deepcopy(problem.student), copy.deepcopy(problem.teacher), problem.recipe)
     number = int(row[1:])
-    if number < 6:
-        return PlainStep(*nets, Levers(*(number > lever for lever in range(5))))
-    attack_dtype, dtype = ("bfloat16" if number >= first else "float32" for first in (8, 9))
-    return PackageStep(*nets, fused=number > 6, attack_dtype=attack_dtype, dtype=dtype)
+    if number < 7:
+        return PlainStep(*nets, Levers(*(number > lever for lever in range(6))))
+    attack_dtype, dtype = ("bfloat16" if number >= first else "float32" for first in (9, 10))
+    return PackageStep(*nets, fused=number > 7, attack_dtype=attack_dtype, dtype=dtype)
 
 
 def scaled_space(name: str, scale: float) -> SearchSpace:
@@ -148,7 +151,7 @@ def scaled_space(name: str, scale: float) -> SearchSpace:
     full = PRESETS[name]
 
     def times(channels: int) -> int:
-        if not (channels * scale).is_integer() or channels * scale < 1:
+        if not float(channels * scale).is_integer() or channels * scale < 1:
             raise ValueError(f"width scale {scale:g} leaves {channels * scale:g} of {channels} channels of {name}")
         return int(channels * scale)
 
@@ -201,5 +204,5 @@ def _settle_statistics(net: Supernet, arch: Arch, images: Tensor) -> None:
 
 def laid_out(images: Tensor, row: str) -> Tensor:
     """Put the images in the memory layout of a row."""
-    layout = torch.contiguous_format if row in ("V0", "V1") else torch.channels_last
+    layout = torch.contiguous_format if row in (RELEASED, PLAIN, OFFICIAL) else torch.channels_last
     return images.contiguous(memory_format=layout)

@@ -44,6 +44,18 @@ def input_gradient(
     return logits.detach(), gradient
 
 
+def differentiate(predict: Callable[[Tensor], Tensor]) -> Callable[[InnerObjective, Tensor], tuple[Tensor, Tensor]]:
+    """Return `input_gradient` of a fixed network, by the network's own method where it offers one.
+
+    `predict.input_gradient()`, where it exists, gives None or a callable of images and of the objective's gradient
+    with respect to the logits. Weights must stay as they are while the result is in use.
+    """
+    own = predict.input_gradient() if hasattr(predict, "input_gradient") else None
+    if own is None:
+        return lambda objective, adv: input_gradient(predict, objective, adv)
+    return lambda objective, adv: own(adv, objective.logit_gradient)
+
+
 def pgd(
     predict: Callable[[Tensor], Tensor],
     objective: InnerObjective,
@@ -85,7 +97,8 @@ def pgd(
     """
     adv = start_point(images, eps=eps, start=start, generator=generator)
     low, high = (images - eps).clamp_(min=0), (images + eps).clamp_(max=1)
+    gradient_at = differentiate(predict)
     for _ in range(num_steps):
-        _, gradient = input_gradient(predict, objective, adv)
+        _, gradient = gradient_at(objective, adv)
         adv = torch.clamp(adv.add_(gradient.sign_(), alpha=step_size), low, high, out=adv)
     return adv

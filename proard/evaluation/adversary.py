@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from proard.attacks import input_gradient
+from proard.attacks import differentiate
 from proard.config import Attack
 from proard.data import keyed_generator
 from proard.losses import CrossEntropy, InnerObjective, Margin
@@ -108,6 +108,7 @@ def _one_restart(
 ) -> tuple[Tensor, int]:
     """Which of the standing images fall, and the gradients spent."""
     lost, spent = torch.zeros_like(standing), 0
+    gradient_at = differentiate(predict)
     queue = standing.nonzero()[:, 0]
     index = queue[:0]
     age, adv = torch.zeros_like(index), images[:0]
@@ -120,7 +121,7 @@ def _one_restart(
             age = torch.cat([age, torch.zeros_like(fresh)])
             adv = torch.cat([adv, start]).contiguous(memory_format=torch.channels_last)
         truth = labels[index]
-        logits, gradient = input_gradient(predict, OBJECTIVES[attack.objective](truth), adv)
+        logits, gradient = gradient_at(OBJECTIVES[attack.objective](truth), adv)
         spent += len(index)
         ended = age == attack.num_steps
         wrong = logits.argmax(1) != truth

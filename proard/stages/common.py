@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -73,10 +74,24 @@ def parse_arguments(
     return Job(stage, config, files.seed, _prepare_device(files.device, threads), files, sections)
 
 
+def keep_heap() -> bool:
+    """Let the C library reuse freed memory instead of returning it to the system; False where it cannot be asked.
+
+    Activations of some MB come and go all the time; as fresh pages the kernel would have to zero each of them.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # no glibc
+        return False
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
+    return all((mallopt(mmap_threshold, 2**25), mallopt(trim_threshold, 2**31 - 1), mallopt(top_pad, 2**26)))
+
+
 def _prepare_device(name: str, threads: int) -> str:
     """Resolve `auto`, set the number of threads, and refuse a device that is not there."""
     import torch
 
+    keep_heap()
     torch.set_num_threads(threads)
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,271 @@
+"""Input gradients per second of the attack, by batch size, beside plain PGD and the machine's convolution ceiling.
+
+The ceiling is the best rate of several convolutions in channels_last memory, measured first, per type. `plain` is PGD
+as in a textbook: NCHW memory, weights sliced in every forward, unfolded norms, autograd's gradient of the loss. Before
+anything is timed, float32 iterates must agree with plain PGD's in 99.9 % of the pixels; in bfloat16 95 % of the signs
+of the first gradient must agree, and accuracy under the attack within noise.
+
+    python benchmarks/bench_attack.py --help
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from common import NOISY, Timing, machine, table, time_interleaved, write_rows
+from plain_step import Recipe, chained_pgd, sliced_forward
+from step_rows import Problem, make_problem, scaled_space
+from torch import Tensor
+
+from proard.attacks import pgd, start_point
+from proard.config.spaces import PRESETS
+from proard.losses import KLToTarget
+from proard.nets import FoldedNet, SubnetView
+
+RESULTS = Path(__file__).parent / "results" / "bench_attack.json"
+CEILING_SHAPES = ((32, 32, 32, 3), (64, 64, 16, 3), (128, 128, 8, 3), (256, 256, 8, 3), (256, 256, 16, 1))
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SAME_ITERATES, SAME_SIGNS = 0.999, 0.95
+Attack = Callable[[Tensor, Tensor, torch.Generator], Tensor]  # images, teacher logits, generator -> adversarial images
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far the attacks agree on one batch.
+
+    Attributes
+    ----------
+    iterates : float
+        Share of the pixels in which the float32 attack ends within 1e-5 of plain PGD.
+    signs : float
+        Share of equal signs of the first gradient, bfloat16 against float32.
+    accuracies : dict of str to float
+        Share of the images whose predicted class stays, per type of the attack.
+    noise : float
+        Two standard errors of a difference of such shares.
+    """
+
+    iterates: float
+    signs: float
+    accuracies: dict[str, float]
+    noise: float
+
+    def require(self) -> None:
+        """Stop where they do not agree.
+
+        Raises
+        ------
+        SystemExit
+            The text has the figures and what was expected.
+        """
+        gap = abs(self.accuracies["float32"] - self.accuracies["bfloat16"])
+        faults = [
+            f"{what} {value:.4f}, expected {sign} {limit:.4f}"
+            for what, value, sign, limit, wrong in (
+                ("equal float32 iterates", self.iterates, ">=", SAME_ITERATES, not self.iterates >= SAME_ITERATES),
+                ("equal bfloat16 signs", self.signs, ">=", SAME_SIGNS, not self.signs >= SAME_SIGNS),
+                ("accuracy gap of bfloat16", gap, "<=", self.noise, not gap <= self.noise),
+            )
+            if wrong
+        ]
+        if faults:
+            raise SystemExit("the attacks disagree, nothing is timed: " + "; ".join(faults))
+
+
+def ceiling(dtype: torch.dtype, *, seconds: float) -> float:
+    """Best rate of a convolution's forward pass in channels_last memory, batch 64, in FLOP/s."""
+    rates = []
+    for channels, out, side, kernel in CEILING_SHAPES:
+        x = torch.rand(64, channels, side, side).to(dtype).contiguous(memory_format=torch.channels_last)
+        weight = torch.rand(out, channels, kernel, kernel).to(dtype).contiguous(memory_format=torch.channels_last)
+        flops = 2 * 64 * channels * out * side**2 * kernel**2
+        clocks, end = [], time.perf_counter() + seconds
+        with torch.no_grad():
+            while time.perf_counter() < end or len(clocks) < 3:
+                start = time.perf_counter()
+                F.conv2d(x, weight, padding=kernel // 2)
+                clocks.append(time.perf_counter() - start)
+        rates.append(flops / statistics.median(clocks[1:]))
+    return max(rates)
+
+
+def attacks(problem: Problem) -> dict[str, Attack]:
+    """The attack in plain form and on the folded view, on the problem's first arch."""
+    arch, recipe = problem.archs[0], problem.recipe
+    options = {"eps": recipe.eps, "step_size": recipe.step_size, "num_steps": recipe.num_steps}
+    plain_net = problem.student.eval()
+    view = SubnetView(problem.student, arch)
+    layout = torch.contiguous_format
+
+    def plain(images: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
+        def predict(x: Tensor) -> Tensor:
+            return sliced_forward(plain_net, arch, x, training=False, layout=layout)
+
+        return chained_pgd(predict, target, images, generator=generator, layout=layout, **options)
+
+    def folded(dtype: torch.dtype) -> Attack:
+        net = view.folded(view.running_statistics(), dtype=dtype)
+
+        def attack(images: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
+            return pgd(net, KLToTarget(target), images, start="gaussian", generator=generator, **options)
+
+        return attack
+
+    return {"plain": plain, **{name: folded(dtype) for name, dtype in DTYPES.items()}}
+
+
+def agreement(problem: Problem) -> Agreement:
+    """Run every attack once on the whole problem and compare."""
+    images, target = laid_out(problem.images, "float32"), teach(problem)
+    ends = {
+        name: attack(laid_out(images, name), target, torch.Generator().manual_seed(1))
+        for name, attack in attacks(problem).items()
+    }
+    view = SubnetView(problem.student, problem.archs[0])
+    statistics_ = view.running_statistics()
+    nets = {name: view.folded(statistics_, dtype=dtype) for name, dtype in DTYPES.items()}
+    start = start_point(images, eps=problem.recipe.eps, start="gaussian", generator=torch.Generator().manual_seed(1))
+    signs = [first_gradient(net, target, start).sign() for net in nets.values()]
+    with torch.no_grad():
+        classes, *after = (nets["float32"](x).argmax(1) for x in (images, *(ends[name] for name in DTYPES)))
+    accuracies = {name: float((seen == classes).double().mean()) for name, seen in zip(DTYPES, after, strict=True)}
+    share, count = accuracies["float32"], len(images)
+    noise = 2 * (2 * share * (1 - share) / count) ** 0.5 + 1 / count
+    iterates = float(((ends["plain"] - ends["float32"]).abs() < 1e-5).double().mean())
+    return Agreement(iterates, float((signs[0] == signs[1]).double().mean()), accuracies, noise)
+
+
+def first_gradient(net: FoldedNet, target: Tensor, images: Tensor) -> Tensor:
+    """Gradient of the divergence at some images."""
+    with torch.enable_grad():
+        images = images.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(KLToTarget(target)(net(images)).sum(), images)
+    return gradient
+
+
+@torch.no_grad()
+def teach(problem: Problem) -> Tensor:
+    """Teacher's logits on the clean images."""
+    return problem.teacher.eval()(problem.images, problem.teacher.space.largest)
+
+
+def laid_out(images: Tensor, name: str) -> Tensor:
+    """Images in the memory layout of an attack."""
+    return images.contiguous(memory_format=torch.contiguous_format if name == "plain" else torch.channels_last)
+
+
+def timed(problem: Problem, batch: int, rounds: int) -> tuple[dict[str, Timing], float]:
+    """Time every attack on the first `batch` images."""
+    target = teach(problem)[:batch]
+
+    def call(name: str, attack: Attack) -> Callable[[int], None]:
+        images = laid_out(problem.images[:batch], name)
+        return lambda number: attack(images, target, torch.Generator().manual_seed(number + 1))
+
+    calls = {name: call(name, attack) for name, attack in attacks(problem).items()}
+    return time_interleaved(calls, rounds=rounds, label=f"attacks at batch {batch}", plain="plain")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure the ceiling, check, time, print."""
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    ceilings = {name: ceiling(dtype, seconds=args.ceiling_seconds) for name, dtype in DTYPES.items()}
+    rates = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in ceilings.items())
+    print(f"convolution ceiling: {rates}", flush=True)
+    problem = make_problem(
+        scaled_space(args.space, args.width_scale),
+        recipe=Recipe(num_steps=args.steps),
+        num_archs=1,
+        batch_size=max(args.batch),
+        seed=args.seed,
+        dtype=torch.float32,
+    )
+    found = agreement(problem)
+    found.require()
+    facts, macs = machine(), problem.student.space.spec(problem.archs[0]).macs
+    cells, rows = [], []
+    for batch in args.batch:
+        timings, spread = timed(problem, batch, args.rounds)
+        for name, timing in timings.items():
+            images = batch * args.steps / timing.seconds
+            top = ceilings["float32" if name == "plain" else name]
+            share = 4 * macs * images / top  # a forward and an input gradient, two FLOP per MAC each
+            rows.append(
+                {
+                    "bench": "attack",
+                    "row": f"{name}, batch {batch}",
+                    "lever": f"{images:.0f} gradients/s, {share:.0%} of the convolution ceiling",
+                    "ratio_plain": round(timing.ratio_plain, 4),
+                    "ratio_previous": round(timing.ratio_previous, 4),
+                    "gradients_per_second": round(images, 1),
+                    "ceiling_share": round(share, 4),
+                    "ceiling_gflops": round(top / 1e9, 1),
+                    "agreement": vars(found),
+                    "space": args.space,
+                    "width_scale": args.width_scale,
+                    "macs": macs,
+                    "batch": batch,
+                    "num_steps": args.steps,
+                    "rounds": args.rounds,
+                    "seed": args.seed,
+                    "baseline_spread": round(spread, 4),
+                    "noisy": spread > NOISY,
+                    "machine": facts,
+                }
+            )
+            cells.append((name, str(batch), f"{timing.ratio_plain:.2f}", f"{images:.0f}", f"{share:.1%}"))
+    if args.json:
+        write_rows(args.json, rows)
+    print(table(("attack", "batch", "/plain", "gradients/s", "of ceiling"), cells))
+    print(describe(args, found, facts, macs, any(row["noisy"] for row in rows)))
+
+
+def describe(args: argparse.Namespace, found: Agreement, facts: dict[str, Any], macs: int, noisy: bool) -> str:
+    """What the table was measured on, and how far the attacks agree."""
+    accuracies = ", ".join(f"{name} {value:.3f}" for name, value in found.accuracies.items())
+    return "\n".join(
+        [
+            "",
+            f"{args.space} at width scale {args.width_scale:g}, a subnet of {macs / 1e6:.1f} M MACs, PGD-{args.steps}, "
+            f"medians of {args.rounds} rounds" + (" - NOISY, do not quote these ratios" if noisy else ""),
+            f"equal iterates in float32 {found.iterates:.4%}, equal signs in bfloat16 {found.signs:.2%}, "
+            f"share of unchanged predictions under the attack: {accuracies} (noise {found.noise:.3f})",
+            ", ".join(f"{key} {value}" for key, value in facts.items()),
+        ]
+    )
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--space", choices=sorted(PRESETS), default="resnet_cifar")
+    parser.add_argument("--width-scale", type=float, help="times all channels; 0.125 for resnet_cifar, else 1")
+    parser.add_argument("--batch", type=int, nargs="+", default=[16, 64, 128, 256], help="batch sizes")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds that count; medians are over them")
+    parser.add_argument("--steps", type=int, default=10, help="PGD steps")
+    parser.add_argument("--ceiling-seconds", type=float, default=0.3, help="per shape and type")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0, help="of archs, weights, images and noise")
+    parser.add_argument("--json", nargs="?", const=str(RESULTS), metavar="FILE", help=f"default {RESULTS.name}")
+    parser.add_argument("--quick", action="store_true", help="batch 8 and 16, PGD-2, 2 rounds: shows that it runs")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.batch, args.steps, args.rounds, args.ceiling_seconds = [8, 16], 2, 2, 0.01
+    if args.width_scale is None:
+        args.width_scale = 0.125 if args.space == "resnet_cifar" else 1.0
+    if min([*args.batch, args.rounds, args.steps, args.threads]) < 1:
+        parser.error("--batch, --rounds, --steps and --threads are at least 1")
+    return args
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""One step of the official ProARD classes, from a checkout that the user has; none of their code is here.
+
+The official package is called `proard` too: while it is imported, this project's modules step aside. What it imports
+besides PyTorch and a CPU step does not need is replaced by empty stand-ins, and `.cuda()` keeps tensors where they are.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from unittest import mock
+
+import torch
+from plain_step import Outcome, Recipe
+from step_rows import Problem
+from torch import Tensor, nn
+
+from proard.config.spaces import PRESETS
+from proard.space import Arch
+
+MODULES = {
+    "networks": "proard.classification.elastic_nn.networks",
+    "utils": "proard.utils",
+    "loss": "robust_loss.rslad",
+}
+NEEDED = [("networks", "DYNResNets_Cifar"), ("utils", "MyNetwork"), ("loss", "rslad_loss")]
+STAND_INS = ("horovod", "torchpack", "torchprofile", "autoattack", "adv_lib", "gdown")
+OWN_ROOTS = ("proard", "robust_loss", "attacks", "utils")
+
+
+def load_official(path: str, space: str) -> SimpleNamespace:
+    """Import the official classes.
+
+    Parameters
+    ----------
+    path : str
+        Root of the checkout.
+    space : str
+        What the run measures; only the published ResNet space has an official counterpart.
+
+    Returns
+    -------
+    SimpleNamespace
+        `networks`, `utils` and `loss`: the modules that the step uses.
+
+    Raises
+    ------
+    SystemExit
+        The path holds no checkout, a module fails to import or lacks a class; the text says which.
+    """
+    if space != "resnet_cifar":
+        raise SystemExit(f"--official drives the published ResNet space; --space is {space}, expected resnet_cifar")
+    root = Path(path).resolve()
+    missing = [name for name in ("proard/classification", "robust_loss/rslad.py") if not (root / name).exists()]
+    if missing:
+        raise SystemExit(f"--official {path} is no checkout of the official repository: it lacks {', '.join(missing)}")
+    with _aside(root):
+        try:
+            found = SimpleNamespace(**{key: importlib.import_module(name) for key, name in MODULES.items()})
+        except Exception as error:
+            raise SystemExit(f"--official {path}: the official modules fail to import: {error!r}") from error
+    lacking = [f"{MODULES[key]}.{name}" for key, name in NEEDED if not hasattr(getattr(found, key), name)]
+    if lacking:
+        raise SystemExit(f"--official {path}: not found there: {', '.join(lacking)}")
+    return found
+
+
+class OfficialStep:
+    """The official training step on archs of the same choices as the other rows'.
+
+    Weights are its own; stem widths may differ by a channel at scales below 1. The step makes the forwards of row V0:
+    teacher, student for the metric, and within `rslad_loss` the teacher again, the attack, two student passes.
+    """
+
+    def __init__(self, official: SimpleNamespace, problem: Problem, width_scale: float) -> None:
+        settings = PRESETS["resnet_cifar"]
+        official.utils.MyNetwork.CHANNEL_DIVISIBLE = max(1, int(settings.channel_multiple * width_scale))
+        choices = {
+            "depth_list": list(settings.depth),
+            "expand_ratio_list": list(settings.expand),
+            "width_mult_list": [width * width_scale for width in settings.width],
+        }
+        build = official.networks.DYNResNets_Cifar
+        self.net: nn.Module = build(n_classes=settings.classes, **choices)
+        largest = {key: [values[-1]] for key, values in choices.items()}
+        self.teacher: nn.Module = build(n_classes=settings.classes, **largest).eval()
+        self.loss, self.recipe, self.widths = official.loss.rslad_loss, problem.recipe, list(settings.width)
+        self.optimizer = _optimizer(self.net, problem.recipe)
+
+    def __call__(self, arch: Arch, images: Tensor, labels: Tensor, generator: torch.Generator) -> Outcome:
+        """Train `arch` on one batch; the noise comes from the global generator, as in the official code."""
+        smallest = PRESETS["resnet_cifar"].expand[0]  # of blocks that depth leaves out: any choice will do
+        self.net.set_active_subnet(
+            d=list(arch.depth),
+            e=[value or smallest for value in arch.expand],
+            w=[self.widths.index(value) for value in arch.width],
+        )
+        recipe = self.recipe
+        with mock.patch.object(Tensor, "cuda", lambda tensor, *_, **__: tensor):
+            self.net.train()
+            self.optimizer.zero_grad()
+            with torch.no_grad():
+                self.teacher(images)
+            clean = self.net(images)
+            options = {"step_size": recipe.step_size, "epsilon": recipe.eps, "perturb_steps": recipe.num_steps}
+            loss = self.loss(self.teacher, self.net, images, labels, self.optimizer, **options)
+            loss.backward()
+            self.optimizer.step()
+        self.metrics = (float(loss.detach()), int((clean.argmax(1) == labels).sum()))
+        return Outcome(images, clean.detach(), clean.detach())
+
+
+def _optimizer(net: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+    """Nesterov SGD with torch's defaults; norms and biases without decay."""
+    decayed = [p for p in net.parameters() if p.ndim > 1]
+    plain = [p for p in net.parameters() if p.ndim == 1]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=True)
+
+
+class _StandIn(ModuleType):
+    """A module whose every attribute is a stand-in, too."""
+
+    __path__: list[str] = []  # noqa: RUF012 - makes it a package
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return mock.MagicMock(name=f"{self.__name__}.{name}")
+
+
+class _Finder:
+    """Finds a stand-in for what is not installed."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> object:
+        """Spec of a stand-in module."""
+        if name.split(".")[0] in STAND_INS:
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        """Make the stand-in."""
+        return _StandIn(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Nothing to run."""
+
+
+@contextmanager
+def _aside(root: Path) -> Iterator[None]:
+    """Modules of the names that the checkout uses are put away while it is imported; the path stands first."""
+    kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in OWN_ROOTS}
+    finder, arguments = _Finder(), sys.argv
+    for folder in (
+        root / name for name in OWN_ROOTS
+    ):  # without an __init__ this project's package would be found first
+        if folder.is_dir() and not (folder / "__init__.py").exists():
+            sys.modules[folder.name] = ModuleType(folder.name)
+            sys.modules[folder.name].__path__ = [str(folder)]
+    sys.path.insert(0, str(root))
+    sys.meta_path.append(finder)
+    sys.argv = arguments[:1]  # some of its modules parse the command line when imported
+    try:
+        yield
+    finally:
+        sys.argv = arguments
+        sys.meta_path.remove(finder)
+        sys.path.remove(str(root))
+        for name in [name for name in sys.modules if name.split(".")[0] in (*OWN_ROOTS, *STAND_INS)]:
+            del sys.modules[name]
+        sys.modules.update(kept)

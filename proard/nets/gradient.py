@@ -1,0 +1,170 @@
+"""The input gradient of a folded network, written out: what an attack computes most of the time, without autograd.
+
+The forward pass keeps the activations, the backward pass walks them in reverse. Against autograd it saves the graph,
+the allocation of every masked gradient and the slow strided backward convolutions; the result is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from proard.space import BlockSpec, ConvSpec, NetSpec
+
+LAYOUT = torch.channels_last
+FEW = 8  # input channels up to which the library's strided backward convolution leaves most of its lanes idle
+
+
+def is_plain(spec: NetSpec) -> bool:
+    """Whether a network is made of nothing but what is differentiated here: dense convolutions, ReLU, shortcuts."""
+    known = {"name", "in_channels", "out_channels", "kernel", "stride", "out_size", "relu"}
+    blocks = {"convs", "shortcut", "final_relu"}
+    return all(set(vars(conv)) <= known for conv in spec.convs) and all(set(vars(b)) <= blocks for b in spec.blocks)
+
+
+class Convolution:
+    """A biased convolution and the gradient with respect to its input.
+
+    A strided 1x1 convolution reads a sliced copy. Where input channels are few, the input gradient of a 3x3 convolution
+    of stride 2 on an even map is one 2x2 convolution with four times the channels, one group for each parity of row
+    and column: row 2i is met by tap 1 of output row i alone, row 2i + 1 by tap 2 of row i and tap 0 of row i + 1.
+    """
+
+    def __init__(self, layer: ConvSpec, weight: Tensor, bias: Tensor) -> None:
+        self.weight, self.bias, self.stride, self.padding = weight, bias, layer.stride, layer.kernel // 2
+        self.sliced = layer.kernel == 1 and layer.stride > 1
+        self.transposed = weight.transpose(0, 1).contiguous(memory_format=LAYOUT) if self.sliced else None
+        self.parities = None
+        if layer.kernel == 3 and layer.stride == 2 and layer.in_channels <= FEW:
+            taps = torch.tensor([[1, 3], [2, 0]])  # (parity, output row); tap 3 is the zero that is padded
+            parities = F.pad(weight, (0, 1, 0, 1))[:, :, taps][..., taps].permute(2, 4, 1, 0, 3, 5)
+            self.parities = parities.reshape(-1, layer.out_channels, 2, 2).contiguous(memory_format=LAYOUT)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (batch, in, h, w) to (batch, out, h', w')."""
+        if self.sliced:
+            x = x[:, :, :: self.stride, :: self.stride].contiguous(memory_format=LAYOUT)
+            return F.conv2d(x, self.weight, self.bias)
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+
+    def backward(self, gradient: Tensor, x: Tensor, *, masked: bool) -> Tensor:
+        """Gradient with respect to `x`, zero where `x` is not positive if `masked`."""
+        if self.parities is not None and x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0:
+            parts = F.conv2d(F.pad(gradient, (0, 1, 0, 1)), self.parities)  # (batch, 4 in, h / 2, w / 2)
+            parts = parts.unflatten(1, (2, 2, -1)).permute(0, 4, 1, 5, 2, 3)  # (batch, h / 2, 2, w / 2, 2, in)
+            if not masked:
+                return parts.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+            mask = x.permute(0, 2, 3, 1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+            out = torch.empty_like(mask)
+            torch.ops.aten.threshold_backward.grad_input(parts, mask, 0, grad_input=out)
+            return out.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+        options = ([self.stride] * 2, [self.padding] * 2, [1, 1], False, [0, 0], 1, [True, False, False])
+        out, _, _ = torch.ops.aten.convolution_backward(gradient, x, self.weight, None, *options)
+        return mask_(out, x) if masked else out
+
+    def add_backward_(self, total: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
+        """Add the gradient with respect to `x` to `total`."""
+        if not self.sliced:
+            return total.add_(self.backward(gradient, x, masked=False))
+        reached = total[:, :, :: self.stride, :: self.stride]
+        reached += F.conv2d(gradient, self.transposed)
+        return total
+
+
+def mask_(gradient: Tensor, out: Tensor) -> Tensor:
+    """Zero the gradient in place where a ReLU's output is not positive."""
+    return torch.ops.aten.threshold_backward.grad_input(gradient, out, 0, grad_input=gradient)
+
+
+class BlockGradient:
+    """A block: convolutions with ReLU in sequence, a shortcut beside them."""
+
+    def __init__(self, block: BlockSpec, layers: Mapping[str, Convolution]) -> None:
+        self.block = block
+        self.convs = [layers[conv.name] for conv in block.convs]
+        self.shortcut = layers[block.shortcut.name] if isinstance(block.shortcut, ConvSpec) else None
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """The block's input, what every convolution gives after its ReLU, and the block's output."""
+        kept = [x]
+        for spec, conv in zip(self.block.convs, self.convs, strict=True):
+            out = conv.forward(kept[-1])
+            kept.append(out.relu_() if spec.relu else out)
+        out = kept[-1]
+        if self.block.shortcut is not None:
+            side = x if self.shortcut is None else self.shortcut.forward(x)
+            out = out + side if self.block.convs[-1].relu else out.add_(side)  # a ReLU before the sum is a mask still
+        kept.append(out.relu_() if self.block.final_relu else out)
+        return kept
+
+    def backward(self, gradient: Tensor, kept: list[Tensor]) -> Tensor:
+        """Gradient with respect to the block's input; `gradient` may be changed."""
+        x, out = kept[0], kept[-1]
+        if self.block.final_relu:
+            gradient = mask_(gradient, out)
+        beside = gradient
+        if self.block.convs[-1].relu:
+            own = gradient.clone(memory_format=torch.preserve_format) if self.block.shortcut is not None else gradient
+            gradient = mask_(own, kept[-2])
+        for index in range(len(self.convs) - 1, -1, -1):
+            masked = index > 0 and self.block.convs[index - 1].relu
+            gradient = self.convs[index].backward(gradient, kept[index], masked=masked)
+        if self.shortcut is not None:
+            return self.shortcut.add_backward_(gradient, beside, x)
+        return gradient if self.block.shortcut is None else gradient.add_(beside)
+
+
+class InputGradient:
+    """Logits and the gradient of an objective with respect to the images, for a folded network's weights.
+
+    Parameters
+    ----------
+    spec : NetSpec
+        A network for which `is_plain` holds.
+    layers : mapping of name to (weight, bias)
+        Of every convolution, in one type.
+    head : (weight, bias)
+        The linear layer.
+    scale, shift : Tensor of shape (channels, 1, 1)
+        Pixel normalisation.
+    """
+
+    def __init__(
+        self,
+        spec: NetSpec,
+        layers: Mapping[str, tuple[Tensor, Tensor]],
+        head: tuple[Tensor, Tensor],
+        *,
+        scale: Tensor,
+        shift: Tensor,
+    ) -> None:
+        convs = {conv.name: Convolution(conv, *layers[conv.name]) for conv in spec.convs}
+        self.blocks = [BlockGradient(block, convs) for block in spec.blocks]
+        self.head, self.scale, self.shift = head, scale, shift
+        self.dtype = layers[spec.convs[0].name][0].dtype
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, logit_gradient: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits of shape (batch, classes) and the gradient of the shape of `images`.
+
+        Parameters
+        ----------
+        images : Tensor of shape (batch, channels, height, width)
+            In [0, 1].
+        logit_gradient : callable
+            Gradient of the objective with respect to the logits, both of shape (batch, classes).
+        """
+        weight, bias = self.head
+        x, tape = (images * self.scale + self.shift).to(self.dtype), []
+        for block in self.blocks:
+            tape.append(block.forward(x))
+            x = tape[-1][-1]
+        logits = F.linear(x.mean((2, 3)).to(weight.dtype), weight, bias)
+        pooled = (logit_gradient(logits) @ weight).to(self.dtype) / (x.shape[2] * x.shape[3])  # (batch, features)
+        gradient = torch.empty_like(x).copy_(pooled[:, :, None, None])
+        for block in reversed(self.blocks):
+            gradient = block.backward(gradient, tape.pop())
+        return logits, gradient.to(images.dtype) * self.scale

@@ -1,0 +1,194 @@
+"""The benchmarks' own arithmetic: gates, ceilings, names of machines, tables, the figure; no time is asserted."""
+
+from __future__ import annotations
+
+import json
+import re
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from helpers import TINY, image_sets, random_images, random_supernet, tiny_config, tiny_space
+from test_bench_step import BENCHMARKS
+
+from proard.losses import CrossEntropy
+from proard.nets import SubnetView
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_on_the_path(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_attacks_agree_before_they_are_timed_and_a_wrong_one_stops_the_run(capsys):
+    import bench_attack
+
+    bench_attack.main(["--space", "resnet_digits", "--quick", "--threads", "1"])
+    out = capsys.readouterr().out
+    assert "convolution ceiling" in out
+    assert re.search(r"bfloat16 +16 +[\d.]+ +\d+  [\d.]+%", out)
+    found = bench_attack.Agreement(0.998, 0.94, {"float32": 0.5, "bfloat16": 0.8}, 0.1)
+    with pytest.raises(SystemExit, match=r"iterates 0\.9980, .*signs 0\.9400, .*bfloat16 0\.3000"):
+        found.require()
+    bench_attack.Agreement(0.9995, 0.97, {"float32": 0.5, "bfloat16": 0.55}, 0.1).require()
+
+
+def test_the_share_of_the_ceiling_counts_a_forward_and_an_input_gradient(tmp_path, monkeypatch):
+    import bench_attack
+
+    monkeypatch.setattr(bench_attack, "ceiling", lambda dtype, seconds: 1e12)
+    path = tmp_path / "rows.json"
+    bench_attack.main(["--space", "resnet_digits", "--quick", "--threads", "1", "--json", str(path)])
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["row"] for row in rows[:3]] == ["plain, batch 8", "float32, batch 8", "bfloat16, batch 8"]
+    for row in rows:
+        assert row["ceiling_share"] == pytest.approx(4 * row["macs"] * row["gradients_per_second"] / 1e12, abs=1e-4)
+        assert (row["ratio_plain"] == 1) == row["row"].startswith("plain")
+
+
+@pytest.mark.parametrize(
+    ("facts", "flags", "slug"),
+    [
+        ({"processor": "Intel(R) Xeon(R) Processor", "cores": 2}, ["avx512f", "amx_bf16"], "intel-xeon-2c-amx"),
+        ({"processor": "AMD EPYC 9R14 96-Core Processor", "cores": 2}, ["avx2", "avx512f"], "amd-epyc-9r14-2c-avx512"),
+        ({"processor": "Intel(R) Core(TM) i7-8700 CPU @ 3.20GHz", "cores": 6}, [], "intel-core-i7-8700-6c"),
+        ({"processor": "x", "cores": 16, "gpu": "NVIDIA H200"}, ["avx2"], "h200"),
+        ({}, [], "unknown"),
+    ],
+)
+def test_a_machine_is_named_by_model_cores_and_instruction_set(facts, flags, slug):
+    import run_all
+
+    assert run_all.machine_slug(facts, flags) == slug
+
+
+def ladder(space="resnet_cifar"):
+    common = {"bench": "step", "space": space, "width_scale": 0.125, "batch": 64, "num_steps": 10, "seed": 0}
+    rows = [("V0", 1.0, 0.8, "released"), ("V1", 1.25, 1.0, "plain"), ("V8", 2.5, 2.0, "package")]
+    return [
+        {**common, "row": row, "ratio_total": total, "ratio_plain": plain, "ratio_previous": 1.0, "lever": lever}
+        for row, total, plain, lever in rows
+    ]
+
+
+def test_results_are_one_table_a_json_file_and_a_figure_and_keep_what_was_not_repeated(tmp_path, capsys):
+    import run_all
+
+    other = {"bench": "search", "row": "exact", "ratio_total": 12.0}
+    text = run_all.summary([*ladder(), other])
+    assert text.splitlines()[3].split()[:5] == ["step", "V8", "2.50", "2.00", "1.00"]
+    assert text.splitlines()[4].split()[:5] == ["search", "exact", "12.00", "-", "-"]
+    run_all.write_results(tmp_path, "here", {"cores": 2}, [*ladder(), other])
+    run_all.write_results(tmp_path, "here", {"cores": 3}, [{**other, "ratio_total": 13.0}])
+    kept = json.loads((tmp_path / "here.json").read_text())
+    assert kept["machine"] == {"cores": 3}
+    assert sorted((row["bench"], row["row"]) for row in kept["rows"]) == sorted(
+        [("search", "exact"), ("step", "V0"), ("step", "V1"), ("step", "V8")]
+    )
+    assert next(row for row in kept["rows"] if row["bench"] == "search")["ratio_total"] == 13.0
+    words = "".join(ElementTree.fromstring((tmp_path / "here.svg").read_text()).itertext())
+    assert all(part in words for part in ("package", "2.50", "2.00", "resnet_cifar at width 0.125"))
+
+
+def test_the_figure_draws_one_run_of_the_ladder():
+    import figure
+
+    drawn = figure.ladder_figure([*ladder(), *ladder("resnet_micro")])
+    assert [text.get_text() for text in drawn.axes[0].get_yticklabels()] == ["released", "plain", "package"]
+    assert figure.ladder_figure([{"bench": "search"}]) is None
+
+
+def test_benchmarks_are_found_by_name_and_those_of_other_machines_wait_to_be_asked_for(tmp_path):
+    import run_all
+
+    for name in ("attack", "gpu", "pipeline", "step", "sync"):
+        (tmp_path / f"bench_{name}.py").touch()
+    assert list(run_all.chosen(None, [], tmp_path)) == ["step", "attack"]
+    assert list(run_all.chosen(None, ["pipeline"], tmp_path)) == ["step", "attack", "pipeline"]
+    assert list(run_all.chosen(["gpu"], [], tmp_path)) == ["gpu"]
+    with pytest.raises(SystemExit, match="no benchmark nothing; there are step, attack"):
+        run_all.chosen(["nothing"], [], tmp_path)
+
+
+def test_a_benchmark_hands_over_its_rows_and_one_that_fails_gives_none(tmp_path, monkeypatch):
+    import run_all
+
+    good = tmp_path / "bench_good.py"
+    good.write_text(
+        "import sys\nassert sys.argv[3:] == ['--quick']\nopen(sys.argv[sys.argv.index('--json') + 1], 'w').write"
+        '(\'{"row": "a"}\\n\')\n# --quick\n'
+    )
+    assert run_all.run(good, quick=True, threads=1) == [{"bench": "good", "row": "a"}]
+    bad = tmp_path / "bench_bad.py"
+    bad.write_text("raise SystemExit('rows differ')")
+    assert run_all.run(bad, quick=False, threads=None) is None
+
+
+def test_seconds_of_the_stages_come_from_the_workflows_records(tmp_path):
+    import bench_pipeline
+
+    head = "s\th:m:s\tmax_rss\n"
+    for name, text in {
+        "prepare_data": "1.5\t0:00:01\t-\n",
+        "train_phase/width": "10\t0:00:10\t300\n",
+        "train_phase/depth": "20\t0:00:20\t310.4\n",
+    }.items():
+        path = tmp_path / "benchmarks" / f"{name}.tsv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(head + text)
+    rows = {row["row"]: row for row in bench_pipeline.stage_rows(tmp_path)}
+    assert (rows["prepare_data"]["seconds"], rows["train_phase"]["seconds"]) == (1.5, 30.0)
+    assert rows["train_phase"]["lever"] == "2 jobs, at most 310 MiB"
+    with pytest.raises(SystemExit, match="holds no benchmark records"):
+        bench_pipeline.stage_rows(tmp_path / "elsewhere")
+
+
+def test_the_plain_view_has_the_logits_and_gradients_of_the_fast_one():
+    from plain_training import PlainView, plain_pgd
+
+    from proard.attacks import pgd
+
+    space = tiny_space(TINY)
+    images = random_images(space, 6)
+    seen = []
+    for form in (PlainView, SubnetView):
+        net = random_supernet(space)
+        for parameter in net.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        view, record = form(net, space.largest), {}
+        logits = view(images, record=record, update_running=True)
+        logits.square().mean().backward()
+        view.scatter_gradients()
+        fixed = view.folded(record) if form is PlainView else view.folded(record, dtype=torch.float64)
+        attack = plain_pgd if form is PlainView else pgd
+        options = {"eps": 0.1, "step_size": 0.04, "num_steps": 3}
+        objective = CrossEntropy(torch.arange(6) % 3)
+        adv = attack(fixed, objective, images, generator=torch.Generator().manual_seed(0), **options)
+        running = [buffer.clone() for name, buffer in net.named_buffers() if "running" in name]
+        seen.append([logits.detach(), adv, *(parameter.grad for parameter in net.parameters()), *running])
+    for plain, fast in zip(*seen, strict=True):
+        torch.testing.assert_close(plain, fast, rtol=1e-9, atol=1e-11)
+
+
+def test_a_stage_trains_in_plain_form_inside_the_context_only(tmp_path):
+    from plain_training import PlainTrainer, PlainView, plain_form
+
+    from proard.nets import Supernet
+    from proard.stages import train_phase, training
+    from proard.training import loop, trainer
+
+    before = (trainer.SubnetView, trainer.pgd, loop.Trainer, training.frozen_teacher, train_phase.frozen_teacher)
+    with plain_form():
+        assert (trainer.SubnetView, loop.Trainer) == (PlainView, PlainTrainer)
+        config = tiny_config()
+        space = tiny_space(TINY)
+        train = image_sets(tmp_path)["train"]
+        net = Supernet(space, mean=train.mean, std=train.std, generator=torch.Generator().manual_seed(0))
+        made = loop.Trainer(net, config.train_phase.phases[0], None, 0.1, None, 0)
+        weights = [parameter for parameter in made.parameters.values() if parameter.ndim == 4]
+        assert all(weight.is_contiguous() for weight in weights)
+    after = (trainer.SubnetView, trainer.pgd, loop.Trainer, training.frozen_teacher, train_phase.frozen_teacher)
+    assert after == before

@@ -1,0 +1,148 @@
+"""Costs that no clock is needed for: kernels and convolution FLOPs of a training step and of an attack step."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from helpers import TINY_DEEP, random_images, random_supernet, tiny_space
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from proard.attacks import differentiate, pgd
+from proard.config import Phase, TrainingAttack
+from proard.losses import CrossEntropy
+from proard.nets import SubnetView, extract, fold
+from proard.space import Arch, SearchSpace
+from proard.training import Drawn, Plan
+from proard.training.plan import bind
+from proard.training.trainer import Trainer
+
+BATCH, STEPS = 4, 3
+FREE = ("view", "t", "transpose", "permute", "slice", "detach", "alias", "expand", "as_strided", "unsqueeze", "select")
+SPACE = tiny_space(TINY_DEEP)
+
+
+class Kernels(TorchDispatchMode):
+    """Counts what is dispatched, views left out: every call reads or writes memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name not in FREE:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def middle(space: SearchSpace) -> Arch:
+    return space.arch(space.sample(1, np.random.default_rng(4))[0])
+
+
+def folded(space: SearchSpace, dtype: torch.dtype = torch.float32):
+    view = SubnetView(random_supernet(space, dtype=torch.float32), middle(space))
+    return view.folded(view.running_statistics(), dtype=dtype)
+
+
+def labels(space: SearchSpace) -> torch.Tensor:
+    return torch.arange(BATCH) % space.settings.classes
+
+
+def attack_flops(call) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def conv_macs(space: SearchSpace) -> int:
+    """Multiply-accumulates of one image in the convolutions of the middle arch."""
+    return sum(conv.macs for conv in space.spec(middle(space)).convs)
+
+
+def head_macs(space: SearchSpace) -> int:
+    spec = space.spec(middle(space))
+    return spec.features * spec.classes
+
+
+def trainer(space: SearchSpace, *, num_steps: int = STEPS) -> Trainer:
+    net = random_supernet(space, dtype=torch.float32)
+    attack = TrainingAttack(num_steps=num_steps, step_size=0.03, bn_mode="clean_batch")
+    phase = Phase(name="all", loss="rslad", sampling="uniform", archs_per_step=1, attack=attack)
+    objective = bind(phase.loss, phase)
+    plan = Plan(lambda seed, step, data_pass: [Drawn(middle(space), *objective)])
+    teacher = fold(extract(random_supernet(space, seed=1, dtype=torch.float32), space.largest).eval())
+    return Trainer(net, phase, plan, 0.1, teacher, 0)
+
+
+def training_step(space: SearchSpace, *, num_steps: int = STEPS) -> None:
+    images = random_images(space, BATCH, dtype=torch.float32)
+    trainer(space, num_steps=num_steps).step(images, labels(space), 0, 0, 0.1, torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("form", ["written out", "autograd"])
+def test_an_attack_gradient_is_a_forward_and_an_input_gradient_and_nothing_of_the_weights(form):
+    net, objective, images = folded(SPACE), CrossEntropy(labels(SPACE)), random_images(SPACE, BATCH).float()
+    gradient = differentiate(net if form == "written out" else net.forward)
+    flops = attack_flops(lambda: gradient(objective, images))
+    assert flops == 2 * BATCH * 2 * (conv_macs(SPACE) + head_macs(SPACE))
+
+
+def test_an_attack_costs_its_steps_and_nothing_more():
+    net, objective, images = folded(SPACE), CrossEntropy(labels(SPACE)), random_images(SPACE, BATCH).float()
+    options = {"eps": 0.1, "step_size": 0.03, "generator": torch.Generator().manual_seed(0)}
+    for steps in (0, 1, 4):
+        flops = attack_flops(lambda steps=steps: pgd(net, objective, images, num_steps=steps, **options))
+        assert flops == steps * 2 * BATCH * 2 * (conv_macs(SPACE) + head_macs(SPACE))
+
+
+def test_a_training_step_makes_one_teacher_pass_two_training_passes_and_the_attack():
+    student = conv_macs(SPACE) + head_macs(SPACE)
+    first = SPACE.spec(middle(SPACE)).convs[0].macs  # images of the training passes need no gradient
+    teacher = SPACE.spec(SPACE.largest).macs
+    passes = 2 * (3 * student - first)
+    flops = attack_flops(lambda: training_step(SPACE))
+    assert flops == 2 * BATCH * (teacher + passes + STEPS * 2 * student)
+
+
+def test_kernels_of_an_attack_step():
+    net, objective, images = folded(SPACE), CrossEntropy(labels(SPACE)), random_images(SPACE, BATCH).float()
+    spec = SPACE.spec(middle(SPACE))
+    options = {"eps": 0.1, "step_size": 0.03}
+    counts = []
+    for steps in (1, 2):
+        with Kernels() as kernels:
+            pgd(net, objective, images, num_steps=steps, generator=torch.Generator().manual_seed(0), **options)
+        counts.append(kernels.counts)
+    step = counts[1] - counts[0]
+    convs, relus = len(spec.convs), sum(c.relu for c in spec.convs) + sum(b.final_relu for b in spec.blocks)
+    sliced = sum(c.kernel == 1 and c.stride > 1 for c in spec.convs)
+    assert step["convolution"] == convs + sliced  # the input gradient of a sliced one is a convolution, too
+    assert step["convolution_backward"] == convs - sliced
+    assert step["relu_"] == step["threshold_backward"] == relus
+    assert step["sign_"] == step["clamp"] == 1
+    around = sum(step.values()) - 2 * convs - 2 * relus
+    assert around <= 3 * sum(block.shortcut is not None for block in spec.blocks) + 20
+
+
+def test_kernels_of_a_training_step_grow_by_those_of_an_attack_step():
+    counts = []
+    for steps in (1, 2, 3):
+        made, images = trainer(SPACE, num_steps=steps), random_images(SPACE, BATCH, dtype=torch.float32)
+        with Kernels() as kernels:
+            made.step(images, labels(SPACE), 0, 0, 0.1, torch.Generator().manual_seed(0))
+        counts.append(sum(kernels.counts.values()))
+    assert counts[1] - counts[0] == counts[2] - counts[1]
+    convs = len(SPACE.spec(middle(SPACE)).convs)
+    assert counts[1] - counts[0] <= 5 * convs + 30
+    assert kernels.counts["native_batch_norm"] + kernels.counts["_native_batch_norm_legit"] == 2 * convs
+
+
+def test_counters_see_a_redundant_forward():
+    net, images = folded(SPACE), random_images(SPACE, BATCH).float()
+    once = attack_flops(lambda: net(images))
+    assert once == 2 * BATCH * (conv_macs(SPACE) + head_macs(SPACE))
+    assert attack_flops(lambda: (net(images), net(images))) == 2 * once
