@@ -27,7 +27,7 @@ import torch
 import yaml
 from common import NOISY, Timing, machine, table, time_interleaved, write_rows
 
-from proard.artifacts import HISTORY, read_table
+from proard.artifacts import read_table
 from proard.config import RunConfig, job_settings, load
 from proard.stages import prepare_data, train_phase, train_teacher
 
@@ -186,7 +186,7 @@ def require_same(folder: Path, stage: str) -> None:
     SystemExit
         They do not; the text has the figures.
     """
-    ends = [read_table(folder / f"{form}-{stage}.parquet", HISTORY).iloc[-1] for form in ("plain", "package")]
+    ends = [read_table(folder / f"{form}-{stage}.parquet").iloc[-1] for form in ("plain", "package")]
     losses = [float(end["loss"]) for end in ends]
     wrong = [f"loss {losses}"] if abs(losses[0] - losses[1]) > SAME_LOSS * losses[0] else []
     for column in ("val_clean_acc", "val_robust_acc"):

@@ -12,7 +12,7 @@ from helpers import TINY, image_sets, random_images, random_supernet, tiny_confi
 from test_bench_step import BENCHMARKS
 
 from proard.losses import CrossEntropy
-from proard.nets import SubnetView
+from proard.nets import SubnetView, gradient
 
 
 @pytest.fixture(autouse=True)
@@ -30,10 +30,31 @@ def test_attacks_agree_before_they_are_timed_and_a_wrong_one_stops_the_run(capsy
     out = capsys.readouterr().out
     assert "convolution ceiling" in out
     assert re.search(r"bfloat16 +16 +[\d.]+ +\d+  [\d.]+%", out)
-    found = bench_attack.Agreement(0.998, 0.94, {"float32": 0.5, "bfloat16": 0.8}, 0.1)
-    with pytest.raises(SystemExit, match=r"iterates 0\.9980, .*signs 0\.9400, .*bfloat16 0\.3000"):
+    found = bench_attack.Agreement(0.998, 0.9, 0.8, 0.88, {"plain": 0.5, "bfloat16": 0.8}, 0.1)
+    with pytest.raises(SystemExit, match=r"float64 0\.9980, .*signs in bfloat16 0\.8800, .*accuracies 0\.3000"):
         found.require()
-    bench_attack.Agreement(0.9995, 0.97, {"float32": 0.5, "bfloat16": 0.55}, 0.1).require()
+    bench_attack.Agreement(0.9995, 0.9, 0.8, 0.92, {"plain": 0.5, "bfloat16": 0.55}, 0.1).require()
+
+
+def test_an_attack_by_a_wrong_gradient_is_noticed_in_float64(monkeypatch):
+    import bench_attack
+    import plain_step
+    import step_rows
+
+    problem = step_rows.make_problem(
+        step_rows.scaled_space("resnet_digits", 1),
+        recipe=plain_step.Recipe(num_steps=3),
+        num_archs=1,
+        batch_size=8,
+        dtype=torch.float32,
+    )
+    assert bench_attack.agreement(problem).exact == 1
+    backward = gradient.BlockGradient.backward
+    monkeypatch.setattr(gradient.BlockGradient, "backward", lambda *args: backward(*args).flip(3))
+    found = bench_attack.agreement(problem)
+    assert found.exact < 0.999
+    with pytest.raises(SystemExit, match="equal iterates in float64"):
+        found.require()
 
 
 def test_the_share_of_the_ceiling_counts_a_forward_and_an_input_gradient(tmp_path, monkeypatch):
