@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from proard.config.fields import (
     Count,
+    Extended,
     Int,
     Natural,
     NonNegative,
@@ -165,18 +166,21 @@ class TrainControl(Optimisation):
     """The plainly trained network of the teacher's size: what robust training is compared with."""
 
 
-class Phase(Optimisation):
+class Phase(Optimisation, Extended):
     """One leg of progressive distillation: which choices are open, who is drawn, who teaches, with which loss.
 
-    `width`, `depth`, `expand` list the open choices; an omitted dim is fully open. `teacher` is `frozen` (a separate
-    network), `dynamic` (the largest subnet, trained jointly on `teacher_objective`) or `both`, with
+    `width`, `depth`, `expand`, `kernel` list the open choices; an omitted dim is fully open. `teacher` is `frozen` (a
+    separate network), `dynamic` (the largest subnet, trained jointly on `teacher_objective`) or `both`, with
     `frozen_weight` as the frozen one's share. `warm_start` picks where the weights come from.
     """
+
+    gained = frozenset({"kernel"})
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = "phase"
     width: tuple[Positive, ...] | None = None
     depth: tuple[Natural, ...] | None = None
     expand: tuple[Positive, ...] | None = None
+    kernel: tuple[Count, ...] | None = None
     sampling: Literal["per_pass", "uniform", "sandwich"] = "sandwich"
     archs_per_step: Count = 3
     loss: Literal["rslad"] = "rslad"

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from proard.config import Phase, UserError
-from proard.nets import StaticNet, Supernet, load_static, load_supernet, save_supernet
-from proard.nets.elastic import key_of
+from proard.nets import StaticNet, Supernet, implant, load_static, load_supernet, save_supernet
 from proard.space import Arch, SearchSpace
 from proard.stages.common import parse_arguments, run
 from proard.stages.training import Training, frozen_teacher
@@ -49,7 +46,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         training.state.finish()
 
 
-@torch.no_grad()
 def start_from_teacher(
     net: Supernet, teacher: StaticNet, space: SearchSpace, teacher_space: SearchSpace, teacher_arch: Arch
 ) -> None:
@@ -57,16 +53,12 @@ def start_from_teacher(
     if space.spec(space.largest) != teacher_space.spec(teacher_arch):
         print("the teacher is not this space's largest subnet: the supernet starts from random weights", flush=True)
         return
-    for conv in teacher.spec.convs:
-        layer, norm = net.layers[key_of(conv)], teacher.norms[key_of(conv)]
-        layer.weight.copy_(teacher.convs[key_of(conv)].weight)
-        layer.bn.load_state_dict(norm.state_dict())
-    net.head.load_state_dict(teacher.head.state_dict())
+    implant(net, teacher)
 
 
 def validated_archs(space: SearchSpace, phase: Phase) -> dict[str, Arch]:
     """Smallest, middle and largest subnet of the choices a phase opens."""
-    among = space.open_choices(width=phase.width, depth=phase.depth, expand=phase.expand)
+    among = space.open_choices(width=phase.width, depth=phase.depth, expand=phase.expand, kernel=phase.kernel)
     picks = {"smallest": 0.0, "middle": 0.5, "largest": 1.0}
     archs = {
         name: space.arch([options[round(place * (len(options) - 1))] for options in among])

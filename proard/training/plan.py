@@ -63,7 +63,7 @@ def phase_plan(space: SearchSpace, phase: Phase) -> Plan:
     ValueError
         The phase opens a choice that the space does not have.
     """
-    among = space.open_choices(width=phase.width, depth=phase.depth, expand=phase.expand)
+    among = space.open_choices(width=phase.width, depth=phase.depth, expand=phase.expand, kernel=phase.kernel)
     loss = bind(phase.loss, phase)
     guide = Drawn(space.largest, *bind(phase.teacher_objective, phase), guides=True)
     first = [space.arch([options[0] for options in among]), space.arch([options[-1] for options in among])]
