@@ -171,16 +171,18 @@ class Phase(Optimisation, Extended):
 
     `width`, `depth`, `expand`, `kernel` list the open choices; an omitted dim is fully open. `teacher` is `frozen` (a
     separate network), `dynamic` (the largest subnet, trained jointly on `teacher_objective`) or `both`, with
-    `frozen_weight` as the frozen one's share. `warm_start` picks where the weights come from.
+    `frozen_weight` as the frozen one's share. `warm_start` picks where the weights come from. `sort_channels` `l1`
+    first moves the channels inside blocks that weigh most to the front, among those that no trained subnet tells apart.
     """
 
-    gained = frozenset({"kernel"})
+    gained = frozenset({"kernel", "sort_channels"})
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = "phase"
     width: tuple[Positive, ...] | None = None
     depth: tuple[Natural, ...] | None = None
     expand: tuple[Positive, ...] | None = None
     kernel: tuple[Count, ...] | None = None
+    sort_channels: Literal["none", "l1"] = "none"
     sampling: Literal["per_pass", "uniform", "sandwich"] = "sandwich"
     archs_per_step: Count = 3
     loss: Literal["rslad"] = "rslad"

@@ -4,6 +4,7 @@ from proard.nets.calibration import recalibrate
 from proard.nets.elastic import ElasticConvNorm, ElasticLinear, Supernet
 from proard.nets.files import load_static, load_supernet, save_static, save_supernet
 from proard.nets.forward import run_network
+from proard.nets.sorting import sort_channels
 from proard.nets.subnet import FoldedNet, StaticNet, extract, fold, implant
 from proard.nets.view import SubnetView
 
@@ -23,4 +24,5 @@ __all__ = [
     "run_network",
     "save_static",
     "save_supernet",
+    "sort_channels",
 ]

@@ -7,6 +7,7 @@ that equal subnets have equal genotypes.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from itertools import product
@@ -192,6 +193,25 @@ class SearchSpace:
                 kept = [i for i, value in enumerate(choices) if values is None or value in values]
                 genes.append(np.asarray(kept or [len(choices) - 1]))
         return genes
+
+    def layer_widths(self, among: list[np.ndarray]) -> dict[str, set[int]]:
+        """Per convolution of the units, every number of output channels that it has among the open choices."""
+        s, found = self.settings, defaultdict(set)
+        widths, expands = (
+            [[choices[i] for i in kept] for choices, kept in zip(self.options[dim], among[part], strict=True)]
+            for dim, part in zip(("width", "expand"), self.sections[1:3], strict=True)
+        )
+        del widths[: int(self.deep_stem)]  # of the stem, its output alone
+        slots = [(unit, index) for unit, count in enumerate(self.slots) for index in range(count)]
+        for (unit, index), inner in zip(slots, expands, strict=True):
+            entered = unit if index == 0 else unit + 1
+            for own, before, expand in product(widths[unit + 1], widths[entered], inner):
+                if index == 0 or before == own:
+                    channels = unit_width(s, entered - 1, before)
+                    block = unit_block(s, unit, index, channels, width=own, expand=expand, kernel=3, size=1)
+                    for conv in block.convs:
+                        found[conv.name].add(conv.out_channels)
+        return dict(found)
 
     def sample(self, count: int, rng: np.random.Generator, *, among: list[np.ndarray] | None = None) -> np.ndarray:
         """Draw `count` canonical genotypes, each gene uniform and independent; of shape (count, genes)."""

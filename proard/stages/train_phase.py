@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+from proard.artifacts import read_header
 from proard.config import Phase, UserError
-from proard.nets import StaticNet, Supernet, implant, load_static, load_supernet, save_supernet
-from proard.space import Arch, SearchSpace
+from proard.nets import StaticNet, Supernet, implant, load_static, load_supernet, save_supernet, sort_channels
+from proard.space import DIMS, Arch, SearchSpace
 from proard.stages.common import parse_arguments, run
 from proard.stages.training import Training, frozen_teacher
 from proard.training import phase_plan
@@ -34,16 +36,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     teacher, teacher_space, teacher_arch, _ = load_static(files.teacher, kind="teacher")
     with training.state.owned():
         net = training.supernet(space)
+        opened: list[dict[str, Any]] = []
         if files.previous:
             previous, _ = load_supernet(files.previous, space)
             net.load_state_dict(previous.state_dict())
+            opened = read_header(files.previous).get("opened", [{}])  # where it is not known: everything
         elif phase.warm_start == "teacher":
             start_from_teacher(net, teacher, space, teacher_space, teacher_arch)
+        if phase.sort_channels == "l1":
+            sort_channels(net, trained_widths(space, opened))
         predict = None if phase.teacher == "dynamic" else frozen_teacher(teacher.to(job.device))
         rows = training.fit(net, label=phase.name, plan=plan, validated=validated_archs(space, phase), teacher=predict)
+        opened.append({dim: getattr(phase, dim) for dim in DIMS if getattr(phase, dim) is not None})
         training.write_history(files.history, rows)
-        save_supernet(files.supernet, net, training.provenance, phase=phase.name)
+        save_supernet(files.supernet, net, training.provenance, phase=phase.name, opened=opened)
         training.state.finish()
+
+
+def trained_widths(space: SearchSpace, opened: list[dict[str, Any]]) -> dict[str, set[int]]:
+    """Every number of output channels of every convolution in the subnets that earlier phases opened."""
+    widths: dict[str, set[int]] = {}
+    for dims in opened:
+        for name, found in space.layer_widths(space.open_choices(**dims)).items():
+            widths[name] = widths.get(name, set()) | found
+    return widths
 
 
 def start_from_teacher(
