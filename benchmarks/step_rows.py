@@ -182,7 +182,7 @@ def make_problem(
             layer.bn.bias.data.normal_(0, 0.1, generator=generator)
         for block in space.spec(space.largest).blocks:
             if block.shortcut is not None:  # small residual branches: gradients as smooth as trained networks' are
-                net.layers[key_of(block.convs[-1])].bn.weight.data.mul_(0.2)
+                net.layers[key_of(block.steps[-1])].bn.weight.data.mul_(0.2)
         for arch in (space.largest, *among):
             _settle_statistics(net, arch, images)
         for layer in net.layers.values():

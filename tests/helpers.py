@@ -36,7 +36,27 @@ TINY_DEEP = {
     "units": [{"channels": 16, "blocks": 2}, {"channels": 32, "blocks": 1, "stride": 2}],
     "image_channels": 3,
 }
-SMALL_SPACES = [TINY, TINY_DEEP]
+TINY_POOL = {
+    **TINY_DEEP,
+    "name": "tiny_pool",
+    "stem": {"kind": "deep", "channels": 16, "pool": True},
+    "shortcut": "pool_conv",
+}
+TINY_MOBILE = {
+    **TINY,
+    "name": "tiny_mobile",
+    "family": "mobilenet",
+    "block": "mbconv",
+    "stem": {"channels": 8, "activation": "h_swish"},
+    "units": [
+        {"channels": 8, "depth": [0], "expand": [1], "kernel": [3], "activation": "relu6"},
+        {"channels": 16, "stride": 2, "activation": "h_swish", "se": True},
+    ],
+    "final": {"channels": 24, "features": 20, "activation": "h_swish"},
+    "expand": [2, 3],
+    "kernel": [3, 5, 7],
+}
+SMALL_SPACES = [TINY, TINY_DEEP, TINY_POOL, TINY_MOBILE]
 
 CONFIG = {
     "run": "tiny",
@@ -86,6 +106,12 @@ def random_supernet(space: SearchSpace, *, seed: int = 0, dtype: torch.dtype = t
     channels = space.settings.image_channels
     net = Supernet(space, mean=[0.4] * channels, std=[0.3] * channels, generator=generator)
     for layer in net.layers.values():
+        for transform in layer.transforms.values():
+            transform.data += torch.randn(transform.shape, generator=generator) / 10
+        if layer.bias is not None:
+            layer.bias.data = torch.randn(layer.bias.shape, generator=generator) / 5
+        if layer.bn is None:
+            continue
         shape = layer.bn.weight.shape
         layer.bn.weight.data = torch.rand(shape, generator=generator) + 0.5
         layer.bn.bias.data = torch.randn(shape, generator=generator) / 5

@@ -16,7 +16,16 @@ import onnx
 import pytest
 import torch
 import yaml
-from helpers import TINY_DEEP, random_supernet, save_stripes, tiny_config, tiny_space
+from helpers import (
+    TINY_DEEP,
+    TINY_MOBILE,
+    TINY_POOL,
+    random_images,
+    random_supernet,
+    save_stripes,
+    tiny_config,
+    tiny_space,
+)
 
 from proard.artifacts import ArtifactError, Provenance, read_header, read_table, sha256, write_json, write_table
 from proard.artifacts.tables import PREDICTED, STUDENT
@@ -249,13 +258,14 @@ def test_the_example_of_the_card_runs_beside_the_onnx_file_alone(exported, tmp_p
     assert float(score) == pytest.approx(scores.max(), abs=1e-4)
 
 
-def test_older_opset_and_colour_bottleneck_space_export_alike(tmp_path):
-    space = tiny_space(TINY_DEEP)
+@pytest.mark.parametrize("settings", [TINY_DEEP, TINY_POOL, TINY_MOBILE], ids=lambda entry: entry["name"])
+def test_older_opset_and_other_spaces_export_alike(settings, tmp_path):
+    space = tiny_space(settings)
     net = fold(extract(random_supernet(space, dtype=torch.float32).eval(), space.smallest))
     save_onnx(tmp_path / "a.onnx", export_program(net), facts_of(space, space.smallest), opset=18)
     model = onnx.load(tmp_path / "a.onnx")
     assert model.opset_import[0].version == 18
-    images = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    images = random_images(space, 5, dtype=torch.float32).contiguous()
     with torch.no_grad():
         expected = net(images)
     np.testing.assert_allclose(onnx_logits(tmp_path / "a.onnx", images.numpy()), expected, rtol=0, atol=1e-5)

@@ -104,6 +104,8 @@ def test_extracted_network_shares_no_memory_with_the_supernet():
 def test_gradients_of_views_equal_those_of_the_plain_supernet(settings):
     net, images, archs = problem(settings)
     labels = torch.arange(len(images)) % CLASSES
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
     for arch in archs:  # several archs accumulate
         F.cross_entropy(net(images, arch), labels).backward()
     expected = {name: parameter.grad.clone() for name, parameter in net.named_parameters()}

@@ -1,6 +1,7 @@
 """Settings of a run: one frozen class per stage, strict parsing, and the JSON schema generated from them."""
 
 from proard.config.fields import ConfigError, UserError
+from proard.config.presets import PRESETS
 from proard.config.run import NEEDS, RunConfig, job_settings, json_schema, load, parse
 from proard.config.settings import (
     Attack,
@@ -23,7 +24,7 @@ from proard.config.settings import (
     Validation,
     VerifyFront,
 )
-from proard.config.spaces import PRESETS, Space, Stem, Unit
+from proard.config.spaces import Final, Space, Stem, Unit
 
 __all__ = [
     "NEEDS",
@@ -33,6 +34,7 @@ __all__ = [
     "ConfigError",
     "EvaluateArchs",
     "ExportStudent",
+    "Final",
     "FitPredictor",
     "Measurement",
     "Phase",

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    WithJsonSchema,
+    model_serializer,
+)
 from pydantic_core import PydanticCustomError
 
 
@@ -21,6 +30,19 @@ class Settings(BaseModel):
     """Base of every settings class: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Extended(Settings):
+    """Settings that gained keys: those in `gained` are written only where set, so that older fingerprints hold."""
+
+    gained: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def leave_out_unset(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """All keys but the gained ones that stand at their default."""
+        fields = type(self).model_fields
+        unset = {key for key in self.gained if getattr(self, key) == fields[key].default}
+        return {key: value for key, value in write(self).items() if key not in unset}
 
 
 def parse_number(value: Any) -> Any:

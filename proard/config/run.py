@@ -11,7 +11,8 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from proard.config import settings as s
 from proard.config.fields import ConfigError, Natural, Settings
-from proard.config.spaces import PRESETS, Space
+from proard.config.presets import PRESETS
+from proard.config.spaces import Space
 
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from proard.config.fields import (
     Count,
+    Extended,
     Int,
     Natural,
     NonNegative,
@@ -173,22 +174,28 @@ class TrainControl(Optimisation):
     """The plainly trained network of the teacher's size: what robust training is compared with."""
 
 
-class Phase(Optimisation, DistillationOptions):
+class Phase(Optimisation, DistillationOptions, Extended):
     """One leg of progressive distillation: which choices are open, who is drawn, who teaches, with which loss.
 
-    `width`, `depth`, `expand` list the open choices; an omitted dim is fully open. `teacher` is `frozen` (a separate
-    network), `dynamic` (the largest subnet, trained jointly on `teacher_objective`) or `both`, with
-    `frozen_weight` as the frozen one's share. `warm_start` picks where the weights come from.
+    `width`, `depth`, `expand`, `kernel` list the open choices; an omitted dim is fully open. `teacher` is `frozen` (a
+    separate network), `dynamic` (the largest subnet, trained jointly on `teacher_objective`) or `both`, with
+    `frozen_weight` as the frozen one's share. `warm_start` picks where the weights come from. `sort_channels` `l1`
+    first moves the channels inside blocks that weigh most to the front, among those that no trained subnet tells apart.
 
     `sampling`: `per_pass`, `uniform`, `sandwich`; `progressive` is uniform among choices that open with the training
-    (width, then depth, then expand, a third each); `pareto` is the sandwich whose inner subnets win a comparison of
-    `pareto_candidates` at a drawn cost, the `best` or the `worst` by their loss on the batch (`pareto_pick`).
+    (width, depth, expand, kernel, as far as the space has them, an equal part each); `pareto` is the sandwich whose
+    inner subnets win a comparison of `pareto_candidates` at a drawn cost, the `best` or the `worst` by their loss on
+    the batch (`pareto_pick`).
     """
+
+    gained = frozenset({"kernel", "sort_channels"})
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = "phase"
     width: tuple[Positive, ...] | None = None
     depth: tuple[Natural, ...] | None = None
     expand: tuple[Positive, ...] | None = None
+    kernel: tuple[Count, ...] | None = None
+    sort_channels: Literal["none", "l1"] = "none"
     sampling: Literal["per_pass", "uniform", "sandwich", "progressive", "pareto"] = "sandwich"
     archs_per_step: Count = 3
     pareto_candidates: Count = 3

@@ -1,46 +1,84 @@
-"""Search spaces as data: stem, units and the choice lists of every elastic dim, with the presets of the package."""
+"""Search spaces as data: stem, units and the choice lists of every elastic dim."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from proard.config.fields import Count, Int, Natural, Positive, Settings
+from proard.config.fields import Count, Extended, Int, Natural, Positive, Settings
+
+Activation = Literal["relu", "relu6", "h_swish"]
+Depths = Annotated[tuple[Natural, ...], Field(min_length=1)]
+Factors = Annotated[tuple[Positive, ...], Field(min_length=1)]
+Kernels = Annotated[tuple[Count, ...], Field(min_length=1)]
 
 
-class Stem(Settings):
-    """First convolutions. `conv`: one 3x3. `deep`: 3x3, an elastic residual 3x3, 3x3 (ResNet-D style)."""
+class Stem(Extended):
+    """First convolutions. `conv`: one 3x3. `deep`: 3x3, an elastic residual 3x3, 3x3 (ResNet-D style).
+
+    `pool` puts a 3x3 max-pooling of stride 2 behind them.
+    """
+
+    gained = frozenset({"activation", "pool"})
 
     kind: Literal["conv", "deep"] = "conv"
     channels: Count = 32
     stride: Annotated[Int, Field(ge=1, le=2)] = 1
+    activation: Activation = "relu"
+    pool: bool = False
 
 
-class Unit(Settings):
-    """Blocks at one resolution: full output width, least number of blocks, stride of the first block."""
+class Unit(Extended):
+    """Blocks at one resolution: full output width, least number of blocks, stride of the first block.
+
+    `depth`, `expand` and `kernel` replace the space's choices in this unit. `se` gives its blocks squeeze-excite.
+    """
+
+    gained = frozenset({"activation", "se", "depth", "expand", "kernel"})
 
     channels: Count
     blocks: Count = 1
     stride: Annotated[Int, Field(ge=1, le=2)] = 1
+    activation: Activation = "relu"
+    se: bool = False
+    depth: Depths | None = None
+    expand: Factors | None = None
+    kernel: Kernels | None = None
 
 
-class Space(Settings):
-    """A ResNet search space.
+class Final(Settings):
+    """1x1 convolutions around the global pooling: to `channels` before it, to `features` after it; 0: none."""
 
-    `depth` lists how many blocks may stand beyond a unit's `blocks`; `expand` lists the inner width of a block
-    relative to its output width; `width` lists multipliers of the stem's and of each unit's channels. Channels
-    are rounded to multiples of `channel_multiple`, never down by more than 10 %.
+    channels: Natural = 0
+    features: Natural = 0
+    activation: Activation = "relu"
+
+
+class Space(Extended):
+    """A search space of one of two families.
+
+    `resnet` has `basic` or `bottleneck` blocks; `mobilenet` has `mbconv` blocks: 1x1, depthwise, 1x1. `depth` lists how
+    many blocks may stand beyond a unit's `blocks`; `expand` lists the inner width of a block relative to its output
+    width (`mbconv`: input width); `kernel` lists the sides of depthwise convolutions; `width` lists multipliers of the
+    stem's and of each unit's channels. Channels are rounded to multiples of `channel_multiple`, never down by more than
+    10 %. `shortcut` is the way around a ResNet unit's first block: a strided convolution, or one behind mean pooling.
     """
 
+    gained = frozenset({"kernel", "shortcut", "final"})
+    families: ClassVar[dict[str, tuple[str, ...]]] = {"resnet": ("basic", "bottleneck"), "mobilenet": ("mbconv",)}
+
     name: str = "custom"
-    family: Literal["resnet"] = "resnet"
-    block: Literal["basic", "bottleneck"] = "basic"
+    family: Literal["resnet", "mobilenet"] = "resnet"
+    block: Literal["basic", "bottleneck", "mbconv"] = "basic"
     stem: Stem = Stem()
     units: Annotated[tuple[Unit, ...], Field(min_length=1)]
-    depth: Annotated[tuple[Natural, ...], Field(min_length=1)] = (0,)
-    expand: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0,)
-    width: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0,)
+    final: Final = Final()
+    shortcut: Literal["conv", "pool_conv"] = "conv"
+    depth: Depths = (0,)
+    expand: Factors = (1.0,)
+    width: Factors = (1.0,)
+    kernel: Kernels = (3,)
     channel_multiple: Count = 8
     image_channels: Count = 3
     image_size: Count = 32
@@ -48,55 +86,29 @@ class Space(Settings):
 
     @model_validator(mode="after")
     def choices_rise(self) -> Space:
-        """Choice lists are strictly rising, so that the last entry is the largest subnet's."""
-        for name in ("depth", "expand", "width"):
-            choices = getattr(self, name)
-            if list(choices) != sorted(set(choices)):
+        """Choice lists are strictly rising, so that the last entry is the largest subnet's; kernels are odd."""
+        lists = {name: getattr(self, name) for name in ("depth", "expand", "width", "kernel")}
+        for index, unit in enumerate(self.units):
+            lists |= {f"units.{index}.{name}": getattr(unit, name) for name in ("depth", "expand", "kernel")}
+        for name, choices in lists.items():
+            if choices is not None and list(choices) != sorted(set(choices)):
                 raise ValueError(f"{name} lists its choices once each, smallest first; it is {list(choices)}")
+            if choices is not None and name.endswith("kernel") and any(side % 2 == 0 for side in choices):
+                raise ValueError(f"{name} lists odd sides; it is {list(choices)}")
         return self
 
-
-PRESETS: dict[str, Space] = {
-    # The published ProARD ResNet space for CIFAR (arXiv:2506.07666, released code): 46.08 M parameters, 2358 M MACs
-    # at its largest, 5.22 M and 285.2 M at its smallest, 2.459e12 nominal choices.
-    "resnet_cifar": Space(
-        name="resnet_cifar",
-        block="bottleneck",
-        stem=Stem(kind="deep", channels=64, stride=1),
-        units=(
-            Unit(channels=256, blocks=2, stride=1),
-            Unit(channels=512, blocks=2, stride=2),
-            Unit(channels=1024, blocks=4, stride=2),
-            Unit(channels=2048, blocks=2, stride=2),
-        ),
-        depth=(0, 1, 2),
-        expand=(0.2, 0.25, 0.35),
-        width=(0.65, 0.8, 1.0),
-    ),
-    # CIFAR-10 on two CPU cores: stride-2 stem, 3x3 blocks, thin where maps are large; 2.3 M to 18.7 M MACs.
-    "resnet_micro": Space(
-        name="resnet_micro",
-        stem=Stem(channels=16, stride=2),
-        units=(
-            Unit(channels=16, stride=1),
-            Unit(channels=64, stride=2),
-            Unit(channels=128, stride=2),
-        ),
-        depth=(0, 1),
-        expand=(0.75, 1.0),
-        width=(0.6, 0.8, 1.0),
-        channel_multiple=2,
-    ),
-    # The 8x8 digits, for the quick start and the tests.
-    "resnet_digits": Space(
-        name="resnet_digits",
-        stem=Stem(channels=16, stride=1),
-        units=(Unit(channels=16, stride=1), Unit(channels=32, stride=2)),
-        depth=(0, 1, 2),
-        expand=(0.5, 1.0),
-        width=(0.25, 0.5, 1.0),
-        channel_multiple=4,
-        image_channels=1,
-        image_size=8,
-    ),
-}
+    @model_validator(mode="after")
+    def blocks_are_the_familys(self) -> Space:
+        """Kernels and squeeze-excite belong to MobileNets, shortcut convolutions to ResNets; expand 1 has no 1x1."""
+        if self.block not in self.families[self.family]:
+            blocks = " or ".join(self.families[self.family])
+            raise ValueError(f"block is {self.block}; blocks of family {self.family} are {blocks}")
+        if self.family == "resnet" and (self.kernel != (3,) or any(unit.kernel or unit.se for unit in self.units)):
+            raise ValueError("kernel and se are settings of family mobilenet")
+        if self.family == "mobilenet":
+            if self.shortcut != "conv":
+                raise ValueError("shortcut is a setting of family resnet")
+            for choices in (self.expand, *(unit.expand for unit in self.units if unit.expand)):
+                if 1 in choices and len(choices) > 1:
+                    raise ValueError(f"expand 1 has no expanding convolution and stands alone; it is {list(choices)}")
+        return self

@@ -4,7 +4,8 @@ from proard.nets.calibration import recalibrate
 from proard.nets.elastic import ElasticConvNorm, ElasticLinear, Supernet
 from proard.nets.files import load_static, load_supernet, save_static, save_supernet
 from proard.nets.forward import run_network
-from proard.nets.subnet import FoldedNet, StaticNet, extract, fold
+from proard.nets.sorting import sort_channels
+from proard.nets.subnet import FoldedNet, StaticNet, extract, fold, implant
 from proard.nets.view import SubnetView
 
 __all__ = [
@@ -16,10 +17,12 @@ __all__ = [
     "Supernet",
     "extract",
     "fold",
+    "implant",
     "load_static",
     "load_supernet",
     "recalibrate",
     "run_network",
     "save_static",
     "save_supernet",
+    "sort_channels",
 ]

@@ -36,9 +36,11 @@ def recalibrate(net: StaticNet, images: Tensor, *, batch_size: int) -> StaticNet
 
         def conv(layer: ConvSpec, x: Tensor) -> Tensor:
             key = key_of(layer)
+            out = net.convs[key](x)
+            if not layer.norm:
+                return out
             norm = net.norms[key]
             mean, var = torch.zeros_like(norm.running_mean), torch.zeros_like(norm.running_mean)
-            out = net.convs[key](x)
             out = F.batch_norm(out, mean, var, norm.weight, norm.bias, training=True, momentum=1.0, eps=BN_EPS)
             totals[key][0] += mean
             totals[key][1] += var

@@ -1,4 +1,4 @@
-"""The supernet: one set of weights, of which every subnet uses the leading channels and the first blocks.
+"""The supernet: one set of weights, of which every subnet uses the leading channels, first blocks and kernels' centres.
 
 The arch is an argument of every call and never stored. The forward here slices the weights anew in each call: it is the
 plain form that the faster `SubnetView` is tested against.
@@ -25,18 +25,74 @@ class ElasticConvNorm(nn.Module):
     in_channels, out_channels : int
         Full numbers of channels.
     kernel, stride : int
-        Side and step of the convolution; padding keeps the size at stride 1.
+        Largest side and step of the convolution; padding keeps the size at stride 1.
+    depthwise : bool
+        One filter per channel; `in_channels` equals `out_channels`.
+    norm, bias : bool
+        Whether batch norm or a bias follows.
+    kernels : tuple of int
+        All sides, smallest first, where there are several. A smaller kernel is the centre of the next larger one times
+        a learned matrix, which starts as the identity.
+
+    References
+    ----------
+    Cai et al., Once-for-All, ICLR 2020, arXiv:1908.09791, section 3.2: the kernel transformation matrices.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *, kernel: int, stride: int) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        kernel: int,
+        stride: int,
+        depthwise: bool = False,
+        norm: bool = True,
+        bias: bool = False,
+        kernels: tuple[int, ...] = (),
+    ) -> None:
         super().__init__()
-        self.stride, self.padding = stride, kernel // 2
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel, kernel))
-        self.bn = nn.BatchNorm2d(out_channels, eps=BN_EPS, momentum=BN_MOMENTUM)
+        self.kernel, self.stride, self.groups = kernel, stride, in_channels if depthwise else 1
+        self.smaller = kernels[-2::-1]  # largest first
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // self.groups, kernel, kernel))
+        self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
+        self.bn = nn.BatchNorm2d(out_channels, eps=BN_EPS, momentum=BN_MOMENTUM) if norm else None
+        self.transforms = nn.ParameterDict({f"to{side}": torch.empty(side**2, side**2) for side in self.smaller})
 
-    def forward(self, x: Tensor, out_channels: int) -> Tensor:
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Draw fresh weights (He et al. 2015, fan-out; a depthwise filter feeds one channel)."""
+        if self.groups == 1:
+            nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+        else:
+            nn.init.normal_(self.weight, std=2**0.5 / self.kernel, generator=generator)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        if self.bn is not None:
+            nn.init.ones_(self.bn.weight)
+            nn.init.zeros_(self.bn.bias)
+            self.bn.reset_running_stats()
+        for transform in self.transforms.values():
+            nn.init.eye_(transform)
+
+    def filters(self, out_channels: int, in_channels: int, kernel: int | None = None) -> Tensor:
+        """Weights of shape (out_channels, in_channels per group, kernel, kernel), with a graph to those stored."""
+        weight = self.weight[:out_channels, : 1 if self.groups > 1 else in_channels]
+        for side in self.smaller:
+            if kernel is None or side < kernel:
+                break
+            cut = (weight.shape[-1] - side) // 2
+            centre = weight[..., cut : cut + side, cut : cut + side]
+            weight = F.linear(centre.flatten(2), self.transforms[f"to{side}"]).reshape(centre.shape)
+        return weight
+
+    def forward(self, x: Tensor, out_channels: int, kernel: int | None = None) -> Tensor:
         """Map (batch, in, h, w) to (batch, out_channels, h', w') with the leading channels of both sides."""
-        out = F.conv2d(x, self.weight[:out_channels, : x.shape[1]], None, self.stride, self.padding)
+        weight = self.filters(out_channels, x.shape[1], kernel)
+        bias = None if self.bias is None else self.bias[:out_channels]
+        groups = 1 if self.groups == 1 else out_channels
+        out = F.conv2d(x, weight, bias, self.stride, weight.shape[-1] // 2, 1, groups)
+        if self.bn is None:
+            return out
         bn = self.bn
         return F.batch_norm(
             out,
@@ -68,7 +124,7 @@ class Supernet(nn.Module):
     mean, std : sequence of float
         Per channel, of pixels in [0, 1]; images are normalised inside.
     generator : torch.Generator, optional
-        Source of the initial weights (He et al. 2015, fan-out); without it they stay unset, to be loaded.
+        Source of the initial weights; without it they stay unset, to be loaded.
     """
 
     def __init__(
@@ -87,7 +143,14 @@ class Supernet(nn.Module):
         self.layers = nn.ModuleDict()
         for conv in full.convs:
             self.layers[key_of(conv)] = ElasticConvNorm(
-                conv.in_channels, conv.out_channels, kernel=conv.kernel, stride=conv.stride
+                conv.in_channels,
+                conv.out_channels,
+                kernel=conv.kernel,
+                stride=conv.stride,
+                depthwise=conv.depthwise,
+                norm=conv.norm,
+                bias=conv.bias,
+                kernels=space.elastic_kernels.get(conv.name, ()),
             )
         self.head = ElasticLinear(full.features, full.classes)
         if generator is not None:
@@ -97,10 +160,7 @@ class Supernet(nn.Module):
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Draw fresh weights."""
         for layer in self.layers.values():
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu", generator=generator)
-            nn.init.ones_(layer.bn.weight)
-            nn.init.zeros_(layer.bn.bias)
-            layer.bn.reset_running_stats()
+            layer.reset_parameters(generator)
         bound = self.head.in_features**-0.5
         nn.init.uniform_(self.head.weight, -bound, bound, generator=generator)
         nn.init.zeros_(self.head.bias)
@@ -113,7 +173,7 @@ class Supernet(nn.Module):
         """Logits of shape (batch, classes) for images in [0, 1] of shape (batch, channels, height, width)."""
 
         def conv(layer: ConvSpec, x: Tensor) -> Tensor:
-            return self.layers[key_of(layer)](x, layer.out_channels)
+            return self.layers[key_of(layer)](x, layer.out_channels, layer.kernel)
 
         return run_network(self.space.spec(arch), self.normalise(images), conv, self.head)
 

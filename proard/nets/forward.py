@@ -11,12 +11,12 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from proard.space import ConvSpec, NetSpec
+from proard.space import Activation, ConvSpec, GateSpec, NetSpec, PoolSpec, Step
+
+Conv = Callable[[ConvSpec, Tensor], Tensor]
 
 
-def run_network(
-    spec: NetSpec, x: Tensor, conv: Callable[[ConvSpec, Tensor], Tensor], head: Callable[[Tensor], Tensor]
-) -> Tensor:
+def run_network(spec: NetSpec, x: Tensor, conv: Conv, head: Callable[[Tensor], Tensor]) -> Tensor:
     """Logits of normalised images.
 
     Parameters
@@ -26,19 +26,53 @@ def run_network(
     x : Tensor of shape (batch, channels, height, width)
         Normalised images.
     conv : callable
-        `conv(layer, x)`: the layer's convolution and norm, without its activation.
+        `conv(layer, x)`: the layer's convolution with its norm or bias, without its activation.
     head : callable
         `head(features)` of shape (batch, classes) for features of shape (batch, spec.features).
     """
     for block in spec.blocks:
-        out = x
-        for layer in block.convs:
-            out = conv(layer, out)
-            if layer.relu:
-                out = F.relu(out, inplace=True)
-        if isinstance(block.shortcut, ConvSpec):
-            out = out + conv(block.shortcut, x)
-        elif block.shortcut is not None:
-            out = out + x
-        x = F.relu(out, inplace=True) if block.final_relu else out
-    return head(x.mean((2, 3)))
+        out = run_steps(block.steps, x, conv)
+        if block.shortcut is not None:
+            out = out + run_steps(block.shortcut, x, conv)
+        x = activate(block.activation, out)
+    features = x.mean((2, 3))
+    if spec.mixer:
+        features = run_steps(spec.mixer, features[:, :, None, None], conv).flatten(1)
+    return head(features)
+
+
+def run_steps(steps: tuple[Step, ...], x: Tensor, conv: Conv) -> Tensor:
+    """Some steps in sequence; without any, `x` itself."""
+    for step in steps:
+        if isinstance(step, ConvSpec):
+            x = activate(step.activation, conv(step, x))
+        elif isinstance(step, GateSpec):
+            x = x * run_steps(step.convs, x.mean((2, 3), keepdim=True), conv)
+        else:
+            x = pool(step, x)
+    return x
+
+
+def activate(name: Activation, x: Tensor) -> Tensor:
+    """Apply an activation; piecewise linear ones whose result tells their slope overwrite `x`."""
+    if name == "relu":
+        return F.relu(x, inplace=True)
+    if name == "relu6":
+        return F.relu6(x, inplace=True)
+    if name == "h_swish":
+        return F.hardswish(x)
+    if name == "h_sigmoid":
+        return F.hardsigmoid(x)
+    return x
+
+
+def pool(step: PoolSpec, x: Tensor) -> Tensor:
+    """Apply a pooling to maps of shape (batch, channels, height, width)."""
+    if step.kind == "max":
+        return F.max_pool2d(x, 3, step.stride, padding=1)
+    return F.avg_pool2d(x, step.stride, ceil_mode=x.shape[-1] % step.stride > 0)
+
+
+def convolve(layer: ConvSpec, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The bare convolution of a layer with given weights."""
+    return F.conv2d(x, weight, bias, layer.stride, layer.kernel // 2, 1, layer.groups)

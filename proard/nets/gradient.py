@@ -7,6 +7,7 @@ the allocation of every masked gradient and the slow strided backward convolutio
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +21,16 @@ FEW = 8  # input channels up to which the library's strided backward convolution
 
 def is_plain(spec: NetSpec) -> bool:
     """Whether a network is made of nothing but what is differentiated here: dense convolutions, ReLU, shortcuts."""
-    known = {"name", "in_channels", "out_channels", "kernel", "stride", "out_size", "relu"}
-    blocks = {"convs", "shortcut", "final_relu"}
-    return all(set(vars(conv)) <= known for conv in spec.convs) and all(set(vars(b)) <= blocks for b in spec.blocks)
+    dense = all(not conv.depthwise and conv.activation in ("none", "relu") for conv in spec.convs)
+    return dense and not spec.mixer and all(_is_plain_block(block) for block in spec.blocks)
+
+
+def _is_plain_block(block: BlockSpec) -> bool:
+    """Convolutions in sequence beside nothing, the identity or one bare convolution."""
+    side = block.shortcut or ()
+    bare = all(isinstance(step, ConvSpec) and step.activation == "none" for step in side)
+    steps = all(isinstance(step, ConvSpec) for step in block.steps)
+    return steps and bare and len(side) <= 1 and block.activation in ("none", "relu")
 
 
 class Convolution:
@@ -83,38 +91,40 @@ class BlockGradient:
     """A block: convolutions with ReLU in sequence, a shortcut beside them."""
 
     def __init__(self, block: BlockSpec, layers: Mapping[str, Convolution]) -> None:
-        self.block = block
-        self.convs = [layers[conv.name] for conv in block.convs]
-        self.shortcut = layers[block.shortcut.name] if isinstance(block.shortcut, ConvSpec) else None
+        steps = cast(tuple[ConvSpec, ...], block.steps)
+        self.convs = [layers[step.name] for step in steps]
+        self.relus = [step.activation == "relu" for step in steps]
+        self.final_relu, self.residual = block.activation == "relu", block.shortcut is not None
+        self.shortcut = layers[cast(ConvSpec, block.shortcut[0]).name] if block.shortcut else None
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """The block's input, what every convolution gives after its ReLU, and the block's output."""
         kept = [x]
-        for spec, conv in zip(self.block.convs, self.convs, strict=True):
+        for relu, conv in zip(self.relus, self.convs, strict=True):
             out = conv.forward(kept[-1])
-            kept.append(out.relu_() if spec.relu else out)
+            kept.append(out.relu_() if relu else out)
         out = kept[-1]
-        if self.block.shortcut is not None:
+        if self.residual:
             side = x if self.shortcut is None else self.shortcut.forward(x)
-            out = out + side if self.block.convs[-1].relu else out.add_(side)  # a ReLU before the sum is a mask still
-        kept.append(out.relu_() if self.block.final_relu else out)
+            out = out + side if self.relus[-1] else out.add_(side)  # a ReLU before the sum is a mask still
+        kept.append(out.relu_() if self.final_relu else out)
         return kept
 
     def backward(self, gradient: Tensor, kept: list[Tensor]) -> Tensor:
         """Gradient with respect to the block's input; `gradient` may be changed."""
         x, out = kept[0], kept[-1]
-        if self.block.final_relu:
+        if self.final_relu:
             gradient = mask_(gradient, out)
         beside = gradient
-        if self.block.convs[-1].relu:
-            own = gradient.clone(memory_format=torch.preserve_format) if self.block.shortcut is not None else gradient
+        if self.relus[-1]:
+            own = gradient.clone(memory_format=torch.preserve_format) if self.residual else gradient
             gradient = mask_(own, kept[-2])
         for index in range(len(self.convs) - 1, -1, -1):
-            masked = index > 0 and self.block.convs[index - 1].relu
+            masked = index > 0 and self.relus[index - 1]
             gradient = self.convs[index].backward(gradient, kept[index], masked=masked)
         if self.shortcut is not None:
             return self.shortcut.add_backward_(gradient, beside, x)
-        return gradient if self.block.shortcut is None else gradient.add_(beside)
+        return gradient.add_(beside) if self.residual else gradient
 
 
 class InputGradient:

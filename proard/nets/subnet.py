@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from proard.nets.elastic import BN_EPS, Supernet, key_of
-from proard.nets.forward import run_network
+from proard.nets.forward import convolve, run_network
 from proard.nets.gradient import InputGradient, is_plain
 from proard.space import Arch, ConvSpec, NetSpec
+
+NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
 class StaticNet(nn.Module):
@@ -25,9 +27,16 @@ class StaticNet(nn.Module):
         self.convs, self.norms = nn.ModuleDict(), nn.ModuleDict()
         for conv in spec.convs:
             self.convs[key_of(conv)] = nn.Conv2d(
-                conv.in_channels, conv.out_channels, conv.kernel, conv.stride, conv.kernel // 2, bias=False
+                conv.in_channels,
+                conv.out_channels,
+                conv.kernel,
+                conv.stride,
+                conv.kernel // 2,
+                groups=conv.groups,
+                bias=conv.bias,
             )
-            self.norms[key_of(conv)] = nn.BatchNorm2d(conv.out_channels, eps=BN_EPS)
+            if conv.norm:
+                self.norms[key_of(conv)] = nn.BatchNorm2d(conv.out_channels, eps=BN_EPS)
         self.head = nn.Linear(spec.features, spec.classes)
         self.to(memory_format=torch.channels_last)
 
@@ -35,7 +44,8 @@ class StaticNet(nn.Module):
         """Logits of shape (batch, classes) for images in [0, 1] of shape (batch, channels, height, width)."""
 
         def conv(layer: ConvSpec, x: Tensor) -> Tensor:
-            return self.norms[key_of(layer)](self.convs[key_of(layer)](x))
+            out = self.convs[key_of(layer)](x)
+            return self.norms[key_of(layer)](out) if layer.norm else out
 
         normalised = (images - self.mean[:, None, None]) / self.std[:, None, None]
         return run_network(self.spec, normalised, conv, self.head)
@@ -95,7 +105,7 @@ class FoldedNet(nn.Module):
         def conv(layer: ConvSpec, x: Tensor) -> Tensor:
             key = key_of(layer)
             weight, bias = buffers[f"{key}_weight"], buffers[f"{key}_bias"]
-            return F.conv2d(x, weight, bias, layer.stride, layer.kernel // 2)
+            return convolve(layer, x, weight, bias)
 
         def head(features: Tensor) -> Tensor:
             return F.linear(features.to(self.head_weight.dtype), self.head_weight, self.head_bias)
@@ -123,6 +133,12 @@ def folded_layer(weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, var
     return weight * factor[:, None, None, None], shift - mean * factor
 
 
+def unfolded_layer(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution without batch norm, as copies; zeros where it has no bias."""
+    weight = weight.detach().clone()
+    return weight, weight.new_zeros(len(weight)) if bias is None else bias.detach().clone()
+
+
 @torch.no_grad()
 def extract(supernet: Supernet, arch: Arch) -> StaticNet:
     """The subnet as a network of its own, weights copied; its logits equal the supernet's at `arch` exactly."""
@@ -131,13 +147,31 @@ def extract(supernet: Supernet, arch: Arch) -> StaticNet:
     net.mean.copy_(supernet.mean)
     net.std.copy_(supernet.std)
     for conv in spec.convs:
-        layer, norm, out = supernet.layers[key_of(conv)], net.norms[key_of(conv)], conv.out_channels
-        net.convs[key_of(conv)].weight.copy_(layer.weight[:out, : conv.in_channels])
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            getattr(norm, name).copy_(getattr(layer.bn, name)[:out])
+        key, out = key_of(conv), conv.out_channels
+        layer = supernet.layers[key]
+        net.convs[key].weight.copy_(layer.filters(out, conv.in_channels, conv.kernel))
+        if conv.bias:
+            net.convs[key].bias.copy_(layer.bias[:out])
+        if conv.norm:
+            for name in NORM_TENSORS:
+                getattr(net.norms[key], name).copy_(getattr(layer.bn, name)[:out])
     net.head.weight.copy_(supernet.head.weight[:, : spec.features])
     net.head.bias.copy_(supernet.head.bias)
     return net.train(supernet.training)
+
+
+@torch.no_grad()
+def implant(supernet: Supernet, net: StaticNet) -> None:
+    """Copy a network whose layers are those of the largest subnet into the supernet; kernel transforms stay."""
+    for conv in net.spec.convs:
+        key = key_of(conv)
+        layer = supernet.layers[key]
+        layer.weight.copy_(net.convs[key].weight)
+        if conv.bias:
+            layer.bias.copy_(net.convs[key].bias)
+        if conv.norm:
+            layer.bn.load_state_dict(net.norms[key].state_dict())
+    supernet.head.load_state_dict(net.head.state_dict())
 
 
 @torch.no_grad()
@@ -145,8 +179,12 @@ def fold(net: StaticNet, *, dtype: torch.dtype = torch.float32) -> FoldedNet:
     """Fold the batch norms, at their running statistics, into the convolutions."""
     layers = {}
     for conv in net.spec.convs:
+        layer = net.convs[key_of(conv)]
+        if not conv.norm:
+            layers[conv.name] = unfolded_layer(layer.weight, layer.bias)
+            continue
         norm = net.norms[key_of(conv)]
         statistics = (norm.running_mean, norm.running_var)
-        layers[conv.name] = folded_layer(net.convs[key_of(conv)].weight, norm.weight, norm.bias, *statistics)
+        layers[conv.name] = folded_layer(layer.weight, norm.weight, norm.bias, *statistics)
     head = (net.head.weight.detach().clone(), net.head.bias.detach().clone())
     return FoldedNet(net.spec, layers, head, mean=net.mean, std=net.std, dtype=dtype)

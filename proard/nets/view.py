@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from proard.nets.elastic import BN_EPS, BN_MOMENTUM, Supernet, key_of
-from proard.nets.forward import run_network
-from proard.nets.subnet import FoldedNet, folded_layer
+from proard.nets.elastic import BN_EPS, BN_MOMENTUM, ElasticConvNorm, Supernet, key_of
+from proard.nets.forward import convolve, run_network
+from proard.nets.subnet import FoldedNet, folded_layer, unfolded_layer
 from proard.space import Arch, ConvSpec
 
 Statistics = dict[str, tuple[Tensor, Tensor]]
@@ -32,14 +32,13 @@ class SubnetView:
     def __init__(self, supernet: Supernet, arch: Arch) -> None:
         self.supernet = supernet
         self.spec = supernet.space.spec(arch)
-        self.leaves: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self.leaves: dict[str, tuple[Tensor, ...]] = {}  # filters, then batch norm's scale and shift or the bias
         for conv in self.spec.convs:
             layer, out = supernet.layers[key_of(conv)], conv.out_channels
-            weight = layer.weight[:out, : conv.in_channels].detach().contiguous(memory_format=torch.channels_last)
+            weight = layer.filters(out, conv.in_channels, conv.kernel).detach()
             self.leaves[conv.name] = (
-                weight.requires_grad_(),
-                layer.bn.weight[:out].detach().requires_grad_(),
-                layer.bn.bias[:out].detach().requires_grad_(),
+                weight.contiguous(memory_format=torch.channels_last).requires_grad_(),
+                *(values[:out].detach().requires_grad_() for values in _per_channel(layer)),
             )
         self.head_weight = supernet.head.weight[:, : self.spec.features].detach().contiguous().requires_grad_()
         self.head_bias = supernet.head.bias.detach().requires_grad_()
@@ -62,8 +61,11 @@ class SubnetView:
         """
 
         def conv(layer: ConvSpec, x: Tensor) -> Tensor:
-            weight, scale, shift = (leaf.detach() if frozen else leaf for leaf in self.leaves[layer.name])
-            out = F.conv2d(x, weight, None, layer.stride, layer.kernel // 2)
+            weight, *others = (leaf.detach() if frozen else leaf for leaf in self.leaves[layer.name])
+            if not layer.norm:
+                return convolve(layer, x, weight, *others)
+            scale, shift = others
+            out = convolve(layer, x, weight)
             if record is None and not update_running:
                 return F.batch_norm(out, None, None, scale, shift, training=True, eps=BN_EPS)
             mean, var = torch.zeros_like(scale), torch.zeros_like(scale)  # momentum 1 leaves the batch's own
@@ -86,16 +88,21 @@ class SubnetView:
         statistics = {}
         for conv in self.spec.convs:
             bn = self.supernet.layers[key_of(conv)].bn
+            if bn is None:
+                continue
             statistics[conv.name] = (bn.running_mean[: conv.out_channels], bn.running_var[: conv.out_channels])
         return statistics
 
     @torch.no_grad()
     def folded(self, statistics: Statistics, *, dtype: torch.dtype = torch.float32) -> FoldedNet:
         """The subnet with batch norm fixed at `statistics` and folded into the convolutions."""
-        layers = {
-            name: folded_layer(weight.detach(), scale.detach(), shift.detach(), *statistics[name])
-            for name, (weight, scale, shift) in self.leaves.items()
-        }
+        layers = {}
+        for name, leaves in self.leaves.items():
+            weight, *others = (leaf.detach() for leaf in leaves)
+            if name in statistics:
+                layers[name] = folded_layer(weight, *others, *statistics[name])
+            else:
+                layers[name] = unfolded_layer(weight, *others or [None])
         net = self.supernet
         head = (self.head_weight.detach(), self.head_bias.detach())
         return FoldedNet(self.spec, layers, head, mean=net.mean, std=net.std, dtype=dtype)
@@ -105,11 +112,23 @@ class SubnetView:
         """Add the leaves' gradients to the supernet's, which must exist, and clear them."""
         for conv in self.spec.convs:
             layer, out = self.supernet.layers[key_of(conv)], conv.out_channels
-            weight, scale, shift = self.leaves[conv.name]
-            layer.weight.grad[:out, : conv.in_channels] += weight.grad
-            layer.bn.weight.grad[:out] += scale.grad
-            layer.bn.bias.grad[:out] += shift.grad
-            weight.grad = scale.grad = shift.grad = None
+            weight, *others = self.leaves[conv.name]
+            if conv.kernel < layer.kernel:  # through the transforms, which have gradients of their own
+                with torch.enable_grad():
+                    layer.filters(out, conv.in_channels, conv.kernel).backward(weight.grad)
+            else:
+                layer.weight.grad[:out, : weight.shape[1]] += weight.grad
+            for leaf, values in zip(others, _per_channel(layer), strict=True):
+                values.grad[:out] += leaf.grad
+            for leaf in (weight, *others):
+                leaf.grad = None
         self.supernet.head.weight.grad[:, : self.spec.features] += self.head_weight.grad
         self.supernet.head.bias.grad += self.head_bias.grad
         self.head_weight.grad = self.head_bias.grad = None
+
+
+def _per_channel(layer: ElasticConvNorm) -> tuple[nn.Parameter, ...]:
+    """Batch norm's scale and shift, or the bias, or nothing."""
+    if layer.bn is not None:
+        return layer.bn.weight, layer.bn.bias
+    return () if layer.bias is None else (layer.bias,)

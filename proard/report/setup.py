@@ -79,9 +79,8 @@ def _space_words(space: Mapping[str, Any] | None) -> str:
     """The elastic dims and their choices."""
     if not space:
         return ""
-    dims = "; ".join(
-        f"{dim} {', '.join(f'{choice:g}' for choice in space[dim])}" for dim in ("depth", "expand", "width")
-    )
+    names = [dim for dim in ("depth", "expand", "width", "kernel") if dim in space]
+    dims = "; ".join(f"{dim} {', '.join(f'{choice:g}' for choice in space[dim])}" for dim in names)
     units = plural(len(space["units"]), "unit")
     return escape(f"{space['name']} ({space['family']}, {space['block']} blocks, {units}): {dims}")
 

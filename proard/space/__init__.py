@@ -1,8 +1,21 @@
 """Search spaces: archs, genotypes, features and exact costs. NumPy only."""
 
-from proard.space.arch import Arch
+from proard.space.arch import DIMS, Arch
 from proard.space.cost import Budget, parse_budget
-from proard.space.resnet import SearchSpace
-from proard.space.spec import BlockSpec, ConvSpec, NetSpec
+from proard.space.search_space import SearchSpace
+from proard.space.spec import Activation, BlockSpec, ConvSpec, GateSpec, NetSpec, PoolSpec, Step
 
-__all__ = ["Arch", "BlockSpec", "Budget", "ConvSpec", "NetSpec", "SearchSpace", "parse_budget"]
+__all__ = [
+    "DIMS",
+    "Activation",
+    "Arch",
+    "BlockSpec",
+    "Budget",
+    "ConvSpec",
+    "GateSpec",
+    "NetSpec",
+    "PoolSpec",
+    "SearchSpace",
+    "Step",
+    "parse_budget",
+]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+DIMS = {"depth": int, "width": float, "expand": float, "kernel": int}
 
 
 @dataclass(frozen=True)
 class Arch:
-    """A subnet's choices, in canonical form: blocks that depth leaves out have `expand` 0.
+    """A subnet's choices, in canonical form: blocks that depth leaves out have `expand` and `kernel` 0.
 
     Attributes
     ----------
@@ -18,28 +21,31 @@ class Arch:
     width : tuple of float
         Width multipliers: stem (middle and out of a deep stem), then one per unit.
     expand : tuple of float
-        Inner width over output width of every block, unit by unit; 0 where the block is left out.
+        Inner width of every block over its output width (MobileNets: input width), unit by unit; 0 where the block is
+        left out.
+    kernel : tuple of int
+        Side of every block's depthwise convolution, unit by unit; empty in spaces without elastic kernels.
     """
 
     depth: tuple[int, ...]
     width: tuple[float, ...]
     expand: tuple[float, ...]
+    kernel: tuple[int, ...] = ()
 
     def to_json(self) -> str:
         """Canonical JSON; equal archs give equal text."""
-        return json.dumps(
-            {"depth": self.depth, "width": self.width, "expand": self.expand}, sort_keys=True, separators=(",", ":")
-        )
+        dims = {dim: getattr(self, dim) for dim in DIMS if dim != "kernel" or self.kernel}
+        return json.dumps(dims, sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Arch:
         """Read what `to_json` wrote."""
-        fields = json.loads(text)
-        return cls(
-            tuple(int(value) for value in fields["depth"]),
-            tuple(float(value) for value in fields["width"]),
-            tuple(float(value) for value in fields["expand"]),
-        )
+        return cls.from_dims(json.loads(text))
+
+    @classmethod
+    def from_dims(cls, dims: Mapping[str, Sequence[float]]) -> Arch:
+        """The arch whose dims these are; `kernel` may be missing."""
+        return cls(**{dim: tuple(DIMS[dim](value) for value in values) for dim, values in dims.items()})
 
     @property
     def arch_id(self) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from proard.config import UserError
-from proard.space.resnet import SearchSpace
+from proard.space.search_space import SearchSpace
 
 POOL = 100_000  # draws of each kind; independent of how many archs are asked for, so that a larger sample contains it
 BLOCK = 32_768  # genotypes that are enumerated at a time

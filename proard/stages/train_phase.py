@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
-
+from proard.artifacts import read_header
 from proard.config import Phase, UserError
-from proard.nets import StaticNet, Supernet, load_static, load_supernet, save_supernet
-from proard.nets.elastic import key_of
-from proard.space import Arch, SearchSpace
+from proard.nets import StaticNet, Supernet, implant, load_static, load_supernet, save_supernet, sort_channels
+from proard.space import DIMS, Arch, SearchSpace
 from proard.stages.common import parse_arguments, run
 from proard.stages.training import Training, frozen_network
 from proard.training import phase_plan
@@ -37,20 +36,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     teacher, teacher_space, teacher_arch, _ = load_static(files.teacher, kind="teacher")
     with training.state.owned():
         net = training.supernet(space)
+        opened: list[dict[str, Any]] = []
         if files.previous:
             previous, _ = load_supernet(files.previous, space)
             net.load_state_dict(previous.state_dict())
+            opened = read_header(files.previous).get("opened", [{}])  # where it is not known: everything
         elif phase.warm_start == "teacher":
             start_from_teacher(net, teacher, space, teacher_space, teacher_arch)
+        if phase.sort_channels == "l1":
+            sort_channels(net, trained_widths(space, opened))
         predict = None if phase.teacher == "dynamic" else frozen_network(teacher.to(job.device))
         networks = {"teacher": predict, "control": files.control}
         rows = training.fit(net, label=phase.name, plan=plan, validated=validated_archs(space, phase), **networks)
+        opened.append({dim: getattr(phase, dim) for dim in DIMS if getattr(phase, dim) is not None})
         training.write_history(files.history, rows)
-        save_supernet(files.supernet, net, training.provenance, phase=phase.name)
+        save_supernet(files.supernet, net, training.provenance, phase=phase.name, opened=opened)
         training.state.finish()
 
 
-@torch.no_grad()
+def trained_widths(space: SearchSpace, opened: list[dict[str, Any]]) -> dict[str, set[int]]:
+    """Every number of output channels of every convolution in the subnets that earlier phases opened."""
+    widths: dict[str, set[int]] = {}
+    for dims in opened:
+        for name, found in space.layer_widths(space.open_choices(**dims)).items():
+            widths[name] = widths.get(name, set()) | found
+    return widths
+
+
 def start_from_teacher(
     net: Supernet, teacher: StaticNet, space: SearchSpace, teacher_space: SearchSpace, teacher_arch: Arch
 ) -> None:
@@ -58,16 +70,12 @@ def start_from_teacher(
     if space.spec(space.largest) != teacher_space.spec(teacher_arch):
         print("the teacher is not this space's largest subnet: the supernet starts from random weights", flush=True)
         return
-    for conv in teacher.spec.convs:
-        layer, norm = net.layers[key_of(conv)], teacher.norms[key_of(conv)]
-        layer.weight.copy_(teacher.convs[key_of(conv)].weight)
-        layer.bn.load_state_dict(norm.state_dict())
-    net.head.load_state_dict(teacher.head.state_dict())
+    implant(net, teacher)
 
 
 def validated_archs(space: SearchSpace, phase: Phase) -> dict[str, Arch]:
     """Smallest, middle and largest subnet of the choices a phase opens."""
-    among = space.open_choices(width=phase.width, depth=phase.depth, expand=phase.expand)
+    among = space.open_choices(width=phase.width, depth=phase.depth, expand=phase.expand, kernel=phase.kernel)
     picks = {"smallest": 0.0, "middle": 0.5, "largest": 1.0}
     archs = {
         name: space.arch([options[round(place * (len(options) - 1))] for options in among])

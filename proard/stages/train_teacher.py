@@ -69,13 +69,13 @@ def teacher_arch(settings: TrainTeacher, space: SearchSpace) -> Arch:
     """The largest subnet, or the one whose dims are written out."""
     if settings.arch == "largest":
         return space.largest
-    missing = {"depth", "width", "expand"} ^ set(settings.arch)
+    missing = set(space.options) ^ set(settings.arch)
     if missing:
-        raise ConfigError(f"train_teacher.arch lists depth, width and expand; check {', '.join(sorted(missing))}")
-    dims = settings.arch
-    arch = Arch(tuple(int(value) for value in dims["depth"]), tuple(dims["width"]), tuple(dims["expand"]))
+        *dims, last = space.options
+        lists = f"{', '.join(dims)} and {last}"
+        raise ConfigError(f"train_teacher.arch lists {lists}; check {', '.join(sorted(missing))}")
     try:
-        return space.arch(space.genotype(arch))
+        return space.arch(space.genotype(Arch.from_dims(settings.arch)))
     except ValueError as error:
         raise ConfigError(f"train_teacher.arch: {error}") from None
 

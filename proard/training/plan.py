@@ -14,7 +14,7 @@ from proard.losses import OBJECTIVES, Memory, Objective, with_igdm, with_kdiga
 from proard.space import Arch, SearchSpace
 from proard.training.attentive import at_one_cost
 
-OPENED = ("width", "depth", "expand")  # `progressive` opens dims in this order, as ProARD's phases do
+OPENED = ("width", "depth", "expand", "kernel")  # `progressive` opens dims in this order; ProARD's ResNet phases do
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def phase_plan(space: SearchSpace, phase: Phase) -> Plan:
     ValueError
         The phase opens a choice that the space does not have.
     """
-    among = space.open_choices(width=phase.width, depth=phase.depth, expand=phase.expand)
+    among = space.open_choices(width=phase.width, depth=phase.depth, expand=phase.expand, kernel=phase.kernel)
     objective, options = bind(phase.loss, phase)
     objective = with_terms(objective, phase)
     guide = Drawn(space.largest, *bind(phase.teacher_objective, phase), guides=True)
@@ -115,9 +115,10 @@ def phase_plan(space: SearchSpace, phase: Phase) -> Plan:
 
 
 def opened_choices(space: SearchSpace, phase: Phase, data_pass: int) -> list[np.ndarray]:
-    """What `progressive` sampling has opened by a pass: one dim more with each third of the epochs, largest first."""
-    wanted = {dim: getattr(phase, dim) for dim in OPENED}
-    begun = int(len(OPENED) * data_pass / phase.epochs)
-    for dim in OPENED[begun + 1 :]:
-        wanted[dim] = (max(wanted[dim] or getattr(space.settings, dim)),)
+    """What `progressive` sampling has opened by a pass: one dim more with each equal part of the epochs."""
+    dims = [dim for dim in OPENED if dim in space.options]
+    wanted = {dim: getattr(phase, dim) for dim in dims}
+    begun = int(len(dims) * data_pass / phase.epochs)
+    for dim in dims[begun + 1 :]:
+        wanted[dim] = (max(wanted[dim] or (value for choices in space.options[dim] for value in choices)),)
     return space.open_choices(**wanted)

@@ -1,0 +1,335 @@
+"""Elastic search spaces: genotypes, canonical form, features and costs of whole populations at once.
+
+A genotype is a vector of choice indices: depth genes, then width genes, then one expand gene per block slot and, where
+kernels are elastic, one kernel gene per block slot. Genes of blocks that depth leaves out are 0 in canonical form, so
+that equal subnets have equal genotypes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from itertools import product
+from math import prod
+
+import numpy as np
+
+from proard.config import Space
+from proard.space.arch import DIMS, Arch
+from proard.space.blocks import shrunk, stem_blocks, tail, unit_block, unit_width
+from proard.space.spec import BlockSpec, NetSpec
+
+
+class SearchSpace:
+    """All archs of a space's settings.
+
+    Parameters
+    ----------
+    settings : Space
+        Stem, units and choice lists, for images of the given size and number of classes.
+
+    Attributes
+    ----------
+    options : dict of str to list of tuple
+        Per elastic dim, the choices of each of its genes.
+    """
+
+    def __init__(self, settings: Space) -> None:
+        self.settings = settings
+        self.deep_stem = settings.stem.kind == "deep"
+        units = settings.units
+        depths = [unit.depth or settings.depth for unit in units]
+        self.slots = [unit.blocks + extra[-1] for unit, extra in zip(units, depths, strict=True)]
+        if self.deep_stem:  # its residual block is kept exactly when the stem's depth is the largest
+            depths.insert(0, tuple(sorted({settings.depth[0], settings.depth[-1]})))
+        self.options: dict[str, list[tuple[float, ...]]] = {
+            "depth": depths,
+            "width": [settings.width] * (len(units) + (2 if self.deep_stem else 1)),
+            "expand": self._per_slot([unit.expand or settings.expand for unit in units]),
+        }
+        if settings.block == "mbconv":
+            self.options["kernel"] = self._per_slot([unit.kernel or settings.kernel for unit in units])
+
+    def _per_slot(self, per_unit: Sequence[tuple[float, ...]]) -> list[tuple[float, ...]]:
+        """The choices of every block slot from those of every unit."""
+        return [options for options, slots in zip(per_unit, self.slots, strict=True) for _ in range(slots)]
+
+    @cached_property
+    def choices(self) -> list[int]:
+        """Number of choices of every gene."""
+        return [len(options) for genes in self.options.values() for options in genes]
+
+    @cached_property
+    def sections(self) -> tuple[slice, ...]:
+        """Where the genes of every dim stand in a genotype, in the order of `options`."""
+        ends = np.cumsum([len(genes) for genes in self.options.values()]).tolist()
+        return tuple(slice(start, end) for start, end in zip([0, *ends], ends, strict=False))
+
+    @property
+    def size(self) -> int:
+        """Number of different genotypes in canonical form."""
+        count, first = 1, 0
+        for unit, extra, slots in zip(self.settings.units, self._unit_depths, self.slots, strict=True):
+            variants = prod(len(self.options[dim][first]) for dim in self.options if dim not in ("depth", "width"))
+            count *= sum(variants ** (unit.blocks + more) for more in extra)
+            first += slots
+        stem = len(self.options["depth"][0]) if self.deep_stem else 1
+        return stem * len(self.settings.width) ** len(self.options["width"]) * count
+
+    @property
+    def _unit_depths(self) -> list[tuple[int, ...]]:
+        """The depth choices of every unit, without the stem's."""
+        return self.options["depth"][int(self.deep_stem) :]
+
+    @cached_property
+    def elastic_kernels(self) -> dict[str, tuple[int, ...]]:
+        """The kernels of every convolution that has more than one, by name, smallest first."""
+        slots = [(unit, index) for unit, count in enumerate(self.slots) for index in range(count)]
+        options = self.options.get("kernel", [(3,)] * len(slots))
+        return {
+            f"unit{unit + 1}.block{index + 1}.depthwise": kernels
+            for (unit, index), kernels in zip(slots, options, strict=True)
+            if len(kernels) > 1
+        }
+
+    # --- archs and genotypes -----------------------------------------------------------------------------------
+
+    def arch(self, genotype: Sequence[int]) -> Arch:
+        """The arch that a genotype encodes, in canonical form."""
+        genes = self.canonical(np.asarray(genotype)[None])[0]
+        active, dims = self._active(genes[None])[0], {}
+        for (dim, options), part in zip(self.options.items(), self.sections, strict=True):
+            kept = active if dim in ("expand", "kernel") else [True] * len(options)
+            number = DIMS[dim]
+            dims[dim] = tuple(
+                number(choices[gene]) if on else number(0)
+                for choices, gene, on in zip(options, genes[part], kept, strict=True)
+            )
+        return Arch(**dims)
+
+    def genotype(self, arch: Arch) -> tuple[int, ...]:
+        """Canonical genotype of an arch.
+
+        Raises
+        ------
+        ValueError
+            The arch does not belong to this space.
+        """
+        try:
+            if arch.kernel and "kernel" not in self.options:
+                raise ValueError("kernel")
+            genes = [
+                0 if dim in ("expand", "kernel") and not value else choices.index(value)
+                for dim, options in self.options.items()
+                for choices, value in zip(options, getattr(arch, dim), strict=True)
+            ]
+        except ValueError:
+            raise ValueError(f"arch {arch.to_json()} is not of space {self.settings.name}") from None
+        return tuple(int(gene) for gene in self.canonical(np.asarray(genes)[None])[0])
+
+    def canonical(self, genotypes: np.ndarray) -> np.ndarray:
+        """Genotypes of shape (n, genes) with 0 in the genes of blocks that are left out."""
+        canonical = np.array(genotypes, dtype=np.int64)
+        active = self._active(canonical)
+        for part in self.sections[2:]:
+            canonical[:, part] *= active
+        return canonical
+
+    def _active(self, genotypes: np.ndarray) -> np.ndarray:
+        """Which block slots depth keeps, of shape (n, blocks)."""
+        number, unit, extra = self._slots_by_unit
+        genes = genotypes[:, self.sections[0]][:, int(self.deep_stem) :]  # (n, units)
+        beyond = extra[np.arange(len(self.slots)), genes]
+        return number < beyond[:, unit]
+
+    @cached_property
+    def _slots_by_unit(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of every block slot its number beyond the unit's least, and its unit; per unit what each depth gene adds."""
+        number = [np.arange(slots) - unit.blocks for unit, slots in zip(self.settings.units, self.slots, strict=True)]
+        extra = np.zeros((len(self.slots), max(map(len, self._unit_depths))), dtype=np.int64)
+        for row, choices in zip(extra, self._unit_depths, strict=True):
+            row[: len(choices)] = choices
+        return np.concatenate(number), np.repeat(np.arange(len(self.slots)), self.slots), extra
+
+    @property
+    def largest(self) -> Arch:
+        """The last choice everywhere: the dynamic teacher's arch."""
+        return self.arch([count - 1 for count in self.choices])
+
+    @property
+    def smallest(self) -> Arch:
+        """The first choice everywhere."""
+        return self.arch([0] * len(self.choices))
+
+    def diagonal(self) -> list[Arch]:
+        """Uniform scaling: every gene at the same relative position, smallest to largest."""
+        steps = max(self.choices)
+        archs = [
+            self.arch([round(step / (steps - 1) * (count - 1)) if steps > 1 else 0 for count in self.choices])
+            for step in range(steps)
+        ]
+        return list(dict.fromkeys(archs))
+
+    # --- drawing -----------------------------------------------------------------------------------------------
+
+    def open_choices(
+        self,
+        *,
+        width: Sequence[float] | None = None,
+        depth: Sequence[int] | None = None,
+        expand: Sequence[float] | None = None,
+        kernel: Sequence[int] | None = None,
+    ) -> list[np.ndarray]:
+        """Per gene, the choice indices that a phase leaves open; None opens a dim fully.
+
+        Raises
+        ------
+        ValueError
+            A value is not among the space's choices.
+        """
+        genes = []
+        for name, values in (("depth", depth), ("width", width), ("expand", expand), ("kernel", kernel)):
+            options = self.options.get(name, [])
+            strange = set(values or ()) - set().union(*options)
+            if strange:
+                raise ValueError(
+                    f"{name} {sorted(strange)} is not in space {self.settings.name}; "
+                    f"choices are {sorted(set().union(*options))}"
+                )
+            for choices in options:
+                kept = [i for i, value in enumerate(choices) if values is None or value in values]
+                genes.append(np.asarray(kept or [len(choices) - 1]))
+        return genes
+
+    def layer_widths(self, among: list[np.ndarray]) -> dict[str, set[int]]:
+        """Per convolution of the units, every number of output channels that it has among the open choices."""
+        s, found = self.settings, defaultdict(set)
+        widths, expands = (
+            [[choices[i] for i in kept] for choices, kept in zip(self.options[dim], among[part], strict=True)]
+            for dim, part in zip(("width", "expand"), self.sections[1:3], strict=True)
+        )
+        del widths[: int(self.deep_stem)]  # of the stem, its output alone
+        slots = [(unit, index) for unit, count in enumerate(self.slots) for index in range(count)]
+        for (unit, index), inner in zip(slots, expands, strict=True):
+            entered = unit if index == 0 else unit + 1
+            for own, before, expand in product(widths[unit + 1], widths[entered], inner):
+                if index == 0 or before == own:
+                    channels = unit_width(s, entered - 1, before)
+                    block = unit_block(s, unit, index, channels, width=own, expand=expand, kernel=3, size=1)
+                    for conv in block.convs:
+                        found[conv.name].add(conv.out_channels)
+        return dict(found)
+
+    def sample(self, count: int, rng: np.random.Generator, *, among: list[np.ndarray] | None = None) -> np.ndarray:
+        """Draw `count` canonical genotypes, each gene uniform and independent; of shape (count, genes)."""
+        among = among or self.open_choices()
+        return self.canonical(np.stack([rng.choice(options, size=count) for options in among], axis=1))
+
+    # --- features and costs ------------------------------------------------------------------------------------
+
+    def features(self, genotypes: np.ndarray) -> np.ndarray:
+        """One-hot code of every gene, all zeros for blocks left out; of shape (n, sum of choices), float64."""
+        genotypes = np.asarray(genotypes)
+        active = np.ones(genotypes.shape, dtype=bool)
+        kept = self._active(genotypes)
+        for part in self.sections[2:]:
+            active[:, part] = kept
+        features = np.zeros((len(genotypes), sum(self.choices)))
+        starts = np.cumsum([0, *self.choices[:-1]])
+        features[np.arange(len(genotypes))[:, None], starts + genotypes] = active
+        return features
+
+    def costs(self, genotypes: np.ndarray) -> dict[str, np.ndarray]:
+        """`macs` and `params` of every genotype, each of shape (n,), int64; exact, from a table per block."""
+        genotypes = np.asarray(genotypes)
+        active = self._active(genotypes)
+        stems, units, tails = self._cost_tables
+        depths, widths, expands, *kernels = (genotypes[:, part] for part in self.sections)
+        stem_genes = tuple(depths[:, :1].T) if self.deep_stem else ()
+        first_unit = widths.shape[1] - len(units)
+        total = stems[(*stem_genes, *widths[:, :first_unit].T)].copy()  # (n, 2)
+        slot = 0
+        for unit, (first, others) in enumerate(units):
+            own, before = widths[:, first_unit + unit], widths[:, first_unit + unit - 1]
+            total += first[(before, own, *(genes[:, slot] for genes in (expands, *kernels)))] * active[:, slot, None]
+            inner = slice(slot + 1, slot + self.slots[unit])
+            inside = (genes[:, inner] for genes in (expands, *kernels))
+            total += (others[(own[:, None], *inside)] * active[:, inner, None]).sum(axis=1)
+            slot += self.slots[unit]
+        total += tails[widths[:, -1]]
+        return {"macs": total[:, 0], "params": total[:, 1]}
+
+    @cached_property
+    def _cost_tables(self) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
+        """(macs, params) of every stem, per unit of every first and every later block, and of what follows them."""
+        s, widths = self.settings, self.settings.width
+        kept = [value == s.depth[-1] for value in self.options["depth"][0]] if self.deep_stem else [False]
+        stems = [
+            [_cost(stem_blocks(s, genes, residual=residual)) for genes in product(widths, repeat=1 + self.deep_stem)]
+            for residual in kept
+        ]
+        shape = (*([len(kept)] if self.deep_stem else []), *[len(widths)] * (1 + self.deep_stem), 2)
+        size = stem_blocks(s, widths[-1:] * 2, residual=False)[-1].out_size
+        units, slot = [], 0
+        for unit, settings in enumerate(s.units):
+            expands = self.options["expand"][slot]
+            kernels = self.options["kernel"][slot] if "kernel" in self.options else (3,)
+            inside = (len(expands), *([len(kernels)] if "kernel" in self.options else []), 2)
+            after = shrunk(size, settings.stride)
+
+            def table(index: int, entries: Sequence[tuple[int, float]], side: int) -> list[tuple[int, int]]:
+                return [
+                    _cost([unit_block(s, unit, index, channels, width=own, expand=e, kernel=k, size=side)])  # noqa: B023
+                    for channels, own in entries
+                    for e, k in product(expands, kernels)  # noqa: B023
+                ]
+
+            first = table(0, [(unit_width(s, unit - 1, before), own) for before in widths for own in widths], size)
+            others = table(1, [(unit_width(s, unit, own), own) for own in widths], after)
+            units.append(
+                (
+                    np.asarray(first).reshape(len(widths), len(widths), *inside),
+                    np.asarray(others).reshape(len(widths), *inside),
+                )
+            )
+            size, slot = after, slot + self.slots[unit]
+        tails = []
+        for width in widths:
+            blocks, mixer, features = tail(s, unit_width(s, len(s.units) - 1, width), size)
+            rest = NetSpec(tuple(blocks), features, s.classes, s.image_channels, s.image_size, mixer)
+            tails.append((rest.macs, rest.params))
+        return np.asarray(stems).reshape(shape), units, np.asarray(tails)
+
+    # --- the network spelled out -------------------------------------------------------------------------------
+
+    @lru_cache(maxsize=4096)  # noqa: B019 - a space lives as long as the process
+    def spec(self, arch: Arch) -> NetSpec:
+        """The static network of an arch: every layer with its channels and feature map.
+
+        Raises
+        ------
+        ValueError
+            The arch does not belong to this space.
+        """
+        self.genotype(arch)
+        s, first_unit = self.settings, 1 + self.deep_stem
+        residual = self.deep_stem and arch.depth[0] == s.depth[-1]
+        blocks = stem_blocks(s, arch.width[:first_unit], residual=residual)
+        channels, size, slot = unit_width(s, -1, arch.width[first_unit - 1]), blocks[-1].out_size, 0
+        for unit, settings in enumerate(s.units):
+            width = arch.width[first_unit + unit]
+            for index in range(settings.blocks + arch.depth[int(self.deep_stem) + unit]):
+                kernel = arch.kernel[slot + index] if arch.kernel else 3
+                choice = {"width": width, "expand": arch.expand[slot + index], "kernel": kernel}
+                blocks.append(unit_block(s, unit, index, channels, size=size, **choice))
+                channels, size = unit_width(s, unit, width), blocks[-1].out_size
+            slot += self.slots[unit]
+        after, mixer, features = tail(s, channels, size)
+        return NetSpec((*blocks, *after), features, s.classes, s.image_channels, s.image_size, mixer)
+
+
+def _cost(blocks: Sequence[BlockSpec]) -> tuple[int, int]:
+    """(macs, params) of some blocks."""
+    convs = [conv for block in blocks for conv in block.convs]
+    return sum(conv.macs for conv in convs), sum(conv.params for conv in convs)
