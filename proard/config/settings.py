@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from proard.config.fields import (
     Count,
@@ -16,6 +16,7 @@ from proard.config.fields import (
     Positive,
     Settings,
     Share,
+    in_pixel_units,
 )
 
 Paths = str | tuple[str, ...]
@@ -23,10 +24,29 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 class Threat(Settings):
-    """What the adversary may do. One threat model per run; every stage reads this one."""
+    """What the adversary may do. One threat model per run; every stage reads this one.
 
-    norm: Literal["linf"] = "linf"
-    eps: PixelLength = 8 / 255
+    `linf` limits the change of every pixel, `l2` the Euclidean length of the whole perturbation, which may exceed 1.
+    """
+
+    norm: Literal["linf", "l2"] = "linf"
+    eps: Positive = 8 / 255
+
+    @field_validator("eps")
+    @classmethod
+    def eps_is_in_pixel_units(cls, value: float, info: ValidationInfo) -> float:
+        """No pixel changes by more than 1."""
+        return value if info.data.get("norm") == "l2" else in_pixel_units(value)
+
+
+class Curriculum(Settings):
+    """Attack steps grow from `first_steps` to `num_steps`, every count for an equal share of the training.
+
+    Fewer steps than `num_steps` are each at least `reach` * eps / steps long, so that they still cross the ball.
+    """
+
+    first_steps: Natural = 1
+    reach: NonNegative = 1.25
 
 
 class TrainingAttack(Settings):
@@ -37,6 +57,14 @@ class TrainingAttack(Settings):
     confidence, such as small ones early on, it makes a weak attack; prefer `ce` there.
     `bn_mode` says which statistics batch norm uses inside the attack: `running` (the stored ones), `batch` (those
     of the perturbed batch, in every step) or `clean_batch` (those of the clean batch, fixed during the attack).
+
+    `start_scale` is the radius of the uniform start in units of eps; `clip_to_ball: false` leaves the pixel range as
+    the only limit. One step of eps with `start_scale: 2` and `clip_to_ball: false` is N-FGSM.
+    `shared` crafts the adversarial images of a step with several subnets once, on its `smallest` or `largest`;
+    every other subnet takes `own_steps` from there. A dynamic teacher, trained first, attacks for itself under
+    `smallest`. `carry_passes` lets an image's perturbation start where the previous pass over the data left it, drawn
+    anew every so many passes (ATTA): one byte per value of the padded training images, on the device and in the resume
+    state.
     """
 
     objective: Literal["loss", "ce", "margin", "kl_clean", "kl_teacher"] = "loss"
@@ -45,6 +73,24 @@ class TrainingAttack(Settings):
     start: Literal["uniform", "gaussian", "zero"] = "uniform"
     bn_mode: Literal["running", "batch", "clean_batch"] = "clean_batch"
     dtype: Dtype = "float32"
+    start_scale: Positive = 1.0
+    clip_to_ball: bool = True
+    curriculum: Curriculum | None = None
+    shared: Literal["smallest", "largest"] | None = None
+    own_steps: Natural = 1
+    carry_passes: Count | None = None
+
+    @model_validator(mode="after")
+    def parts_fit(self) -> TrainingAttack:
+        """A scale needs the start that it scales, stored perturbations their ball, a curriculum room to grow."""
+        if self.start_scale != 1 and self.start != "uniform":
+            raise ValueError(f"start_scale is the radius of start uniform; start is {self.start}")
+        if self.carry_passes is not None and not self.clip_to_ball:
+            raise ValueError("carry_passes keeps perturbations inside the ball: leave clip_to_ball true")
+        if self.curriculum is not None and self.curriculum.first_steps > self.num_steps:
+            first = self.curriculum.first_steps
+            raise ValueError(f"curriculum.first_steps is {first}; expected: at most num_steps, {self.num_steps}")
+        return self
 
 
 class Attack(Settings):
@@ -117,12 +163,19 @@ class PrepareData(Settings):
 
 
 class Validation(Settings):
-    """Measurement on `val` during training, every so many epochs; the best epoch by robust accuracy is kept."""
+    """Measurement on `val` during training, every so many epochs; the best epoch by robust accuracy is kept.
+
+    `overfitting` watches for catastrophic overfitting, the failure of training with one or two attack steps: the same
+    images are also attacked as in training, and where PGD leaves less than `overfitting_ratio` of the accuracy that
+    the training's attack leaves, `warn` says so and `stop` ends the training there, with its best weights so far.
+    """
 
     every_epochs: Count = 5
     num_images: Count = 500
     num_steps: Count = 10
     step_size: PixelLength = 2 / 255
+    overfitting: Literal["warn", "stop"] | None = None
+    overfitting_ratio: Share = 0.5
 
 
 class Optimisation(Settings):
@@ -171,6 +224,8 @@ class Phase(Optimisation):
     `width`, `depth`, `expand` list the open choices; an omitted dim is fully open. `teacher` is `frozen` (a separate
     network), `dynamic` (the largest subnet, trained jointly on `teacher_objective`) or `both`, with
     `frozen_weight` as the frozen one's share. `warm_start` picks where the weights come from.
+    `teacher_logits` keeps the frozen teacher's logits of every view of the clean images that has come up, in a table on
+    the device: images * (2 crop_padding + 1)^2 * 2 if mirrored * classes numbers, 324 MB in float32 for CIFAR-10.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = "phase"
@@ -183,9 +238,17 @@ class Phase(Optimisation):
     adv_weight: Share = 5 / 6
     teacher: Literal["frozen", "dynamic", "both"] = "frozen"
     frozen_weight: Share = 0.5
+    teacher_logits: Literal["float32", "float16"] | None = None
     teacher_objective: Literal["pgd_at", "trades"] = "trades"
     beta: NonNegative = 6.0
     warm_start: Literal["teacher", "random"] = "teacher"
+
+    @model_validator(mode="after")
+    def kept_logits_are_a_frozen_teachers(self) -> Phase:
+        """A teacher that learns has no logits to keep."""
+        if self.teacher_logits is not None and self.teacher == "dynamic":
+            raise ValueError("teacher_logits keeps those of a frozen teacher; teacher is dynamic")
+        return self
 
 
 class TrainPhase(Settings):

@@ -10,10 +10,13 @@ from torch import Tensor
 
 from proard.attacks import pgd
 from proard.config import Phase, TrainControl, TrainTeacher
+from proard.data import Views
 from proard.losses import INNER_OBJECTIVES, Batch, mix_logits
 from proard.nets import Supernet
 from proard.nets.view import Statistics, SubnetView
+from proard.training.inner import Inner
 from proard.training.plan import Drawn, Plan
+from proard.training.teacher_table import TeacherTable
 
 
 class Trainer:
@@ -33,6 +36,10 @@ class Trainer:
         Frozen teacher: images to logits.
     seed : int
         Seed of the plan's draws.
+    inner : Inner, optional
+        What the attacks of a step start from and how many steps they take; by default each attacks for itself.
+    table : TeacherTable, optional
+        Where the teacher's logits are kept.
     """
 
     def __init__(
@@ -43,8 +50,12 @@ class Trainer:
         eps: float,
         teacher: Callable[[Tensor], Tensor] | None,
         seed: int,
+        *,
+        inner: Inner | None = None,
+        table: TeacherTable | None = None,
     ) -> None:
         self.net, self.settings, self.plan, self.eps, self.teacher, self.seed = net, settings, plan, eps, teacher, seed
+        self.inner, self.table = inner or Inner(settings.attack, eps=eps), table
         self.attack_dtype = getattr(torch, settings.attack.dtype)
         self.train_dtype = getattr(torch, settings.dtype)
         self.parameters = dict(net.named_parameters())
@@ -68,23 +79,32 @@ class Trainer:
 
     # --- one step ----------------------------------------------------------------------------------------------
 
+    @property
+    def needs_views(self) -> bool:
+        """Whether `step` must be told which views its images are."""
+        return self.table is not None or self.inner.carried is not None
+
     def step(
-        self, images: Tensor, labels: Tensor, step: int, data_pass: int, lr: float, generator: torch.Generator
-    ) -> tuple[float, float, float, int]:
+        self,
+        images: Tensor,
+        labels: Tensor,
+        step: int,
+        data_pass: int,
+        lr: float,
+        generator: torch.Generator,
+        views: Views | None = None,
+    ) -> tuple[float, float, float, float]:
         """One optimizer step; a loss that is not finite leaves everything as it was.
 
         Returns the mean loss, the mean number of correct clean and adversarial images (training mode), and the
         forward-equivalents spent per image.
         """
         drawn = self.plan.draw(self.seed, step, data_pass)
+        drawn = self.inner.begin(drawn, self.net.space, step=step, data_pass=data_pass, views=views)
         torch._foreach_zero_([parameter.grad for parameter in self.parameters.values()])
         statistics = [buffer.clone() for buffer in self.statistics]
-        frozen = None
-        if self.teacher is not None:
-            with torch.no_grad():
-                frozen = self.teacher(images)
+        frozen, work = self._ask_teacher(images, views)
         target, losses, clean_right, adv_right = frozen, [], 0.0, 0.0
-        work = int(frozen is not None)
         for subnet in drawn:
             view = SubnetView(self.net, subnet.arch)
             batch, spent = self._forward(view, subnet, images, labels, target, generator)
@@ -105,6 +125,16 @@ class Trainer:
         else:
             torch._foreach_copy_(self.statistics, statistics)
         return mean_loss, clean_right, adv_right, work
+
+    @torch.no_grad()
+    def _ask_teacher(self, images: Tensor, views: Views | None) -> tuple[Tensor | None, float]:
+        """The frozen teacher's logits where there is one, and the forward-equivalents per image that they took."""
+        if self.teacher is None:
+            return None, 0
+        if self.table is None:
+            return self.teacher(images), 1
+        logits, computed = self.table(self.teacher, images, views)
+        return logits, computed / len(images)
 
     def _forward(
         self,
@@ -134,19 +164,12 @@ class Trainer:
 
         else:
             predict = view.folded(record if record is not None else view.running_statistics(), dtype=self.attack_dtype)
-        adversarial = pgd(
-            predict,
-            inner,
-            images,
-            eps=self.eps,
-            step_size=attack.step_size,
-            num_steps=attack.num_steps,
-            start=attack.start,
-            generator=generator,
-        )
+        options = self.inner.options(images)
+        adversarial = pgd(predict, inner, images, **options, generator=generator)
+        self.inner.keep(subnet, images, adversarial)
         with self._autocast():
             adv = view(adversarial, update_running=clean is None).float()
-        return Batch(labels, clean=clean, teacher=target, adv=adv), work + 2 * attack.num_steps + 3
+        return Batch(labels, clean=clean, teacher=target, adv=adv), work + 2 * options["num_steps"] + 3
 
     def _autocast(self) -> torch.autocast:
         """Mixed precision of the training passes, where asked for."""
@@ -160,6 +183,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
+        self.inner.commit()
         decay = min(self.settings.ema_decay, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - decay)
@@ -190,6 +214,7 @@ class Trainer:
             if "momentum_buffer" in self.optimizer.state[parameter]
         }
         groups = {"net": self.net.state_dict(), "average": self.average, "best": self.best, "momentum": momentum}
+        groups["inner"] = self.inner.tensors()
         return {f"{group}.{name}": tensor for group, members in groups.items() for name, tensor in members.items()}
 
     @torch.no_grad()
