@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from proard.space.blocks import make_divisible
 from pymoo.algorithms.moo.nsga2 import NSGA2
 from pymoo.core.duplicate import DuplicateElimination
 from pymoo.core.mutation import Mutation
@@ -24,6 +23,7 @@ from pymoo.operators.mutation.rm import ChoiceRandomMutation
 from proard.search import Archive
 from proard.search.evaluations import Evaluations
 from proard.space import Arch, SearchSpace
+from proard.space.blocks import make_divisible
 
 PredictFeatures = Callable[
     [np.ndarray], np.ndarray

@@ -10,8 +10,17 @@ from torch import Tensor
 from proard.losses import InnerObjective
 
 
-def start_point(images: Tensor, *, eps: float, start: str, generator: torch.Generator | None) -> Tensor:
-    """First iterate: `uniform` in the ball, `gaussian` (TRADES: 0.001 N(0, 1)), or the images themselves (`zero`).
+def start_point(
+    images: Tensor,
+    *,
+    eps: float,
+    start: str,
+    generator: torch.Generator | None,
+    norm: str = "linf",
+    scale: float = 1.0,
+    clip_to_ball: bool = True,
+) -> Tensor:
+    """First iterate: the images with `start_noise_`, clipped.
 
     Noise is drawn on the generator's device, so that one seed gives one start on every device.
     """
@@ -19,17 +28,60 @@ def start_point(images: Tensor, *, eps: float, start: str, generator: torch.Gene
         return images.clone()
     device = images.device if generator is None else generator.device
     noise = torch.empty(images.shape, dtype=images.dtype, device=device)
-    if start == "uniform":
-        noise.uniform_(-eps, eps, generator=generator)
-    else:
-        noise.normal_(0, 1e-3, generator=generator)
+    start_noise_(noise, eps=scale * eps, start=start, norm=norm, generator=generator)
     noise = noise.to(device=images.device, memory_format=torch.channels_last)
-    return project_(noise.add_(images), images, eps)
+    return clipper(images, eps=eps, norm=norm, clip_to_ball=clip_to_ball)(noise.add_(images))
 
 
-def project_(adv: Tensor, images: Tensor, eps: float) -> Tensor:
-    """Clip `adv` in place to the ball around `images` and to the pixel range."""
-    return torch.clamp(adv, (images - eps).clamp_(min=0), (images + eps).clamp_(max=1), out=adv)
+def start_noise_(
+    noise: Tensor, *, eps: float, start: str, norm: str = "linf", generator: torch.Generator | None
+) -> Tensor:
+    """Fill `noise`, of four dims, with `uniform` noise in the ball, `gaussian` (TRADES: 0.001 N(0, 1)), or `zero`."""
+    if start == "zero":
+        return noise.zero_()
+    if start == "gaussian":
+        return noise.normal_(0, 1e-3, generator=generator)
+    return ball_noise_(noise, eps=eps, norm=norm, generator=generator)
+
+
+def ball_noise_(noise: Tensor, *, eps: float, norm: str, generator: torch.Generator | None) -> Tensor:
+    """Fill `noise`, of four dims, with a point drawn uniformly from the eps-ball for every image."""
+    if norm == "linf":
+        return noise.uniform_(-eps, eps, generator=generator)
+    noise.normal_(generator=generator)
+    shape, dims = (len(noise), 1, 1, 1), noise[0].numel()
+    share = torch.rand(shape, dtype=noise.dtype, device=noise.device, generator=generator) ** (1 / dims)
+    return noise.mul_(eps * share / torch.linalg.vector_norm(noise, dim=(1, 2, 3), keepdim=True))
+
+
+def clipper(images: Tensor, *, eps: float, norm: str = "linf", clip_to_ball: bool = True) -> Callable[[Tensor], Tensor]:
+    """Clip in place to the ball around `images` and to the pixel range, with bounds that are computed once.
+
+    Without `clip_to_ball` the pixel range alone counts. The l2 ball comes first: clipping to the pixel range only
+    brings an image nearer to one that lies inside it.
+    """
+    if not clip_to_ball:
+        return lambda adv: adv.clamp_(0, 1)
+    if norm == "linf":
+        low, high = (images - eps).clamp_(min=0), (images + eps).clamp_(max=1)
+        return lambda adv: torch.clamp(adv, low, high, out=adv)
+
+    def clip(adv: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(adv.sub_(images), dim=(1, 2, 3), keepdim=True)
+        shrink = (eps / length.clamp_(min=torch.finfo(adv.dtype).tiny)).clamp_(max=1)
+        return adv.mul_(shrink).add_(images).clamp_(0, 1)
+
+    return clip
+
+
+def ascend_(adv: Tensor, gradient: Tensor, step_size: float, norm: str = "linf") -> Tensor:
+    """One steepest-ascent step of length `step_size` in place; `gradient` is used up, a zero one moves nothing."""
+    if norm == "linf":
+        return adv.add_(gradient.sign_(), alpha=step_size)
+    peak = gradient.abs().amax((1, 2, 3), keepdim=True)  # squares of small gradients would vanish in float32
+    gradient.div_(peak.clamp_(min=torch.finfo(gradient.dtype).tiny))
+    length = torch.linalg.vector_norm(gradient, dim=(1, 2, 3), keepdim=True)  # at least 1, or 0
+    return adv.add_(gradient.mul_(step_size / length.clamp_(min=0.5)))
 
 
 def input_gradient(
@@ -66,8 +118,12 @@ def pgd(
     num_steps: int,
     start: str = "uniform",
     generator: torch.Generator | None = None,
+    norm: str = "linf",
+    start_scale: float = 1.0,
+    clip_to_ball: bool = True,
+    initial: Tensor | None = None,
 ) -> Tensor:
-    """Projected sign-gradient ascent of `objective` inside the eps-ball and the image box.
+    """Projected steepest ascent of `objective` inside the eps-ball and the image box.
 
     Parameters
     ----------
@@ -78,13 +134,21 @@ def pgd(
     images : Tensor of shape (batch, channels, height, width)
         Clean images in [0, 1], float32.
     eps, step_size : float
-        Radius and step in pixel units.
+        Radius and step in pixel units, in the norm.
     num_steps : int
         Steps; 0 returns the start point.
     start : {'uniform', 'gaussian', 'zero'}
         First iterate.
     generator : torch.Generator
         Source of the start noise.
+    norm : {'linf', 'l2'}
+        Norm of the ball. Steps follow the gradient's sign in linf, the gradient at unit length in l2.
+    start_scale : float
+        Radius of the uniform start in units of eps.
+    clip_to_ball : bool
+        False leaves the pixel range as the only limit, so that start and steps add up (N-FGSM).
+    initial : Tensor of the shape of `images`, optional
+        First iterate instead of `start`, clipped; left as it is.
 
     Returns
     -------
@@ -93,12 +157,18 @@ def pgd(
 
     References
     ----------
-    Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018, arXiv:1706.06083.
+    Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018, arXiv:1706.06083;
+    one step, `start_scale` 2 and no clipping to the ball: de Jorge et al., Make Some Noise, NeurIPS 2022,
+    arXiv:2202.01181 (N-FGSM).
     """
-    adv = start_point(images, eps=eps, start=start, generator=generator)
-    low, high = (images - eps).clamp_(min=0), (images + eps).clamp_(max=1)
+    clip = clipper(images, eps=eps, norm=norm, clip_to_ball=clip_to_ball)
+    if initial is None:
+        noise = {"start": start, "generator": generator, "scale": start_scale}
+        adv = start_point(images, eps=eps, norm=norm, clip_to_ball=clip_to_ball, **noise)
+    else:
+        adv = clip(initial.detach().clone())
     gradient_at = differentiate(predict)
     for _ in range(num_steps):
         _, gradient = gradient_at(objective, adv)
-        adv = torch.clamp(adv.add_(gradient.sign_(), alpha=step_size), low, high, out=adv)
+        adv = clip(ascend_(adv, gradient, step_size, norm))
     return adv

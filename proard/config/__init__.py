@@ -1,10 +1,10 @@
 """Settings of a run: one frozen class per stage, strict parsing, and the JSON schema generated from them."""
 
+from proard.config.attacks import Attack, Curriculum, Threat, TrainingAttack
 from proard.config.fields import ConfigError, UserError
 from proard.config.presets import PRESETS
 from proard.config.run import NEEDS, RunConfig, job_settings, json_schema, load, parse
 from proard.config.settings import (
-    Attack,
     Augmentation,
     EvaluateArchs,
     ExportStudent,
@@ -16,9 +16,7 @@ from proard.config.settings import (
     SampleArchs,
     SearchFront,
     SelectStudent,
-    Threat,
     TrainControl,
-    TrainingAttack,
     TrainPhase,
     TrainTeacher,
     Validation,
@@ -32,6 +30,7 @@ __all__ = [
     "Attack",
     "Augmentation",
     "ConfigError",
+    "Curriculum",
     "EvaluateArchs",
     "ExportStudent",
     "Final",

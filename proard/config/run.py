@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from proard.config import settings as s
+from proard.config.attacks import Threat
 from proard.config.fields import ConfigError, Natural, Settings
 from proard.config.presets import PRESETS
 from proard.config.spaces import Space
@@ -39,7 +40,7 @@ class RunConfig(Settings):
     run: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", description="Name of the run and of its folders.")]
     seed: Natural = 0
     space: Space = PRESETS["resnet_digits"]
-    threat: s.Threat = s.Threat()
+    threat: Threat = Threat()
     measurement: s.Measurement = s.Measurement()
     prepare_data: s.PrepareData = s.PrepareData()
     train_teacher: s.TrainTeacher = s.TrainTeacher()
@@ -83,9 +84,28 @@ def load(config: Mapping[str, Any]) -> RunConfig:
     Raises
     ------
     ConfigError
-        Names the key, its value, what was expected and, for an unknown key, the nearest valid one.
+        Names the key, its value, what was expected and, for an unknown key, the nearest valid one. An l2 attack that
+        measures and cannot cross its ball is an error too: its accuracies would be too high.
     """
-    return parse(RunConfig, config)
+    run = parse(RunConfig, config)
+    for key, attack in _measuring_attacks(run).items():
+        if run.threat.norm == "l2" and attack.num_steps * attack.step_size < run.threat.eps:
+            raise ConfigError(
+                f"{key}: {attack.num_steps} steps of {attack.step_size:g} cannot cross an l2 ball of radius "
+                f"{run.threat.eps:g}; raise step_size to {2.5 * run.threat.eps / attack.num_steps:.3g} or so"
+            )
+    return run
+
+
+def _measuring_attacks(run: RunConfig) -> dict[str, s.Attack | s.Validation]:
+    """Attacks whose accuracies are compared or reported, by the key that a user would change."""
+    attacks: dict[str, s.Attack | s.Validation] = {
+        f"verify_front.attacks.{attack.name}": attack for attack in run.verify_front.attacks
+    }
+    attacks |= {"evaluate_archs.attack": run.evaluate_archs.attack, "select_student.attack": run.select_student.attack}
+    attacks |= {"train_teacher.validation": run.train_teacher.validation}
+    attacks |= {"train_control.validation": run.train_control.validation}
+    return attacks | {f"train_phase.{phase.name}.validation": phase.validation for phase in run.train_phase.phases}
 
 
 def parse(model: type[Model], values: Mapping[str, Any] | str, *, where: str = "") -> Model:

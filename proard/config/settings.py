@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from proard.config.attacks import Attack, Dtype, TrainingAttack
 from proard.config.fields import (
     Count,
     Extended,
@@ -21,42 +22,6 @@ from proard.config.fields import (
 from proard.config.losses import WITHOUT_ATTACK, Distillation, DistillationOptions, RobustObjective, RobustOptions
 
 Paths = str | tuple[str, ...]
-Dtype = Literal["float32", "bfloat16"]
-
-
-class Threat(Settings):
-    """What the adversary may do. One threat model per run; every stage reads this one."""
-
-    norm: Literal["linf"] = "linf"
-    eps: PixelLength = 8 / 255
-
-
-class TrainingAttack(Settings):
-    """Inner maximisation of training.
-
-    `objective` is what the adversary ascends: `loss` (what the loss's paper takes), `ce`, `margin`, `kl_clean` (to the
-    network's own clean output) or `kl_teacher`. A divergence also grows when the true class gains: on networks of low
-    confidence, such as small ones early on, it makes a weak attack; prefer `ce` there.
-    `bn_mode` says which statistics batch norm uses inside the attack: `running` (the stored ones), `batch` (those
-    of the perturbed batch, in every step) or `clean_batch` (those of the clean batch, fixed during the attack).
-    """
-
-    objective: Literal["loss", "ce", "margin", "kl_clean", "kl_teacher", "kl_teacher_adv"] = "loss"
-    num_steps: Natural = 10
-    step_size: PixelLength = 2 / 255
-    start: Literal["uniform", "gaussian", "zero"] = "uniform"
-    bn_mode: Literal["running", "batch", "clean_batch"] = "clean_batch"
-    dtype: Dtype = "float32"
-
-
-class Attack(Settings):
-    """An attack that measures: `objective` is `ce` (cross-entropy) or `margin` (Carlini-Wagner's logit margin)."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = "pgd20"
-    objective: Literal["ce", "margin"] = "ce"
-    num_steps: Count = 20
-    step_size: PixelLength = 2 / 255
-    restarts: Count = 1
 
 
 class Measurement(Settings):
@@ -119,12 +84,19 @@ class PrepareData(Settings):
 
 
 class Validation(Settings):
-    """Measurement on `val` during training, every so many epochs; the best epoch by robust accuracy is kept."""
+    """Measurement on `val` during training, every so many epochs; the best epoch by robust accuracy is kept.
+
+    `overfitting` watches for catastrophic overfitting, the failure of training with one or two attack steps: the same
+    images are also attacked as in training, and where PGD leaves less than `overfitting_ratio` of the accuracy that
+    the training's attack leaves, `warn` says so and `stop` ends the training there, with its best weights so far.
+    """
 
     every_epochs: Count = 5
     num_images: Count = 500
     num_steps: Count = 10
     step_size: PixelLength = 2 / 255
+    overfitting: Literal["warn", "stop"] | None = None
+    overfitting_ratio: Share = 0.5
 
 
 class Optimisation(Settings):
@@ -186,6 +158,9 @@ class Phase(Optimisation, DistillationOptions, Extended):
     (width, depth, expand, kernel, as far as the space has them, an equal part each); `pareto` is the sandwich whose
     inner subnets win a comparison of `pareto_candidates` at a drawn cost, the `best` or the `worst` by their loss on
     the batch (`pareto_pick`).
+
+    `teacher_logits` keeps the frozen teacher's logits of every view of the clean images that has come up, in a table on
+    the device: images * (2 crop_padding + 1)^2 * 2 if mirrored * classes numbers, 324 MB in float32 for CIFAR-10.
     """
 
     gained = frozenset({"kernel", "sort_channels"})
@@ -203,6 +178,7 @@ class Phase(Optimisation, DistillationOptions, Extended):
     loss: Distillation = "rslad"
     teacher: Literal["frozen", "dynamic", "both"] = "frozen"
     frozen_weight: Share = 0.5
+    teacher_logits: Literal["float32", "float16"] | None = None
     teacher_objective: RobustObjective = "trades"
     warm_start: Literal["teacher", "random"] = "teacher"
 
@@ -216,6 +192,13 @@ class Phase(Optimisation, DistillationOptions, Extended):
         """What is matched at adversarial images needs an attack."""
         if self.loss in WITHOUT_ATTACK and (self.igdm_weight > 0 or (self.kdiga_weight > 0 and self.kdiga_at == "adv")):
             raise ValueError(f"loss {self.loss} has no attack: igdm_weight and kdiga_at: adv do not fit it")
+        return self
+
+    @model_validator(mode="after")
+    def kept_logits_are_a_frozen_teachers(self) -> Phase:
+        """A teacher that learns has no logits to keep."""
+        if self.teacher_logits is not None and self.teacher == "dynamic":
+            raise ValueError("teacher_logits keeps those of a frozen teacher; teacher is dynamic")
         return self
 
 

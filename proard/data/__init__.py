@@ -1,6 +1,6 @@
 """Images: sources, the one train / val / test split, sets in memory, augmentation."""
 
-from proard.data.augment import Augmenter, epoch_order, keyed_generator
+from proard.data.augment import Augmenter, Views, epoch_order, keyed_generator
 from proard.data.decode import DataError
 from proard.data.images import ImageSet, load_split, pixel_statistics, save_split, to_float
 from proard.data.split import Splits, make_splits, stratified_order
@@ -10,6 +10,7 @@ __all__ = [
     "DataError",
     "ImageSet",
     "Splits",
+    "Views",
     "epoch_order",
     "keyed_generator",
     "load_split",

@@ -2,12 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from proard.data.images import to_float
+
+
+@dataclass(frozen=True)
+class Views:
+    """Which window of which padded image each image of a batch is.
+
+    Attributes
+    ----------
+    indices : Tensor of shape (batch,)
+        The images; no image twice.
+    top, left : Tensor of shape (batch,)
+        Offsets into the padded image, in pixels.
+    mirrored : Tensor of shape (batch,)
+        bool: flipped left to right after the crop.
+    """
+
+    indices: Tensor
+    top: Tensor
+    left: Tensor
+    mirrored: Tensor
+
+    def pixels(self, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Image, row and column of every pixel of the views, as an index into padded images.
+
+        `padded[views.pixels(height, width)]` reads the views of shape (batch, height, width, ...) mirrored as they are,
+        and assigning to it writes them back to where they come from.
+        """
+        rows = self.top[:, None] + torch.arange(height, device=self.top.device)
+        steps = torch.arange(width, device=self.left.device)
+        columns = self.left[:, None] + torch.where(self.mirrored[:, None], steps.flip(0), steps)
+        return self.indices[:, None, None], rows[:, :, None], columns[:, None, :]
 
 
 class Augmenter:
@@ -29,6 +62,7 @@ class Augmenter:
         windows = padded.unfold(1, height, 1).unfold(2, width, 1)  # (n, y, x, channels, height, width)
         self.windows = windows.permute(0, 1, 2, 4, 5, 3)  # (n, y, x, height, width, channels), a view
         self.padding, self.flip = padding, flip
+        self.padded_shape = tuple(padded.shape)
 
     def __call__(self, indices: Tensor, generator: torch.Generator) -> Tensor:
         """Augmented images.
@@ -45,10 +79,15 @@ class Augmenter:
         Tensor of shape (batch, channels, height, width)
             float32 in [0, 1], in channels_last memory, on the images' device.
         """
+        views = self.draw(indices, generator)
+        return self.crop(views.indices, views.top, views.left, views.mirrored)
+
+    def draw(self, indices: Tensor, generator: torch.Generator) -> Views:
+        """Draw the views that a call with these arguments gives."""
         offsets = torch.randint(2 * self.padding + 1, (2, len(indices)), generator=generator)
         mirrored = torch.randint(2 if self.flip else 1, (1, len(indices)), generator=generator)
         draws = torch.cat([indices[None], offsets, mirrored]).to(self.windows.device, non_blocking=True)  # (4, batch)
-        return self.crop(draws[0], draws[1], draws[2], draws[3].bool())
+        return Views(draws[0], draws[1], draws[2], draws[3].bool())
 
     def crop(self, indices: Tensor, top: Tensor, left: Tensor, mirrored: Tensor) -> Tensor:
         """Crops at given offsets into the padded images, mirrored where told; all arguments of shape (batch,)."""

@@ -7,13 +7,14 @@ images, which makes differences between archs far more precise than their accura
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from proard.attacks import differentiate
+from proard.attacks import ascend_, ball_noise_, clipper, differentiate, pgd
 from proard.config import Attack
 from proard.data import keyed_generator
 from proard.losses import CrossEntropy, InnerObjective, Margin
@@ -55,6 +56,7 @@ def attack_images(
     accounting: str,
     seed: int,
     batch_size: int,
+    norm: str = "linf",
 ) -> Outcome:
     """Attack every correctly classified image.
 
@@ -70,13 +72,15 @@ def attack_images(
     attack : Attack
         Objective, steps, step size, restarts.
     eps : float
-        Linf radius in pixel units.
+        Radius in pixel units, in the norm.
     accounting : {'any_iterate', 'last_iterate'}
         Whether an image is lost by any misclassified iterate (AutoAttack's convention, stricter) or by its last one.
     seed : int
         Seed of the start noise.
     batch_size : int
         Size of the working set.
+    norm : {'linf', 'l2'}
+        Norm of the threat model.
 
     Notes
     -----
@@ -85,13 +89,33 @@ def attack_images(
     robust, gradients = correct.clone(), 0
     for restart in range(attack.restarts):
         generator = keyed_generator(seed, restart)
-        noise = torch.empty(images.shape).uniform_(-eps, eps, generator=generator).to(images.device)
-        lost, spent = _one_restart(
-            predict, images, labels, robust, noise, attack=attack, eps=eps, accounting=accounting, batch_size=batch_size
-        )
+        noise = ball_noise_(torch.empty(images.shape), eps=eps, norm=norm, generator=generator).to(images.device)
+        options = {"attack": attack, "ball": {"eps": eps, "norm": norm}, "accounting": accounting}
+        lost, spent = _one_restart(predict, images, labels, robust, noise, **options, batch_size=batch_size)
         robust &= ~lost
         gradients += spent
     return Outcome(robust.cpu(), gradients)
+
+
+def stands_training_attack(
+    predict: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    *,
+    batch_size: int,
+    seed: int,
+    attack: Mapping[str, Any],
+) -> Tensor:
+    """Which images are right at the last iterate of a training's own attack, on cross-entropy; bool of shape (n,).
+
+    `attack` holds keyword arguments of `pgd`; arrays and `predict` as in `attack_images`.
+    """
+    generator, right = keyed_generator(seed, 0), []
+    for batch, truth in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        adv = pgd(predict, CrossEntropy(truth), batch, **attack, generator=generator)
+        with torch.no_grad():
+            right.append(predict(adv).argmax(1) == truth)
+    return torch.cat(right)
 
 
 def _one_restart(
@@ -102,7 +126,7 @@ def _one_restart(
     noise: Tensor,
     *,
     attack: Attack,
-    eps: float,
+    ball: Mapping[str, Any],
     accounting: str,
     batch_size: int,
 ) -> tuple[Tensor, int]:
@@ -127,9 +151,7 @@ def _one_restart(
         wrong = logits.argmax(1) != truth
         fallen = wrong & ended if accounting == "last_iterate" else wrong
         lost[index[fallen]] = True
-        clean = images[index]
-        adv = adv.add_(gradient.sign_(), alpha=attack.step_size)
-        adv = torch.clamp(adv, (clean - eps).clamp_(min=0), (clean + eps).clamp_(max=1), out=adv)
+        adv = clipper(images[index], **ball)(ascend_(adv, gradient, attack.step_size, ball["norm"]))
         age = age + 1
         stay = ~(ended | fallen)
         if not bool(stay.all()):

@@ -17,7 +17,7 @@ from torch import Tensor
 from proard.artifacts import wilson, write_text
 from proard.config import Attack, Measurement, Threat
 from proard.data import ImageSet, to_float
-from proard.evaluation.adversary import Outcome, attack_images, clean_correct
+from proard.evaluation.adversary import Outcome, attack_images, clean_correct, stands_training_attack
 from proard.nets import FoldedNet, Supernet, extract, fold, recalibrate
 from proard.space import Arch, SearchSpace
 
@@ -53,6 +53,7 @@ def measure(
             correct,
             attack=attack,
             eps=threat.eps,
+            norm=threat.norm,
             accounting=measurement.accounting,
             seed=seed,
             batch_size=measurement.batch_size,
@@ -261,14 +262,23 @@ def validation_rows(
     threat: Threat,
     measurement: Measurement,
     seed: int,
+    training_attack: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows of a training's history: each named subnet after recalibration, clean and under one attack."""
+    """Rows of a training's history: each named subnet after recalibration, clean and under one attack.
+
+    `training_attack`, keyword arguments of `pgd`, adds the accuracy under the attack of the training itself.
+    """
     rows = []
     for name, arch in archs.items():
         net = extract(supernet, arch)
         recalibrate(net, recalibration, batch_size=measurement.batch_size)
         with torch.enable_grad():
             entry = measure(fold(net), val, [attack], threat=threat, measurement=measurement, seed=seed)[attack.name]
+        own = {}
+        if training_attack is not None:
+            options = {"batch_size": measurement.batch_size, "seed": seed, "attack": training_attack}
+            right = stands_training_attack(fold(net), to_float(val.images), val.labels, **options)
+            own = {"val_train_attack_acc": float(right.float().mean())}
         rows.append(
             {
                 "arch": name,
@@ -276,6 +286,7 @@ def validation_rows(
                 "val_clean_acc": float(entry["clean"].mean()),
                 "val_robust_acc": float(entry["robust"].mean()),
                 "val_num_images": len(entry["clean"]),
+                **own,
             }
         )
     return rows

@@ -20,6 +20,10 @@ ACCOUNTING = {
     "any_iterate": "an image is lost if any iterate of any restart is misclassified",
     "last_iterate": "an image is lost if the last iterate of any restart is misclassified",
 }
+REACH = {  # by norm
+    "linf": "every pixel by at most eps = {eps} (linf)",
+    "l2": "all pixels together by a Euclidean length of at most eps = {eps} (l2)",
+}
 HUB_LICENSES = {"unspecified": "unknown"}
 LISTED_CLASSES = 20
 
@@ -79,7 +83,7 @@ for row in scores / scores.sum(axis=1, keepdims=True):
 
 ## Threat model and measured accuracy
 
-The adversary knows the network and changes every pixel by at most eps = {eps} ({norm}, pixel range [0, 1]).
+The adversary knows the network and changes {reach}; pixels stay in [0, 1].
 Attacks are projected gradient descent with random starts on this very network, its batch norm folded at recalibrated
 statistics; {accounting}.
 
@@ -164,6 +168,7 @@ def model_card(
         "robust_acc": _interval(worst, "robust_acc"),
         "hardest": _called(worst),
         "norm": facts.threat.norm,
+        "reach": REACH[facts.threat.norm].format(eps=_eps(facts.threat.eps)),
         "eps": _eps(facts.threat.eps),
         "num_classes": len(facts.classes),
         "class_list": ", ".join(facts.classes[:LISTED_CLASSES]) + further,

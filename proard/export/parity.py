@@ -133,6 +133,7 @@ def check_parity(
     eps: float,
     step_size: float,
     num_steps: int,
+    norm: str = "linf",
     tolerance: float,
     batch_size: int,
     seed: int,
@@ -150,7 +151,7 @@ def check_parity(
         The exported files; each runs on the CPU.
     row_clean_acc : float
         Clean accuracy on `test` of the selected row, which weights and ONNX must reach exactly.
-    eps, step_size, num_steps
+    eps, step_size, num_steps, norm
         PGD that perturbs some test images, in pixel units.
     batch_size : int
         Images per batch, as in the measurement.
@@ -180,7 +181,8 @@ def check_parity(
     few = clean[:ADVERSARIAL_IMAGES]
     start = torch.Generator().manual_seed(seed)
     objective = CrossEntropy(labels[: len(few)])
-    adv = pgd(student, objective, few, eps=eps, step_size=step_size, num_steps=num_steps, generator=start)
+    ball = {"norm": norm, "eps": eps}
+    adv = pgd(student, objective, few, **ball, step_size=step_size, num_steps=num_steps, generator=start)
     adv_reference = _logits(_torch_predict(student), adv, batch_size)
     attacked = difference(adv_reference, _logits(_onnx_predict(session), adv, batch_size))
 
@@ -209,7 +211,7 @@ def check_parity(
         "pt2_max_softmax_difference": by_pt2.max_softmax,
         "pt2_top1_agreement": by_pt2.top1_agreement,
         "adversarial": {
-            "attack": {"objective": "ce", "eps": eps, "step_size": step_size, "num_steps": num_steps, "seed": seed},
+            "attack": {"objective": "ce", **ball, "step_size": step_size, "num_steps": num_steps, "seed": seed},
             "num_images": len(few),
             "onnx_max_softmax_difference": attacked.max_softmax,
             "onnx_top1_agreement": attacked.top1_agreement,

@@ -12,7 +12,7 @@ from proard.space.cost import human
 
 SEARCH_NAMES = {"nsga2": "NSGA-II", "random": "random search"}
 OBJECTIVES = {"ce": "cross-entropy", "margin": "logit margin (CW)"}
-NORMS = {"linf": "ℓ∞"}
+NORMS = {"linf": "ℓ∞", "l2": "ℓ₂"}
 
 
 def percent(share: Any, digits: int = 1) -> str:

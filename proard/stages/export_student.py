@@ -78,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             pt2=paths["pt2"],
             row_clean_acc=clean_acc,
             eps=job.config.threat.eps,
+            norm=job.config.threat.norm,
             step_size=float(reference["step_size"]),
             num_steps=int(reference["num_steps"]),
             tolerance=settings.tolerance,

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from proard.artifacts import HISTORY, write_table
 from proard.config import Attack, Measurement, Phase, TrainControl, TrainTeacher, UserError
-from proard.data import Augmenter, ImageSet, epoch_order, load_split, to_float
+from proard.data import Augmenter, ImageSet, Views, epoch_order, load_split, to_float
 from proard.evaluation.meter import validation_rows
 from proard.nets import StaticNet, Supernet, extract, fold, load_static, recalibrate
 from proard.space import Arch, SearchSpace
 from proard.stages.common import Job
 from proard.training import Plan, ResumeState, fingerprint, fit, single_plan
+from proard.training.inner import weakest
 
 VALIDATION_RECALIBRATION_IMAGES = 1000
 
@@ -39,6 +40,15 @@ class AugmentedImages:
     def batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Augmented images and labels."""
         return self.augment(indices, generator), self.train.labels[indices.to(self.train.labels.device)]
+
+    def views(self, indices: Tensor, generator: torch.Generator) -> Views:
+        """Which views `batch` gives for the same arguments."""
+        return self.augment.draw(indices, generator)
+
+    @property
+    def padded_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the padded images: (n, height, width, channels)."""
+        return self.augment.padded_shape
 
 
 @dataclass
@@ -99,6 +109,8 @@ class Training:
         attack = Attack(name="val", num_steps=rule.num_steps, step_size=rule.step_size)
         val = self.val.first(rule.num_images)
         recalibration = self.recalibration_images()
+        attacks = any(drawn.objective.inner for drawn in plan.draw(self.job.seed, 0, 0))
+        watched = rule.overfitting is not None and attacks
 
         def validate(averaged: Supernet) -> list[dict[str, Any]]:
             return validation_rows(
@@ -110,6 +122,7 @@ class Training:
                 threat=threat,
                 measurement=Measurement(),
                 seed=self.job.seed,
+                training_attack=weakest(settings.attack, eps=threat.eps, norm=threat.norm) if watched else None,
             )
 
         passes = settings.epochs * plan.passes_per_epoch
@@ -125,6 +138,7 @@ class Training:
             plan=plan,
             settings=settings,
             eps=threat.eps,
+            norm=threat.norm,
             source=AugmentedImages(self.train, settings),
             teacher=teacher,
             validate=validate,

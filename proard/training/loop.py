@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 from proard.config import Phase, TrainControl, TrainTeacher, UserError
-from proard.data import keyed_generator
+from proard.data import Views, keyed_generator
 from proard.nets import Supernet
 from proard.progress import Progress, duration
+from proard.training.inner import CarriedPerturbations, Inner
+from proard.training.overfitting import overfitting
 from proard.training.plan import Plan
 from proard.training.state import Interrupted, ResumeState, stop_on_signal
+from proard.training.teacher_table import TeacherTable
 from proard.training.trainer import Trainer
 
 Rows = list[dict[str, Any]]
@@ -38,6 +41,13 @@ class ImageSource(Protocol):
     def batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Augmented images of shape (batch, channels, height, width) and their labels."""
 
+    def views(self, indices: Tensor, generator: torch.Generator) -> Views:
+        """Which views `batch` gives for the same arguments."""
+
+    @property
+    def padded_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the padded images that views are windows of: (n, height, width, channels)."""
+
 
 @dataclass
 class Progressed:
@@ -52,6 +62,7 @@ class Progressed:
     forward_equivalents: int = 0
     seconds: float = 0.0
     best_score: float = -math.inf
+    overfitted: bool = False
 
 
 def learning_rate(settings: TrainTeacher | TrainControl | Phase, step: int, total: int, warmup: int) -> float:
@@ -74,6 +85,7 @@ def fit(
     state: ResumeState,
     seed: int,
     control: Callable[[Tensor], Tensor] | None = None,
+    norm: str = "linf",
 ) -> Rows:
     """Train `net` by `plan` and leave in it the averaged weights of its best validated epoch.
 
@@ -100,6 +112,8 @@ def fit(
         Seed of order, augmentation, sampling and attack starts.
     control : callable, optional
         Plainly trained network, where the plan's objectives ask it: images to logits.
+    norm : {'linf', 'l2'}
+        Norm of the threat model.
 
     Returns
     -------
@@ -113,11 +127,27 @@ def fit(
     Interrupted
         SIGTERM, SIGINT or a successor asked to stop: the state is saved.
     """
-    trainer = Trainer(net, settings, plan, eps, teacher, seed, control)
     steps_per_pass = max(len(source) // settings.batch_size, 1)
     steps_per_epoch = steps_per_pass * plan.passes_per_epoch
     total, warmup = (round(epochs * steps_per_epoch) for epochs in (settings.epochs, settings.warmup_epochs))
-    trainer.total_steps = total = max(total, 1)
+    total = max(total, 1)
+    inner = Inner(settings.attack, eps=eps, norm=norm, total_steps=total)
+    if settings.attack.carry_passes is not None:
+        place = {"eps": eps, "norm": norm, "seed": seed, "device": net.mean.device}
+        inner.carried = CarriedPerturbations(settings.attack, source.padded_shape, **place)
+    table = None
+    if isinstance(settings, Phase) and settings.teacher_logits is not None:
+        table = TeacherTable(
+            source.padded_shape[0],
+            padding=settings.augment.crop_padding,
+            flip=settings.augment.flip,
+            classes=net.space.settings.classes,
+            dtype=getattr(torch, settings.teacher_logits),
+            device=net.mean.device,
+        )
+        print(f"{label}: the teacher's logits take {table.bytes / 2**20:.1f} MiB on {net.mean.device}", flush=True)
+    trainer = Trainer(net, settings, plan, eps, teacher, seed, control, inner=inner, table=table)
+    trainer.total_steps = total
     history: Rows = []
     done = Progressed()
     loaded = state.load()
@@ -134,7 +164,7 @@ def fit(
     first_step, started, saved = done.step, time.monotonic(), time.monotonic()
     order, order_of = torch.empty(0), -1
     with stop_on_signal() as stop:
-        while done.step < total:
+        while done.step < total and not done.overfitted:
             step_started = time.monotonic()
             step, data_pass = done.step, done.step // steps_per_pass
             if order_of != data_pass:
@@ -142,8 +172,11 @@ def fit(
             start = step % steps_per_pass * settings.batch_size
             lr = learning_rate(settings, step, total, warmup)
             generator = keyed_generator(seed, step, 1)  # 1: another stream than the order of pass number `step`
-            images, labels = source.batch(order[start : start + settings.batch_size], generator)
-            loss, clean, robust, work = trainer.step(images, labels, step, data_pass, lr, generator)
+            indices, views = order[start : start + settings.batch_size], None
+            if trainer.needs_views:
+                views = source.views(indices, keyed_generator(seed, step, 1))
+            images, labels = source.batch(indices, generator)
+            loss, clean, robust, work = trainer.step(images, labels, step, data_pass, lr, generator, views)
             if not math.isfinite(loss):
                 save()
                 raise UserError(
@@ -156,7 +189,7 @@ def fit(
             done.epoch_robust += robust
             done.epoch_images += len(labels)
             done.images += len(labels)
-            done.forward_equivalents += work * len(labels)
+            done.forward_equivalents += round(work * len(labels))
             done.seconds += time.monotonic() - step_started
             progress.advance(note=f"loss {loss:.3f} · lr {lr:.4f}")
             if done.step == first_step + 5:
@@ -166,8 +199,12 @@ def fit(
                 epoch = -(-done.step // steps_per_epoch)
                 _end_epoch(trainer, history, done, label, epoch, lr, done.step == total, validate, seed)
                 progress.say(_summary(label, history))
+                warning = overfitting(history, settings.validation, settings.attack)
+                if warning:
+                    progress.say(f"{label}: {warning}")
+                    done.overfitted = settings.validation.overfitting == "stop"
             asked = stop.signal.name if stop.signal else "a successor" if state.handover_asked() else ""
-            if asked and done.step < total:
+            if asked and done.step < total and not done.overfitted:
                 save()
                 raise Interrupted(f"{label}: stopped by {asked} after step {done.step}; the same command continues")
             if time.monotonic() - saved > 60 * settings.save_every_minutes:

@@ -13,14 +13,17 @@ from torch import Tensor
 
 from proard.attacks import pgd
 from proard.config import Phase, TrainControl, TrainTeacher
+from proard.data import Views
 from proard.losses import INNER_OBJECTIVES, Batch, kl_to_teacher
 from proard.nets import Supernet
 from proard.nets.view import Statistics, SubnetView
 from proard.space import Arch
 from proard.training.attentive import settle
 from proard.training.guidance import Guidance, guided, passed, side_by_side
+from proard.training.inner import Inner
 from proard.training.perturbation import perturbed
 from proard.training.plan import Drawn, Plan
+from proard.training.teacher_table import TeacherTable
 
 
 class Trainer:
@@ -42,6 +45,10 @@ class Trainer:
         Seed of the plan's draws.
     control : callable, optional
         Plainly trained network: images to logits.
+    inner : Inner, optional
+        What the attacks of a step start from and how many steps they take; by default each attacks for itself.
+    table : TeacherTable, optional
+        Where the teacher's logits are kept.
     """
 
     def __init__(
@@ -53,8 +60,12 @@ class Trainer:
         teacher: Callable[[Tensor], Tensor] | None,
         seed: int,
         control: Callable[[Tensor], Tensor] | None = None,
+        *,
+        inner: Inner | None = None,
+        table: TeacherTable | None = None,
     ) -> None:
         self.net, self.settings, self.plan, self.eps, self.teacher, self.seed = net, settings, plan, eps, teacher, seed
+        self.inner, self.table = inner or Inner(settings.attack, eps=eps), table
         self.control, self.total_steps = control, 1
         self.attack_dtype = getattr(torch, settings.attack.dtype)
         self.train_dtype = getattr(torch, settings.dtype)
@@ -82,9 +93,21 @@ class Trainer:
 
     # --- one step ----------------------------------------------------------------------------------------------
 
+    @property
+    def needs_views(self) -> bool:
+        """Whether `step` must be told which views its images are."""
+        return self.table is not None or self.inner.carried is not None
+
     def step(
-        self, images: Tensor, labels: Tensor, step: int, data_pass: int, lr: float, generator: torch.Generator
-    ) -> tuple[float, float, float, int]:
+        self,
+        images: Tensor,
+        labels: Tensor,
+        step: int,
+        data_pass: int,
+        lr: float,
+        generator: torch.Generator,
+        views: Views | None = None,
+    ) -> tuple[float, float, float, float]:
         """One optimizer step; a loss that is not finite leaves everything as it was.
 
         Returns the mean loss, the mean number of correct clean and adversarial images (training mode), and the
@@ -93,14 +116,12 @@ class Trainer:
         drawn = self.plan.draw(self.seed, step, data_pass)
         torch._foreach_zero_([parameter.grad for parameter in self.parameters.values()])
         statistics = [buffer.clone() for buffer in self.statistics]
-        frozen = None
-        if self.teacher is not None:
-            with torch.no_grad():
-                frozen = self.teacher(images)
+        frozen, work = self._ask_teacher(images, views)
         losses, clean_right, adv_right = [], 0.0, 0.0
         guidance = Guidance(frozen, self.teacher, self.control, min(step / self.total_steps, 1.0), data_pass)
         drawn, scored = settle(drawn, lambda arch: self._score(arch, images, labels, frozen))
-        work = int(frozen is not None) + scored
+        drawn = self.inner.begin(drawn, self.net.space, step=step, data_pass=data_pass, views=views)
+        work += scored
         for subnet in drawn:
             view = SubnetView(self.net, subnet.arch)
             batch, spent = self._forward(view, subnet, images, labels, guidance, generator)
@@ -120,6 +141,16 @@ class Trainer:
         else:
             torch._foreach_copy_(self.statistics, statistics)
         return mean_loss, clean_right, adv_right, work
+
+    @torch.no_grad()
+    def _ask_teacher(self, images: Tensor, views: Views | None) -> tuple[Tensor | None, float]:
+        """The frozen teacher's logits where there is one, and the forward-equivalents per image that they took."""
+        if self.teacher is None:
+            return None, 0
+        if self.table is None:
+            return self.teacher(images), 1
+        logits, computed = self.table(self.teacher, images, views)
+        return logits, computed / len(images)
 
     def _forward(
         self,
@@ -153,25 +184,18 @@ class Trainer:
 
         else:
             predict = view.folded(record if record is not None else view.running_statistics(), dtype=self.attack_dtype)
+        options = self.inner.options(images)
         if objective.inner == "kl_teacher_adv":  # every step asks the teacher as well
-            predict, work = side_by_side(predict, guidance.teacher), work + 2 * attack.num_steps
-        adversarial = pgd(
-            predict,
-            inner,
-            images,
-            eps=self.eps,
-            step_size=attack.step_size,
-            num_steps=attack.num_steps,
-            start=attack.start,
-            generator=generator,
-        )
+            predict, work = side_by_side(predict, guidance.teacher), work + 2 * options["num_steps"]
+        adversarial = pgd(predict, inner, images, **options, generator=generator)
+        self.inner.keep(subnet, images, adversarial)
         adversarial.requires_grad_("teacher_gradient_adv" in needs)
         with self._autocast():
             adv = view(adversarial, update_running=clean is None).float()
         batch, asked = guided(replace(batch, adv=adv, adversarial=adversarial), needs, guidance)
         needs, reach = needs - {"clean", "adv"}, self._option("helper_reach")
         batch, more = passed(batch, needs, self._train_pass(view), reach=reach)
-        return batch, work + asked + more + 2 * attack.num_steps + 3
+        return batch, work + asked + more + 2 * options["num_steps"] + 3
 
     def _backward(self, view: SubnetView, subnet: Drawn, batch: Batch, count: int) -> tuple[Tensor, int]:
         """The loss and its gradients / `count`, at perturbed weights where asked for, with the extra work of that."""
@@ -222,6 +246,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
+        self.inner.commit()
         decay = min(self.settings.ema_decay, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - decay)
@@ -253,6 +278,7 @@ class Trainer:
         }
         groups = {"net": self.net.state_dict(), "average": self.average, "best": self.best, "momentum": momentum}
         groups["memory"] = self.memory
+        groups["inner"] = self.inner.tensors()
         return {f"{group}.{name}": tensor for group, members in groups.items() for name, tensor in members.items()}
 
     @torch.no_grad()

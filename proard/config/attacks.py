@@ -1,0 +1,91 @@
+"""The threat model and the attacks of training and of measurement."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from proard.config.fields import Count, Natural, NonNegative, PixelLength, Positive, Settings, in_pixel_units
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+class Threat(Settings):
+    """What the adversary may do. One threat model per run; every stage reads this one.
+
+    `linf` limits the change of every pixel, `l2` the Euclidean length of the whole perturbation, which may exceed 1.
+    """
+
+    norm: Literal["linf", "l2"] = "linf"
+    eps: Positive = 8 / 255
+
+    @field_validator("eps")
+    @classmethod
+    def eps_is_in_pixel_units(cls, value: float, info: ValidationInfo) -> float:
+        """No pixel changes by more than 1."""
+        return value if info.data.get("norm") == "l2" else in_pixel_units(value)
+
+
+class Curriculum(Settings):
+    """Attack steps grow from `first_steps` to `num_steps`, every count for an equal share of the training.
+
+    Fewer steps than `num_steps` are each at least `reach` * eps / steps long, so that they still cross the ball.
+    """
+
+    first_steps: Natural = 1
+    reach: NonNegative = 1.25
+
+
+class TrainingAttack(Settings):
+    """Inner maximisation of training.
+
+    `objective` is what the adversary ascends: `loss` (what the loss's paper takes), `ce`, `margin`, `kl_clean` (to the
+    network's own clean output) or `kl_teacher`. A divergence also grows when the true class gains: on networks of low
+    confidence, such as small ones early on, it makes a weak attack; prefer `ce` there.
+    `bn_mode` says which statistics batch norm uses inside the attack: `running` (the stored ones), `batch` (those
+    of the perturbed batch, in every step) or `clean_batch` (those of the clean batch, fixed during the attack).
+
+    `start_scale` is the radius of the uniform start in units of eps; `clip_to_ball: false` leaves the pixel range as
+    the only limit. One step of eps with `start_scale: 2` and `clip_to_ball: false` is N-FGSM.
+    `shared` crafts the adversarial images of a step with several subnets once, on its `smallest` or `largest`;
+    every other subnet takes `own_steps` from there. A dynamic teacher, trained first, attacks for itself under
+    `smallest`. `carry_passes` lets an image's perturbation start where the previous pass over the data left it, drawn
+    anew every so many passes (ATTA): one byte per value of the padded training images, on the device and in the resume
+    state.
+    """
+
+    objective: Literal["loss", "ce", "margin", "kl_clean", "kl_teacher", "kl_teacher_adv"] = "loss"
+    num_steps: Natural = 10
+    step_size: PixelLength = 2 / 255
+    start: Literal["uniform", "gaussian", "zero"] = "uniform"
+    bn_mode: Literal["running", "batch", "clean_batch"] = "clean_batch"
+    dtype: Dtype = "float32"
+    start_scale: Positive = 1.0
+    clip_to_ball: bool = True
+    curriculum: Curriculum | None = None
+    shared: Literal["smallest", "largest"] | None = None
+    own_steps: Natural = 1
+    carry_passes: Count | None = None
+
+    @model_validator(mode="after")
+    def parts_fit(self) -> TrainingAttack:
+        """A scale needs the start that it scales, stored perturbations their ball, a curriculum room to grow."""
+        if self.start_scale != 1 and self.start != "uniform":
+            raise ValueError(f"start_scale is the radius of start uniform; start is {self.start}")
+        if self.carry_passes is not None and not self.clip_to_ball:
+            raise ValueError("carry_passes keeps perturbations inside the ball: leave clip_to_ball true")
+        if self.curriculum is not None and self.curriculum.first_steps > self.num_steps:
+            first = self.curriculum.first_steps
+            raise ValueError(f"curriculum.first_steps is {first}; expected: at most num_steps, {self.num_steps}")
+        return self
+
+
+class Attack(Settings):
+    """An attack that measures: `objective` is `ce` (cross-entropy) or `margin` (Carlini-Wagner's logit margin)."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = "pgd20"
+    objective: Literal["ce", "margin"] = "ce"
+    num_steps: Count = 20
+    step_size: PixelLength = 2 / 255
+    restarts: Count = 1
