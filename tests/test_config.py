@@ -50,7 +50,7 @@ def test_scientific_notation_without_a_point_is_a_number():
         ({"threat": {"epss": 0.1}}, ["threat.epss", "eps"]),
         ({"threat": {"eps": 8}}, ["threat.eps is 8", "[0, 1]", "8/255"]),
         ({"threat": {"eps": True}}, ["threat.eps", "True", "number"]),
-        ({"threat": {"norm": "l2"}}, ["threat.norm", "'l2'", "linf"]),
+        ({"threat": {"norm": "l1"}}, ["threat.norm", "'l1'", "linf"]),
         ({"space": "resnet_digit"}, ["resnet_digit", "did you mean resnet_digits"]),
         ({"train_teacher": {"lr": "fast"}}, ["train_teacher.lr", "'fast'", "number"]),
         ({"train_teacher": {"lr": -1}}, ["train_teacher.lr", "-1", "greater than 0"]),

@@ -278,7 +278,7 @@ def validation_rows(
         if training_attack is not None:
             options = {"batch_size": measurement.batch_size, "seed": seed, "attack": training_attack}
             right = stands_training_attack(fold(net), to_float(val.images), val.labels, **options)
-            own = {"val_train_attack_acc": float(right.float().mean())}
+            own = {"val_train_attack_acc": float(right.double().mean())}
         rows.append(
             {
                 "arch": name,

@@ -10,6 +10,8 @@ from torch import Tensor
 from proard.config import UserError
 from proard.data import Views
 
+BLOCK = 16  # images; the teacher is asked in multiples of it
+
 
 class TeacherTable:
     """Logits by (image, row offset, column offset, mirrored), filled as views come up.
@@ -41,8 +43,12 @@ class TeacherTable:
     Notes
     -----
     num_images * (2 padding + 1)^2 * (2 if flip) * classes numbers: 324 MB in float32 for CIFAR-10 padded by 4, 3.2 GB
-    for CIFAR-100. The teacher sees new views in batches of other sizes than the step's; where a machine's kernels round
-    differently for another batch size, logits differ in their last bits.
+    for CIFAR-100. A step waits once for the device, to learn how many of its views are new.
+
+    Kernels chosen by shape may round an image's logits differently in a smaller batch. So the first batch finds out at
+    which sizes, multiples of 16, the teacher says the same bit for bit; new views are asked at the smallest such size
+    that holds them, filled up from the same batch, which itself is the largest. A training with the table in float32
+    thus equals one without.
     """
 
     def __init__(
@@ -58,6 +64,7 @@ class TeacherTable:
         self.side, self.mirrors = 2 * padding + 1, 2 if flip else 1
         shape = (num_images * self.side**2 * self.mirrors, classes)
         self.bytes = shape[0] * shape[1] * dtype.itemsize
+        self.sizes: list[int] | None = None
         try:
             self.logits = torch.full(shape, torch.nan, dtype=dtype, device=device)
         except RuntimeError:
@@ -82,14 +89,35 @@ class TeacherTable:
         logits : Tensor of shape (batch, classes)
             float32.
         computed : int
+            Filling and the search for sizes included.
         """
         slots = ((views.indices * self.side + views.top) * self.side + views.left) * self.mirrors
         if self.mirrors == 2:
             slots = slots + views.mirrored
         known = self.logits[slots]
-        new = known[:, 0].isnan().nonzero()[:, 0]
-        if len(new):
-            asked = images if len(new) == len(images) else images[new].contiguous(memory_format=torch.channels_last)
-            known[new] = teacher(asked).to(self.logits.dtype)
+        new, computed = known[:, 0].isnan(), 0
+        count = int(new.sum())
+        if count:
+            if self.sizes is None:
+                self.sizes, computed = _exact_sizes(teacher, images)
+            size = next(size for size in self.sizes if size >= count)
+            asked = new.to(torch.uint8).argsort(descending=True, stable=True)[:size]  # the new ones first
+            if size == len(images):
+                asked = torch.arange(size, device=images.device)
+            known[asked] = teacher(_rows(images, asked)).to(known.dtype)
             self.logits[slots] = known
-        return known.float(), len(new)
+            computed += size
+        return known.float(), computed
+
+
+def _exact_sizes(teacher: Callable[[Tensor], Tensor], images: Tensor) -> tuple[list[int], int]:
+    """Batch sizes, ascending, at which images get the logits that they get in this batch, and what the search cost."""
+    whole, sizes = teacher(images), range(BLOCK, len(images), BLOCK)
+    last = torch.arange(len(images), device=images.device)
+    exact = [size for size in sizes if torch.equal(teacher(_rows(images, last[-size:])), whole[-size:])]
+    return [*exact, len(images)], len(images) + sum(sizes)
+
+
+def _rows(images: Tensor, index: Tensor) -> Tensor:
+    """These images, in channels_last memory."""
+    return images[index].contiguous(memory_format=torch.channels_last)
