@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from common import NOISY, Timing, machine, table, time_interleaved, write_rows
 from eval_rows import LEVERS, ROWS, Label, Problem, equality, make_problem, read, require_equal, train_small
-from scipy.stats import spearmanr
 
 from proard.config import Attack
 from proard.data import ImageSet
 from proard.nets import Supernet
+from proard.predictor.quality import spearman
 from proard.progress import Progress
 from proard.space import Arch, SearchSpace
 from proard.space.sampling import stratified_sample
@@ -130,11 +130,17 @@ def sweep(
                 "ratio_full": round(
                     statistics.median(a / b for a, b in zip(seconds[key], seconds[cell], strict=True)), 3
                 ),
-                "spearman": round(float(spearmanr(labels[cell], labels[key]).statistic), 5),
+                "spearman": rank_correlation(labels[cell], labels[key]),
                 "mean_robust_acc": round(statistics.mean(labels[cell]), 5),
             }
         )
     return rows
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Spearman's rho; None where all labels are equal, as those of a supernet that learnt nothing."""
+    rho = spearman(np.asarray(first), np.asarray(second))
+    return None if np.isnan(rho) else round(rho, 5)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -150,7 +156,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = {"eps": args.eps, "seed": args.seed}
     few = attack.model_copy(update={"num_steps": 5})
     archs = spread_archs(supernet.space, max(args.archs, len(supernet.space.diagonal())), seed=args.seed)
-    picked = [archs[i] for i in np.linspace(0, len(archs) - 1, args.timed_archs).round().astype(int)]
+    places = np.linspace(0, 1, args.timed_archs) if args.timed_archs > 1 else np.array([0.5])
+    picked = [archs[i] for i in (places * (len(archs) - 1)).round().astype(int)]
     small = make_problem(supernet, train, val, recalibration=120, images=60, attack=few, batch_size=40, **options)
     differences = equality(small, picked[:2])
     require_equal(differences)
@@ -299,7 +306,7 @@ def _sweep_report(rows: Sequence[dict[str, Any]], full_steps: int) -> str:
             f"{row['ratio_plain']:.1f}",
             f"{row['ratio_full']:.2f}",
             f"{row['mean_robust_acc']:.3f}",
-            f"{row['spearman']:.3f}",
+            "-" if row["spearman"] is None else f"{row['spearman']:.3f}",
         )
         for row in sorted(rows, key=lambda row: -row["seconds_per_label"])
     ]
