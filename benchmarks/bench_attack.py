@@ -33,7 +33,7 @@ from torch import Tensor
 from trained import trained
 
 from proard.attacks import pgd, start_point
-from proard.config.spaces import PRESETS
+from proard.config import PRESETS
 from proard.losses import KLToTarget
 from proard.nets import FoldedNet, SubnetView
 

@@ -25,7 +25,7 @@ from plain_search import count_macs, encode, loop_nsga2, object_nsga2
 from torch import nn
 
 from proard import search
-from proard.config.spaces import PRESETS
+from proard.config import PRESETS
 from proard.predictor import Predictor
 from proard.search.evaluations import Evaluations
 from proard.search.nsga2 import evolve

@@ -23,7 +23,7 @@ from plain_step import Recipe
 from step_checks import equality, reduced_precision, require_equal
 from step_rows import LEVERS, OFFICIAL, PLAIN, Problem, build, laid_out, make_problem, scaled_space
 
-from proard.config.spaces import PRESETS
+from proard.config import PRESETS
 
 RESULTS = Path(__file__).parent / "results" / "bench_step.json"
 

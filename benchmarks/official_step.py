@@ -20,7 +20,7 @@ from plain_step import Outcome, Recipe
 from step_rows import Problem
 from torch import Tensor, nn
 
-from proard.config.spaces import PRESETS
+from proard.config import PRESETS
 from proard.space import Arch
 
 MODULES = {

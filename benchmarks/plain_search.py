@@ -65,7 +65,7 @@ def count_macs(space: SearchSpace, arch: Arch) -> int:
 def encode(space: SearchSpace, arch: Arch) -> list[float]:
     """One-hot features, gene by gene; zeros for blocks that depth leaves out."""
     code: list[float] = []
-    choices = [*space.depth_choices, *space.width_choices, *space.expand_choices]
+    choices = [options for genes in space.options.values() for options in genes]
     for options, value in zip(choices, [*arch.depth, *arch.width, *arch.expand], strict=True):
         code += [1.0 if option == value and not (value == 0 and 0 not in options) else 0.0 for option in options]
     return code
@@ -75,7 +75,7 @@ class LoopProblem(Problem):
     """Objectives from Python loops over architectures; the predictor sees one at a time, or the whole population."""
 
     def __init__(self, space: SearchSpace, predict: PredictFeatures, *, one_at_a_time: bool) -> None:
-        options = [*space.depth_choices, *space.width_choices, *space.expand_choices]
+        options = [choices for genes in space.options.values() for choices in genes]
         super().__init__(vars={f"gene{i}": Choice(options=list(range(len(o)))) for i, o in enumerate(options)}, n_obj=3)
         self.space, self.predict, self.one_at_a_time = space, predict, one_at_a_time
 

@@ -12,8 +12,7 @@ import torch
 from plain_step import Levers, Outcome, PlainStep, Recipe, loop_sgd
 from torch import Tensor
 
-from proard.config import Phase, Space, TrainingAttack
-from proard.config.spaces import PRESETS
+from proard.config import PRESETS, Phase, Space, TrainingAttack
 from proard.losses import Batch
 from proard.nets import SubnetView, Supernet, extract, fold
 from proard.nets.elastic import key_of
