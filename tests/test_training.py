@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from helpers import image_sets, random_supernet, tiny_config, tiny_space
+from helpers import TINY_MOBILE, image_sets, random_supernet, tiny_config, tiny_space
 from training_runs import EPS, no_validation, phase_run, same, teacher_run
 
 from proard.config import PRESETS, Attack, Measurement, Threat, UserError
@@ -91,14 +91,16 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 # Optimizer, average, best epoch.
 
 
-def test_weight_decay_spares_norms_and_biases_and_every_parameter_has_momentum():
+@pytest.mark.parametrize("space", [tiny_space(), tiny_space(TINY_MOBILE)], ids=["resnet", "mobilenet"])
+def test_weight_decay_spares_norms_biases_transforms_and_every_parameter_has_momentum(space):
     settings = tiny_config(train_teacher__weight_decay=0.01).train_teacher
-    net = random_supernet(tiny_space(), dtype=torch.float32)
-    plan = single_plan(tiny_space().smallest, "plain", settings)
+    net = random_supernet(space, dtype=torch.float32)
+    plan = single_plan(space.smallest, "plain", settings)
     trainer = Trainer(net, settings, plan, EPS, None, 0)
     decay = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
     for name, parameter in net.named_parameters():
-        assert decay[id(parameter)] == (0.0 if ".bn." in name or name.endswith("bias") else 0.01), name
+        spared = ".bn." in name or ".transforms." in name or name.endswith("bias")
+        assert decay[id(parameter)] == (0.0 if spared else 0.01), name
     generator = torch.Generator().manual_seed(0)
     images, labels = torch.rand(6, 1, 8, 8, generator=generator), torch.arange(6) % 3
     trainer.step(images, labels, 0, 0, 0.1, generator)  # the smallest subnet leaves most gradients at zero

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import compress
+from operator import not_
 
 import torch
 import torch.nn.functional as F
@@ -72,8 +74,9 @@ class Trainer:
         self.parameters = dict(net.named_parameters())
         for parameter in self.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
-        decayed = [p for p in self.parameters.values() if p.ndim > 1]
-        plain = [p for p in self.parameters.values() if p.ndim == 1]  # norms and biases
+        spared = [p.ndim == 1 or ".transforms." in name for name, p in self.parameters.items()]
+        plain = list(compress(self.parameters.values(), spared))  # norms, biases, kernel transforms (identity at first)
+        decayed = list(compress(self.parameters.values(), map(not_, spared)))
         self.optimizer = torch.optim.SGD(
             [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}],
             lr=settings.lr,
