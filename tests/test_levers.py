@@ -5,19 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers import image_sets, random_supernet, tiny_config, tiny_space
+from helpers import image_sets, random_supernet, save_stripes, tiny_config, tiny_space
 from training_runs import EPS, no_validation, phase_run, same, teacher_run
 
-from proard.config import Attack, ConfigError, Measurement, Threat, TrainingAttack, Validation
+from proard.artifacts import read_table
+from proard.attacks import pgd
+from proard.config import Attack, ConfigError, Measurement, Threat, TrainingAttack, Validation, job_settings
 from proard.data import Augmenter, Views, to_float
 from proard.evaluation.meter import validation_rows
 from proard.losses import OBJECTIVES
 from proard.nets import extract, fold
-from proard.training import Drawn, Interrupted, Plan
+from proard.stages import train_teacher
+from proard.training import Drawn, Interrupted, Plan, trainer
 from proard.training.inner import CarriedPerturbations, Inner, pgd_options, steps_at, weakest
 from proard.training.overfitting import overfitting
 from proard.training.teacher_table import TeacherTable
-from proard.training.trainer import Trainer
 
 SPACE = tiny_space()
 
@@ -50,16 +52,16 @@ class Recorded(Inner):
         super().keep(subnet, images, adversarial)
 
 
-def step_with(attack, drawn, *, inner=None, teacher=None):
-    """One training step on given subnets: trainer, work, what was recorded."""
+def step_with(attack, drawn):
+    """One training step on given subnets: its work, and what was recorded."""
     (phase,) = tiny_config().train_phase.phases
     phase = phase.model_copy(update={"attack": attack})
     net = random_supernet(SPACE, dtype=torch.float32)
-    inner = inner or Recorded(attack, eps=EPS)
-    trainer = Trainer(net, phase, Plan(lambda seed, step, data_pass: drawn), EPS, teacher, 0, inner=inner)
+    inner = Recorded(attack, eps=EPS)
+    stepped = trainer.Trainer(net, phase, Plan(lambda seed, step, data_pass: drawn), EPS, None, 0, inner=inner)
     images, labels = batch()
-    *_, work = trainer.step(images, labels, 0, 0, 0.01, torch.Generator().manual_seed(1))
-    return trainer, work, inner
+    *_, work = stepped.step(images, labels, 0, 0, 0.01, torch.Generator().manual_seed(1))
+    return work, inner
 
 
 def at(arch, **changes):
@@ -74,7 +76,7 @@ def test_one_subnet_crafts_and_the_others_start_from_its_images(shared, first):
     archs = [SPACE.arch(row) for row in SPACE.sample(1, np.random.default_rng(3))] + [SPACE.smallest, SPACE.largest]
     drawn = [at(arch) for arch in archs]
     attack = attack_of(shared=shared, own_steps=1)
-    _, work, inner = step_with(attack, drawn)
+    work, inner = step_with(attack, drawn)
     assert inner.order[0] is drawn[first]
     assert [subnet for subnet in drawn if subnet is not drawn[first]] == inner.order[1:]
     source, others = inner.seen[0], inner.seen[1:]
@@ -87,15 +89,15 @@ def test_one_subnet_crafts_and_the_others_start_from_its_images(shared, first):
 
 
 def test_without_own_steps_every_subnet_trains_on_the_shared_images():
-    _, work, inner = step_with(attack_of(shared="largest", own_steps=0), [at(SPACE.smallest), at(SPACE.largest)])
+    work, inner = step_with(attack_of(shared="largest", own_steps=0), [at(SPACE.smallest), at(SPACE.largest)])
     assert torch.equal(inner.seen[0][2], inner.seen[1][2])
     assert work == 2 * (1 + 3) + 2 * 3
 
 
 def test_own_steps_continue_the_same_attack_on_the_same_subnet():
     """k shared and m own steps on one subnet are k + m steps of its attack."""
-    _, _, inner = step_with(attack_of(shared="smallest", own_steps=2), [at(SPACE.smallest), at(SPACE.smallest)])
-    _, _, longer = step_with(attack_of().model_copy(update={"num_steps": 5}), [at(SPACE.smallest)])
+    _, inner = step_with(attack_of(shared="smallest", own_steps=2), [at(SPACE.smallest), at(SPACE.smallest)])
+    _, longer = step_with(attack_of().model_copy(update={"num_steps": 5}), [at(SPACE.smallest)])
     assert torch.equal(inner.seen[1][2], longer.seen[0][2])
     assert not torch.equal(inner.seen[0][2], longer.seen[0][2])
 
@@ -115,7 +117,7 @@ def test_a_dynamic_teacher_stays_first(shared, steps):
     guide = Drawn(SPACE.largest, OBJECTIVES["trades"], {"beta": 6.0}, guides=True)
     middle = SPACE.arch(SPACE.sample(1, np.random.default_rng(3))[0])
     students = [Drawn(arch, OBJECTIVES["rslad"], {"adv_weight": 0.5}) for arch in (middle, SPACE.smallest)]
-    _, _, inner = step_with(attack_of(shared=shared), [guide, *students])
+    _, inner = step_with(attack_of(shared=shared), [guide, *students])
     assert inner.order[0] is guide
     assert [options["num_steps"] for _, options, _ in inner.seen] == steps
     assert (inner.order[1] is students[1]) == (shared == "smallest")
@@ -439,8 +441,31 @@ def test_validation_measures_the_training_attack_on_the_same_images(tmp_path):
     clean, robust = without["val_clean_acc"], without["val_robust_acc"]
     assert clean > 0.8 > robust + 0.2
     assert row(num_steps=0, start="zero")["val_train_attack_acc"] == clean
-    assert robust <= row(num_steps=3, start="uniform")["val_train_attack_acc"] <= robust + 1 - clean + 1e-9
+    own = row(num_steps=3, start="uniform")["val_train_attack_acc"]
+    assert own == pytest.approx(robust, abs=1 - clean + 1e-9)
     assert row(num_steps=1, start="zero")["val_train_attack_acc"] > robust
+
+
+def test_stage_trains_in_l2_and_watches_itself(tmp_path, monkeypatch):
+    paths, seen = save_stripes(tmp_path, train=32, val=12), []
+
+    def remember(*problem, **options):
+        seen.append((options["norm"], options["num_steps"], options["step_size"]))
+        return pgd(*problem, **options)
+
+    monkeypatch.setattr(trainer, "pgd", remember)
+    attack = {"num_steps": 2, "step_size": 0.05, "curriculum": {}}
+    validation = {"num_images": 12, "num_steps": 4, "step_size": 0.05, "overfitting": "warn"}
+    teacher = {"train_teacher__attack": attack, "train_teacher__validation": validation, "train_teacher__epochs": 1}
+    config = tiny_config(threat={"norm": "l2", "eps": 0.07}, **teacher)
+    files = {"train": paths["train"], "val": paths["val"]}
+    files |= {"teacher": tmp_path / "teacher.safetensors", "history": tmp_path / "history.parquet"}
+    arguments = ["--settings", job_settings(config, "train_teacher"), "--device", "cpu", "--threads", "1"]
+    train_teacher.main(arguments + [text for name, path in files.items() for text in (f"--{name}", str(path))])
+    assert seen == [("l2", 1, 1.25 * 0.07), ("l2", 2, 0.05)]
+    (row,) = read_table(files["history"]).to_dict("records")
+    assert 0 <= row["val_robust_acc"] <= row["val_clean_acc"] <= 1
+    assert 0 <= row["val_train_attack_acc"] <= 1
 
 
 # Settings.
