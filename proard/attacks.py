@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from proard.kernels import pgd_update_
 from proard.losses import InnerObjective
 
 
@@ -23,7 +24,9 @@ def start_point(images: Tensor, *, eps: float, start: str, generator: torch.Gene
         noise.uniform_(-eps, eps, generator=generator)
     else:
         noise.normal_(0, 1e-3, generator=generator)
-    noise = noise.to(device=images.device, memory_format=torch.channels_last)
+    noise = noise.contiguous(memory_format=torch.channels_last)
+    if images.is_cuda and not noise.is_cuda:  # from pageable memory the host would wait for the device
+        noise = noise.pin_memory().to(images.device, non_blocking=True)
     return project_(noise.add_(images), images, eps)
 
 
@@ -44,6 +47,23 @@ def input_gradient(
     return logits.detach(), gradient
 
 
+def take_steps(
+    predict: Callable[[Tensor], Tensor],
+    objective: InnerObjective,
+    adv: Tensor,
+    low: Tensor,
+    high: Tensor,
+    *,
+    step_size: float,
+    num_steps: int,
+) -> Tensor:
+    """Sign-gradient steps from `adv`, in place, each clipped to the bounds `low` and `high` of every pixel."""
+    for _ in range(num_steps):
+        _, gradient = input_gradient(predict, objective, adv)
+        pgd_update_(adv, gradient, low, high, step_size=step_size)
+    return adv
+
+
 def pgd(
     predict: Callable[[Tensor], Tensor],
     objective: InnerObjective,
@@ -54,6 +74,7 @@ def pgd(
     num_steps: int,
     start: str = "uniform",
     generator: torch.Generator | None = None,
+    steps: Callable[..., Tensor] = take_steps,
 ) -> Tensor:
     """Projected sign-gradient ascent of `objective` inside the eps-ball and the image box.
 
@@ -72,7 +93,9 @@ def pgd(
     start : {'uniform', 'gaussian', 'zero'}
         First iterate.
     generator : torch.Generator
-        Source of the start noise.
+        Source of the start noise, which is drawn before the steps.
+    steps : callable
+        What takes the steps: `take_steps`, or a `kernels.CapturedSteps` of it.
 
     Returns
     -------
@@ -85,7 +108,4 @@ def pgd(
     """
     adv = start_point(images, eps=eps, start=start, generator=generator)
     low, high = (images - eps).clamp_(min=0), (images + eps).clamp_(max=1)
-    for _ in range(num_steps):
-        _, gradient = input_gradient(predict, objective, adv)
-        adv = torch.clamp(adv.add_(gradient.sign_(), alpha=step_size), low, high, out=adv)
-    return adv
+    return steps(predict, objective, adv, low, high, step_size=step_size, num_steps=num_steps)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from proard.attacks import pgd
+from proard.attacks import pgd, take_steps
 from proard.config import Phase, TrainControl, TrainTeacher
+from proard.kernels import CapturedSteps
 from proard.losses import INNER_OBJECTIVES, Batch, mix_logits
 from proard.nets import Supernet
 from proard.nets.view import Statistics, SubnetView
+from proard.training.guard import Guard, flat
 from proard.training.plan import Drawn, Plan
+from proard.training.sync import gradient_sync
 
 
 class Trainer:
@@ -47,6 +49,8 @@ class Trainer:
         self.net, self.settings, self.plan, self.eps, self.teacher, self.seed = net, settings, plan, eps, teacher, seed
         self.attack_dtype = getattr(torch, settings.attack.dtype)
         self.train_dtype = getattr(torch, settings.dtype)
+        captured = settings.attack.graph == "auto"
+        self.take_steps = CapturedSteps(take_steps, batch_size=settings.batch_size) if captured else take_steps
         self.parameters = dict(net.named_parameters())
         for parameter in self.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
@@ -62,6 +66,8 @@ class Trainer:
         if settings.momentum > 0:  # created up front: fused SGD fails when a first gradient comes later than others
             for parameter in self.parameters.values():
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        self.guard, self.sync = Guard(net.mean.device), gradient_sync(net)
+        self.optimizer.found_inf = self.guard.failed
         self.statistics = [buffer for name, buffer in net.named_buffers() if "running" in name]
         self.average = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.best = {name: value.clone() for name, value in self.average.items()}
@@ -70,20 +76,22 @@ class Trainer:
 
     def step(
         self, images: Tensor, labels: Tensor, step: int, data_pass: int, lr: float, generator: torch.Generator
-    ) -> tuple[float, float, float, int]:
-        """One optimizer step; a loss that is not finite leaves everything as it was.
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        """One optimizer step; a loss that is not finite leaves everything as it was, in this step and all that follow.
 
-        Returns the mean loss, the mean number of correct clean and adversarial images (training mode), and the
-        forward-equivalents spent per image.
+        Returns the mean loss, the mean number of correct clean and adversarial images (training mode), all of shape ()
+        and on the device, and the forward-equivalents spent per image. The host never waits for the device; whether
+        a loss was not finite stands in `guard`.
         """
         drawn = self.plan.draw(self.seed, step, data_pass)
         torch._foreach_zero_([parameter.grad for parameter in self.parameters.values()])
-        statistics = [buffer.clone() for buffer in self.statistics]
+        statistics = flat(self.statistics)
         frozen = None
         if self.teacher is not None:
             with torch.no_grad():
                 frozen = self.teacher(images)
-        target, losses, clean_right, adv_right = frozen, [], 0.0, 0.0
+        target, losses = frozen, []
+        clean_right = adv_right = torch.zeros((), dtype=torch.float64, device=images.device)
         work = int(frozen is not None)
         for subnet in drawn:
             view = SubnetView(self.net, subnet.arch)
@@ -94,16 +102,17 @@ class Trainer:
             if subnet.guides:
                 guide = batch.clean.detach()
                 target = guide if frozen is None else mix_logits(frozen, guide, first_weight=self.plan.frozen_weight)
-            clean_right += _correct(batch.clean, labels) / len(drawn)
-            adv_right += _correct(batch.adv, labels) / len(drawn)
+            clean_right = clean_right + _correct(batch.clean, labels) / len(drawn)
+            adv_right = adv_right + _correct(batch.adv, labels) / len(drawn)
             work += spent
-            if math.isfinite(float(loss.detach())):
-                view.scatter_gradients()
-        mean_loss = float(torch.stack(losses).mean())
-        if math.isfinite(mean_loss):
-            self._update(lr, step)
-        else:
-            torch._foreach_copy_(self.statistics, statistics)
+            view.scatter_gradients()
+        mean_loss = torch.stack(losses).mean()
+        if self.sync is not None:
+            specs = [self.net.space.spec(subnet.arch) for subnet in drawn]
+            mean_loss, clean_right, adv_right = self.sync(specs, torch.stack([mean_loss, clean_right, adv_right]))
+        self.guard.watch(mean_loss, step)
+        self._update(lr, step)
+        self.guard.restore_(self.statistics, statistics)
         return mean_loss, clean_right, adv_right, work
 
     def _forward(
@@ -143,6 +152,7 @@ class Trainer:
             num_steps=attack.num_steps,
             start=attack.start,
             generator=generator,
+            steps=self.take_steps,
         )
         with self._autocast():
             adv = view(adversarial, update_running=clean is None).float()
@@ -161,8 +171,9 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.step()
         decay = min(self.settings.ema_decay, (1 + step) / (10 + step))
+        average, weight = list(self.average.values()), self.guard.alive * (1 - decay)
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - decay)
+            torch._foreach_lerp_(average, list(self.parameters.values()), [weight.to(average[0].dtype)] * len(average))
 
     # --- weights -----------------------------------------------------------------------------------------------
 
@@ -218,6 +229,6 @@ class _Swapped:
             parameter.copy_(values[name])
 
 
-def _correct(logits: Tensor | None, labels: Tensor) -> float:
-    """Number of correctly classified images; 0 where nothing was computed."""
-    return 0.0 if logits is None else float((logits.detach().argmax(1) == labels).sum())
+def _correct(logits: Tensor | None, labels: Tensor) -> Tensor | float:
+    """Number of correctly classified images, float64 of shape (); 0 where nothing was computed."""
+    return 0.0 if logits is None else (logits.detach().argmax(1) == labels).sum(dtype=torch.float64)
