@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from proard.kernels import pgd_update_
 from proard.losses import InnerObjective
 
 
@@ -29,7 +30,9 @@ def start_point(
     device = images.device if generator is None else generator.device
     noise = torch.empty(images.shape, dtype=images.dtype, device=device)
     start_noise_(noise, eps=scale * eps, start=start, norm=norm, generator=generator)
-    noise = noise.to(device=images.device, memory_format=torch.channels_last)
+    noise = noise.contiguous(memory_format=torch.channels_last)
+    if images.is_cuda and not noise.is_cuda:  # from pageable memory the host would wait for the device
+        noise = noise.pin_memory().to(images.device, non_blocking=True)
     return clipper(images, eps=eps, norm=norm, clip_to_ball=clip_to_ball)(noise.add_(images))
 
 
@@ -54,6 +57,13 @@ def ball_noise_(noise: Tensor, *, eps: float, norm: str, generator: torch.Genera
     return noise.mul_(eps * share / torch.linalg.vector_norm(noise, dim=(1, 2, 3), keepdim=True))
 
 
+def bounds(images: Tensor, *, eps: float, clip_to_ball: bool = True) -> tuple[Tensor, Tensor]:
+    """Least and greatest value of every pixel in the linf ball and the pixel range, or in the pixel range alone."""
+    if not clip_to_ball:
+        return torch.zeros_like(images), torch.ones_like(images)
+    return (images - eps).clamp_(min=0), (images + eps).clamp_(max=1)
+
+
 def clipper(images: Tensor, *, eps: float, norm: str = "linf", clip_to_ball: bool = True) -> Callable[[Tensor], Tensor]:
     """Clip in place to the ball around `images` and to the pixel range, with bounds that are computed once.
 
@@ -63,7 +73,7 @@ def clipper(images: Tensor, *, eps: float, norm: str = "linf", clip_to_ball: boo
     if not clip_to_ball:
         return lambda adv: adv.clamp_(0, 1)
     if norm == "linf":
-        low, high = (images - eps).clamp_(min=0), (images + eps).clamp_(max=1)
+        low, high = bounds(images, eps=eps)
         return lambda adv: torch.clamp(adv, low, high, out=adv)
 
     def clip(adv: Tensor) -> Tensor:
@@ -108,6 +118,24 @@ def differentiate(predict: Callable[[Tensor], Tensor]) -> Callable[[InnerObjecti
     return lambda objective, adv: own(adv, objective.logit_gradient)
 
 
+def take_steps(
+    predict: Callable[[Tensor], Tensor],
+    objective: InnerObjective,
+    adv: Tensor,
+    low: Tensor,
+    high: Tensor,
+    *,
+    step_size: float,
+    num_steps: int,
+) -> Tensor:
+    """Sign-gradient steps from `adv`, in place, each clipped to the bounds `low` and `high` of every pixel."""
+    gradient_at = differentiate(predict)
+    for _ in range(num_steps):
+        _, gradient = gradient_at(objective, adv)
+        pgd_update_(adv, gradient, low, high, step_size=step_size)
+    return adv
+
+
 def pgd(
     predict: Callable[[Tensor], Tensor],
     objective: InnerObjective,
@@ -122,6 +150,7 @@ def pgd(
     start_scale: float = 1.0,
     clip_to_ball: bool = True,
     initial: Tensor | None = None,
+    steps: Callable[..., Tensor] = take_steps,
 ) -> Tensor:
     """Projected steepest ascent of `objective` inside the eps-ball and the image box.
 
@@ -140,7 +169,7 @@ def pgd(
     start : {'uniform', 'gaussian', 'zero'}
         First iterate.
     generator : torch.Generator
-        Source of the start noise.
+        Source of the start noise, which is drawn before the steps.
     norm : {'linf', 'l2'}
         Norm of the ball. Steps follow the gradient's sign in linf, the gradient at unit length in l2.
     start_scale : float
@@ -149,6 +178,8 @@ def pgd(
         False leaves the pixel range as the only limit, so that start and steps add up (N-FGSM).
     initial : Tensor of the shape of `images`, optional
         First iterate instead of `start`, clipped; left as it is.
+    steps : callable
+        What takes the steps in linf: `take_steps`, or a `kernels.CapturedSteps` of it.
 
     Returns
     -------
@@ -167,6 +198,9 @@ def pgd(
         adv = start_point(images, eps=eps, norm=norm, clip_to_ball=clip_to_ball, **noise)
     else:
         adv = clip(initial.detach().clone())
+    if norm == "linf":
+        low, high = bounds(images, eps=eps, clip_to_ball=clip_to_ball)
+        return steps(predict, objective, adv, low, high, step_size=step_size, num_steps=num_steps)
     gradient_at = differentiate(predict)
     for _ in range(num_steps):
         _, gradient = gradient_at(objective, adv)

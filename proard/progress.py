@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -43,10 +43,10 @@ class Progress:
         self.started = self.shown = time.monotonic()
         self.live = sys.stdout.isatty()
         self.every = 0.2 if self.live else every
-        self.note = ""
+        self.note: str | Callable[[], str] = ""
 
-    def advance(self, units: int = 1, note: str = "") -> None:
-        """Count units, remember the newest remark, and show both when it is time to."""
+    def advance(self, units: int = 1, note: str | Callable[[], str] = "") -> None:
+        """Count units, remember the newest remark, and show both when it is time to; only then is a callable called."""
         self.done += units
         self.note = note or self.note
         if time.monotonic() - self.shown >= self.every:
@@ -64,7 +64,7 @@ class Progress:
             f"{self.label} {self.done}/{self.total} {self.unit}",
             f"{speed} {self.unit}/s",
             f"{left} left",
-            self.note,
+            self.note() if callable(self.note) else self.note,
         ]
         text = " · ".join(part for part in parts if part)
         if self.live:

@@ -1,4 +1,4 @@
-"""One thread per test worker: two workers on two cores would otherwise fight over both."""
+"""One thread per test worker, as two on two cores would fight over both; Triton is interpreted where no GPU is."""
 
 from __future__ import annotations
 
@@ -9,3 +9,5 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton, whose own functions heed it too

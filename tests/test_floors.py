@@ -16,6 +16,7 @@ FLOORS = {
     "artifacts": 0,
     "data": 1,
     "space": 1,
+    "kernels": 2,
     "nets": 2,
     "attacks": 2,
     "losses": 2,
@@ -30,8 +31,9 @@ FLOORS = {
 }
 BESIDE = {"artifacts": {"config"}}  # errors that a user can mend
 ONLY = {  # rooms that know less than their floor allows
-    "attacks": {"losses"},  # the type of an objective
-    "losses": set(),
+    "attacks": {"losses", "kernels"},  # the type of an objective
+    "losses": {"kernels"},
+    "kernels": set(),
     "nets": {"config", "artifacts", "space", "progress"},
     "predictor": {"config", "artifacts", "space", "progress"},
     "search": {"config", "artifacts", "space", "progress"},

@@ -235,7 +235,7 @@ def test_attack_starts_where_the_last_pass_left_it():
     assert torch.equal(inner.options(images)["initial"], images), "an uncommitted step leaves nothing"
     inner.keep(drawn[0], images, images + EPS)
     inner.keep(drawn[1], images, images - EPS)
-    inner.commit()
+    inner.commit(torch.zeros(()))
     inner.begin(drawn, SPACE, step=2, data_pass=1, views=views)
     torch.testing.assert_close(inner.options(images)["initial"], images + EPS)
 

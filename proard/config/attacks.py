@@ -53,6 +53,8 @@ class TrainingAttack(Settings):
     `smallest`. `carry_passes` lets an image's perturbation start where the previous pass over the data left it, drawn
     anew every so many passes (ATTA): one byte per value of the padded training images, on the device and in the resume
     state.
+    `graph: auto` replays a captured CUDA graph for every linf attack step of a full batch, except under
+    `bn_mode: batch`; it changes nothing on a CPU.
     """
 
     objective: Literal["loss", "ce", "margin", "kl_clean", "kl_teacher", "kl_teacher_adv"] = "loss"
@@ -67,6 +69,7 @@ class TrainingAttack(Settings):
     shared: Literal["smallest", "largest"] | None = None
     own_steps: Natural = 1
     carry_passes: Count | None = None
+    graph: Literal["auto", "off"] = "off"
 
     @model_validator(mode="after")
     def parts_fit(self) -> TrainingAttack:

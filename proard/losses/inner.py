@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from proard.kernels import softmax_difference
 from proard.losses.divergence import kl_to_teacher
 
 
@@ -40,7 +41,7 @@ class KLToTarget:
 
     def logit_gradient(self, logits: Tensor) -> Tensor:
         """Closed-form gradient of the summed divergence."""
-        return logits.softmax(1) - self.target
+        return softmax_difference(logits, self.target)
 
 
 class CrossEntropy:
@@ -55,10 +56,7 @@ class CrossEntropy:
 
     def logit_gradient(self, logits: Tensor) -> Tensor:
         """Closed-form gradient of the summed cross-entropy."""
-        gradient = logits.softmax(1)
-        return gradient.scatter_add_(
-            1, self.labels[:, None], torch.full_like(self.labels, -1.0, dtype=gradient.dtype)[:, None]
-        )
+        return softmax_difference(logits, self.labels)
 
 
 class Margin:

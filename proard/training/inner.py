@@ -118,10 +118,11 @@ class Inner:
         if self.carried is not None and self.found is None and (self.source is None or subnet is self.source):
             self.found = adversarial.detach() - images
 
-    def commit(self) -> None:
-        """End a step whose loss was finite: only now does anything that outlives it change."""
+    def commit(self, failed: Tensor) -> None:
+        """End a step: only now does anything that outlives it change, and nothing where `failed`, of shape (), is 1."""
         if self.found is not None:
-            self.carried.write(self.views, self.found)
+            before = self.carried.read(self.views, *self.found.shape[2:])
+            self.carried.write(self.views, torch.where(failed > 0, before, self.found))
 
     def tensors(self) -> dict[str, Tensor]:
         """What a resumed training needs, by name."""

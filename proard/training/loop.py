@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +28,7 @@ from proard.training.teacher_table import TeacherTable
 from proard.training.trainer import Trainer
 
 Rows = list[dict[str, Any]]
+READ_EVERY = 20  # steps after which the host waits for the device at the latest, to see that all losses were finite
 
 
 class ImageSource(Protocol):
@@ -157,6 +159,24 @@ def fit(
         done, history = Progressed(**facts["done"]), facts["history"]
         print(f"resumed after step {done.step} of {total}", flush=True)
 
+    sums = torch.tensor([done.epoch_loss, done.epoch_clean, done.epoch_robust], dtype=torch.float64)
+    sums = sums.to(net.mean.device)
+    unread: dict[int, Progressed] = {}  # what was done before each step whose loss the host has not seen
+
+    def read() -> None:
+        nonlocal done
+        failure = trainer.guard.failure()
+        if failure is not None:
+            done = unread[failure[0]]
+        done.epoch_loss, done.epoch_clean, done.epoch_robust = sums.tolist()
+        unread.clear()
+        if failure is not None:
+            save()
+            raise UserError(
+                f"{label}: the loss is {failure[1]} at step {failure[0]}; the weights before it are kept in "
+                f"{state.path}. Lower lr, lengthen warmup_epochs or set clip_norm, then rerun"
+            )
+
     def save() -> None:
         state.save(trainer.tensors(), {"done": vars(done), "history": history})
 
@@ -176,28 +196,27 @@ def fit(
             if trainer.needs_views:
                 views = source.views(indices, keyed_generator(seed, step, 1))
             images, labels = source.batch(indices, generator)
+            unread[step] = replace(done)
             loss, clean, robust, work = trainer.step(images, labels, step, data_pass, lr, generator, views)
-            if not math.isfinite(loss):
-                save()
-                raise UserError(
-                    f"{label}: the loss is {loss} at step {step}; the weights before it are kept in {state.path}. "
-                    "Lower lr, lengthen warmup_epochs or set clip_norm, then rerun"
-                )
+            measured = torch.stack([loss.double() * len(labels), clean, robust])
+            sums += torch.where(trainer.guard.failed > 0, 0, measured)
             done.step += 1
-            done.epoch_loss += loss * len(labels)
-            done.epoch_clean += clean
-            done.epoch_robust += robust
             done.epoch_images += len(labels)
             done.images += len(labels)
             done.forward_equivalents += round(work * len(labels))
+            epoch_ends = done.step % steps_per_epoch == 0 or done.step == total
+            fifth = done.step == first_step + 5
+            if epoch_ends or fifth or len(unread) == READ_EVERY:
+                read()
             done.seconds += time.monotonic() - step_started
-            progress.advance(note=f"loss {loss:.3f} · lr {lr:.4f}")
-            if done.step == first_step + 5:
+            progress.advance(note=partial(_note, loss, lr))
+            if fifth:
                 per_step = (time.monotonic() - started) / 5
                 progress.say(f"{label}: about {duration(per_step * (total - done.step))} to go, validation apart")
-            if done.step % steps_per_epoch == 0 or done.step == total:
+            if epoch_ends:
                 epoch = -(-done.step // steps_per_epoch)
                 _end_epoch(trainer, history, done, label, epoch, lr, done.step == total, validate, seed)
+                sums.zero_()
                 progress.say(_summary(label, history))
                 warning = overfitting(history, settings.validation, settings.attack)
                 if warning:
@@ -205,15 +224,22 @@ def fit(
                     done.overfitted = settings.validation.overfitting == "stop"
             asked = stop.signal.name if stop.signal else "a successor" if state.handover_asked() else ""
             if asked and done.step < total and not done.overfitted:
+                read()
                 save()
                 raise Interrupted(f"{label}: stopped by {asked} after step {done.step}; the same command continues")
             if time.monotonic() - saved > 60 * settings.save_every_minutes:
+                read()
                 save()
                 saved = time.monotonic()
     progress.close()
     save()  # what follows may take long and be killed as well
     trainer.keep_best()
     return history
+
+
+def _note(loss: Tensor, lr: float) -> str:
+    """The newest step in a few words; the host waits for the device."""
+    return f"loss {float(loss):.3f} · lr {lr:.4f}"
 
 
 def _end_epoch(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,18 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from proard.attacks import pgd
+from proard.attacks import pgd, take_steps
 from proard.config import Phase, TrainControl, TrainTeacher
 from proard.data import Views
+from proard.kernels import CapturedSteps
 from proard.losses import INNER_OBJECTIVES, Batch, kl_to_teacher
 from proard.nets import Supernet
 from proard.nets.view import Statistics, SubnetView
 from proard.space import Arch
 from proard.training.attentive import settle
+from proard.training.guard import Guard, flat
 from proard.training.guidance import Guidance, guided, passed, side_by_side
 from proard.training.inner import Inner
 from proard.training.perturbation import perturbed
 from proard.training.plan import Drawn, Plan
+from proard.training.sync import gradient_sync
 from proard.training.teacher_table import TeacherTable
 
 
@@ -71,6 +73,8 @@ class Trainer:
         self.control, self.total_steps = control, 1
         self.attack_dtype = getattr(torch, settings.attack.dtype)
         self.train_dtype = getattr(torch, settings.dtype)
+        captured = settings.attack.graph == "auto"
+        self.take_steps = CapturedSteps(take_steps, batch_size=settings.batch_size) if captured else take_steps
         self.parameters = dict(net.named_parameters())
         for parameter in self.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
@@ -89,6 +93,8 @@ class Trainer:
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         memory = {} if plan.memory is None else plan.memory(net.space.settings.classes)
         self.memory = {name: tensor.to(net.mean.device) for name, tensor in memory.items()}
+        self.guard, self.sync = Guard(net.mean.device), gradient_sync(net)
+        self.optimizer.found_inf = self.guard.failed
         self.statistics = [buffer for name, buffer in net.named_buffers() if "running" in name]
         self.statistics += self.memory.values()
         self.average = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
@@ -110,17 +116,19 @@ class Trainer:
         lr: float,
         generator: torch.Generator,
         views: Views | None = None,
-    ) -> tuple[float, float, float, float]:
-        """One optimizer step; a loss that is not finite leaves everything as it was.
+    ) -> tuple[Tensor, Tensor, Tensor, float]:
+        """One optimizer step; a loss that is not finite leaves everything as it was, in this step and all that follow.
 
-        Returns the mean loss, the mean number of correct clean and adversarial images (training mode), and the
-        forward-equivalents spent per image.
+        Returns the mean loss, the mean number of correct clean and adversarial images (training mode), all of shape ()
+        and on the device, and the forward-equivalents spent per image. The host never waits for the device; whether
+        a loss was not finite stands in `guard`.
         """
         drawn = self.plan.draw(self.seed, step, data_pass)
         torch._foreach_zero_([parameter.grad for parameter in self.parameters.values()])
-        statistics = [buffer.clone() for buffer in self.statistics]
+        statistics = flat(self.statistics)
         frozen, work = self._ask_teacher(images, views)
-        losses, clean_right, adv_right = [], 0.0, 0.0
+        losses, clean_right = [], torch.zeros((), dtype=torch.float64, device=images.device)
+        adv_right = clean_right
         guidance = Guidance(frozen, self.teacher, self.control, min(step / self.total_steps, 1.0), data_pass)
         drawn, scored = settle(drawn, lambda arch: self._score(arch, images, labels, frozen))
         drawn = self.inner.begin(drawn, self.net.space, step=step, data_pass=data_pass, views=views)
@@ -133,16 +141,17 @@ class Trainer:
             if subnet.guides:
                 guide = partial(view, frozen=True)
                 guidance = guidance.led_by(batch.clean.detach(), guide, frozen_weight=self.plan.frozen_weight)
-            clean_right += _correct(batch.clean, labels) / len(drawn)
-            adv_right += _correct(batch.adv, labels) / len(drawn)
+            clean_right = clean_right + _correct(batch.clean, labels) / len(drawn)
+            adv_right = adv_right + _correct(batch.adv, labels) / len(drawn)
             work += spent + more
-            if math.isfinite(float(loss.detach())):
-                view.scatter_gradients()
-        mean_loss = float(torch.stack(losses).mean())
-        if math.isfinite(mean_loss):
-            self._update(lr, step)
-        else:
-            torch._foreach_copy_(self.statistics, statistics)
+            view.scatter_gradients()
+        mean_loss = torch.stack(losses).mean()
+        if self.sync is not None:
+            specs = [self.net.space.spec(subnet.arch) for subnet in drawn]
+            mean_loss, clean_right, adv_right = self.sync(specs, torch.stack([mean_loss, clean_right, adv_right]))
+        self.guard.watch(mean_loss, step)
+        self._update(lr, step)
+        self.guard.restore_(self.statistics, statistics)
         return mean_loss, clean_right, adv_right, work
 
     @torch.no_grad()
@@ -190,7 +199,7 @@ class Trainer:
         options = self.inner.options(images)
         if objective.inner == "kl_teacher_adv":  # every step asks the teacher as well
             predict, work = side_by_side(predict, guidance.teacher), work + 2 * options["num_steps"]
-        adversarial = pgd(predict, inner, images, **options, generator=generator)
+        adversarial = pgd(predict, inner, images, **options, generator=generator, steps=self.take_steps)
         self.inner.keep(subnet, images, adversarial)
         adversarial.requires_grad_("teacher_gradient_adv" in needs)
         with self._autocast():
@@ -249,10 +258,11 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        self.inner.commit()
+        self.inner.commit(self.guard.failed)
         decay = min(self.settings.ema_decay, (1 + step) / (10 + step))
+        average, weight = list(self.average.values()), self.guard.alive * (1 - decay)
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - decay)
+            torch._foreach_lerp_(average, list(self.parameters.values()), [weight.to(average[0].dtype)] * len(average))
 
     # --- weights -----------------------------------------------------------------------------------------------
 
@@ -310,6 +320,6 @@ class _Swapped:
             parameter.copy_(values[name])
 
 
-def _correct(logits: Tensor | None, labels: Tensor) -> float:
-    """Number of correctly classified images; 0 where nothing was computed."""
-    return 0.0 if logits is None else float((logits.detach().argmax(1) == labels).sum())
+def _correct(logits: Tensor | None, labels: Tensor) -> Tensor | float:
+    """Number of correctly classified images, float64 of shape (); 0 where nothing was computed."""
+    return 0.0 if logits is None else (logits.detach().argmax(1) == labels).sum(dtype=torch.float64)

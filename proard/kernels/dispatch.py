@@ -1,0 +1,72 @@
+"""Which twin runs: the fused kernel on a GPU where Triton works and the tensors suit it, the plain one elsewhere."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from proard.kernels import plain
+
+
+@cache
+def fused_for(device: torch.device) -> ModuleType | None:
+    """The fused kernels, once they have given the plain ones' results on this device; None where they cannot run."""
+    if device.type != "cuda":
+        return None
+    try:
+        from proard.kernels import fused
+
+        fused.prove(device)
+    except Exception as error:  # no Triton, no C compiler for its launcher, an unknown GPU: the plain twins do
+        warnings.warn(f"fused kernels are not used on {device}: {type(error).__name__}: {error}", stacklevel=2)
+        return None
+    return fused
+
+
+def pgd_update_(
+    adv: Tensor, gradient: Tensor, low: Tensor, high: Tensor, *, step_size: float, copy: Tensor | None = None
+) -> Tensor:
+    """One step of an attack: the gradient's sign, the step, the projection into the bounds.
+
+    Parameters
+    ----------
+    adv : Tensor
+        Iterate in [0, 1]; changed in place and returned.
+    gradient : Tensor of the shape of `adv`
+        May be used up.
+    low, high : Tensor of the shape of `adv`
+        Bounds of every pixel: ball and pixel range.
+    step_size : float
+        In pixel units; pixels of zero gradient stay.
+    copy : Tensor of the shape of `adv`, optional
+        Receives the result in its own type, such as bfloat16.
+    """
+    fused = fused_for(adv.device)
+    if fused is not None and fused.fits(adv, gradient, low, high) and (copy is None or copy.stride() == adv.stride()):
+        return fused.pgd_update_(adv, gradient, low, high, step_size=step_size, copy=copy)
+    return plain.pgd_update_(adv, gradient, low, high, step_size=step_size, copy=copy)
+
+
+def softmax_difference(logits: Tensor, target: Tensor) -> Tensor:
+    """softmax(logits) - target: the gradient of cross-entropy and of KL(target || softmax) with respect to the logits.
+
+    Parameters
+    ----------
+    logits : Tensor of shape (batch, classes)
+        Of any floating type; computed in float32, float64 in its own.
+    target : Tensor of shape (batch, classes) or (batch,)
+        Probabilities, or labels (int64) that stand for one-hot rows.
+
+    Returns
+    -------
+    Tensor of shape (batch, classes)
+        In the type of `logits`.
+    """
+    fused = fused_for(logits.device)
+    if fused is not None and logits.dtype is not torch.float64:
+        return fused.softmax_difference(logits, target)
+    return plain.softmax_difference(logits, target)

@@ -1,0 +1,105 @@
+"""The fused kernels, in Triton. Imported on demand: only where a GPU, or the interpreter in tests, runs them.
+
+Each reads its inputs once and writes its result once, in one launch; the twins in `plain` say what is computed.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from proard.kernels import plain
+
+BLOCK = 1024  # pixels per program
+
+
+@triton.jit
+def _pgd_update(adv, gradient, low, high, copy, step_size, size, COPY: tl.constexpr, BLOCK: tl.constexpr):
+    """Move `adv` by the gradient's sign, clip it, and write it once more in the type of `copy` where COPY."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < size
+    slope = tl.load(gradient + index, mask=inside, other=0.0)
+    pixel = tl.load(adv + index, mask=inside, other=0.0)
+    pixel += tl.where(slope > 0, step_size, tl.where(slope < 0, -step_size, 0.0))
+    lowest, highest = tl.load(low + index, mask=inside, other=0.0), tl.load(high + index, mask=inside, other=0.0)
+    pixel = tl.maximum(pixel, lowest, propagate_nan=tl.PropagateNan.ALL)  # as torch.clamp does
+    pixel = tl.minimum(pixel, highest, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(adv + index, pixel, mask=inside)
+    if COPY:
+        tl.store(copy + index, pixel.to(copy.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _softmax_difference(out, logits, target, classes, LABELS: tl.constexpr, BLOCK: tl.constexpr):
+    """One image per program: softmax of its logits minus its target row, or minus 1 at its label where LABELS."""
+    image = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < classes
+    place = image * classes + column
+    logit = tl.load(logits + place, mask=inside, other=-float("inf")).to(tl.float32)
+    power = tl.exp(logit - tl.max(logit, 0))
+    share = power / tl.sum(power, 0)
+    if LABELS:
+        wanted = tl.where(column == tl.load(target + image), 1.0, 0.0)
+    else:
+        wanted = tl.load(target + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + place, (share - wanted).to(out.dtype.element_ty), mask=inside)
+
+
+def pgd_update_(
+    adv: Tensor, gradient: Tensor, low: Tensor, high: Tensor, *, step_size: float, copy: Tensor | None = None
+) -> Tensor:
+    """`plain.pgd_update_` in one launch, for tensors that `fits` accepts; `gradient` is left as it is."""
+    size = adv.numel()
+    _pgd_update[(triton.cdiv(size, BLOCK),)](
+        adv, gradient, low, high, adv if copy is None else copy, step_size, size, COPY=copy is not None, BLOCK=BLOCK
+    )
+    return adv
+
+
+def softmax_difference(logits: Tensor, target: Tensor) -> Tensor:
+    """`plain.softmax_difference` in one launch, for any floating type but float64."""
+    logits, target = logits.contiguous(), target.contiguous()
+    images, classes = logits.shape
+    out = torch.empty_like(logits)
+    _softmax_difference[(images,)](
+        out,
+        logits,
+        target,
+        classes,
+        LABELS=not target.dtype.is_floating_point,
+        BLOCK=triton.next_power_of_2(classes),
+    )
+    return out
+
+
+def fits(adv: Tensor, *others: Tensor) -> bool:
+    """Whether tensors are float32 and lie alike in memory without gaps, so that one index serves them all."""
+    dense = adv.is_contiguous() or adv.is_contiguous(memory_format=torch.channels_last)
+    return dense and all(x.dtype is torch.float32 and x.stride() == adv.stride() for x in (adv, *others))
+
+
+def prove(device: torch.device) -> None:
+    """Run both kernels on a few numbers of the device and compare them with their twins.
+
+    Raises
+    ------
+    RuntimeError
+        They do not give what the twins give; other errors come from the compiler or the driver.
+    """
+    ramp = torch.linspace(-1, 1, 24, device=device).reshape(2, 12)
+    low, high = ramp - 0.1, ramp + 0.1
+    copies = [torch.empty_like(ramp, dtype=torch.bfloat16) for _ in range(2)]
+    moved, wanted = (
+        twin(ramp.clone(), ramp.flip(1).clone(), low, high, step_size=0.2, copy=copy)
+        for twin, copy in zip((pgd_update_, plain.pgd_update_), copies, strict=True)
+    )
+    labels = torch.tensor([3, 11], device=device)
+    pairs = [(softmax_difference(ramp, t), plain.softmax_difference(ramp, t)) for t in (labels, ramp.softmax(1))]
+    rounding = {"rtol": 2**-7, "atol": 0}  # a device rounds to bfloat16, the interpreter cuts
+    if not torch.equal(moved, wanted) or not torch.allclose(*copies, **rounding):
+        raise RuntimeError("the fused update differs from its plain twin")
+    if not all(torch.allclose(first, second, rtol=0, atol=1e-6) for first, second in pairs):
+        raise RuntimeError("the fused softmax difference differs from its plain twin")
