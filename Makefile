@@ -4,11 +4,12 @@ BIN := .venv/bin
 REPORT := results/quickstart/report/report.html
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help quickstart test bench
+.PHONY: help quickstart test bench bench-gpu
 help:
 	@echo "make quickstart   install into .venv, run the whole pipeline on the bundled digits, print the students"
 	@echo "make test         install the test tools, run the linters and all tests"
 	@echo "make bench        run the benchmarks, keep their results in benchmarks/results (BENCH=--quick shows that they run)"
+	@echo "make bench-gpu    check and time the training step on a GPU, under 10 minutes"
 
 quickstart: .venv/installed
 	@$(BIN)/snakemake --configfile config/quickstart.yaml --cores all --quiet host rules reason
@@ -25,6 +26,9 @@ test: .venv/installed-test
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/run_all.py $(BENCH)
+
+bench-gpu: .venv/installed
+	$(BIN)/python benchmarks/bench_gpu.py --json
 
 # The stamps are older than pyproject.toml when the requirements have changed.
 .venv/installed: pyproject.toml | $(BIN)/python

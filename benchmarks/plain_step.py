@@ -189,7 +189,7 @@ def chained_pgd(
 ) -> Tensor:
     """PGD on KL(target || prediction) with an autograd loss and one clamp after the other."""
     noise = torch.empty(images.shape, dtype=images.dtype).normal_(generator=generator)
-    adv = images + 0.001 * noise.contiguous(memory_format=layout)
+    adv = images + 0.001 * noise.to(images.device, memory_format=layout)
     for _ in range(num_steps):
         adv.requires_grad_()
         divergence = F.kl_div(F.log_softmax(predict(adv), 1), F.softmax(target, 1), reduction="sum")

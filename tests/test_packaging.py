@@ -36,6 +36,9 @@ def test_conda_environment_equals_the_requirements():
     assert dict(map(split, environment["dependencies"])) == wanted
 
 
+OWN = {"proard", "triton"}  # triton comes with torch where there may be a GPU, and is done without elsewhere
+
+
 def test_every_imported_package_is_required():
     required = {split(requirement)[0] for requirement in PROJECT["dependencies"]} | {"pydantic-core"}  # of pydantic
     distributions, missing = packages_distributions(), {}
@@ -43,7 +46,7 @@ def test_every_imported_package_is_required():
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
-            for package in {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"proard"}:
+            for package in {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - OWN:
                 known = {name.lower().replace("_", "-") for name in distributions.get(package, [package])}
                 if not known & required:
                     missing[package] = path.name

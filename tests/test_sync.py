@@ -88,3 +88,10 @@ def test_loss_that_is_not_finite_on_one_process_stops_all_before_anything_moves(
 
 def test_one_process_alone_syncs_nothing():
     assert train([slice(None)], steps=0, lr=0.05, norm=True).sync is None
+
+
+def test_benchmarked_ways_of_averaging_agree_and_active_slices_are_fewest_bytes(ranks):
+    for rank in ranks:
+        largest, sizes = rank["bench"]
+        assert largest <= 1e-12
+        assert 0 == sizes["local"] < sizes["active"] < sizes["flat"] == sizes["ddp"]
