@@ -95,8 +95,12 @@ def plain_pgd(
     num_steps: int,
     start: str = "uniform",
     generator: torch.Generator | None = None,
+    **options: object,
 ) -> Tensor:
-    """`attacks.pgd` as in a textbook: autograd through the objective, one clamp after the other."""
+    """`attacks.pgd` as in a textbook: autograd through the objective, one clamp after the other; linf only."""
+    known = {"norm": "linf", "start_scale": 1.0, "clip_to_ball": True}
+    if any(options.get(name, value) != value for name, value in known.items()) or "initial" in options:
+        raise ValueError(f"the plain form attacks in the linf ball from the start noise; the recipe asks for {options}")
     adv = start_point(images, eps=eps, start=start, generator=generator)
     for _ in range(num_steps):
         adv.requires_grad_()
@@ -109,8 +113,8 @@ def plain_pgd(
 class PlainTrainer(trainer.Trainer):
     """The trainer on weights in NCHW memory."""
 
-    def __init__(self, net: Supernet, *args: object) -> None:
-        super().__init__(net.to(memory_format=LAYOUT), *args)
+    def __init__(self, net: Supernet, *args: object, **options: object) -> None:
+        super().__init__(net.to(memory_format=LAYOUT), *args, **options)
 
 
 def unfolded_teacher(net: StaticNet) -> Callable[[Tensor], Tensor]:
@@ -133,8 +137,8 @@ def plain_form() -> Iterator[None]:
         (trainer, "SubnetView", PlainView),
         (trainer, "pgd", plain_pgd),
         (loop, "Trainer", PlainTrainer),
-        (stage, "frozen_teacher", unfolded_teacher),
-        (train_phase, "frozen_teacher", unfolded_teacher),
+        (stage, "frozen_network", unfolded_teacher),
+        (train_phase, "frozen_network", unfolded_teacher),
     ]
     with ExitStack() as stack:
         for module, name, value in places:

@@ -201,7 +201,7 @@ def test_a_stage_trains_in_plain_form_inside_the_context_only(tmp_path):
     from proard.stages import train_phase, training
     from proard.training import loop, trainer
 
-    before = (trainer.SubnetView, trainer.pgd, loop.Trainer, training.frozen_teacher, train_phase.frozen_teacher)
+    before = (trainer.SubnetView, trainer.pgd, loop.Trainer, training.frozen_network, train_phase.frozen_network)
     with plain_form():
         assert (trainer.SubnetView, loop.Trainer) == (PlainView, PlainTrainer)
         config = tiny_config()
@@ -211,5 +211,5 @@ def test_a_stage_trains_in_plain_form_inside_the_context_only(tmp_path):
         made = loop.Trainer(net, config.train_phase.phases[0], None, 0.1, None, 0)
         weights = [parameter for parameter in made.parameters.values() if parameter.ndim == 4]
         assert all(weight.is_contiguous() for weight in weights)
-    after = (trainer.SubnetView, trainer.pgd, loop.Trainer, training.frozen_teacher, train_phase.frozen_teacher)
+    after = (trainer.SubnetView, trainer.pgd, loop.Trainer, training.frozen_network, train_phase.frozen_network)
     assert after == before
