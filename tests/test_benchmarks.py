@@ -199,7 +199,7 @@ def test_a_stage_trains_in_plain_form_inside_the_context_only(tmp_path):
 
     from proard.nets import Supernet
     from proard.stages import train_phase, training
-    from proard.training import loop, trainer
+    from proard.training import Plan, loop, trainer
 
     before = (trainer.SubnetView, trainer.pgd, loop.Trainer, training.frozen_network, train_phase.frozen_network)
     with plain_form():
@@ -208,7 +208,7 @@ def test_a_stage_trains_in_plain_form_inside_the_context_only(tmp_path):
         space = tiny_space(TINY)
         train = image_sets(tmp_path)["train"]
         net = Supernet(space, mean=train.mean, std=train.std, generator=torch.Generator().manual_seed(0))
-        made = loop.Trainer(net, config.train_phase.phases[0], None, 0.1, None, 0)
+        made = loop.Trainer(net, config.train_phase.phases[0], Plan(lambda seed, step, data_pass: []), 0.1, None, 0)
         weights = [parameter for parameter in made.parameters.values() if parameter.ndim == 4]
         assert all(weight.is_contiguous() for weight in weights)
     after = (trainer.SubnetView, trainer.pgd, loop.Trainer, training.frozen_network, train_phase.frozen_network)
