@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -15,6 +16,7 @@ from synthetic_run import BUDGETS, SyntheticRun
 from proard import artifacts
 from proard.artifacts import ArtifactError
 from proard.report import compare_searches, durations, exported_students
+from proard.report.figures import training_figure
 from proard.report.svg import COLOURS
 from proard.report.text import count, percent, pixels
 from proard.stages.report import main
@@ -237,3 +239,14 @@ def test_equal_searches_have_no_difference_and_one_search_no_comparison():
 )
 def test_lengths_are_written_in_pixel_steps(length: float, text: str):
     assert pixels(length) == text
+
+
+def test_panels_that_share_an_axis_all_fit_on_it():
+    def history(phase: str, clean: float) -> pd.DataFrame:
+        row = {"phase": phase, "epoch": 1.0, "arch": "largest", "loss": 1.0, "val_robust_acc": 0.2, "best": True}
+        return pd.DataFrame([row | {"val_clean_acc": clean}])
+
+    results = SimpleNamespace(histories=[history("teacher", 0.5), history("control", 0.9)])
+    low, high = training_figure(results).axes[0].get_ylim()
+    assert low == 0
+    assert high > 0.9

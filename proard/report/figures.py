@@ -175,6 +175,7 @@ def training_figure(results: Results) -> Figure | None:
             if column == 0:
                 upper.set_ylabel("accuracy on val, %")
                 lower.set_ylabel("loss, nats")
+        first.set_ylim(bottom=0)  # only now: it ends the scaling of all panels
         archs = [name for name in ARCH_COLOURS if any((rows["arch"] == name).any() for _, rows in runs)]
         looks = [(name, {"color": ARCH_COLOURS[name]}) for name in archs]
         looks += [("robust", {"color": COLOURS["muted"]}), ("clean", {"color": COLOURS["muted"], "linestyle": CLEAN})]
@@ -198,7 +199,6 @@ def _draw_validation(axis: Axes, rows: pd.DataFrame) -> None:
     if not kept.empty:
         axis.axvline(kept.iloc[-1], color=COLOURS["gold"], linewidth=1.2, zorder=1)
     axis.yaxis.set_major_formatter(PERCENT)
-    axis.set_ylim(bottom=0)
 
 
 def _draw_loss(axis: Axes, rows: pd.DataFrame) -> None:
