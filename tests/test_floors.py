@@ -34,7 +34,7 @@ ONLY = {  # rooms that know less than their floor allows
     "attacks": {"losses", "kernels"},  # the type of an objective
     "losses": {"kernels"},
     "kernels": set(),
-    "nets": {"config", "artifacts", "space", "progress"},
+    "nets": {"config", "artifacts", "space", "progress", "kernels"},
     "predictor": {"config", "artifacts", "space", "progress"},
     "search": {"config", "artifacts", "space", "progress"},
     "cli": {"config", "artifacts", "report"},

@@ -79,9 +79,9 @@ def test_every_convolution_has_the_librarys_gradient(kernel, stride, side, maske
     conv, kept = Convolution(spec, weight, bias), x.detach().contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(conv.forward(kept), out.detach())
     torch.testing.assert_close(conv.backward(seed, kept, masked=masked), expected)
-    if not masked:
-        total = torch.ones_like(kept)
-        torch.testing.assert_close(conv.add_backward_(total, seed, kept), expected + 1)
+    total = torch.ones_like(kept)
+    joined = (expected + 1) * (kept > 0) if masked else expected + 1
+    torch.testing.assert_close(conv.add_backward_(total, seed, kept, masked=masked), joined)
 
 
 def test_a_relu_before_the_sum_masks_the_branch_and_not_the_shortcut():
@@ -91,7 +91,7 @@ def test_a_relu_before_the_sum_masks_the_branch_and_not_the_shortcut():
     x = torch.ones(1, 2, 1, 1)
     kept = block.forward(x)
     assert kept[-1].flatten().tolist() == [2.0, 1.0]
-    assert block.backward(torch.ones(1, 2, 1, 1), kept).flatten().tolist() == [2.0, 1.0]
+    assert block.backward(torch.ones(1, 2, 1, 1), kept, masked=False).flatten().tolist() == [2.0, 1.0]
 
 
 def test_every_preset_of_plain_convolutions_takes_this_way_and_attacks_agree():
@@ -119,9 +119,21 @@ def test_a_callable_without_a_method_of_its_own_is_differentiated_by_autograd():
     torch.testing.assert_close(gradient, expected)
 
 
-def test_bfloat16_is_left_to_autograd():
-    space = SPACES["deep_stem"]
-    assert folded(space, space.sample(1, np.random.default_rng(0))[0], torch.bfloat16).input_gradient() is None
+@pytest.mark.parametrize("name", SPACES)
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_smaller_types_come_as_near_as_their_digits_allow(name, dtype, close):
+    space = SPACES[name]
+    objective, images = problem(space, 16)
+    genotype = space.sample(1, np.random.default_rng(0))[0]
+    exact_logits, exact = folded(space, genotype).input_gradient()(images, objective.logit_gradient)
+    net = folded(space, genotype, dtype)
+    logits, gradient = net.input_gradient()(images.float(), objective.logit_gradient)
+    _, autograd = input_gradient(net, objective, images.float())
+    assert float((logits - exact_logits).norm() / exact_logits.norm()) < close
+    cosine = float(F.cosine_similarity(gradient.double().flatten(), exact.flatten(), dim=0))
+    beside = float(F.cosine_similarity(autograd.double().flatten(), exact.flatten(), dim=0))
+    assert 1 - cosine < 2 * (1 - beside) + 1e-6
+    assert 1 - beside < close
 
 
 def test_the_heap_is_kept_where_the_c_library_can_be_asked(monkeypatch):

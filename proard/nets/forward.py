@@ -16,7 +16,9 @@ from proard.space import Activation, ConvSpec, GateSpec, NetSpec, PoolSpec, Step
 Conv = Callable[[ConvSpec, Tensor], Tensor]
 
 
-def run_network(spec: NetSpec, x: Tensor, conv: Conv, head: Callable[[Tensor], Tensor]) -> Tensor:
+def run_network(
+    spec: NetSpec, x: Tensor, conv: Conv, head: Callable[[Tensor], Tensor], *, activated: bool = False
+) -> Tensor:
     """Logits of normalised images.
 
     Parameters
@@ -29,7 +31,11 @@ def run_network(spec: NetSpec, x: Tensor, conv: Conv, head: Callable[[Tensor], T
         `conv(layer, x)`: the layer's convolution with its norm or bias, without its activation.
     head : callable
         `head(features)` of shape (batch, classes) for features of shape (batch, spec.features).
+    activated : bool
+        `conv` gives the layer's activation too.
     """
+    if not activated:
+        conv = with_activation(conv)
     for block in spec.blocks:
         out = run_steps(block.steps, x, conv)
         if block.shortcut is not None:
@@ -41,11 +47,16 @@ def run_network(spec: NetSpec, x: Tensor, conv: Conv, head: Callable[[Tensor], T
     return head(features)
 
 
+def with_activation(conv: Conv) -> Conv:
+    """The same convolutions, each with its activation behind it."""
+    return lambda layer, x: activate(layer.activation, conv(layer, x))
+
+
 def run_steps(steps: tuple[Step, ...], x: Tensor, conv: Conv) -> Tensor:
-    """Some steps in sequence; without any, `x` itself."""
+    """Some steps in sequence, `conv` with its activation; without any, `x` itself."""
     for step in steps:
         if isinstance(step, ConvSpec):
-            x = activate(step.activation, conv(step, x))
+            x = conv(step, x)
         elif isinstance(step, GateSpec):
             x = x * run_steps(step.convs, x.mean((2, 3), keepdim=True), conv)
         else:

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from proard.kernels import mask_gradient_
 from proard.space import BlockSpec, ConvSpec, NetSpec
 
 LAYOUT = torch.channels_last
+ONE_PASS = (torch.float32, torch.bfloat16) if torch.backends.mkldnn.is_available() else ()
 FEW = 8  # input channels up to which the library's strided backward convolution leaves most of its lanes idle
 
 
@@ -51,12 +53,12 @@ class Convolution:
             parities = F.pad(weight, (0, 1, 0, 1))[:, :, taps][..., taps].permute(2, 4, 1, 0, 3, 5)
             self.parities = parities.reshape(-1, layer.out_channels, 2, 2).contiguous(memory_format=LAYOUT)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (batch, in, h, w) to (batch, out, h', w')."""
+    def forward(self, x: Tensor, *, relu: bool = False, side: Tensor | None = None) -> Tensor:
+        """Map (batch, in, h, w) to (batch, out, h', w'); `side` is added and a ReLU applied where asked."""
+        stride = self.stride
         if self.sliced:
-            x = x[:, :, :: self.stride, :: self.stride].contiguous(memory_format=LAYOUT)
-            return F.conv2d(x, self.weight, self.bias)
-        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+            x, stride = x[:, :, ::stride, ::stride].contiguous(memory_format=LAYOUT), 1
+        return convolve_activate(x, self.weight, self.bias, stride, self.padding, relu=relu, side=side)
 
     def backward(self, gradient: Tensor, x: Tensor, *, masked: bool) -> Tensor:
         """Gradient with respect to `x`, zero where `x` is not positive if `masked`."""
@@ -71,20 +73,31 @@ class Convolution:
             return out.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
         options = ([self.stride] * 2, [self.padding] * 2, [1, 1], False, [0, 0], 1, [True, False, False])
         out, _, _ = torch.ops.aten.convolution_backward(gradient, x, self.weight, None, *options)
-        return mask_(out, x) if masked else out
+        return mask_gradient_(out, x) if masked else out
 
-    def add_backward_(self, total: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
-        """Add the gradient with respect to `x` to `total`."""
+    def add_backward_(self, total: Tensor, gradient: Tensor, x: Tensor, *, masked: bool) -> Tensor:
+        """Add the gradient with respect to `x` to `total`; zero it where `x` is not positive if `masked`."""
         if not self.sliced:
-            return total.add_(self.backward(gradient, x, masked=False))
+            return mask_gradient_(total, x if masked else None, self.backward(gradient, x, masked=False))
         reached = total[:, :, :: self.stride, :: self.stride]
         reached += F.conv2d(gradient, self.transposed)
-        return total
+        return mask_gradient_(total, x) if masked else total
 
 
-def mask_(gradient: Tensor, out: Tensor) -> Tensor:
-    """Zero the gradient in place where a ReLU's output is not positive."""
-    return torch.ops.aten.threshold_backward.grad_input(gradient, out, 0, grad_input=gradient)
+def convolve_activate(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, *, relu: bool, side: Tensor | None
+) -> Tensor:
+    """Convolution, sum and ReLU; oneDNN does all three in one pass over the output where its types allow."""
+    if x.dtype in ONE_PASS and (relu or side is not None):
+        shape = ([padding] * 2, [stride] * 2, [1, 1], 1)
+        after = "relu" if relu else "none"
+        if side is None:
+            return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *shape, after, [], "")
+        after = (after, [], "") if relu else (None, [], None)
+        return torch.ops.mkldnn._convolution_pointwise.binary(x, side, weight, bias, *shape, "add", 1.0, *after)
+    out = F.conv2d(x, weight, bias, stride, padding)
+    out = out if side is None else out.add_(side)
+    return out.relu_() if relu else out
 
 
 class BlockGradient:
@@ -100,31 +113,41 @@ class BlockGradient:
     def forward(self, x: Tensor) -> list[Tensor]:
         """The block's input, what every convolution gives after its ReLU, and the block's output."""
         kept = [x]
-        for relu, conv in zip(self.relus, self.convs, strict=True):
-            out = conv.forward(kept[-1])
-            kept.append(out.relu_() if relu else out)
-        out = kept[-1]
-        if self.residual:
-            side = x if self.shortcut is None else self.shortcut.forward(x)
-            out = out + side if self.relus[-1] else out.add_(side)  # a ReLU before the sum is a mask still
-        kept.append(out.relu_() if self.final_relu else out)
+        joins = self.residual and not self.relus[-1]  # the sum rides on the last convolution
+        for index, (relu, conv) in enumerate(zip(self.relus, self.convs, strict=True)):
+            if index == len(self.convs) - 1 and joins:
+                break
+            kept.append(conv.forward(kept[-1], relu=relu))
+        side = x if self.shortcut is None or not self.residual else self.shortcut.forward(x)
+        if joins:
+            out = self.convs[-1].forward(kept[-1], relu=self.final_relu, side=side)
+            return [*kept, out, out]
+        out = kept[-1] + side if self.residual else kept[-1]  # a ReLU before the sum is a mask still
+        kept.append(out.relu_() if self.final_relu and self.residual else out)
         return kept
 
-    def backward(self, gradient: Tensor, kept: list[Tensor]) -> Tensor:
-        """Gradient with respect to the block's input; `gradient` may be changed."""
-        x, out = kept[0], kept[-1]
-        if self.final_relu:
-            gradient = mask_(gradient, out)
+    def backward(self, gradient: Tensor, kept: list[Tensor], *, masked: bool) -> Tensor:
+        """Gradient with respect to the block's input, zero where that is not positive if `masked`.
+
+        `gradient` may be changed; behind a final ReLU it is zero already where the block's output is not positive.
+        """
+        x = kept[0]
         beside = gradient
-        if self.relus[-1]:
-            own = gradient.clone(memory_format=torch.preserve_format) if self.residual else gradient
-            gradient = mask_(own, kept[-2])
+        if self.relus[-1] and self.residual:
+            own = gradient.clone(memory_format=torch.preserve_format)
+            gradient = mask_gradient_(own, kept[-2])
         for index in range(len(self.convs) - 1, -1, -1):
-            masked = index > 0 and self.relus[index - 1]
-            gradient = self.convs[index].backward(gradient, kept[index], masked=masked)
+            inner = index > 0 and self.relus[index - 1]
+            alone = index == 0 and masked and not self.residual
+            gradient = self.convs[index].backward(gradient, kept[index], masked=inner or alone)
         if self.shortcut is not None:
-            return self.shortcut.add_backward_(gradient, beside, x)
-        return gradient.add_(beside) if self.residual else gradient
+            return self.shortcut.add_backward_(gradient, beside, x, masked=masked)
+        return mask_gradient_(gradient, x if masked else None, beside) if self.residual else gradient
+
+    @property
+    def ends_in_relu(self) -> bool:
+        """Whether the block's output is a ReLU's."""
+        return self.final_relu or (self.relus[-1] and not self.residual)
 
 
 class InputGradient:
@@ -175,6 +198,8 @@ class InputGradient:
         logits = F.linear(x.mean((2, 3)).to(weight.dtype), weight, bias)
         pooled = (logit_gradient(logits) @ weight).to(self.dtype) / (x.shape[2] * x.shape[3])  # (batch, features)
         gradient = torch.empty_like(x).copy_(pooled[:, :, None, None])
-        for block in reversed(self.blocks):
-            gradient = block.backward(gradient, tape.pop())
+        if self.blocks[-1].ends_in_relu:
+            gradient = mask_gradient_(gradient, x)
+        for block, before in zip(reversed(self.blocks), [*reversed(self.blocks[:-1]), None], strict=True):
+            gradient = block.backward(gradient, tape.pop(), masked=before is not None and before.ends_in_relu)
         return logits, gradient.to(images.dtype) * self.scale

@@ -115,9 +115,9 @@ class FoldedNet(nn.Module):
     def input_gradient(self) -> InputGradient | None:
         """Logits and input gradient without autograd, for the present weights; None where autograd is to be used.
 
-        That is on other devices, in networks of other layers, and in bfloat16, where autograd was measured faster.
+        That is on other devices and in networks of other layers.
         """
-        if self.head_weight.device.type != "cpu" or self.dtype is torch.bfloat16 or not is_plain(self.spec):
+        if self.head_weight.device.type != "cpu" or not is_plain(self.spec):
             return None
         buffers = self._buffers
         layers = {

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from proard.kernels import norm_activation
 from proard.nets.elastic import BN_EPS, BN_MOMENTUM, ElasticConvNorm, Supernet, key_of
-from proard.nets.forward import convolve, run_network
+from proard.nets.forward import activate, convolve, run_network
 from proard.nets.subnet import FoldedNet, folded_layer, unfolded_layer
 from proard.space import Arch, ConvSpec
 
@@ -63,24 +64,21 @@ class SubnetView:
         def conv(layer: ConvSpec, x: Tensor) -> Tensor:
             weight, *others = (leaf.detach() if frozen else leaf for leaf in self.leaves[layer.name])
             if not layer.norm:
-                return convolve(layer, x, weight, *others)
-            scale, shift = others
-            out = convolve(layer, x, weight)
-            if record is None and not update_running:
-                return F.batch_norm(out, None, None, scale, shift, training=True, eps=BN_EPS)
-            mean, var = torch.zeros_like(scale), torch.zeros_like(scale)  # momentum 1 leaves the batch's own
-            out = F.batch_norm(out, mean, var, scale, shift, training=True, momentum=1.0, eps=BN_EPS)
+                return activate(layer.activation, convolve(layer, x, weight, *others))
+            out, mean, var = norm_activation(
+                convolve(layer, x, weight), *others, eps=BN_EPS, activation=layer.activation
+            )
             if record is not None:
-                values = out.numel() / out.shape[1]  # per channel
-                record[layer.name] = (mean, var * ((values - 1) / values))
+                record[layer.name] = (mean, var)
             if update_running:
-                bn = self.supernet.layers[key_of(layer)].bn
+                bn, values = self.supernet.layers[key_of(layer)].bn, out.numel() / out.shape[1]  # per channel
                 bn.running_mean[: layer.out_channels].lerp_(mean, BN_MOMENTUM)
-                bn.running_var[: layer.out_channels].lerp_(var, BN_MOMENTUM)
+                bn.running_var[: layer.out_channels].lerp_(var * (values / (values - 1)), BN_MOMENTUM)
             return out
 
         head = (self.head_weight.detach(), self.head_bias.detach()) if frozen else (self.head_weight, self.head_bias)
-        return run_network(self.spec, self.supernet.normalise(images), conv, lambda features: F.linear(features, *head))
+        images = self.supernet.normalise(images)
+        return run_network(self.spec, images, conv, lambda features: F.linear(features, *head), activated=True)
 
     @torch.no_grad()
     def running_statistics(self) -> Statistics:

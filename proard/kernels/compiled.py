@@ -1,0 +1,75 @@
+"""C kernels for CPUs: compiled at first use with the machine's own compiler, kept in the user's cache folder."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from functools import cache
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("maps.c")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
+
+
+@cache
+def maps_library() -> ctypes.CDLL | None:
+    """The compiled `maps.c`; None, with one warning, where it cannot be compiled or loaded."""
+    try:
+        library = ctypes.CDLL(str(build(SOURCE)))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        warnings.warn(f"the C kernels are not used, training is slower: {reason}", stacklevel=2)
+        return None
+    pointer, number, size, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double
+    library.norm_forward.argtypes = [number] * 2 + [pointer] * 3 + [real] + [size] * 2 + [pointer] * 3 + [number]
+    library.norm_backward.argtypes = (
+        [number] * 2 + [pointer] * 4 + [real] + [pointer] * 2 + [size] * 2 + [pointer] * 3 + [number]
+    )
+    library.mask_gradient.argtypes = [number] + [pointer] * 3 + [size, number]
+    library.mask_gradient.restype = None
+    return library
+
+
+def build(source: Path) -> Path:
+    """Compile a source file unless that was done before for this text, compiler and processor; the library's path.
+
+    Raises
+    ------
+    OSError
+        There is no C compiler, or the cache folder cannot be written.
+    CalledProcessError
+        The compiler fails; its words are in `stderr`.
+    """
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        raise OSError("no C compiler is on the path (cc, or what CC names)")
+    text = source.read_bytes()
+    mark = hashlib.sha256(b"\0".join([text, compiler.encode(), *(flag.encode() for flag in FLAGS), processor()]))
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "proard"
+    library = folder / f"{source.stem}-{mark.hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # several jobs may compile at once: the last rename wins
+        made = Path(scratch) / library.name
+        subprocess.run(
+            [compiler, *FLAGS, str(source), "-o", str(made), "-lm"], check=True, capture_output=True, text=True
+        )
+        os.replace(made, library)
+    return library
+
+
+def processor() -> bytes:
+    """What the machine says of its processor: code for one may not run on another that shares the home folder."""
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return f"{platform.machine()} {platform.processor()}".encode()
+    first = path.read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
+    kept = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(line for line in first.splitlines() if line.startswith(kept)).encode()

@@ -1,0 +1,161 @@
+"""Passes over a CPU's maps: batch norm with its activation, sum and mask of gradients; in C, or by their plain twins.
+
+In a training pass the library's batch norm on channels-last maps of few channels costs more than the convolutions. The
+C kernel reads each map twice forward and twice backward, fills the vector unit with several pixels at once, and spares
+the activation's own passes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from proard.kernels.compiled import maps_library
+
+KINDS = ("none", "relu", "relu6", "h_swish")  # as numbered in maps.c
+PLAIN = {"relu": F.relu, "relu6": F.relu6, "h_swish": F.hardswish, "none": lambda x: x}
+TYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def norm_activation(
+    x: Tensor, scale: Tensor, shift: Tensor, *, eps: float, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise by the batch's mean and variance, scale and shift, activate.
+
+    Parameters
+    ----------
+    x : Tensor of shape (batch, channels, height, width)
+        What a convolution gave.
+    scale, shift : Tensor of shape (channels,)
+        Batch norm's weight and bias.
+    eps : float
+        Added to the variance.
+    activation : str
+        `none`, `relu`, `relu6` or `h_swish`.
+
+    Returns
+    -------
+    tuple of Tensor
+        The activated map, and per channel the mean and the (biased) variance that it was divided by, without a graph.
+
+    Notes
+    -----
+    The C kernel computes in float32 with sums in double, whatever the type of `x`; a gradient of its gradient is that
+    of the plain twin.
+    """
+    if suits(x, scale, shift) and maps_library() is not None:
+        return _Fused.apply(x, scale, shift, eps, activation)
+    return plain_norm_activation(x, scale, shift, eps=eps, activation=activation)
+
+
+def mask_gradient_(gradient: Tensor, out: Tensor | None, side: Tensor | None = None) -> Tensor:
+    """Add `side` to a gradient and zero it where a ReLU's output is not positive, in place.
+
+    Parameters
+    ----------
+    gradient : Tensor
+        Changed and returned.
+    out : Tensor of the shape of `gradient`, optional
+        What the ReLU gave; without it nothing is zeroed.
+    side : Tensor of the shape of `gradient`, optional
+        A gradient that joins here.
+    """
+    others = [each for each in (side, out) if each is not None]
+    if others and all(_alike(each, gradient) for each in others) and maps_library() is not None:
+        places = (None if each is None else each.data_ptr() for each in (side, out))
+        maps_library().mask_gradient(
+            TYPES[gradient.dtype], gradient.data_ptr(), *places, gradient.numel(), torch.get_num_threads()
+        )
+        return gradient
+    if side is not None:
+        gradient = gradient.add_(side)
+    return (
+        gradient if out is None else torch.ops.aten.threshold_backward.grad_input(gradient, out, 0, grad_input=gradient)
+    )
+
+
+def _alike(tensor: Tensor, gradient: Tensor) -> bool:
+    """Whether the C kernel can walk both from first to last number."""
+    return (
+        gradient.device.type == tensor.device.type == "cpu"
+        and tensor.dtype is gradient.dtype
+        and gradient.dtype in TYPES
+        and tensor.stride() == gradient.stride()
+        and tensor.shape == gradient.shape
+        and (gradient.is_contiguous(memory_format=torch.channels_last) or gradient.is_contiguous())
+    )
+
+
+def plain_norm_activation(
+    x: Tensor, scale: Tensor, shift: Tensor, *, eps: float, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by library calls, on any device and in any type."""
+    mean, var = torch.zeros_like(scale.detach()), torch.zeros_like(scale.detach())  # momentum 1 leaves the batch's own
+    out = F.batch_norm(x, mean, var, scale, shift, training=True, momentum=1.0, eps=eps)
+    values = out.numel() / out.shape[1]  # per channel
+    return PLAIN[activation](out), mean, var * ((values - 1) / values)
+
+
+def suits(x: Tensor, scale: Tensor, shift: Tensor) -> bool:
+    """Whether the C kernel takes these tensors: on the CPU, channels last without gaps, float32 coefficients."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in TYPES
+        and x.numel() > x.shape[1]  # one value per channel is the library's error to raise
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and all(each.dtype is torch.float32 and each.is_contiguous() for each in (scale, shift))
+    )
+
+
+class _Fused(torch.autograd.Function):
+    """The C kernel with its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, eps: float, activation: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, var = torch.empty_like(x), torch.empty_like(scale), torch.empty_like(scale)
+        failed = maps_library().norm_forward(
+            TYPES[x.dtype],
+            KINDS.index(activation),
+            *(each.data_ptr() for each in (x, scale, shift)),
+            eps,
+            x.numel() // x.shape[1],
+            x.shape[1],
+            *(each.data_ptr() for each in (y, mean, var)),
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError("batch norm's kernel found no memory")
+        ctx.save_for_backward(x, scale, shift, mean, var)
+        ctx.eps, ctx.activation = eps, activation
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, shift, mean, var = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody wants a gradient of this gradient
+            y, *_ = plain_norm_activation(x, scale, shift, eps=ctx.eps, activation=ctx.activation)
+            wanted = [each for each, needed in zip((x, scale, shift), ctx.needs_input_grad, strict=False) if needed]
+            found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+            return (*(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None, None)
+        dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
+        dx, dscale, dshift = torch.empty_like(x), torch.empty_like(scale), torch.empty_like(shift)
+        failed = maps_library().norm_backward(
+            TYPES[x.dtype],
+            KINDS.index(ctx.activation),
+            *(each.data_ptr() for each in (dy, x, scale, shift)),
+            ctx.eps,
+            *(each.data_ptr() for each in (mean, var)),
+            x.numel() // x.shape[1],
+            x.shape[1],
+            *(each.data_ptr() for each in (dx, dscale, dshift)),
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError("batch norm's kernel found no memory")
+        return dx, dscale, dshift, None, None
