@@ -13,6 +13,7 @@ from plain_step import Levers, Outcome, PlainStep, Recipe, loop_sgd
 from torch import Tensor
 
 from proard.config import PRESETS, Phase, Space, TrainingAttack
+from proard.kernels import maps
 from proard.losses import Batch
 from proard.nets import SubnetView, Supernet, extract, fold
 from proard.nets.elastic import key_of
@@ -30,7 +31,7 @@ LEVERS = {
     "V5": "closed-form logit gradient, update in place",
     "V6": "input gradient written out, without autograd",
     "V7": "one view for all passes, gradients scattered, folded teacher",
-    "V8": "fused SGD: the package's step",
+    "V8": "fused SGD, C kernels for batch norm, sums and masks: the package's step",
     "V9": "bfloat16 attack",
     "V10": "bfloat16 training passes",
 }
@@ -126,7 +127,22 @@ class _Recorded(trainer.Trainer):
         return self.batch, work
 
 
-Step = PlainStep | PackageStep
+class WithoutKernels:
+    """A step that goes the C kernels' plain way."""
+
+    def __init__(self, step: PlainStep | PackageStep) -> None:
+        self.step = step
+
+    def __call__(self, *args: Any) -> Outcome:
+        """Train an arch on one batch."""
+        with mock.patch.object(maps, "maps_library", lambda: None):
+            return self.step(*args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.step, name)
+
+
+Step = PlainStep | PackageStep | WithoutKernels
 
 
 def build(row: str, problem: Problem) -> Step:
@@ -134,9 +150,10 @@ def build(row: str, problem: Problem) -> Step:
     nets = (copy.deepcopy(problem.student), copy.deepcopy(problem.teacher), problem.recipe)
     number = int(row[1:])
     if number < 7:
-        return PlainStep(*nets, Levers(*(number > lever for lever in range(6))))
+        return WithoutKernels(PlainStep(*nets, Levers(*(number > lever for lever in range(6)))))
     attack_dtype, dtype = ("bfloat16" if number >= first else "float32" for first in (9, 10))
-    return PackageStep(*nets, fused=number > 7, attack_dtype=attack_dtype, dtype=dtype)
+    step = PackageStep(*nets, fused=number > 7, attack_dtype=attack_dtype, dtype=dtype)
+    return step if number > 7 else WithoutKernels(step)
 
 
 def scaled_space(name: str, scale: float) -> SearchSpace:

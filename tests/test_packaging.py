@@ -17,7 +17,8 @@ import yaml
 import proard
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+PROJECT = PYPROJECT["project"]
 CONDA_NAMES = {"torch": "pytorch"}  # of those that differ from the package index
 
 
@@ -58,6 +59,13 @@ def test_versions_agree():
     assert citation["version"] == proard.__version__
     assert citation["license"] == PROJECT["license"] == "Apache-2.0"
     assert "TERMS AND CONDITIONS FOR USE, REPRODUCTION, AND DISTRIBUTION" in (ROOT / "LICENSE").read_text("utf-8")
+
+
+def test_c_sources_are_packaged():
+    sources = {str(path.relative_to(ROOT / "proard")) for path in (ROOT / "proard").rglob("*.c")}
+    patterns = PYPROJECT["tool"]["setuptools"]["package-data"]["proard"]
+    assert sources
+    assert all(any(Path(source).match(pattern) for pattern in patterns) for source in sources)
 
 
 def test_the_console_command_is_there():
