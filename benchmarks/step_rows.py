@@ -135,7 +135,7 @@ class WithoutKernels:
 
     def __call__(self, *args: Any) -> Outcome:
         """Train an arch on one batch."""
-        with mock.patch.object(maps, "maps_library", lambda: None):
+        with mock.patch.object(maps, "maps_library", return_value=None):
             return self.step(*args)
 
     def __getattr__(self, name: str) -> Any:

@@ -50,7 +50,7 @@ def test_an_attack_by_a_wrong_gradient_is_noticed_in_float64(monkeypatch):
     )
     assert bench_attack.agreement(problem).exact == 1
     backward = gradient.BlockGradient.backward
-    monkeypatch.setattr(gradient.BlockGradient, "backward", lambda *args: backward(*args).flip(3))
+    monkeypatch.setattr(gradient.BlockGradient, "backward", lambda *args, **options: backward(*args, **options).flip(3))
     found = bench_attack.agreement(problem)
     assert found.exact < 0.999
     with pytest.raises(SystemExit, match="equal iterates in float64"):
