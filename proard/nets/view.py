@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from proard.nets.elastic import BN_EPS, BN_MOMENTUM, ElasticConvNorm, Supernet, key_of
 from proard.nets.forward import convolve, run_network
+from proard.nets.norm import Total, batch_norm_of_all
 from proard.nets.subnet import FoldedNet, folded_layer, unfolded_layer
 from proard.space import Arch, ConvSpec
 
@@ -27,10 +28,12 @@ class SubnetView:
         Where weights come from and gradients go to.
     arch : Arch
         The subnet.
+    total : callable, optional
+        Sum over the processes that share the batch: batch norm then looks at all of their images.
     """
 
-    def __init__(self, supernet: Supernet, arch: Arch) -> None:
-        self.supernet = supernet
+    def __init__(self, supernet: Supernet, arch: Arch, *, total: Total | None = None) -> None:
+        self.supernet, self.total = supernet, total
         self.spec = supernet.space.spec(arch)
         self.leaves: dict[str, tuple[Tensor, ...]] = {}  # filters, then batch norm's scale and shift or the bias
         for conv in self.spec.convs:
@@ -59,6 +62,7 @@ class SubnetView:
         frozen : bool
             No gradient to the weights (inside an attack).
         """
+        twice = images.requires_grad and not frozen  # a loss looks at the input gradient
 
         def conv(layer: ConvSpec, x: Tensor) -> Tensor:
             weight, *others = (leaf.detach() if frozen else leaf for leaf in self.leaves[layer.name])
@@ -66,13 +70,16 @@ class SubnetView:
                 return convolve(layer, x, weight, *others)
             scale, shift = others
             out = convolve(layer, x, weight)
-            if record is None and not update_running:
+            values: Tensor | float = out.numel() / out.shape[1]  # per channel
+            if self.total is not None:
+                out, mean, var, values = batch_norm_of_all(out, scale, shift, self.total, eps=BN_EPS, twice=twice)
+            elif record is None and not update_running:
                 return F.batch_norm(out, None, None, scale, shift, training=True, eps=BN_EPS)
-            mean, var = torch.zeros_like(scale), torch.zeros_like(scale)  # momentum 1 leaves the batch's own
-            out = F.batch_norm(out, mean, var, scale, shift, training=True, momentum=1.0, eps=BN_EPS)
+            else:
+                mean, var = torch.zeros_like(scale), torch.zeros_like(scale)  # momentum 1 leaves the batch's own
+                out = F.batch_norm(out, mean, var, scale, shift, training=True, momentum=1.0, eps=BN_EPS)
             if record is not None:
-                values = out.numel() / out.shape[1]  # per channel
-                record[layer.name] = (mean, var * ((values - 1) / values))
+                record[layer.name] = (mean, (var * ((values - 1) / values)).to(var))
             if update_running:
                 bn = self.supernet.layers[key_of(layer)].bn
                 bn.running_mean[: layer.out_channels].lerp_(mean, BN_MOMENTUM)
