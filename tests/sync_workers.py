@@ -15,6 +15,7 @@ from torch import Tensor
 from training_runs import no_validation, phase_run, teacher_run
 
 from proard.nets.norm import batch_norm_of_all
+from proard.nets.view import SubnetView
 from proard.space import Arch
 from proard.training import Drawn, Plan
 from proard.training.plan import bind
@@ -52,7 +53,12 @@ def archs() -> list[Arch]:
 @contextlib.contextmanager
 def in_float64():
     """Context in which nothing falls back to float32, so that only the order of sums makes a difference."""
-    with mock.patch.object(Tensor, "float", Tensor.double):
+    folded = SubnetView.folded
+
+    def in_full(view, statistics, **_type):
+        return folded(view, statistics, dtype=torch.float64)
+
+    with mock.patch.object(Tensor, "float", Tensor.double), mock.patch.object(SubnetView, "folded", in_full):
         yield
 
 
@@ -85,7 +91,7 @@ def whole_training(name: str, folder: str, ranks: Ranks) -> dict:
         run.source.batch = lambda *args: (lambda images, labels: (images.double(), labels))(*batch(*args))
         for network in ("teacher", "control"):
             if run.options[network] is not None:
-                run.options[network].double()
+                run.options[network].double().dtype = torch.float64
         run.options |= {"ranks": ranks, "validate": no_validation}
         run.fit()
     rows = [{key: value for key, value in row.items() if key != "seconds"} for row in run.rows]

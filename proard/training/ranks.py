@@ -1,9 +1,9 @@
 """Several processes that train one network: which part of a batch is whose, and what they add up.
 
 One process a device, started by torchrun. All hold the same weights, draw the same archs, crops and noise for the
-whole batch, and look at their own part of it. Whatever depends on more than one image (gradients, batch-norm statistics,
-scores, what a loss remembers) is added up over all, so that a step is the one that a single process makes, up to the
-order of sums.
+whole batch, and look at their own part of it. Whatever depends on more than one image (gradients, batch-norm
+statistics, scores, what a loss remembers) is added up over all, so that a step is the one that a single process makes,
+up to the order of sums.
 """
 
 from __future__ import annotations

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from proard import __version__
 from proard.artifacts import ArtifactError, load_tensors, save_tensors
-from proard.config import UserError
-from proard.config.settings import Optimisation
+from proard.config import UserError, at_any_rhythm
 from proard.training.ranks import Ranks
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1: the early warning that some clusters send
@@ -154,14 +153,6 @@ class ResumeState:
         """Files of a process that was killed: its request, and what it was about to write."""
         folder, stem = self.path.parent, self.path.stem
         return [self.request_path, self.fresh_path, *folder.glob(f".{stem}.*.part")]
-
-
-def at_any_rhythm(settings: Any) -> Any:
-    """Settings with every `save_every_minutes` at its default: it changes no result."""
-    if isinstance(settings, Mapping):
-        default = Optimisation.model_fields["save_every_minutes"].default
-        return {key: default if key == "save_every_minutes" else at_any_rhythm(settings[key]) for key in settings}
-    return [at_any_rhythm(entry) for entry in settings] if isinstance(settings, (list, tuple)) else settings
 
 
 class StopFlag:
