@@ -67,7 +67,9 @@ def follow_launcher() -> None:
 
 def fail(error: UserError) -> NoReturn:
     """End with one line. Of several processes the first says what ends all; the others leave it the time to."""
-    if rank() > 0:
+    from proard.training.ranks import Gone  # not what a stage that does not train needs
+
+    if rank() > 0 and not isinstance(error, Gone):
         time.sleep(FIRST_SPEAKS)
     print(f"error: {error}", file=sys.stderr, flush=True)
     if "LOCAL_RANK" in os.environ:  # taking down a group that has lost a member may wait for it

@@ -25,6 +25,10 @@ PATIENCE = timedelta(days=7)  # one process may validate for hours; one that die
 REMEMBERED = ("labels", "clean", "teacher", "adv", "teacher_adv", "control")  # what memories of losses are made of
 
 
+class Gone(UserError):
+    """Another process of the training has ended."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """The processes of a training and the number of this one among them."""
@@ -193,7 +197,7 @@ def _together(collective: Callable[..., Any], *args: Any, **options: Any) -> Non
         collective(*args, **options)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(
+        raise Gone(
             "another process of this training is gone; the same command continues from the newest state, where one was "
             f"saved ({reason})"
         ) from None
