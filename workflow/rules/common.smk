@@ -89,10 +89,14 @@ def per_attempt(amount):
 
 
 def gpus_of(rule):
-    """GPUs of a rule's jobs: its `gpu`, or those of its `gres` where a site asks in that way."""
-    values = {name: resource.raw for name, resource in rule.resources.items() if name in ("gpu", "gres")}
-    gres = re.fullmatch(r"gpu(?::[^:]+)*?:(\d+)", str(values.get("gres", "")).strip("'"))
-    return max(int(values["gpu"]) if str(values.get("gpu")).isdigit() else 0, int(gres[1]) if gres else 0)
+    """GPUs of a rule's jobs: its `gpu`, at most those of the workstation, or what a site's `gres` asks for."""
+    gpu, limit, gres = (
+        str(resources[name].raw) if name in resources else ""
+        for name, resources in (("gpu", rule.resources), ("gpu", workflow.global_resources), ("gres", rule.resources))
+    )
+    asked = re.fullmatch(r"gpu(?::[^:]+)?:([0-9]+)", gres.strip("'"))
+    granted = min(int(gpu), int(limit) if limit.isdigit() else int(gpu)) if gpu.isdigit() else 0
+    return max(granted, int(asked[1]) if asked else 0)
 
 
 def start_several_processes():
