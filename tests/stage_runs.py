@@ -30,7 +30,8 @@ STARTED: list[subprocess.Popen] = []
 class Stage:
     """A training stage on the stripes with a folder of its own."""
 
-    def __init__(self, name, inputs, folder, *, seed=0, previous=None, teacher=None, **changes):
+    def __init__(self, name, inputs, folder, *, seed=0, previous=None, teacher=None, taught_by=None, **changes):
+        changes |= {} if taught_by is None else {"teacher": taught_by}  # `teacher` is the file
         section = "phase" if name == "train_phase" else name
         config = tiny_config(**{f"{section}__{key}": value for key, value in changes.items()})
         self.name, self.folder = name, folder

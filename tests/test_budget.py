@@ -111,7 +111,7 @@ def test_a_training_leaves_before_its_time_is_up_and_continues(inputs, whole, tm
     stage = Stage("train_teacher", inputs, tmp_path, **{**LONG, "save_every_minutes": 5})
     over = {how: str(int(time.time()))} if how.startswith("SLURM") else {}
     more = ["--minutes", "0"] if how.startswith("--") else []
-    for step in (1, 2):
+    for step in (1, 2) if over else (1,):
         process = stage.start(*more, **over)
         _, err = process.communicate()
         assert process.returncode == 1
@@ -122,15 +122,16 @@ def test_a_training_leaves_before_its_time_is_up_and_continues(inputs, whole, tm
     assert stage.equals(whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_makes_a_training_save_and_leave(inputs, whole, tmp_path, number):
+def test_an_early_warning_makes_a_training_save_and_leave(inputs, whole, tmp_path):
     stage = Stage("train_teacher", inputs, tmp_path, **LONG)
     process = stage.start()
     stage.wait_until_step(process, 3)
-    process.send_signal(number)
+    process.send_signal(signal.SIGUSR1)
     _, err = process.communicate()
     assert process.returncode == 1
-    (step,) = re.findall(rf"^error: teacher: stopped by {number.name} after step (\d+); the same command cont", err)
+    (step,) = re.findall(
+        r"^error: teacher: stopped by SIGUSR1 after step (\d+); the same command continues$", err, re.M
+    )
     assert read_header(stage.state)["facts"]["done"]["step"] == int(step)
     stage.run()
     assert stage.equals(whole)
@@ -139,7 +140,7 @@ def test_a_signal_makes_a_training_save_and_leave(inputs, whole, tmp_path, numbe
 # States.
 
 
-@pytest.mark.parametrize("damage", ["half", "flipped", "missing"])
+@pytest.mark.parametrize("damage", ["half", "missing"])
 def test_the_previous_state_continues_where_the_newest_is_damaged(inputs, whole, tmp_path, capsys, damage):
     stage = Stage("train_teacher", inputs, tmp_path, **LONG)
     process = stage.start()
@@ -153,8 +154,7 @@ def test_the_previous_state_continues_where_the_newest_is_damaged(inputs, whole,
     if damage == "missing":  # killed between two renamings
         stage.state.unlink()
     else:
-        broken = {"half": data[: len(data) // 2], "flipped": data[:-40] + bytes([data[-40] ^ 1]) + data[-39:]}
-        stage.state.write_bytes(broken[damage])
+        stage.state.write_bytes(data[: len(data) // 2])
     stage.run()
     said = capsys.readouterr().out
     assert ("state ignored" in said) == (damage != "missing")

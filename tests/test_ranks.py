@@ -83,7 +83,7 @@ def all_gone(pids):
         ("train_teacher", {"objective": "trades", "batch_size": 15}),
         ("train_teacher", {"objective": "pgd_at"}),
         ("train_phase", {"loss": "rslad", "archs_per_step": 3}),
-        ("train_phase", {"teacher": "dynamic", "archs_per_step": 3, "batch_size": 15}),
+        ("train_phase", {"taught_by": "dynamic", "archs_per_step": 3, "batch_size": 15}),
     ],
     ids=["trades", "pgd_at", "frozen", "dynamic"],
 )
