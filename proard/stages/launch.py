@@ -19,6 +19,7 @@ from proard.config import UserError
 PROCESSES = "PROARD_PROCESSES"  # {"train_phase": 4}
 SAVE_EVERY_MINUTES = "PROARD_SAVE_EVERY_MINUTES"  # {"train_teacher": 2, "train_phase": {"all": 2}}
 FIRST_SPEAKS = 3.0  # seconds that other processes leave the first one to say what ends them all
+LAST_WORDS = 2  # seconds that a process has once the launcher ends it, as it does as soon as one process has ended
 PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -54,11 +55,15 @@ def become_several() -> None:
 
 
 def follow_launcher() -> None:
-    """As one of several processes: only the first prints, and none outlives the launcher."""
+    """As one of several processes: only the first prints, and none outlives the launcher.
+
+    Outside the training loop, which has a handler of its own, SIGTERM leaves the time to print an error.
+    """
     if "LOCAL_RANK" not in os.environ:
         return
     if rank() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(LAST_WORDS))  # SIGALRM ends the process
     try:
         ctypes.CDLL(None).prctl(PDEATHSIG, signal.SIGTERM)
     except (OSError, AttributeError):  # no Linux
