@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from proard.config import PRESETS
 from proard.nets import Supernet
 from proard.space import Arch
+from proard.training.ranks import Ranks
 from proard.training.sync import GradientSync
 
 RESULTS = Path(__file__).parent / "results" / "bench_sync.json"
@@ -55,13 +56,15 @@ class Row:
         if name == "ddp":
             devices = [self.net.mean.device.index] if self.net.mean.is_cuda else None
             self.module = DistributedDataParallel(self.net, device_ids=devices, find_unused_parameters=True)
-        self.sync = GradientSync(self.net) if name == "active" else None
+        ranks = Ranks(dist.get_rank(), dist.get_world_size())
+        self.sync = GradientSync(self.net, ranks) if name == "active" else None
         self.bytes = 0
 
     def __call__(self, arch: Arch, images: Tensor, labels: Tensor) -> None:
         """Local gradients of one subnet, then their mean over processes."""
         torch._foreach_zero_([parameter.grad for parameter in self.net.parameters()])
-        F.cross_entropy(self.module(images, arch), labels).backward()
+        loss = F.cross_entropy(self.module(images, arch), labels)
+        (loss if self.sync is None else loss / dist.get_world_size()).backward()  # the sync adds up
         self.bytes = 0
         if self.name == "ddp":
             self.bytes = sum(parameter.grad.nbytes for parameter in self.net.parameters())

@@ -20,17 +20,20 @@ def start_point(
     norm: str = "linf",
     scale: float = 1.0,
     clip_to_ball: bool = True,
+    among: tuple[int, slice] | None = None,
 ) -> Tensor:
     """First iterate: the images with `start_noise_`, clipped.
 
-    Noise is drawn on the generator's device, so that one seed gives one start on every device.
+    Noise is drawn on the generator's device, so that one seed gives one start on every device. Where the images are
+    a part of so many, `among`, it is drawn for all of them.
     """
     if start == "zero":
         return images.clone()
     device = images.device if generator is None else generator.device
-    noise = torch.empty(images.shape, dtype=images.dtype, device=device)
+    count, part = among or (len(images), slice(None))
+    noise = torch.empty((count, *images.shape[1:]), dtype=images.dtype, device=device)
     start_noise_(noise, eps=scale * eps, start=start, norm=norm, generator=generator)
-    noise = noise.contiguous(memory_format=torch.channels_last)
+    noise = noise[part].contiguous(memory_format=torch.channels_last)
     if images.is_cuda and not noise.is_cuda:  # from pageable memory the host would wait for the device
         noise = noise.pin_memory().to(images.device, non_blocking=True)
     return clipper(images, eps=eps, norm=norm, clip_to_ball=clip_to_ball)(noise.add_(images))
@@ -150,6 +153,7 @@ def pgd(
     start_scale: float = 1.0,
     clip_to_ball: bool = True,
     initial: Tensor | None = None,
+    among: tuple[int, slice] | None = None,
     steps: Callable[..., Tensor] = take_steps,
 ) -> Tensor:
     """Projected steepest ascent of `objective` inside the eps-ball and the image box.
@@ -178,6 +182,8 @@ def pgd(
         False leaves the pixel range as the only limit, so that start and steps add up (N-FGSM).
     initial : Tensor of the shape of `images`, optional
         First iterate instead of `start`, clipped; left as it is.
+    among : (int, slice), optional
+        The images are this part of so many; the start is the one they have there.
     steps : callable
         What takes the steps in linf: `take_steps`, or a `kernels.CapturedSteps` of it.
 
@@ -194,7 +200,7 @@ def pgd(
     """
     clip = clipper(images, eps=eps, norm=norm, clip_to_ball=clip_to_ball)
     if initial is None:
-        noise = {"start": start, "generator": generator, "scale": start_scale}
+        noise = {"start": start, "generator": generator, "scale": start_scale, "among": among}
         adv = start_point(images, eps=eps, norm=norm, clip_to_ball=clip_to_ball, **noise)
     else:
         adv = clip(initial.detach().clone())

@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from contextlib import ExitStack
+import tempfile
 from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-from helpers import random_images, random_supernet, tiny_config, tiny_space
+from helpers import image_sets, random_images, random_supernet, tiny_config, tiny_space
 from torch import Tensor
+from training_runs import no_validation, phase_run, teacher_run
 
+from proard.nets.norm import batch_norm_of_all
+from proard.nets.view import SubnetView
 from proard.space import Arch
 from proard.training import Drawn, Plan
 from proard.training.plan import bind
+from proard.training.ranks import Ranks
 from proard.training.trainer import Trainer
 
 WORLD = 2
-BATCH = 8
+BATCH = 7  # parts of 3 and 4 images
+ATTACK = {"num_steps": 2, "step_size": 0.05}
+TRAININGS = {  # of four steps each, on batches of 15
+    "trades": {"objective": "trades", "clip_norm": 0.5},
+    "pgd_at": {"objective": "pgd_at", "attack": {**ATTACK, "bn_mode": "running"}},
+    "hat_awp": {
+        "objective": "hat",
+        "awp_gamma": 0.01,
+        "awp_warmup_epochs": 0,
+        "attack": {**ATTACK, "bn_mode": "batch"},
+    },
+    "rslad": {"loss": "rslad", "teacher_logits": "float32"},
+    "dynamic": {"teacher": "dynamic", "attack": {**ATTACK, "shared": "smallest"}},
+    "both": {"teacher": "both", "sampling": "pareto", "attack": {**ATTACK, "carry_passes": 1}},
+    "absld": {"loss": "absld", "attack": {**ATTACK, "start": "gaussian"}},
+    "mtard_igdm": {"loss": "mtard", "igdm_weight": 1.0},
+    "adaad_kdiga": {"loss": "adaad", "kdiga_weight": 0.1, "attack": {"num_steps": 1, "step_size": 0.05}},
+}
 
 
 def archs() -> list[Arch]:
@@ -28,34 +50,71 @@ def archs() -> list[Arch]:
     return [space.arch([options[0] for options in space.open_choices(**choice)]) for choice in chosen]
 
 
-def ignore_batch(x: Tensor, _mean: Tensor, _var: Tensor, scale: Tensor, shift: Tensor, **_options: object) -> Tensor:
-    """Batch norm without the batch: scale and shift alone, so that images do not meet."""
-    return x * scale[:, None, None] + shift[:, None, None]
+@contextlib.contextmanager
+def in_float64():
+    """Context in which nothing falls back to float32, so that only the order of sums makes a difference."""
+    folded = SubnetView.folded
+
+    def in_full(view, statistics, **_type):
+        return folded(view, statistics, dtype=torch.float64)
+
+    with mock.patch.object(Tensor, "float", Tensor.double), mock.patch.object(SubnetView, "folded", in_full):
+        yield
 
 
-def train(parts: list[slice], *, steps: int, lr: float, norm: bool, poisoned: int | None = None) -> Trainer:
-    """Make some steps in float64 on the parts of the global batches that this process is given."""
+def train(ranks: Ranks, *, steps: int, lr: float, poisoned: int | None = None) -> Trainer:
+    """Make some steps on this process's parts of the global batches."""
     attack = {"num_steps": 2, "step_size": 0.05, "start": "zero", "bn_mode": "batch", "objective": "ce"}
     settings = tiny_config(train_teacher__attack=attack, train_teacher__weight_decay=0.01).train_teacher
     plan = Plan(lambda seed, step, data_pass: [Drawn(arch, *bind("trades", settings)) for arch in archs()])
-    with ExitStack() as patches:
-        patches.enter_context(mock.patch.object(Tensor, "float", Tensor.double))
-        if not norm:
-            patches.enter_context(mock.patch("proard.nets.view.F.batch_norm", ignore_batch))
-        trainer = Trainer(random_supernet(tiny_space()), settings, plan, 0.1, None, 0)
+    share = ranks.share(BATCH)
+    with in_float64():
+        trainer = Trainer(random_supernet(tiny_space()), settings, plan, 0.1, None, 0, share=share)
         for step in range(steps):
             images, labels = random_images(tiny_space(), BATCH, seed=step), torch.arange(BATCH) % 3
-            rows = torch.cat([torch.arange(BATCH)[part] for part in parts])
-            images = images[rows]
             if poisoned == step:
-                images = torch.full_like(images, torch.nan)
-            trainer.measures = trainer.step(images, labels[rows], step, 0, lr, torch.Generator())[:3]
+                images[-1] = torch.nan  # of the last process alone
+            own = (images[share.part], labels[share.part])
+            trainer.measures = trainer.step(*own, step, 0, lr, torch.Generator())[:3]
     return trainer
 
 
-def share(rank: int) -> slice:
-    """A process's part of a global batch."""
-    return slice(rank, None, WORLD)
+def whole_training(name: str, folder: str, ranks: Ranks) -> dict:
+    """Weights, running statistics, averages and history of one of `TRAININGS`, in float64."""
+    options = {"epochs": 4 / 3, "batch_size": 15, **TRAININGS[name]}
+    make = teacher_run if "objective" in options else phase_run
+    with in_float64(), tempfile.TemporaryDirectory() as own:
+        train_set = image_sets(Path(own), train=48, val=3)["train"]
+        run = make(train_set, Path(folder) / name, fit_now=False, **options)
+        run.net.double()
+        batch = run.source.batch
+        run.source.batch = lambda *args: (lambda images, labels: (images.double(), labels))(*batch(*args))
+        for network in ("teacher", "control"):
+            if run.options[network] is not None:
+                run.options[network].double().dtype = torch.float64
+        run.options |= {"ranks": ranks, "validate": no_validation}
+        run.fit()
+    rows = [{key: value for key, value in row.items() if key != "seconds"} for row in run.rows]
+    return {"net": run.net.state_dict(), "rows": rows}
+
+
+def normalised(x: Tensor, total, *, twice: bool) -> list[Tensor]:
+    """Batch norm of a part and all that comes of it: outputs, statistics, gradients, input gradients' gradients."""
+    generator = torch.Generator().manual_seed(5)
+    scale, shift, wave = (torch.randn(4, generator=generator, dtype=x.dtype).requires_grad_() for _ in range(3))
+    x = x.detach().requires_grad_()
+    out, mean, var, values = batch_norm_of_all(x, scale, shift, total, eps=1e-5, twice=twice)
+    loss = (out.sin() * wave[:, None, None]).sum()
+    first = torch.autograd.grad(loss, [x, scale, shift], create_graph=twice)
+    second = torch.autograd.grad(first[0].square().sum(), [x, scale]) if twice else ()
+    return [tensor.detach() for tensor in (out, mean, var, values, *first, *second)]
+
+
+def planes() -> Tensor:
+    """Maps of another mean and spread in every channel and image."""
+    generator = torch.Generator().manual_seed(3)
+    maps = torch.randn((BATCH, 4, 3, 3), generator=generator, dtype=torch.float64)
+    return maps * torch.arange(1, 5)[:, None, None] + torch.arange(BATCH)[:, None, None, None]
 
 
 def work(rank: int, folder: str) -> None:
@@ -63,9 +122,10 @@ def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
-    trained = train([share(rank)], steps=3, lr=0.05, norm=False)
-    one_step = train([share(rank)], steps=1, lr=0.0, norm=True)
-    poisoned = train([share(rank)], steps=2, lr=0.05, norm=True, poisoned=1 if rank == 1 else None)
+    ranks = Ranks(rank, WORLD)
+    share = ranks.share(BATCH)
+    trained = train(ranks, steps=3, lr=0.05)
+    poisoned = train(ranks, steps=2, lr=0.05, poisoned=1)
     import bench_sync
 
     rows = {name: bench_sync.Row(name, random_supernet(tiny_space())) for name in bench_sync.ROWS}
@@ -76,10 +136,14 @@ def work(rank: int, folder: str) -> None:
         "trained": trained.net.state_dict(),
         "average": trained.average,
         "measures": torch.stack(trained.measures),
-        "gradients": {name: parameter.grad for name, parameter in one_step.parameters.items()},
-        "bytes": one_step.sync.bytes_reduced,
+        "bytes": trained.sync.bytes_reduced,
         "failure": poisoned.guard.failure(),
         "poisoned": {name: parameter.detach() for name, parameter in poisoned.parameters.items()},
+        "norms": [normalised(planes()[share.part], share.total, twice=twice) for twice in (False, True)],
+        "trainings": {name: whole_training(name, f"{folder}/{rank}", ranks) for name in TRAININGS},
+        "wishes": ranks.agree(rank, 1 - rank, 0),
+        "divided": ranks.divided([1, 2, 3], lambda job: [job, rank]),
+        "told": ranks.from_first({"rank": rank}),
     }
     torch.save(found, Path(folder) / f"rank{rank}.pt")
     dist.destroy_process_group()

@@ -11,9 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import EPS, phase_run, same
 
 from proard.config import UserError
+from proard.losses import Objective
 from proard.nets import extract, fold
 from proard.progress import Progress
-from proard.training import loop, phase_plan, single_plan
+from proard.training import Drawn, Plan, loop, phase_plan, single_plan
 from proard.training.guard import Guard, flat
 from proard.training.trainer import Trainer
 
@@ -104,6 +105,21 @@ def test_after_a_failure_further_steps_move_nothing_at_all():
         trainer.step(batch, labels, step, 0, 0.1, torch.Generator().manual_seed(step))
         assert same(trainer.tensors(), kept), f"step {step}"
     assert trainer.guard.failure()[0] == 1
+
+
+def test_a_finite_loss_with_a_gradient_that_is_not_moves_nothing_in_the_same_step():
+    settings = tiny_config().train_teacher
+    trainer, _, _ = one_step(settings, single_plan(tiny_space().largest, "plain", settings))
+    kept = {name: tensor.clone() for name, tensor in trainer.tensors().items()}
+    steep = Objective(None, lambda batch: 0.5 + (0 * batch.clean).sum().sqrt(), frozenset({"clean"}))
+    trainer.plan = Plan(lambda seed, step, data_pass: [Drawn(tiny_space().largest, steep, {})])
+    images, labels = random_images(tiny_space(), 6, dtype=torch.float32), torch.arange(6) % 3
+    with Waits() as waits:
+        loss, *_ = trainer.step(images, labels, 1, 0, 0.1, torch.Generator().manual_seed(0))
+    assert waits.seen == []
+    assert loss == 0.5
+    assert trainer.guard.failure() == (1, 0.5)
+    assert same(trainer.tensors(), kept)
 
 
 @pytest.fixture(scope="module")

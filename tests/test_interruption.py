@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 from helpers import CONFIG, SMALL_SPACES, random_supernet, save_stripes, tiny_config, tiny_space
+from stage_runs import LONG, OUTPUTS, STARTED, Stage
 
 from proard.artifacts import ArtifactError, Provenance, read_header, read_metadata, read_table
 from proard.config import ConfigError, UserError, job_settings
 from proard.nets import extract, load_static, load_supernet, save_static, save_supernet
-from proard.stages import train_control, train_phase, train_teacher
-
-ROOT = Path(__file__).resolve().parents[1]
-LONG = {"epochs": 10, "save_every_minutes": 0.0005}  # 60 steps; the state is written after nearly every one
-OUTPUTS = {
-    "train_teacher": ["teacher.safetensors", "history.parquet"],
-    "train_phase": ["supernet.safetensors", "history.parquet"],
-}
-
-
-STARTED: list[subprocess.Popen] = []
+from proard.stages import train_control, train_teacher
 
 
 @pytest.fixture(autouse=True)
@@ -35,70 +21,6 @@ def _no_process_outlives_its_test():
     yield
     while STARTED:
         STARTED.pop().kill()
-
-
-class Stage:
-    """A training stage on the stripes with a folder of its own."""
-
-    def __init__(self, name, inputs, folder, *, seed=0, previous=None, teacher=None, **changes):
-        section = "phase" if name == "train_phase" else name
-        config = tiny_config(**{f"{section}__{key}": value for key, value in changes.items()})
-        self.name, self.folder = name, folder
-        self.outputs = [folder / output for output in OUTPUTS[name]]
-        self.state = self.outputs[0].with_suffix(".state")
-        phase = "all" if name == "train_phase" else None
-        files = {"train": inputs["train"], "val": inputs["val"]}
-        files |= {Path(output).stem: folder / output for output in OUTPUTS[name]}
-        if phase:
-            files |= {"teacher": teacher or inputs["teacher"]} | ({"previous": previous} if previous else {})
-        self.arguments = ["--settings", job_settings(config, name, phase=phase), "--seed", str(seed)]
-        self.arguments += ["--device", "cpu", "--threads", "1"]
-        self.arguments += [text for flag, path in files.items() for text in (f"--{flag}", str(path))]
-
-    def start(self):
-        """The stage as a process."""
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        process = subprocess.Popen(
-            [sys.executable, "-m", f"proard.stages.{self.name}", *self.arguments],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        STARTED.append(process)
-        return process
-
-    def run(self):
-        """The same command inside this process."""
-        {"train_teacher": train_teacher, "train_phase": train_phase}[self.name].main(self.arguments)
-
-    def wait_until_step(self, process, step):
-        """Wait until the state of this step or of a later one is on disk."""
-        for _ in range(9000):
-            assert process.poll() is None, process.communicate()[1]
-            with contextlib.suppress(ArtifactError):
-                if read_header(self.state)["facts"]["done"]["step"] >= step:
-                    return
-            time.sleep(0.02)
-        pytest.fail("the training saved no state")
-
-    def nothing_declared_is_there(self):
-        """No output, not even a part of one, under its declared name."""
-        return not any(path.exists() for path in self.outputs)
-
-    def checksum(self):
-        """Of the contents of the weights."""
-        return read_header(self.outputs[0])["checksum"]
-
-    def history(self):
-        """The history without its wall times."""
-        return read_table(self.outputs[1]).drop(columns="seconds").to_dict("list")
-
-    def equals(self, other):
-        """Whether both ended with the same weights and the same history, and left nothing else."""
-        names = {path.name for path in self.folder.iterdir()}
-        assert names == set(OUTPUTS[self.name]), names
-        return self.checksum() == other.checksum() and str(self.history()) == str(other.history())
 
 
 @pytest.fixture(scope="module")

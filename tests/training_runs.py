@@ -28,8 +28,8 @@ class Watched(AugmentedImages):
         super().__init__(train, settings)
         self.net, self.before, self.given, self.poison_at = net, [], [], None
 
-    def batch(self, indices, generator):
-        images, labels = super().batch(indices, generator)
+    def batch(self, indices, generator, *part):
+        images, labels = super().batch(indices, generator, *part)
         self.before.append(snapshot(self.net))
         if self.poison_at == len(self.given):
             images = images.index_fill(0, torch.tensor([0]), torch.nan)

@@ -3,7 +3,16 @@
 from proard.config.attacks import Attack, Curriculum, Threat, TrainingAttack
 from proard.config.fields import ConfigError, UserError
 from proard.config.presets import PRESETS
-from proard.config.run import NEEDS, RunConfig, job_settings, json_schema, load, parse
+from proard.config.run import (
+    NEEDS,
+    RunConfig,
+    at_any_rhythm,
+    job_settings,
+    json_schema,
+    load,
+    parse,
+    without_rhythm,
+)
 from proard.config.settings import (
     Augmentation,
     EvaluateArchs,
@@ -54,8 +63,10 @@ __all__ = [
     "UserError",
     "Validation",
     "VerifyFront",
+    "at_any_rhythm",
     "job_settings",
     "json_schema",
     "load",
     "parse",
+    "without_rhythm",
 ]

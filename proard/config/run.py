@@ -16,6 +16,7 @@ from proard.config.presets import PRESETS
 from proard.config.spaces import Space
 
 Model = TypeVar("Model", bound=BaseModel)
+RHYTHM = s.Optimisation.model_fields["save_every_minutes"].default
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "prepare_data": ("run", "prepare_data"),
@@ -207,6 +208,28 @@ def job_settings(config: RunConfig, stage: str, *, phase: str | None = None) -> 
             raise ConfigError(unknown("phase", phase, phases))
         sections["train_phase"] = {"phases": [phases[phase]]}
     return json.dumps(sections, sort_keys=True, separators=(",", ":"))
+
+
+def at_any_rhythm(settings: Any) -> Any:
+    """Dumped settings with every `save_every_minutes` at its default: it changes no result."""
+    if isinstance(settings, Mapping):
+        return {key: RHYTHM if key == "save_every_minutes" else at_any_rhythm(settings[key]) for key in settings}
+    return [at_any_rhythm(entry) for entry in settings] if isinstance(settings, (list, tuple)) else settings
+
+
+def without_rhythm(config: RunConfig) -> tuple[RunConfig, dict[str, Any]]:
+    """The config at the default `save_every_minutes`, and where it was another: by stage, or by stage and name."""
+    others: dict[str, Any] = {}
+    for stage, section in config:
+        if isinstance(section, s.Optimisation) and section.save_every_minutes != RHYTHM:
+            others[stage] = section.save_every_minutes
+        values = [value for _, value in section] if isinstance(section, BaseModel) else []
+        parts = [part for value in values if isinstance(value, tuple) for part in value]
+        trainings = [part for part in parts if isinstance(part, s.Optimisation)]
+        names = {part.name: part.save_every_minutes for part in trainings if part.save_every_minutes != RHYTHM}
+        if names:
+            others[stage] = names
+    return RunConfig.model_validate(at_any_rhythm(config.model_dump(mode="json"))), others
 
 
 def json_schema() -> dict[str, Any]:

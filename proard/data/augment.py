@@ -31,6 +31,10 @@ class Views:
     left: Tensor
     mirrored: Tensor
 
+    def __getitem__(self, part: slice) -> Views:
+        """The views of a part of the batch."""
+        return Views(self.indices[part], self.top[part], self.left[part], self.mirrored[part])
+
     def pixels(self, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
         """Image, row and column of every pixel of the views, as an index into padded images.
 
@@ -64,7 +68,7 @@ class Augmenter:
         self.padding, self.flip = padding, flip
         self.padded_shape = tuple(padded.shape)
 
-    def __call__(self, indices: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(self, indices: Tensor, generator: torch.Generator, part: slice = slice(None)) -> Tensor:
         """Augmented images.
 
         Parameters
@@ -73,13 +77,15 @@ class Augmenter:
             int64, on the CPU.
         generator : torch.Generator
             On the CPU, also for images on a GPU, so that one seed gives the same crops everywhere.
+        part : slice
+            Which of them to make; crops are drawn for all.
 
         Returns
         -------
         Tensor of shape (batch, channels, height, width)
             float32 in [0, 1], in channels_last memory, on the images' device.
         """
-        views = self.draw(indices, generator)
+        views = self.draw(indices, generator)[part]
         return self.crop(views.indices, views.top, views.left, views.mirrored)
 
     def draw(self, indices: Tensor, generator: torch.Generator) -> Views:

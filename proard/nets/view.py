@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from proard.kernels import norm_activation
 from proard.nets.elastic import BN_EPS, BN_MOMENTUM, ElasticConvNorm, Supernet, key_of
 from proard.nets.forward import activate, convolve, run_network
+from proard.nets.norm import Total, batch_norm_of_all
 from proard.nets.subnet import FoldedNet, folded_layer, unfolded_layer
 from proard.space import Arch, ConvSpec
 
@@ -28,10 +29,12 @@ class SubnetView:
         Where weights come from and gradients go to.
     arch : Arch
         The subnet.
+    total : callable, optional
+        Sum over the processes that share the batch: batch norm then looks at all of their images.
     """
 
-    def __init__(self, supernet: Supernet, arch: Arch) -> None:
-        self.supernet = supernet
+    def __init__(self, supernet: Supernet, arch: Arch, *, total: Total | None = None) -> None:
+        self.supernet, self.total = supernet, total
         self.spec = supernet.space.spec(arch)
         self.leaves: dict[str, tuple[Tensor, ...]] = {}  # filters, then batch norm's scale and shift or the bias
         for conv in self.spec.convs:
@@ -60,20 +63,26 @@ class SubnetView:
         frozen : bool
             No gradient to the weights (inside an attack).
         """
+        twice = images.requires_grad and not frozen  # a loss looks at the input gradient
 
         def conv(layer: ConvSpec, x: Tensor) -> Tensor:
             weight, *others = (leaf.detach() if frozen else leaf for leaf in self.leaves[layer.name])
             if not layer.norm:
                 return activate(layer.activation, convolve(layer, x, weight, *others))
-            out, mean, var = norm_activation(
-                convolve(layer, x, weight), *others, eps=BN_EPS, activation=layer.activation
-            )
+            out, (scale, shift) = convolve(layer, x, weight), others
+            if self.total is None:
+                out, mean, var = norm_activation(out, scale, shift, eps=BN_EPS, activation=layer.activation)
+                values: Tensor | float = out.numel() / out.shape[1]  # per channel
+            else:
+                out, mean, var, values = batch_norm_of_all(out, scale, shift, self.total, eps=BN_EPS, twice=twice)
+                out, var = activate(layer.activation, out), (var * ((values - 1) / values)).to(var)
             if record is not None:
                 record[layer.name] = (mean, var)
             if update_running:
-                bn, values = self.supernet.layers[key_of(layer)].bn, out.numel() / out.shape[1]  # per channel
+                bn = self.supernet.layers[key_of(layer)].bn
                 bn.running_mean[: layer.out_channels].lerp_(mean, BN_MOMENTUM)
-                bn.running_var[: layer.out_channels].lerp_(var * (values / (values - 1)), BN_MOMENTUM)
+                unbiased = (var * (values / (values - 1))).to(var)
+                bn.running_var[: layer.out_channels].lerp_(unbiased, BN_MOMENTUM)
             return out
 
         head = (self.head_weight.detach(), self.head_bias.detach()) if frozen else (self.head_weight, self.head_bias)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from proard.artifacts import Provenance
 from proard.config import NEEDS, RunConfig, UserError, parse
+from proard.stages.launch import become_several, fail, follow_launcher, processes
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class Job:
         The sections this stage reads; all others stand at their defaults and are not to be used.
     files : argparse.Namespace
         One attribute per file flag; a list where the stage reads several.
+    threads : int
+        CPU threads of the job; several processes of it share them.
     """
 
     stage: str
@@ -32,6 +34,7 @@ class Job:
     device: str
     files: argparse.Namespace
     sections: dict[str, Any]
+    threads: int = 1
 
     def provenance(self, *inputs: str) -> Provenance:
         """Provenance of what this job writes, given the paths it read."""
@@ -67,11 +70,17 @@ def parse_arguments(
         parser.add_argument(f"--{name.replace('_', '-')}", required=True, metavar="PATH", help="written")
     for name in optional:
         parser.add_argument(f"--{name.replace('_', '-')}", metavar="VALUE")
+    trains = stage.startswith("train_")
+    if trains:
+        parser.add_argument("--minutes", type=float, help="time the job has, where its scheduler does not say")
     files = parser.parse_args(argv)
+    if processes() > 1 and not trains:
+        raise UserError(f"{stage} is no training: start it as one process, python -m proard.stages.{stage}")
     config = parse(RunConfig, files.settings)
     threads = files.threads or len(os.sched_getaffinity(0))
     sections = config.model_dump(mode="json", include=set(NEEDS[stage]))
-    return Job(stage, config, files.seed, _prepare_device(files.device, threads), files, sections)
+    device = _prepare_device(files.device, max(threads // processes(), 1))
+    return Job(stage, config, files.seed, device, files, sections, threads)
 
 
 def keep_heap() -> bool:
@@ -103,7 +112,8 @@ def _prepare_device(name: str, threads: int) -> str:
 def run(main: Callable[[], None]) -> None:
     """Run a stage as a program: an error that the user can mend is one line, everything else a traceback."""
     try:
+        become_several()
+        follow_launcher()
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(1) from None
+        fail(error)

@@ -9,6 +9,7 @@ from proard.config import PRESETS, ConfigError, Space, TrainTeacher
 from proard.nets import load_static, save_static
 from proard.space import Arch, SearchSpace
 from proard.stages.common import Job, parse_arguments, run
+from proard.stages.launch import rank
 from proard.stages.training import Training, train_alone
 
 
@@ -40,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def take_from_file(job: Job, settings: TrainTeacher) -> None:
-    """Check the given teacher and copy it into the run, with an empty history."""
+    """Check the given teacher and copy it into the run, with an empty history; one process does."""
+    if rank() > 0:
+        return
     net, space, arch, _ = load_static(settings.file, kind=("teacher", "control"))
     shape = (space.settings.image_channels, space.settings.image_size, space.settings.classes)
     own = job.config.space

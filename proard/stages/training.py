@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,11 @@ from proard.evaluation.meter import validation_rows
 from proard.nets import StaticNet, Supernet, extract, fold, load_static, recalibrate
 from proard.space import Arch, SearchSpace
 from proard.stages.common import Job
+from proard.stages.launch import save_every_minutes
 from proard.training import Plan, ResumeState, fingerprint, fit, single_plan
+from proard.training.budget import Budget, end_of_job
 from proard.training.inner import weakest
+from proard.training.ranks import join
 
 VALIDATION_RECALIBRATION_IMAGES = 1000
 
@@ -37,9 +41,9 @@ class AugmentedImages:
         """Order of one pass over the data."""
         return epoch_order(len(self.train), seed=seed, epoch=epoch)
 
-    def batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Augmented images and labels."""
-        return self.augment(indices, generator), self.train.labels[indices.to(self.train.labels.device)]
+    def batch(self, indices: Tensor, generator: torch.Generator, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Augmented images and labels, or a part of what a call without it gives."""
+        return self.augment(indices, generator, part), self.train.labels[indices[part].to(self.train.labels.device)]
 
     def views(self, indices: Tensor, generator: torch.Generator) -> Views:
         """Which views `batch` gives for the same arguments."""
@@ -53,7 +57,7 @@ class AugmentedImages:
 
 @dataclass
 class Training:
-    """A training stage's data and bookkeeping.
+    """A training stage's data and bookkeeping, the same in every process of it.
 
     `output` is the declared file that the resume state lies beside; `inputs` are the files the weights depend on.
     """
@@ -65,13 +69,21 @@ class Training:
 
     def __post_init__(self) -> None:
         files = self.job.files
+        self.ranks = join(self.job.device)
+        minutes = save_every_minutes(self.job.stage, getattr(self.settings, "name", ""))
+        if minutes is not None:
+            self.settings = self.settings.model_copy(update={"save_every_minutes": minutes})
         self.train = load_split(files.train, self.job.device)
         self.val = load_split(files.val, self.job.device)
         self.provenance = self.job.provenance(*self.inputs)
         mark = fingerprint(
-            settings=self.job.sections, seed=self.job.seed, inputs=self.provenance.inputs, device=self.job.device
+            settings=self.job.sections,
+            seed=self.job.seed,
+            inputs=self.provenance.inputs,
+            device=self.job.device,
+            threads=self.job.threads,
         )
-        self.state = ResumeState(self.output, mark)
+        self.state = ResumeState(self.output, mark, ranks=self.ranks)
 
     def supernet(self, space: SearchSpace) -> Supernet:
         """A fresh supernet for the images at hand.
@@ -103,7 +115,10 @@ class Training:
         teacher: Callable[[Tensor], Tensor] | None = None,
         control: str | None = None,
     ) -> list[dict[str, Any]]:
-        """Train `net` in place; the history's rows. `control` is the file of the plainly trained network."""
+        """Train `net` in place; the history's rows. `control` is the file of the plainly trained network.
+
+        Of several processes only the first returns: what follows a training is its work alone.
+        """
         threat, settings = self.job.config.threat, self.settings
         rule = settings.validation
         attack = Attack(name="val", num_steps=rule.num_steps, step_size=rule.step_size)
@@ -113,9 +128,12 @@ class Training:
         watched = rule.overfitting is not None and attacks
 
         def validate(averaged: Supernet) -> list[dict[str, Any]]:
-            return validation_rows(
+            return self.ranks.divided(list(validated.items()), lambda named: row_of(averaged, *named))
+
+        def row_of(averaged: Supernet, name: str, arch: Arch) -> dict[str, Any]:
+            (row,) = validation_rows(
                 averaged,
-                validated,
+                {name: arch},
                 recalibration=recalibration,
                 val=val,
                 attack=attack,
@@ -124,15 +142,18 @@ class Training:
                 seed=self.job.seed,
                 training_attack=weakest(settings.attack, eps=threat.eps, norm=threat.norm) if watched else None,
             )
+            return row
 
         passes = settings.epochs * plan.passes_per_epoch
         size = sum(p.numel() for p in net.parameters()) * 4 / 2**20
         print(
             f"{label}: {passes:g} passes over {len(self.train)} images, {size:.1f} MiB of weights, "
-            f"state on disk up to {4 * size:.0f} MiB, device {self.job.device}, {torch.get_num_threads()} threads",
+            f"states on disk up to {12 * size:.0f} MiB, device {self.job.device}, {torch.get_num_threads()} threads"
+            + (f" in each of {self.ranks.world} processes" if self.ranks.world > 1 else ""),
             flush=True,
         )
-        return fit(
+        minutes = self.job.files.minutes
+        rows = fit(
             net,
             label=label,
             plan=plan,
@@ -145,7 +166,11 @@ class Training:
             state=self.state,
             seed=self.job.seed,
             control=self.control(control),
+            ranks=self.ranks,
+            budget=Budget(end_of_job() if minutes is None else time.time() + 60 * minutes),
         )
+        self.ranks.part_ways()
+        return rows
 
     def control(self, path: str | None) -> Callable[[Tensor], Tensor] | None:
         """The plainly trained network, where the settings name a loss that asks it.

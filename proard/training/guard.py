@@ -1,4 +1,4 @@
-"""Losses that are not finite, noticed on the device: nothing moves from there on, and the host need not wait."""
+"""Losses and gradients that are not finite, noticed on the device: nothing moves any more, the host need not wait."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Guard:
-    """Remembers the first loss that is not finite.
+    """Remembers the first step whose loss or gradient is not finite.
 
     `failed`, of shape (), is 0 up to there and 1 ever after: what fused optimizers call `found_inf`, at 1 of which they
     leave parameters and momentum as they are.
@@ -20,16 +20,22 @@ class Guard:
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
 
-    def watch(self, loss: Tensor, step: int) -> None:
-        """Look at the loss of a step, of shape (); only the first failure is remembered."""
-        first = ~torch.isfinite(loss) & (self.failed == 0)
+    def watch(self, loss: Tensor, step: int, gradients: Sequence[Tensor] = ()) -> None:
+        """Look at a step's loss, of shape (), and at its gradients; only the first failure is remembered.
+
+        A finite loss may have a gradient that is not. Its sum of absolute values tells, without a look at each.
+        """
+        finite = torch.isfinite(loss)
+        if gradients:
+            finite &= torch.isfinite(torch.stack(torch._foreach_norm(list(gradients), 1)).sum())
+        first = ~finite & (self.failed == 0)
         self.step.masked_fill_(first, step)
         torch.where(first, loss.double(), self.loss, out=self.loss)
         self.failed.masked_fill_(first, 1.0)
 
     @property
     def alive(self) -> Tensor:
-        """1 while every loss was finite, then 0; float64 of shape ()."""
+        """1 while everything was finite, then 0; float64 of shape ()."""
         return 1 - self.failed.double()
 
     def restore_(self, tensors: Sequence[Tensor], saved: Tensor) -> None:
@@ -39,7 +45,7 @@ class Guard:
         torch._foreach_copy_(list(tensors), [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)])
 
     def failure(self) -> tuple[int, float] | None:
-        """Step and value of the first loss that was not finite, or None. The host waits for the device."""
+        """Step and loss of the first failure, or None; a finite loss had another gradient. The host waits."""
         if not bool(self.failed):
             return None
         return int(self.step), float(self.loss)

@@ -12,6 +12,7 @@ from proard.config import TrainingAttack
 from proard.data import Views, keyed_generator
 from proard.space import SearchSpace
 from proard.training.plan import Drawn
+from proard.training.ranks import Share
 
 LEVELS = 127  # an int8 value of 127 is eps
 CHUNK = 1024  # images whose start noise is drawn at once
@@ -63,6 +64,8 @@ class Inner:
         Optimizer steps of the training, which a curriculum is spread over.
     carried : CarriedPerturbations, optional
         Where attacks start instead of at noise.
+    share : Share, optional
+        The part of every batch that is attacked here; by default all of it.
     """
 
     def __init__(
@@ -73,7 +76,9 @@ class Inner:
         norm: str = "linf",
         total_steps: int = 1,
         carried: CarriedPerturbations | None = None,
+        share: Share | None = None,
     ) -> None:
+        self.share = share or Share()
         self.attack, self.eps, self.norm, self.total_steps, self.carried = attack, eps, norm, total_steps, carried
         self.num_steps, self.views = attack.num_steps, None
         self.source: Drawn | None = None
@@ -108,8 +113,8 @@ class Inner:
             own = {"num_steps": min(self.attack.own_steps, self.num_steps), "step_size": self.attack.step_size}
             return {**options, **own, "initial": self.shared}
         if self.carried is not None:
-            return {**options, "initial": images + self.carried.read(self.views, *images.shape[2:])}
-        return options
+            return {**options, "initial": images + self.carried.read(self.views[self.share.part], *images.shape[2:])}
+        return {**options, "among": (self.share.count, self.share.part)} if self.share.several else options
 
     def keep(self, subnet: Drawn, images: Tensor, adversarial: Tensor) -> None:
         """Leave what this subnet's attack found to the others of the step and, the first or shared one, to the next."""
@@ -121,8 +126,9 @@ class Inner:
     def commit(self, failed: Tensor) -> None:
         """End a step: only now does anything that outlives it change, and nothing where `failed`, of shape (), is 1."""
         if self.found is not None:
-            before = self.carried.read(self.views, *self.found.shape[2:])
-            self.carried.write(self.views, torch.where(failed > 0, before, self.found))
+            found = self.share.whole(self.found)
+            before = self.carried.read(self.views, *found.shape[2:])
+            self.carried.write(self.views, torch.where(failed > 0, before, found))
 
     def tensors(self) -> dict[str, Tensor]:
         """What a resumed training needs, by name."""

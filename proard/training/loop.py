@@ -7,6 +7,7 @@ bit for bit on CPU at equal threads without any stored generator.
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,9 +21,11 @@ from proard.config import Phase, TrainControl, TrainTeacher, UserError
 from proard.data import Views, keyed_generator
 from proard.nets import Supernet
 from proard.progress import Progress, duration
+from proard.training.budget import Budget
 from proard.training.inner import CarriedPerturbations, Inner
 from proard.training.overfitting import overfitting
 from proard.training.plan import Plan
+from proard.training.ranks import Ranks
 from proard.training.state import Interrupted, ResumeState, stop_on_signal
 from proard.training.teacher_table import TeacherTable
 from proard.training.trainer import Trainer
@@ -40,8 +43,8 @@ class ImageSource(Protocol):
     def order(self, seed: int, epoch: int) -> Tensor:
         """Indices of all images in the order of this pass."""
 
-    def batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Augmented images of shape (batch, channels, height, width) and their labels."""
+    def batch(self, indices: Tensor, generator: torch.Generator, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Augmented images of shape (batch, channels, height, width) and their labels, or a part of this batch."""
 
     def views(self, indices: Tensor, generator: torch.Generator) -> Views:
         """Which views `batch` gives for the same arguments."""
@@ -88,6 +91,8 @@ def fit(
     seed: int,
     control: Callable[[Tensor], Tensor] | None = None,
     norm: str = "linf",
+    ranks: Ranks | None = None,
+    budget: Budget | None = None,
 ) -> Rows:
     """Train `net` by `plan` and leave in it the averaged weights of its best validated epoch.
 
@@ -116,6 +121,10 @@ def fit(
         Plainly trained network, where the plan's objectives ask it: images to logits.
     norm : {'linf', 'l2'}
         Norm of the threat model.
+    ranks : Ranks, optional
+        The processes that train together; each calls this with the same arguments.
+    budget : Budget, optional
+        The time that there is; without one, no limit.
 
     Returns
     -------
@@ -125,15 +134,18 @@ def fit(
     Raises
     ------
     UserError
-        A loss is not finite: nothing has moved, the last good state is kept.
+        A loss or its gradient is not finite: nothing has moved, the last good state is kept.
     Interrupted
-        SIGTERM, SIGINT or a successor asked to stop: the state is saved.
+        A signal, a successor or the end of the job's time asked to stop: the state is saved.
     """
+    ranks, budget = ranks or Ranks(), budget or Budget()
+    count = min(settings.batch_size, len(source))
+    share = ranks.share(count)
     steps_per_pass = max(len(source) // settings.batch_size, 1)
     steps_per_epoch = steps_per_pass * plan.passes_per_epoch
     total, warmup = (round(epochs * steps_per_epoch) for epochs in (settings.epochs, settings.warmup_epochs))
     total = max(total, 1)
-    inner = Inner(settings.attack, eps=eps, norm=norm, total_steps=total)
+    inner = Inner(settings.attack, eps=eps, norm=norm, total_steps=total, share=share)
     if settings.attack.carry_passes is not None:
         place = {"eps": eps, "norm": norm, "seed": seed, "device": net.mean.device}
         inner.carried = CarriedPerturbations(settings.attack, source.padded_shape, **place)
@@ -148,16 +160,20 @@ def fit(
             device=net.mean.device,
         )
         print(f"{label}: the teacher's logits take {table.bytes / 2**20:.1f} MiB on {net.mean.device}", flush=True)
-    trainer = Trainer(net, settings, plan, eps, teacher, seed, control, inner=inner, table=table)
+    trainer = Trainer(net, settings, plan, eps, teacher, seed, control, inner=inner, table=table, share=share)
     trainer.total_steps = total
     history: Rows = []
     done = Progressed()
-    loaded = state.load()
+    loaded = state.load() if ranks.first else None
     if loaded is not None:
-        tensors, facts = loaded
-        trainer.load(tensors)
+        trainer.load(loaded[0])
+    facts = ranks.from_first(loaded and loaded[1])
+    ranks.follow_first_(trainer.tensors().values())
+    if facts is not None:
         done, history = Progressed(**facts["done"]), facts["history"]
         print(f"resumed after step {done.step} of {total}", flush=True)
+        if facts.get("processes", 1) != ranks.world:
+            print(f"{facts.get('processes', 1)} processes before, {ranks.world} now: results differ in rounding")
 
     sums = torch.tensor([done.epoch_loss, done.epoch_clean, done.epoch_robust], dtype=torch.float64)
     sums = sums.to(net.mean.device)
@@ -172,13 +188,21 @@ def fit(
         unread.clear()
         if failure is not None:
             save()
+            what = f"the loss is {failure[1]}"
+            if math.isfinite(failure[1]):
+                what += ", but its gradient is not finite,"
             raise UserError(
-                f"{label}: the loss is {failure[1]} at step {failure[0]}; the weights before it are kept in "
+                f"{label}: {what} at step {failure[0]}; the weights before it are kept in "
                 f"{state.path}. Lower lr, lengthen warmup_epochs or set clip_norm, then rerun"
             )
 
     def save() -> None:
-        state.save(trainer.tensors(), {"done": vars(done), "history": history})
+        nonlocal saved
+        if ranks.first:
+            state.save(trainer.tensors(), {"done": vars(done), "history": history, "processes": ranks.world})
+        ranks.agree(0)  # until it is on disk, none leaves
+        budget.saved()
+        saved = time.monotonic()
 
     progress = Progress(label, total, "steps", done=done.step)
     first_step, started, saved = done.step, time.monotonic(), time.monotonic()
@@ -195,15 +219,15 @@ def fit(
             indices, views = order[start : start + settings.batch_size], None
             if trainer.needs_views:
                 views = source.views(indices, keyed_generator(seed, step, 1))
-            images, labels = source.batch(indices, generator)
+            images, labels = source.batch(indices, generator, *([share.part] if share.several else []))
             unread[step] = replace(done)
             loss, clean, robust, work = trainer.step(images, labels, step, data_pass, lr, generator, views)
-            measured = torch.stack([loss.double() * len(labels), clean, robust])
+            measured = torch.stack([loss.double() * len(indices), clean, robust])
             sums += torch.where(trainer.guard.failed > 0, 0, measured)
             done.step += 1
-            done.epoch_images += len(labels)
-            done.images += len(labels)
-            done.forward_equivalents += round(work * len(labels))
+            done.epoch_images += len(indices)
+            done.images += len(indices)
+            done.forward_equivalents += round(work * len(indices))
             epoch_ends = done.step % steps_per_epoch == 0 or done.step == total
             fifth = done.step == first_step + 5
             if epoch_ends or fifth or len(unread) == READ_EVERY:
@@ -222,15 +246,18 @@ def fit(
                 if warning:
                     progress.say(f"{label}: {warning}")
                     done.overfitted = settings.validation.overfitting == "stop"
-            asked = stop.signal.name if stop.signal else "a successor" if state.handover_asked() else ""
-            if asked and done.step < total and not done.overfitted:
+            budget.step(ends_epoch=epoch_ends)
+            due = time.monotonic() - saved > 60 * settings.save_every_minutes
+            short = budget.is_short(ends_epoch=(done.step + 1) % steps_per_epoch == 0 or done.step + 1 == total)
+            number, handover, short, due = ranks.agree(stop.signal or 0, state.handover_asked(), short, due)
+            asked = signal.Signals(number).name if number else "a successor" if handover else ""
+            asked = asked or ("the end of the job's time" if short else "")
+            stops = asked and done.step < total and not done.overfitted
+            if stops or due:
                 read()
                 save()
+            if stops:
                 raise Interrupted(f"{label}: stopped by {asked} after step {done.step}; the same command continues")
-            if time.monotonic() - saved > 60 * settings.save_every_minutes:
-                read()
-                save()
-                saved = time.monotonic()
     progress.close()
     save()  # what follows may take long and be killed as well
     trainer.keep_best()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -10,7 +10,13 @@ from torch import Tensor
 
 
 @contextmanager
-def perturbed(weights: Sequence[Tensor], loss: Tensor, *, gamma: float) -> Iterator[None]:
+def perturbed(
+    weights: Sequence[Tensor],
+    loss: Tensor,
+    *,
+    gamma: float,
+    totals: Callable[[Sequence[Tensor]], Sequence[Tensor]] = lambda gradients: gradients,
+) -> Iterator[None]:
     """Context in which the weights stand at w + gamma ||w|| g / ||g||, g the gradient of `loss`; then they return.
 
     Parameters
@@ -21,6 +27,8 @@ def perturbed(weights: Sequence[Tensor], loss: Tensor, *, gamma: float) -> Itera
         The loss at the weights as they are; its graph is used up.
     gamma : float
         Share of a layer's norm by which it moves.
+    totals : callable
+        Sums over the processes among which the loss is spread, tensor by tensor.
 
     Notes
     -----
@@ -32,7 +40,7 @@ def perturbed(weights: Sequence[Tensor], loss: Tensor, *, gamma: float) -> Itera
     ----------
     Wu et al., Adversarial Weight Perturbation Helps Robust Generalization, NeurIPS 2020, arXiv:2004.05884.
     """
-    gradients = torch.autograd.grad(loss, weights)
+    gradients = totals(torch.autograd.grad(loss, weights))
     kept = [weight.detach().clone() for weight in weights]
     with torch.no_grad():
         for weight, gradient in zip(weights, gradients, strict=True):

@@ -18,21 +18,29 @@ from torch import Tensor
 
 from proard import __version__
 from proard.artifacts import ArtifactError, load_tensors, save_tensors
-from proard.config import UserError
+from proard.config import UserError, at_any_rhythm
+from proard.training.ranks import Ranks
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1: the early warning that some clusters send
 
 
 class Interrupted(UserError):
     """The training stopped early with its state saved; the same command continues."""
 
 
-def fingerprint(*, settings: Mapping[str, Any], seed: int, inputs: Mapping[str, str], device: str) -> str:
-    """Hash of everything that the final weights depend on, the number of threads included."""
+def fingerprint(*, settings: Mapping[str, Any], seed: int, inputs: Mapping[str, str], device: str, threads: int) -> str:
+    """Hash of everything that the final weights depend on.
+
+    `threads` are those of the job, whatever the number of processes that share them: the number of processes moves
+    weights by the rounding of sums alone, and a job that is given fewer GPUs than before shall continue. How often the
+    state is saved is left out as well.
+    """
     facts = {
-        "settings": settings,
+        "settings": at_any_rhythm(settings),
         "seed": seed,
         "inputs": inputs,
         "device": device.split(":")[0],
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "torch": torch.__version__,
         "proard": __version__,
     }
@@ -40,7 +48,7 @@ def fingerprint(*, settings: Mapping[str, Any], seed: int, inputs: Mapping[str, 
 
 
 class ResumeState:
-    """Files `NAME.state` and `NAME.lock` beside an output.
+    """Files `NAME.state`, `NAME.previous.state` and `NAME.lock` beside an output.
 
     Parameters
     ----------
@@ -50,11 +58,18 @@ class ResumeState:
         A state with another fingerprint does not count.
     patience : float
         Seconds to wait for another process to hand over.
+    ranks : Ranks, optional
+        Processes that train together: the first holds the lock for all.
     """
 
-    def __init__(self, output: str | Path, fingerprint: str, *, patience: float = 300.0) -> None:
+    def __init__(
+        self, output: str | Path, fingerprint: str, *, patience: float = 300.0, ranks: Ranks | None = None
+    ) -> None:
+        self.ranks = ranks or Ranks()
         output = Path(output)
         self.path = output.with_name(f"{output.stem}.state")
+        self.previous_path = output.with_name(f"{output.stem}.previous.state")
+        self.fresh_path = output.with_name(f"{output.stem}.fresh.state")
         self.lock_path = output.with_name(f"{output.stem}.lock")
         self.request_path = output.with_name(f"{output.stem}.handover")
         self.fingerprint, self.patience = fingerprint, patience
@@ -69,12 +84,17 @@ class ResumeState:
             It did not stop within `patience`.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.ranks.first:
+            self.ranks.agree(0)
+            yield
+            return
         with self._locked() as lock:
-            for stale in (self.request_path, *self.path.parent.glob(f".{self.path.stem}.*.part")):
+            for stale in self._left_over():
                 stale.unlink(missing_ok=True)  # left by a process that was killed while it wrote
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {os.uname().nodename}")
             lock.flush()
+            self.ranks.agree(0)  # the others wait until the lock is held
             yield
 
     def _locked(self) -> TextIO:
@@ -103,31 +123,40 @@ class ResumeState:
         return self.request_path.exists()
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Tensors and facts of a state that fits, or None; a state that does not fit is said and ignored."""
-        if not self.path.exists():
-            return None
-        try:
-            tensors, header = load_tensors(self.path, kind="state")
-        except ArtifactError as error:
-            print(f"state ignored: {error}", flush=True)
-            return None
-        if header["fingerprint"] != self.fingerprint:
-            print(f"state ignored: {self.path} is of other settings, seed, threads or inputs", flush=True)
-            return None
-        return tensors, header["facts"]
+        """Tensors and facts of the newest state that fits, or None; a state that does not fit is said and ignored."""
+        for path in (self.path, self.previous_path):
+            if not path.exists():
+                continue
+            try:
+                tensors, header = load_tensors(path, kind="state")
+            except ArtifactError as error:
+                print(f"state ignored: {error}", flush=True)
+                continue
+            if header["fingerprint"] == self.fingerprint:
+                return tensors, header["facts"]
+            print(f"state ignored: {path} is of other settings, seed, threads or inputs", flush=True)
+        return None
 
     def save(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Write the state atomically."""
-        save_tensors(self.path, tensors, kind="state", fingerprint=self.fingerprint, facts=dict(facts))
+        """Write the state; the one before is kept as well. At any moment one of the two is whole."""
+        save_tensors(self.fresh_path, tensors, kind="state", fingerprint=self.fingerprint, facts=dict(facts))
+        if self.path.exists():
+            self.path.replace(self.previous_path)
+        self.fresh_path.replace(self.path)
 
     def finish(self) -> None:
-        """Remove the state and, as the stage is done, its lock."""
-        for path in (self.path, self.request_path, self.lock_path):
+        """Remove the states and, as the stage is done, its lock."""
+        for path in (self.path, self.previous_path, self.request_path, self.lock_path):
             path.unlink(missing_ok=True)
+
+    def _left_over(self) -> list[Path]:
+        """Files of a process that was killed: its request, and what it was about to write."""
+        folder, stem = self.path.parent, self.path.stem
+        return [self.request_path, self.fresh_path, *folder.glob(f".{stem}.*.part")]
 
 
 class StopFlag:
-    """Remembers that SIGTERM or SIGINT arrived."""
+    """Remembers that a signal arrived."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -135,13 +164,13 @@ class StopFlag:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopFlag]:
-    """Turn SIGTERM and SIGINT into a flag that the loop reads between steps."""
+    """Turn SIGTERM, SIGINT and SIGUSR1 into a flag that the loop reads between steps."""
     flag = StopFlag()
 
     def remember(number: int, _frame: object) -> None:
         flag.signal = signal.Signals(number)
 
-    previous = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, remember) for number in STOPPING}
     try:
         yield flag
     finally:

@@ -1,12 +1,8 @@
-"""Several processes train one supernet: gradients of the active slices are averaged in one all-reduce per step.
+"""Several processes train one supernet: gradients of the active slices are summed in one all-reduce per step.
 
-Every process holds the whole supernet, draws the same archs (the plan depends on seed and step alone) and is given its
-own images. What no arch of the step uses has a gradient of zero everywhere, so only the bounding slices travel:
-no wrapper, no search for unused parameters, no bucket of zeros.
-
-Batch norm looks at the images of its own process, in training passes and inside the attack; N processes therefore equal
-one process that passes its batch through the network in N parts, not one that passes it whole. Running statistics
-stay local and differ between processes; nothing that is measured uses them, as subnets are recalibrated first.
+Every process holds the whole supernet, draws the same archs (the plan depends on seed and step alone) and computes the
+gradients of its own part of the batch. What no arch of the step uses has a gradient of zero everywhere, so only the
+bounding slices travel: no wrapper, no search for unused parameters, no bucket of zeros.
 """
 
 from __future__ import annotations
@@ -14,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from proard.nets import Supernet
 from proard.nets.elastic import key_of
 from proard.space import NetSpec
+from proard.training.ranks import Ranks
 
 
 def active_gradients(net: Supernet, specs: Iterable[NetSpec]) -> list[Tensor]:
@@ -46,39 +42,31 @@ def active_gradients(net: Supernet, specs: Iterable[NetSpec]) -> list[Tensor]:
 
 
 class GradientSync:
-    """Mean over processes of a step's gradients and measures, in one collective.
+    """Sum over processes of a step's gradients and measures, in one collective.
 
     Parameters
     ----------
     net : Supernet
         Equal on all processes.
-    group : torch.distributed.ProcessGroup, optional
-        The default group without one.
+    ranks : Ranks
+        The processes.
     """
 
-    def __init__(self, net: Supernet, *, group: dist.ProcessGroup | None = None) -> None:
-        self.net, self.group, self.world = net, group, dist.get_world_size(group)
+    def __init__(self, net: Supernet, ranks: Ranks) -> None:
+        self.net, self.ranks = net, ranks
         self.bytes_reduced = 0
 
     @torch.no_grad()
     def __call__(self, specs: Iterable[NetSpec], measures: Tensor) -> Tensor:
-        """Average the gradients in place; `measures`, of shape (n,), come back averaged.
+        """Add up the gradients in place; `measures`, of shape (n,), come back added up.
 
         A loss among them that is not finite anywhere is so everywhere: all processes stop at the same step.
         """
         views = active_gradients(self.net, specs)
         parts = [view.reshape(-1) for view in views]
         buffer = torch.cat([*parts, measures.to(parts[0].dtype)])
-        dist.all_reduce(buffer, group=self.group)
+        self.ranks.add_(buffer)
         self.bytes_reduced += buffer.nbytes
-        buffer /= self.world
-        *averaged, last = buffer.split([*(part.numel() for part in parts), len(measures)])
-        torch._foreach_copy_(views, [part.view(view.shape) for part, view in zip(averaged, views, strict=True)])
+        *summed, last = buffer.split([*(part.numel() for part in parts), len(measures)])
+        torch._foreach_copy_(views, [part.view(view.shape) for part, view in zip(summed, views, strict=True)])
         return last.to(measures.dtype)
-
-
-def gradient_sync(net: Supernet) -> GradientSync | None:
-    """A sync where this process is one of several, else None."""
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return None
-    return GradientSync(net)

@@ -91,9 +91,7 @@ class TeacherTable:
         computed : int
             Filling and the search for sizes included.
         """
-        slots = ((views.indices * self.side + views.top) * self.side + views.left) * self.mirrors
-        if self.mirrors == 2:
-            slots = slots + views.mirrored
+        slots = self._slots(views)
         known = self.logits[slots]
         new, computed = known[:, 0].isnan(), 0
         count = int(new.sum())
@@ -108,6 +106,15 @@ class TeacherTable:
             self.logits[slots] = known
             computed += size
         return known.float(), computed
+
+    def keep(self, views: Views, logits: Tensor) -> None:
+        """Write down what the teacher said elsewhere about these views."""
+        self.logits[self._slots(views)] = logits.to(self.logits.dtype)
+
+    def _slots(self, views: Views) -> Tensor:
+        """Rows of the table, of shape (batch,)."""
+        slots = ((views.indices * self.side + views.top) * self.side + views.left) * self.mirrors
+        return slots + views.mirrored if self.mirrors == 2 else slots
 
 
 def _exact_sizes(teacher: Callable[[Tensor], Tensor], images: Tensor) -> tuple[list[int], int]:

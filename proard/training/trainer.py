@@ -26,7 +26,8 @@ from proard.training.guidance import Guidance, guided, passed, side_by_side
 from proard.training.inner import Inner
 from proard.training.perturbation import perturbed
 from proard.training.plan import Drawn, Plan
-from proard.training.sync import gradient_sync
+from proard.training.ranks import Share
+from proard.training.sync import GradientSync
 from proard.training.teacher_table import TeacherTable
 
 
@@ -53,6 +54,8 @@ class Trainer:
         What the attacks of a step start from and how many steps they take; by default each attacks for itself.
     table : TeacherTable, optional
         Where the teacher's logits are kept.
+    share : Share, optional
+        The part of every batch that this process is given; by default all of it.
     """
 
     def __init__(
@@ -67,14 +70,18 @@ class Trainer:
         *,
         inner: Inner | None = None,
         table: TeacherTable | None = None,
+        share: Share | None = None,
     ) -> None:
+        self.share = share or Share()
         self.net, self.settings, self.plan, self.eps, self.teacher, self.seed = net, settings, plan, eps, teacher, seed
-        self.inner, self.table = inner or Inner(settings.attack, eps=eps), table
+        self.inner, self.table = inner or Inner(settings.attack, eps=eps, share=self.share), table
         self.control, self.total_steps = control, 1
         self.attack_dtype = getattr(torch, settings.attack.dtype)
         self.train_dtype = getattr(torch, settings.dtype)
         captured = settings.attack.graph == "auto"
-        self.take_steps = CapturedSteps(take_steps, batch_size=settings.batch_size) if captured else take_steps
+        own_images = len(range(settings.batch_size)[self.share.part])
+        self.take_steps = CapturedSteps(take_steps, batch_size=own_images) if captured else take_steps
+        self.view = partial(SubnetView, net, total=self.share.total if self.share.several else None)
         self.parameters = dict(net.named_parameters())
         for parameter in self.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
@@ -93,7 +100,8 @@ class Trainer:
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         memory = {} if plan.memory is None else plan.memory(net.space.settings.classes)
         self.memory = {name: tensor.to(net.mean.device) for name, tensor in memory.items()}
-        self.guard, self.sync = Guard(net.mean.device), gradient_sync(net)
+        self.guard = Guard(net.mean.device)
+        self.sync = GradientSync(net, self.share.ranks) if self.share.several else None
         self.optimizer.found_inf = self.guard.failed
         self.statistics = [buffer for name, buffer in net.named_buffers() if "running" in name]
         self.statistics += self.memory.values()
@@ -117,11 +125,11 @@ class Trainer:
         generator: torch.Generator,
         views: Views | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, float]:
-        """One optimizer step; a loss that is not finite leaves everything as it was, in this step and all that follow.
+        """One optimizer step; if loss or gradient are not finite, it leaves all as it was, as do those that follow.
 
-        Returns the mean loss, the mean number of correct clean and adversarial images (training mode), all of shape ()
-        and on the device, and the forward-equivalents spent per image. The host never waits for the device; whether
-        a loss was not finite stands in `guard`.
+        `images` and `labels` are this process's part of the batch, `views` those of all of it. Returns the mean loss,
+        the mean number of correct clean and adversarial images (training mode), all of shape () and on the device, and
+        the forward-equivalents spent per image. The host never waits for the device; a failure stands in `guard`.
         """
         drawn = self.plan.draw(self.seed, step, data_pass)
         torch._foreach_zero_([parameter.grad for parameter in self.parameters.values()])
@@ -134,7 +142,7 @@ class Trainer:
         drawn = self.inner.begin(drawn, self.net.space, step=step, data_pass=data_pass, views=views)
         work += scored
         for subnet in drawn:
-            view = SubnetView(self.net, subnet.arch)
+            view = self.view(subnet.arch)
             batch, spent = self._forward(view, subnet, images, labels, guidance, generator)
             loss, more = self._backward(view, subnet, batch, len(drawn))
             losses.append(loss.detach())
@@ -148,8 +156,9 @@ class Trainer:
         mean_loss = torch.stack(losses).mean()
         if self.sync is not None:
             specs = [self.net.space.spec(subnet.arch) for subnet in drawn]
-            mean_loss, clean_right, adv_right = self.sync(specs, torch.stack([mean_loss, clean_right, adv_right]))
-        self.guard.watch(mean_loss, step)
+            measures = torch.stack([mean_loss * self.share.weight, clean_right, adv_right])
+            mean_loss, clean_right, adv_right = self.sync(specs, measures)
+        self.guard.watch(mean_loss, step, [parameter.grad for parameter in self.parameters.values()])
         self._update(lr, step)
         self.guard.restore_(self.statistics, statistics)
         return mean_loss, clean_right, adv_right, work
@@ -161,7 +170,10 @@ class Trainer:
             return None, 0
         if self.table is None:
             return self.teacher(images), 1
-        logits, computed = self.table(self.teacher, images, views)
+        logits, computed = self.table(self.teacher, images, views[self.share.part])
+        if self.share.several:
+            self.table.keep(views, self.share.whole(logits))
+            return logits, int(self.share.total(torch.tensor(computed))) / self.share.count
         return logits, computed / len(images)
 
     def _forward(
@@ -212,15 +224,16 @@ class Trainer:
     def _backward(self, view: SubnetView, subnet: Drawn, batch: Batch, count: int) -> tuple[Tensor, int]:
         """The loss and its gradients / `count`, at perturbed weights where asked for, with the extra work of that."""
         objective, options, gamma = subnet.objective, subnet.options, self._option("awp_gamma")
+        count = count / self.share.weight  # parts of a mean over the batch
         if objective.remember is not None:
-            for name, value in objective.remember(batch, **options).items():
+            for name, value in objective.remember(self.share.whole_batch(batch), **options).items():
                 self.memory[name].copy_(value)
         loss = objective.loss(batch, **options)
         if not gamma or batch.progress * self.settings.epochs < self._option("awp_warmup_epochs"):
             (loss / count).backward()
             return loss, 0
         weights = [leaf for leaves in view.leaves.values() for leaf in leaves if leaf.ndim > 1] + [view.head_weight]
-        with perturbed(weights, loss, gamma=gamma):
+        with perturbed(weights, loss * self.share.weight, gamma=gamma, totals=self.share.totals):
             predict, reach = self._train_pass(view), self._option("helper_reach")
             batch, more = passed(batch, objective.needs, predict, reach=reach)
             loss = objective.loss(batch, **options)
@@ -243,8 +256,9 @@ class Trainer:
     def _score(self, arch: Arch, images: Tensor, labels: Tensor, target: Tensor | None) -> Tensor:
         """A subnet's loss on clean images: divergence from the frozen teacher, or cross-entropy without one."""
         with self._autocast():
-            logits = SubnetView(self.net, arch)(images, frozen=True).float()
-        return F.cross_entropy(logits, labels) if target is None else kl_to_teacher(logits, target).mean()
+            logits = self.view(arch)(images, frozen=True).float()
+        loss = F.cross_entropy(logits, labels) if target is None else kl_to_teacher(logits, target).mean()
+        return self.share.mean(loss)
 
     def _autocast(self) -> torch.autocast:
         """Mixed precision of the training passes, where asked for."""

@@ -1,5 +1,6 @@
 """Helpers of the rules: the checked config, what a job is told of it, and resources."""
 
+import json
 import os
 import re
 import sys
@@ -19,6 +20,10 @@ try:
     run = proard.config.load(config)
 except proard.config.ConfigError as error:
     sys.exit(f"error: config: {error}")
+
+# How often a training saves its state changes no result and repeats nothing: it reaches jobs beside their settings.
+run, often = proard.config.without_rhythm(run)
+os.environ["PROARD_SAVE_EVERY_MINUTES"] = json.dumps(often)
 
 # Jobs use the python and the package of this process, in an environment that was never activated too.
 os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()]))
@@ -81,6 +86,23 @@ def plain_network_of_phase(wildcards):
 def per_attempt(amount):
     """A resource that grows with every attempt."""
     return lambda wildcards, attempt: amount * attempt
+
+
+def gpus_of(rule):
+    """GPUs of a rule's jobs: its `gpu`, at most those of the workstation, or what a site's `gres` asks for."""
+    gpu, limit, gres = (
+        str(resources[name].raw) if name in resources else ""
+        for name, resources in (("gpu", rule.resources), ("gpu", workflow.global_resources), ("gres", rule.resources))
+    )
+    asked = re.fullmatch(r"gpu(?::[^:]+)?:([0-9]+)", gres.strip("'"))
+    granted = min(int(gpu), int(limit) if limit.isdigit() else int(gpu)) if gpu.isdigit() else 0
+    return max(granted, int(asked[1]) if asked else 0)
+
+
+def start_several_processes():
+    """Tell trainings that get several GPUs to start a process for each; their shell lines stay as they are."""
+    wanted = {each.name: gpus_of(each) for each in workflow.rules if each.name.startswith("train_")}
+    os.environ["PROARD_PROCESSES"] = json.dumps({name: gpus for name, gpus in wanted.items() if gpus > 1})
 
 
 def squeeze_shell_lines():
