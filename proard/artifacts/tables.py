@@ -87,6 +87,8 @@ HISTORY: dict[str, tuple[pa.DataType, str]] = {
     "val_train_attack_acc": (FLOAT, "fraction, under the training's own attack; where validation.overfitting is set"),
     "images": (INT, "training images seen"),
     "forward_equivalents": (INT, "image forward-equivalents of the training so far: forward 1, input gradient 1 more"),
+    "work_macs": (FLOAT, "multiply-accumulates of the training so far: passes times the MACs of their network"),
+    "gradients": (INT, "gradient evaluations of the training so far: images times the subnets trained on them"),
     "seconds": (FLOAT, "wall seconds of the training so far"),
     "best": (FLAG, "the epoch whose weights are kept"),
     "seed": (INT, "seed of the run"),

@@ -4,6 +4,7 @@ from proard.space.arch import DIMS, Arch
 from proard.space.cost import Budget, parse_budget
 from proard.space.search_space import SearchSpace
 from proard.space.spec import Activation, BlockSpec, ConvSpec, GateSpec, NetSpec, PoolSpec, Step
+from proard.space.work import Work, one_pass
 
 __all__ = [
     "DIMS",
@@ -17,5 +18,7 @@ __all__ = [
     "PoolSpec",
     "SearchSpace",
     "Step",
+    "Work",
+    "one_pass",
     "parse_budget",
 ]

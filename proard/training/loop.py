@@ -62,6 +62,8 @@ class Progressed:
     epoch_images: int = 0
     images: int = 0
     forward_equivalents: int = 0
+    work_macs: float = 0.0
+    gradients: int = 0
     seconds: float = 0.0
     best_score: float = -math.inf
     overfitted: bool = False
@@ -203,7 +205,9 @@ def fit(
             done.step += 1
             done.epoch_images += len(labels)
             done.images += len(labels)
-            done.forward_equivalents += round(work * len(labels))
+            done.forward_equivalents += round(work.forwards * len(labels))
+            done.work_macs += work.macs * len(labels)
+            done.gradients += round(work.gradients * len(labels))
             epoch_ends = done.step % steps_per_epoch == 0 or done.step == total
             fifth = done.step == first_step + 5
             if epoch_ends or fifth or len(unread) == READ_EVERY:
@@ -281,6 +285,8 @@ def _end_epoch(
         "train_robust_acc": done.epoch_robust / count,
         "images": done.images,
         "forward_equivalents": done.forward_equivalents,
+        "work_macs": done.work_macs,
+        "gradients": done.gradients,
         "seconds": done.seconds,
         "best": best,
         "seed": seed,

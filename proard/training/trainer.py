@@ -19,7 +19,7 @@ from proard.kernels import CapturedSteps
 from proard.losses import INNER_OBJECTIVES, Batch, kl_to_teacher
 from proard.nets import Supernet
 from proard.nets.view import Statistics, SubnetView
-from proard.space import Arch
+from proard.space import Arch, Work, one_pass
 from proard.training.attentive import settle
 from proard.training.guard import Guard, flat
 from proard.training.guidance import Guidance, guided, passed, side_by_side
@@ -53,6 +53,10 @@ class Trainer:
         What the attacks of a step start from and how many steps they take; by default each attacks for itself.
     table : TeacherTable, optional
         Where the teacher's logits are kept.
+
+    Notes
+    -----
+    Work is counted where it is done. A teacher or control without a `spec` costs no multiply-accumulates.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class Trainer:
         self.net, self.settings, self.plan, self.eps, self.teacher, self.seed = net, settings, plan, eps, teacher, seed
         self.inner, self.table = inner or Inner(settings.attack, eps=eps), table
         self.control, self.total_steps = control, 1
+        self.teacher_price, self.control_price = _price(teacher), _price(control)
         self.attack_dtype = getattr(torch, settings.attack.dtype)
         self.train_dtype = getattr(torch, settings.dtype)
         captured = settings.attack.graph == "auto"
@@ -116,11 +121,11 @@ class Trainer:
         lr: float,
         generator: torch.Generator,
         views: Views | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, float]:
+    ) -> tuple[Tensor, Tensor, Tensor, Work]:
         """One optimizer step; a loss that is not finite leaves everything as it was, in this step and all that follow.
 
         Returns the mean loss, the mean number of correct clean and adversarial images (training mode), all of shape ()
-        and on the device, and the forward-equivalents spent per image. The host never waits for the device; whether
+        and on the device, and the work spent per image. The host never waits for the device; whether
         a loss was not finite stands in `guard`.
         """
         drawn = self.plan.draw(self.seed, step, data_pass)
@@ -129,21 +134,26 @@ class Trainer:
         frozen, work = self._ask_teacher(images, views)
         losses, clean_right = [], torch.zeros((), dtype=torch.float64, device=images.device)
         adv_right = clean_right
-        guidance = Guidance(frozen, self.teacher, self.control, min(step / self.total_steps, 1.0), data_pass)
+        prices = {"teacher_price": self.teacher_price, "control_price": self.control_price}
+        progress = min(step / self.total_steps, 1.0)
+        guidance = Guidance(frozen, self.teacher, self.control, progress, data_pass, **prices)
         drawn, scored = settle(drawn, lambda arch: self._score(arch, images, labels, frozen))
         drawn = self.inner.begin(drawn, self.net.space, step=step, data_pass=data_pass, views=views)
-        work += scored
+        work = sum((self._price(arch) for arch in scored), start=work)
         for subnet in drawn:
             view = SubnetView(self.net, subnet.arch)
             batch, spent = self._forward(view, subnet, images, labels, guidance, generator)
             loss, more = self._backward(view, subnet, batch, len(drawn))
+            price = self._price(subnet.arch)
             losses.append(loss.detach())
             if subnet.guides:
                 guide = partial(view, frozen=True)
-                guidance = guidance.led_by(batch.clean.detach(), guide, frozen_weight=self.plan.frozen_weight)
+                guidance = guidance.led_by(
+                    batch.clean.detach(), guide, frozen_weight=self.plan.frozen_weight, price=price
+                )
             clean_right = clean_right + _correct(batch.clean, labels) / len(drawn)
             adv_right = adv_right + _correct(batch.adv, labels) / len(drawn)
-            work += spent + more
+            work += spent + more * price + Work(gradients=1.0)
             view.scatter_gradients()
         mean_loss = torch.stack(losses).mean()
         if self.sync is not None:
@@ -155,14 +165,18 @@ class Trainer:
         return mean_loss, clean_right, adv_right, work
 
     @torch.no_grad()
-    def _ask_teacher(self, images: Tensor, views: Views | None) -> tuple[Tensor | None, float]:
-        """The frozen teacher's logits where there is one, and the forward-equivalents per image that they took."""
+    def _ask_teacher(self, images: Tensor, views: Views | None) -> tuple[Tensor | None, Work]:
+        """The frozen teacher's logits where there is one, and the work per image that they took."""
         if self.teacher is None:
-            return None, 0
+            return None, Work()
         if self.table is None:
-            return self.teacher(images), 1
+            return self.teacher(images), self.teacher_price
         logits, computed = self.table(self.teacher, images, views)
-        return logits, computed / len(images)
+        return logits, computed / len(images) * self.teacher_price
+
+    def _price(self, arch: Arch) -> Work:
+        """What one pass of one image through a subnet costs."""
+        return one_pass(self.net.space.spec(arch).macs)
 
     def _forward(
         self,
@@ -172,21 +186,22 @@ class Trainer:
         labels: Tensor,
         guidance: Guidance,
         generator: torch.Generator,
-    ) -> tuple[Batch, int]:
-        """Clean pass, attack on this very subnet, adversarial pass; with the forward-equivalents they took."""
+    ) -> tuple[Batch, Work]:
+        """Clean pass, attack on this very subnet, adversarial pass; with the work they took."""
         attack, objective = self.settings.attack, subnet.objective
         record: Statistics | None = {} if attack.bn_mode == "clean_batch" and objective.inner else None
-        clean, work, needs = None, 0, objective.needs
+        clean, own, asked, needs = None, 0, Work(), objective.needs
+        price = self._price(subnet.arch)
         source = images.detach().requires_grad_() if "teacher_gradient" in needs else images
         if objective.needs_clean or record is not None or subnet.guides or objective.inner == "kl_clean":
             with torch.set_grad_enabled(objective.needs_clean), self._autocast():
                 clean = view(source, record=record, update_running=True).float()
-            work += 3 if objective.needs_clean else 1
+            own += 3 if objective.needs_clean else 1
         batch = Batch(labels, clean=clean, teacher=guidance.target, images=source, memory=self.memory)
         if objective.inner is None:
             batch, asked = guided(replace(batch, adv=clean), needs, guidance)
             batch, more = passed(batch, needs - {"clean"}, self._train_pass(view), reach=1.0)
-            return batch, work + asked + more
+            return batch, asked + (own + more) * price
         known = replace(batch, clean=None if clean is None else clean.detach())
         inner = INNER_OBJECTIVES[objective.inner](known)
         if attack.bn_mode == "batch":
@@ -198,19 +213,20 @@ class Trainer:
             predict = view.folded(record if record is not None else view.running_statistics(), dtype=self.attack_dtype)
         options = self.inner.options(images)
         if objective.inner == "kl_teacher_adv":  # every step asks the teacher as well
-            predict, work = side_by_side(predict, guidance.teacher), work + 2 * options["num_steps"]
+            predict = side_by_side(predict, guidance.teacher)
+            asked += 2 * options["num_steps"] * guidance.teacher_price
         adversarial = pgd(predict, inner, images, **options, generator=generator, steps=self.take_steps)
         self.inner.keep(subnet, images, adversarial)
         adversarial.requires_grad_("teacher_gradient_adv" in needs)
         with self._autocast():
             adv = view(adversarial, update_running=clean is None).float()
-        batch, asked = guided(replace(batch, adv=adv, adversarial=adversarial), needs, guidance)
+        batch, beyond = guided(replace(batch, adv=adv, adversarial=adversarial), needs, guidance)
         needs, reach = needs - {"clean", "adv"}, self._option("helper_reach")
         batch, more = passed(batch, needs, self._train_pass(view), reach=reach)
-        return batch, work + asked + more + 2 * options["num_steps"] + 3
+        return batch, asked + beyond + (own + more + 2 * options["num_steps"] + 3) * price
 
     def _backward(self, view: SubnetView, subnet: Drawn, batch: Batch, count: int) -> tuple[Tensor, int]:
-        """The loss and its gradients / `count`, at perturbed weights where asked for, with the extra work of that."""
+        """The loss and its gradients / `count`, at perturbed weights where asked for, and how many passes that added."""
         objective, options, gamma = subnet.objective, subnet.options, self._option("awp_gamma")
         if objective.remember is not None:
             for name, value in objective.remember(batch, **options).items():
@@ -318,6 +334,11 @@ class _Swapped:
     def _write(self, values: dict[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
+
+
+def _price(network: object) -> Work:
+    """What asking a frozen network about one image costs; nothing where there is none."""
+    return Work() if network is None else one_pass(getattr(getattr(network, "spec", None), "macs", 0))
 
 
 def _correct(logits: Tensor | None, labels: Tensor) -> Tensor | float:
