@@ -23,6 +23,7 @@ from proard.config.settings import (
     VerifyFront,
 )
 from proard.config.spaces import Final, Space, Stem, Unit
+from proard.config.students import Student, TrainStudent
 
 __all__ = [
     "NEEDS",
@@ -45,9 +46,11 @@ __all__ = [
     "SelectStudent",
     "Space",
     "Stem",
+    "Student",
     "Threat",
     "TrainControl",
     "TrainPhase",
+    "TrainStudent",
     "TrainTeacher",
     "TrainingAttack",
     "Unit",

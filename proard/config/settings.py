@@ -214,7 +214,7 @@ class TrainPhase(Settings):
         if not isinstance(value, dict) or not isinstance(value.get("phases"), (list, tuple)):
             return value
         shared = {key: entry for key, entry in value.items() if key != "phases"}
-        return {"phases": [_merge(shared, phase) if isinstance(phase, dict) else phase for phase in value["phases"]]}
+        return {"phases": [merge(shared, phase) if isinstance(phase, dict) else phase for phase in value["phases"]]}
 
     @model_validator(mode="after")
     def names_differ(self) -> TrainPhase:
@@ -225,12 +225,12 @@ class TrainPhase(Settings):
         return self
 
 
-def _merge(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """`own` over `shared`, mapping by mapping."""
+def merge(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Return `own` over `shared`, mapping by mapping."""
     merged = dict(shared)
     for key, value in own.items():
         both_mappings = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both_mappings else value
+        merged[key] = merge(merged[key], value) if both_mappings else value
     return merged
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from proard.artifacts import HISTORY, write_table
 from proard.config import PRESETS, ConfigError, Space, TrainTeacher
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def take_from_file(job: Job, settings: TrainTeacher) -> None:
     """Check the given teacher and copy it into the run, with an empty history."""
-    net, space, arch, _ = load_static(settings.file, kind=("teacher", "control"))
+    net, space, arch, _ = load_static(settings.file, kind=("teacher", "control", "trained_student"))
     shape = (space.settings.image_channels, space.settings.image_size, space.settings.classes)
     own = job.config.space
     if shape != (own.image_channels, own.image_size, own.classes):
@@ -57,27 +57,37 @@ def take_from_file(job: Job, settings: TrainTeacher) -> None:
 
 def teacher_space(settings: TrainTeacher, own: Space) -> SearchSpace:
     """The teacher's space: the run's, or the preset that `train_teacher.space` names, for the run's images."""
-    if settings.space is None:
-        return SearchSpace(own)
-    if settings.space not in PRESETS:
-        raise ConfigError(f"train_teacher.space is {settings.space!r}; presets are {', '.join(sorted(PRESETS))}")
-    shape = {"image_channels": own.image_channels, "image_size": own.image_size, "classes": own.classes}
-    return SearchSpace(PRESETS[settings.space].model_copy(update=shape))
+    return named_space(settings.space, own, where="train_teacher")
 
 
 def teacher_arch(settings: TrainTeacher, space: SearchSpace) -> Arch:
     """The largest subnet, or the one whose dims are written out."""
-    if settings.arch == "largest":
-        return space.largest
-    missing = set(space.options) ^ set(settings.arch)
+    return named_arch(settings.arch, space, where="train_teacher")
+
+
+def named_space(name: str | None, own: Space, *, where: str) -> SearchSpace:
+    """The run's own space, or a preset for the run's images; `where` is the section, for messages."""
+    if name is None:
+        return SearchSpace(own)
+    if name not in PRESETS:
+        raise ConfigError(f"{where}.space is {name!r}; presets are {', '.join(sorted(PRESETS))}")
+    shape = {"image_channels": own.image_channels, "image_size": own.image_size, "classes": own.classes}
+    return SearchSpace(PRESETS[name].model_copy(update=shape))
+
+
+def named_arch(arch: str | Mapping[str, Sequence[float]], space: SearchSpace, *, where: str) -> Arch:
+    """The largest or the smallest subnet, or the one whose dims are written out; `where` is the section."""
+    if isinstance(arch, str):
+        return space.smallest if arch == "smallest" else space.largest
+    missing = set(space.options) ^ set(arch)
     if missing:
         *dims, last = space.options
         lists = f"{', '.join(dims)} and {last}"
-        raise ConfigError(f"train_teacher.arch lists {lists}; check {', '.join(sorted(missing))}")
+        raise ConfigError(f"{where}.arch lists {lists}; check {', '.join(sorted(missing))}")
     try:
-        return space.arch(space.genotype(Arch.from_dims(settings.arch)))
+        return space.arch(space.genotype(Arch.from_dims(arch)))
     except ValueError as error:
-        raise ConfigError(f"train_teacher.arch: {error}") from None
+        raise ConfigError(f"{where}.arch: {error}") from None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the three training stages share: images, validation, resume state and the history table."""
+"""What the training stages share: images, validation, resume state and the history table."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from proard.artifacts import HISTORY, write_table
-from proard.config import Attack, Measurement, Phase, TrainControl, TrainTeacher, UserError
+from proard.config import Attack, Measurement, Phase, Student, TrainControl, TrainTeacher, UserError
 from proard.data import Augmenter, ImageSet, Views, epoch_order, load_split, to_float
 from proard.evaluation.meter import validation_rows
 from proard.nets import StaticNet, Supernet, extract, fold, load_static, recalibrate
@@ -25,7 +25,7 @@ VALIDATION_RECALIBRATION_IMAGES = 1000
 class AugmentedImages:
     """Training images of one split, augmented in batches where they lie."""
 
-    def __init__(self, train: ImageSet, settings: TrainTeacher | TrainControl | Phase) -> None:
+    def __init__(self, train: ImageSet, settings: TrainTeacher | TrainControl | Phase | Student) -> None:
         self.train = train
         self.augment = Augmenter(train.images, padding=settings.augment.crop_padding, flip=settings.augment.flip)
 
@@ -59,7 +59,7 @@ class Training:
     """
 
     job: Job
-    settings: TrainTeacher | TrainControl | Phase
+    settings: TrainTeacher | TrainControl | Phase | Student
     output: str
     inputs: list[str]
 
@@ -179,11 +179,16 @@ def train_alone(
     arch: Arch,
     objective: str,
     control: str | None = None,
+    teacher: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[StaticNet, list[dict[str, Any]]]:
-    """Train one arch of a space by itself and return it recalibrated, with its history."""
+    """Train one arch of a space by itself and return it recalibrated, with its history.
+
+    `teacher` is the frozen network that a distillation loss asks, such as `frozen_network` of a loaded one.
+    """
     net = training.supernet(space)
     plan = single_plan(arch, objective, training.settings)
-    rows = training.fit(net, label=label, plan=plan, validated={"largest": arch}, control=control)
+    networks = {"teacher": teacher, "control": control}
+    rows = training.fit(net, label=label, plan=plan, validated={"largest": arch}, **networks)
     static = extract(net, arch)
     recalibrate(static, training.recalibration_images(), batch_size=Measurement().batch_size)
     return static, rows

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from proard.config import Phase, TrainControl, TrainTeacher, UserError
+from proard.config import Phase, Student, TrainControl, TrainTeacher, UserError
 from proard.data import Views, keyed_generator
 from proard.nets import Supernet
 from proard.progress import Progress, duration
@@ -69,7 +69,7 @@ class Progressed:
     overfitted: bool = False
 
 
-def learning_rate(settings: TrainTeacher | TrainControl | Phase, step: int, total: int, warmup: int) -> float:
+def learning_rate(settings: TrainTeacher | TrainControl | Phase | Student, step: int, total: int, warmup: int) -> float:
     """Linear warm-up to `lr`, then a cosine to zero."""
     if step < warmup:
         return settings.lr * (step + 1) / (warmup + 1)
@@ -81,7 +81,7 @@ def fit(
     *,
     label: str,
     plan: Plan,
-    settings: TrainTeacher | TrainControl | Phase,
+    settings: TrainTeacher | TrainControl | Phase | Student,
     eps: float,
     source: ImageSource,
     teacher: Callable[[Tensor], Tensor] | None,
@@ -99,7 +99,7 @@ def fit(
         Changed in place.
     plan : Plan
         Subnets and objectives of every step.
-    settings : TrainTeacher, TrainControl or Phase
+    settings : TrainTeacher, TrainControl, Phase or Student
         Optimisation, augmentation and attack.
     eps : float
         Radius of the threat model in pixel units.
@@ -140,7 +140,7 @@ def fit(
         place = {"eps": eps, "norm": norm, "seed": seed, "device": net.mean.device}
         inner.carried = CarriedPerturbations(settings.attack, source.padded_shape, **place)
     table = None
-    if isinstance(settings, Phase) and settings.teacher_logits is not None:
+    if isinstance(settings, (Phase, Student)) and settings.teacher_logits is not None:
         table = TeacherTable(
             source.padded_shape[0],
             padding=settings.augment.crop_padding,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from proard.attacks import pgd, take_steps
-from proard.config import Phase, TrainControl, TrainTeacher
+from proard.config import Phase, Student, TrainControl, TrainTeacher
 from proard.data import Views
 from proard.kernels import CapturedSteps
 from proard.losses import INNER_OBJECTIVES, Batch, kl_to_teacher
@@ -37,7 +37,7 @@ class Trainer:
     ----------
     net : Supernet
         Changed in place by `step`.
-    settings : TrainTeacher, TrainControl or Phase
+    settings : TrainTeacher, TrainControl, Phase or Student
         Optimisation and attack.
     plan : Plan
         Subnets and objectives of every step.
@@ -62,7 +62,7 @@ class Trainer:
     def __init__(
         self,
         net: Supernet,
-        settings: TrainTeacher | TrainControl | Phase,
+        settings: TrainTeacher | TrainControl | Phase | Student,
         plan: Plan,
         eps: float,
         teacher: Callable[[Tensor], Tensor] | None,

@@ -24,6 +24,7 @@ except proard.config.ConfigError as error:
 os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()]))
 
 PHASES = [phase.name for phase in run.train_phase.phases]
+STUDENTS = {student.name: student for student in run.train_student.students}
 BUDGETS = list(run.select_student.budgets)
 SUPERNET = f"<results>/train_phase/{PHASES[-1]}/supernet.safetensors"
 CACHE = f"results/{run.run}/cache"  # measurements already made; undeclared, so that no rule ever deletes it
@@ -60,6 +61,28 @@ def settings(stage):
 def phase_settings(wildcards):
     """The sections of one phase, as JSON: editing a later phase repeats no earlier one."""
     return proard.config.job_settings(run, "train_phase", phase=wildcards.phase)
+
+
+def student_settings(wildcards):
+    """The sections of one student's training, as JSON."""
+    return proard.config.job_settings(run, "train_student", student=wildcards.student)
+
+
+def student_seed(wildcards):
+    """The seed of one student's training."""
+    own = STUDENTS[wildcards.student].seed
+    return run.seed if own is None else own
+
+
+def teacher_of_student(wildcards):
+    """The run's teacher, where the student's loss asks it."""
+    needed = STUDENTS[wildcards.student].needs_teacher
+    return ["<results>/train_teacher/teacher.safetensors"] if needed else []
+
+
+def plain_network_of_student(wildcards):
+    """The control network, where the student's loss asks it."""
+    return plain_network(STUDENTS[wildcards.student])
 
 
 def previous_supernet(wildcards):

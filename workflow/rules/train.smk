@@ -96,3 +96,41 @@ rule train_phase:
 rule train_phases:
     input:
         SUPERNET,
+
+
+# Networks trained one by one; `all` asks for none of them.
+rule train_student:
+    input:
+        train=rules.prepare_data.output.train,
+        val=rules.prepare_data.output.val,
+        teacher=teacher_of_student,
+        control=plain_network_of_student,
+    output:
+        student="<results>/train_student/{student}/student.safetensors",
+        history="<results>/train_student/{student}/history.parquet",
+    log:
+        "<logs>/train_student/{student}.log",
+    benchmark:
+        "<benchmarks>/train_student/{student}.tsv"
+    conda:
+        "../../environment.yml"
+    threads: 8
+    resources:
+        mem_mb=per_attempt(16000),
+        runtime=1440,
+        gpu=1,
+    params:
+        settings=student_settings,
+        seed=student_seed,
+        teacher=lambda wildcards, input: f"--teacher {input.teacher}" if input.teacher else "",
+        control=lambda wildcards, input: f"--control {input.control}" if input.control else "",
+    shell:
+        "python -m proard.stages.train_student --settings {params.settings:q} --seed {params.seed}"
+        " --threads {threads} --device auto --train {input.train:q} --val {input.val:q}"
+        " {params.teacher} {params.control}"
+        " --student {output.student:q} --history {output.history:q} 2>&1 | tee {log:q}"
+
+
+rule train_students:
+    input:
+        collect("<results>/train_student/{student}/student.safetensors", student=STUDENTS),

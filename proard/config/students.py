@@ -1,0 +1,140 @@
+"""Networks that are trained one by one: what is trained, who teaches, and grids of such trainings written out."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field, model_validator
+
+from proard.config.fields import ConfigError, Extended, Natural, Number, Settings
+from proard.config.losses import WITHOUT_ATTACK, Distillation, DistillationOptions, RobustObjective
+from proard.config.settings import Optimisation, merge
+
+Loss = Literal["plain", RobustObjective, Distillation]
+NAME = r"^[A-Za-z0-9_.=-]+$"
+
+
+class Student(Optimisation, DistillationOptions, Extended):
+    """One network trained by itself, on any loss of the package.
+
+    `space` is a preset, or the run's own space where it is left out; `arch` is `largest`, `smallest` or a mapping of
+    its elastic dims. `loss` is any loss of `train_phase` or `train_teacher`, or `plain` cross-entropy; where it asks a
+    teacher, that is the run's. `seed` is the seed of the training, the run's where it is left out; images, their split
+    and the measurement's noise keep the run's.
+    """
+
+    name: Annotated[str, Field(pattern=NAME)] = "student"
+    space: str | None = None
+    arch: Literal["largest", "smallest"] | dict[str, tuple[Number, ...]] = "largest"
+    loss: Loss = "rslad"
+    teacher_logits: Literal["float32", "float16"] | None = None
+    seed: Natural | None = None
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the training asks a frozen teacher."""
+        return self.loss in get_args(Distillation) or self.igdm_weight > 0 or self.kdiga_weight > 0
+
+    @property
+    def needs_control(self) -> bool:
+        """Whether the training asks the plainly trained network."""
+        return self.loss in ("mtard", "hat")
+
+    @model_validator(mode="after")
+    def terms_fit(self) -> Student:
+        """What is matched at adversarial images needs an attack; logits that are kept need a teacher."""
+        at_adv = self.igdm_weight > 0 or (self.kdiga_weight > 0 and self.kdiga_at == "adv")
+        if self.loss in ("plain", *WITHOUT_ATTACK) and at_adv:
+            raise ValueError(f"loss {self.loss} has no attack: igdm_weight and kdiga_at: adv do not fit it")
+        if self.teacher_logits is not None and not self.needs_teacher:
+            raise ValueError(f"teacher_logits keeps a teacher's logits; loss {self.loss} asks none")
+        return self
+
+
+class TrainStudent(Settings):
+    """Networks trained one by one. Keys beside `students` are defaults that each student may override.
+
+    In the config file a student may carry `grid`, lists of values by (dotted) key, and `seeds`, a list: it stands for
+    one student per combination, named NAME_key=value_seed=1.
+    """
+
+    students: tuple[Student, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def write_out(cls, value: Any) -> Any:
+        """Write the section's shared keys and every combination of a grid out, student by student."""
+        if not isinstance(value, dict) or not isinstance(value.get("students"), (list, tuple)):
+            return value
+        shared = {key: entry for key, entry in value.items() if key != "students"}
+        students: list[Any] = []
+        for entry in value["students"]:
+            students += expand(merge(shared, entry)) if isinstance(entry, dict) else [entry]
+        return {"students": students}
+
+    @model_validator(mode="after")
+    def names_differ(self) -> TrainStudent:
+        """A student's name is its folder."""
+        names = [student.name for student in self.students]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"students need different names; {', '.join(twice)} stands more than once")
+        return self
+
+
+def expand(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One student as written into as many as its `grid` and `seeds` stand for.
+
+    Parameters
+    ----------
+    entry : mapping
+        A student's keys; `grid` maps (dotted) keys to lists of values, `seeds` lists seeds. Both may be absent.
+
+    Returns
+    -------
+    list of dict
+        Without `grid` and `seeds`; the last key of the grid and then the seed vary fastest. A name gains
+        `_KEY=VALUE` for every key of the grid, its last part alone, with `8-255` for 8/255, and `_seed=N`.
+
+    Raises
+    ------
+    ConfigError
+        A grid that is no mapping of keys to lists, or seeds that are no list.
+    """
+    own = {key: value for key, value in entry.items() if key not in ("grid", "seeds")}
+    name, grid, seeds = own.get("name", "student"), entry.get("grid", {}), entry.get("seeds", [None])
+    if not isinstance(grid, Mapping) or not all(_is_list(values) for values in grid.values()):
+        raise ConfigError(f"train_student.{name}.grid is {grid!r}; expected: keys with lists of values each")
+    if not _is_list(seeds):
+        raise ConfigError(f"train_student.{name}.seeds is {seeds!r}; expected: a list of seeds")
+    expanded = []
+    for *values, seed in itertools.product(*grid.values(), seeds):
+        student, title = copy.deepcopy(own), str(name)
+        for key, value in zip(grid, values, strict=True):
+            student = merge(student, _nested(key.split("."), value))
+            title += f"_{key.split('.')[-1]}={_text(value)}"
+        if seed is not None:
+            student["seed"], title = seed, f"{title}_seed={seed}"
+        expanded.append({**student, "name": title})
+    return expanded
+
+
+def _is_list(value: Any) -> bool:
+    """Whether this is a list that holds something."""
+    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
+
+
+def _nested(path: Sequence[str], value: Any) -> Any:
+    """`value` under a path of keys."""
+    for key in reversed(path):
+        value = {key: value}
+    return value
+
+
+def _text(value: Any) -> str:
+    """A value as a part of a folder's name."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "", str(value).replace("/", "-")) or "none"

@@ -1,0 +1,68 @@
+"""Train one network by itself, with or without the run's teacher: train and val tensors -> student.safetensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from proard.config import Space, Student, UserError
+from proard.nets import load_static, save_static
+from proard.space import Arch, SearchSpace
+from proard.stages.common import Job, parse_arguments, run
+from proard.stages.train_teacher import named_arch, named_space
+from proard.stages.training import Training, frozen_network, train_alone
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the stage."""
+    job = parse_arguments(
+        __doc__,
+        argv,
+        stage="train_student",
+        reads=["train", "val"],
+        writes=["student", "history"],
+        optional=["teacher", "control"],
+    )
+    (student,) = job.config.train_student.students
+    files = job.files
+    space, arch = student_network(student, job.config.space)
+    inputs = [path for path in (files.train, files.val, files.teacher, files.control) if path]
+    training = Training(job, student, files.student, inputs)
+    with training.state.owned():
+        networks = {"teacher": frozen_teacher(job, student), "control": files.control}
+        net, rows = train_alone(
+            training, label=student.name, space=space, arch=arch, objective=student.loss, **networks
+        )
+        training.write_history(files.history, rows)
+        save_static(files.student, net, space=space, arch=arch, kind="trained_student", provenance=training.provenance)
+        training.state.finish()
+
+
+def student_network(student: Student, own: Space) -> tuple[SearchSpace, Arch]:
+    """The space and the arch of a student, for the run's images."""
+    where = f"train_student.{student.name}"
+    space = named_space(student.space, own, where=where)
+    return space, named_arch(student.arch, space, where=where)
+
+
+def frozen_teacher(job: Job, student: Student) -> Callable[[Tensor], Tensor] | None:
+    """The run's teacher as a frozen network; None where the student's loss asks none.
+
+    Raises
+    ------
+    UserError
+        The loss asks a teacher and no file was given.
+    """
+    if not student.needs_teacher:
+        return None
+    if job.files.teacher is None:
+        raise UserError(
+            f"train_student.{student.name}: its loss asks a teacher: give --teacher, train_teacher's output"
+        )
+    net, *_ = load_static(job.files.teacher, kind="teacher")
+    return frozen_network(net.to(job.device))
+
+
+if __name__ == "__main__":
+    run(main)
