@@ -2,6 +2,7 @@
 
 from proard.artifacts.files import ArtifactError, atomic_path, sha256, write_json, write_text
 from proard.artifacts.tables import (
+    COSTS,
     FRONT,
     HISTORY,
     MEASURED,
@@ -17,6 +18,7 @@ from proard.artifacts.tables import (
 from proard.artifacts.tensors import load_tensors, read_header, save_tensors, tensors_checksum
 
 __all__ = [
+    "COSTS",
     "FRONT",
     "HISTORY",
     "MEASURED",

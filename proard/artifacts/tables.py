@@ -93,6 +93,33 @@ HISTORY: dict[str, tuple[pa.DataType, str]] = {
     "best": (FLAG, "the epoch whose weights are kept"),
     "seed": (INT, "seed of the run"),
 }
+COSTS: dict[str, tuple[pa.DataType, str]] = {
+    "stage": (TEXT, "stage of the pipeline"),
+    "job": (TEXT, "folder of the job in its stage; empty where the stage is one job"),
+    "attempts": (INT, "processes whose costs add up here; those of a resumed training up to what they saved"),
+    "seconds": (FLOAT, "wall seconds"),
+    "device": (TEXT, "cpu, or the GPU's name"),
+    "devices": (INT, "CPU threads or GPUs that the job held"),
+    "device_seconds": (FLOAT, "wall seconds times devices"),
+    "forward_equivalents": (
+        FLOAT,
+        "image forward-equivalents: forward 1, input gradient 1 more, weights' 2 more",
+    ),
+    "work_macs": (FLOAT, "multiply-accumulates: the same passes, each times the MACs of its network"),
+    "gradients": (FLOAT, "gradient evaluations: images times the networks trained on them"),
+    "train_forward_equivalents": (FLOAT, "image forward-equivalents of training steps"),
+    "train_macs": (FLOAT, "multiply-accumulates of training steps"),
+    "measure_forward_equivalents": (FLOAT, "image forward-equivalents of validation, recalibration and measurement"),
+    "measure_macs": (FLOAT, "multiply-accumulates of validation, recalibration and measurement"),
+    "cached_forward_equivalents": (FLOAT, "image forward-equivalents of results found in the cache; not in the others"),
+    "cached_macs": (FLOAT, "multiply-accumulates of results found in the cache; not in the others"),
+    "cached_seconds": (FLOAT, "wall seconds that the results found in the cache once took; not in the others"),
+    "peak_rss_bytes": (INT, "bytes, largest resident set of an attempt"),
+    "peak_cuda_bytes": (INT, "bytes, largest allocation on the GPU; empty without one"),
+    "energy_wh": (FLOAT, "watt-hours"),
+    "energy_method": (TEXT, "how the energy was found"),
+    "seed": (INT, "seed of the job"),
+}
 
 
 @dataclass(frozen=True)

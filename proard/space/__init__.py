@@ -4,7 +4,7 @@ from proard.space.arch import DIMS, Arch
 from proard.space.cost import Budget, parse_budget
 from proard.space.search_space import SearchSpace
 from proard.space.spec import Activation, BlockSpec, ConvSpec, GateSpec, NetSpec, PoolSpec, Step
-from proard.space.work import Work, one_pass
+from proard.space.work import Tally, Work, one_pass
 
 __all__ = [
     "DIMS",
@@ -18,6 +18,7 @@ __all__ = [
     "PoolSpec",
     "SearchSpace",
     "Step",
+    "Tally",
     "Work",
     "one_pass",
     "parse_budget",

@@ -36,3 +36,12 @@ class Work:
 def one_pass(macs: float) -> Work:
     """One image forward through a network of that many multiply-accumulates."""
     return Work(1.0, macs)
+
+
+@dataclass
+class Tally:
+    """What measuring took: work that was done, and work whose result was found among earlier measurements."""
+
+    spent: Work = Work()
+    cached: Work = Work()
+    cached_seconds: float = 0.0

@@ -12,6 +12,7 @@ from typing import Any
 
 from proard.artifacts import Provenance
 from proard.config import NEEDS, RunConfig, UserError, parse
+from proard.stages.ledger import Ledger
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Job:
         The sections this stage reads; all others stand at their defaults and are not to be used.
     files : argparse.Namespace
         One attribute per file flag; a list where the stage reads several.
+    ledger : Ledger
+        What the job costs, from the parsing of its command line on.
     """
 
     stage: str
@@ -32,10 +35,15 @@ class Job:
     device: str
     files: argparse.Namespace
     sections: dict[str, Any]
+    ledger: Ledger
 
     def provenance(self, *inputs: str) -> Provenance:
         """Provenance of what this job writes, given the paths it read."""
         return Provenance.of(stage=self.stage, settings=self.sections, seed=self.seed, inputs=inputs)
+
+    def record_costs(self) -> None:
+        """Write the ledger; the last thing a stage does."""
+        self.ledger.write(self.provenance())
 
 
 def parse_arguments(
@@ -71,7 +79,9 @@ def parse_arguments(
     config = parse(RunConfig, files.settings)
     threads = files.threads or len(os.sched_getaffinity(0))
     sections = config.model_dump(mode="json", include=set(NEEDS[stage]))
-    return Job(stage, config, files.seed, _prepare_device(files.device, threads), files, sections)
+    device = _prepare_device(files.device, threads)
+    ledger = Ledger(stage, getattr(files, writes[0]), device=device, threads=threads)
+    return Job(stage, config, files.seed, device, files, sections, ledger)
 
 
 def keep_heap() -> bool:

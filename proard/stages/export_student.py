@@ -26,7 +26,7 @@ from proard.export import (
     save_pt2,
     save_student,
 )
-from proard.space import Arch, parse_budget
+from proard.space import Arch, one_pass, parse_budget
 from proard.stages.common import parse_arguments, run
 from proard.stages.measuring import load_images, subnet_meter
 
@@ -90,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in ("weights", "onnx", "pt2"):  # nothing unchecked stays behind
             paths[name].unlink(missing_ok=True)
         raise
+    passes = len(test) + checked["image_passes"]
+    job.ledger.tally.spent += passes * one_pass(meter.supernet.space.spec(arch).macs)
     identity = {key: facts.to_header()[key] for key in ("budget", "arch_id", "arch", "macs", "params")}
     artifacts.write_json(paths["parity"], {**identity, **checked, "provenance": json.loads(facts.provenance.to_json())})
     card = model_card(
@@ -103,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     artifacts.write_text(paths["card"], card)
     artifacts.write_text(paths["checksums"], checksum_list(paths))
     print(_summary(facts, checked, paths))
+    job.record_costs()
 
 
 def chosen_rows(path: str | Path, budget: str) -> pd.DataFrame:

@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         artifacts.write_text(getattr(job.files, flag), report.figures.get(name, placeholder(name)))
     artifacts.write_text(job.files.html, report.html)
     print(f"report: {job.files.html} ({len(results.students)} students)", flush=True)
+    job.record_costs()
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         training.write_history(files.history, rows)
         save_static(files.student, net, space=space, arch=arch, kind="trained_student", provenance=training.provenance)
         training.state.finish()
+    job.record_costs()
 
 
 def student_network(student: Student, own: Space) -> tuple[SearchSpace, Arch]:

@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = job.config.train_teacher
     if settings.source == "file":
         take_from_file(job, settings)
+        job.record_costs()
         return
     space = teacher_space(settings, job.config.space)
     arch = teacher_arch(settings, space)
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         training.write_history(job.files.history, rows)
         save_static(job.files.teacher, net, space=space, arch=arch, kind="teacher", provenance=training.provenance)
         training.state.finish()
+    job.record_costs()
 
 
 def take_from_file(job: Job, settings: TrainTeacher) -> None:

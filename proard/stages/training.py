@@ -14,7 +14,7 @@ from proard.config import Attack, Measurement, Phase, Student, TrainControl, Tra
 from proard.data import Augmenter, ImageSet, Views, epoch_order, load_split, to_float
 from proard.evaluation.meter import validation_rows
 from proard.nets import StaticNet, Supernet, extract, fold, load_static, recalibrate
-from proard.space import Arch, SearchSpace
+from proard.space import Arch, SearchSpace, Work
 from proard.stages.common import Job
 from proard.training import Plan, ResumeState, fingerprint, fit, single_plan
 from proard.training.inner import weakest
@@ -71,7 +71,7 @@ class Training:
         mark = fingerprint(
             settings=self.job.sections, seed=self.job.seed, inputs=self.provenance.inputs, device=self.job.device
         )
-        self.state = ResumeState(self.output, mark)
+        self.state = ResumeState(self.output, mark, costs=self.job.ledger)
 
     def supernet(self, space: SearchSpace) -> Supernet:
         """A fresh supernet for the images at hand.
@@ -123,6 +123,7 @@ class Training:
                 measurement=Measurement(),
                 seed=self.job.seed,
                 training_attack=weakest(settings.attack, eps=threat.eps, norm=threat.norm) if watched else None,
+                tally=self.job.ledger.tally,
             )
 
         passes = settings.epochs * plan.passes_per_epoch
@@ -132,7 +133,7 @@ class Training:
             f"state on disk up to {4 * size:.0f} MiB, device {self.job.device}, {torch.get_num_threads()} threads",
             flush=True,
         )
-        return fit(
+        rows = fit(
             net,
             label=label,
             plan=plan,
@@ -146,6 +147,9 @@ class Training:
             seed=self.job.seed,
             control=self.control(control),
         )
+        done = rows[-1]
+        self.job.ledger.trained = Work(done["forward_equivalents"], done["work_macs"], done["gradients"])
+        return rows
 
     def control(self, path: str | None) -> Callable[[Tensor], Tensor] | None:
         """The plainly trained network, where the settings name a loss that asks it.

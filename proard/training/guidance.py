@@ -12,6 +12,7 @@ from proard.losses import Batch, loss_gradient, mix_logits
 from proard.space import Work
 
 Network = Callable[[Tensor], Tensor]
+ANY_PASS = Work(1.0)  # through a network whose size is not known
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,10 @@ class Guidance:
     control: Network | None = None
     progress: float = 0.0
     data_pass: int = 0
-    teacher_price: Work = Work(1.0)
-    control_price: Work = Work(1.0)
+    teacher_price: Work = ANY_PASS
+    control_price: Work = ANY_PASS
 
-    def led_by(self, target: Tensor, guide: Network, *, frozen_weight: float, price: Work = Work(1.0)) -> Guidance:
+    def led_by(self, target: Tensor, guide: Network, *, frozen_weight: float, price: Work = ANY_PASS) -> Guidance:
         """The same step with the dynamic teacher, alone or mixed with the frozen one; `price` is the guide's."""
         if self.target is None:
             return replace(self, target=target, teacher=guide, teacher_price=price)

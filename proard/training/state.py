@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 import torch
 from torch import Tensor
@@ -23,6 +23,16 @@ from proard.config import UserError
 
 class Interrupted(UserError):
     """The training stopped early with its state saved; the same command continues."""
+
+
+class Costs(Protocol):
+    """What a training has cost so far, over all its attempts."""
+
+    def state(self) -> Mapping[str, Any]:
+        """Plain numbers to keep."""
+
+    def resume(self, state: Mapping[str, Any] | None) -> None:
+        """Go on from kept numbers."""
 
 
 def fingerprint(*, settings: Mapping[str, Any], seed: int, inputs: Mapping[str, str], device: str) -> str:
@@ -50,14 +60,18 @@ class ResumeState:
         A state with another fingerprint does not count.
     patience : float
         Seconds to wait for another process to hand over.
+    costs : Costs, optional
+        Kept with the state, so that they add up over attempts.
     """
 
-    def __init__(self, output: str | Path, fingerprint: str, *, patience: float = 300.0) -> None:
+    def __init__(
+        self, output: str | Path, fingerprint: str, *, patience: float = 300.0, costs: Costs | None = None
+    ) -> None:
         output = Path(output)
         self.path = output.with_name(f"{output.stem}.state")
         self.lock_path = output.with_name(f"{output.stem}.lock")
         self.request_path = output.with_name(f"{output.stem}.handover")
-        self.fingerprint, self.patience = fingerprint, patience
+        self.fingerprint, self.patience, self.costs = fingerprint, patience, costs
 
     @contextmanager
     def owned(self) -> Iterator[None]:
@@ -114,11 +128,14 @@ class ResumeState:
         if header["fingerprint"] != self.fingerprint:
             print(f"state ignored: {self.path} is of other settings, seed, threads or inputs", flush=True)
             return None
+        if self.costs is not None:
+            self.costs.resume(header["facts"].get("costs"))
         return tensors, header["facts"]
 
     def save(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Write the state atomically."""
-        save_tensors(self.path, tensors, kind="state", fingerprint=self.fingerprint, facts=dict(facts))
+        costs = {} if self.costs is None else {"costs": self.costs.state()}
+        save_tensors(self.path, tensors, kind="state", fingerprint=self.fingerprint, facts={**facts, **costs})
 
     def finish(self) -> None:
         """Remove the state and, as the stage is done, its lock."""

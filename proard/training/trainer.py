@@ -226,7 +226,7 @@ class Trainer:
         return batch, asked + beyond + (own + more + 2 * options["num_steps"] + 3) * price
 
     def _backward(self, view: SubnetView, subnet: Drawn, batch: Batch, count: int) -> tuple[Tensor, int]:
-        """The loss and its gradients / `count`, at perturbed weights where asked for, and how many passes that added."""
+        """The loss and its gradients / `count`, at perturbed weights where asked for, and the passes this added."""
         objective, options, gamma = subnet.objective, subnet.options, self._option("awp_gamma")
         if objective.remember is not None:
             for name, value in objective.remember(batch, **options).items():
