@@ -317,7 +317,10 @@ class ExportStudent(Settings):
     tolerance: Positive = 1e-5
 
 
-class Report(Settings):
-    """The page's title."""
+class Report(Extended):
+    """The page's title, and the country (ISO 3166, three letters) whose electricity converts energy to emissions."""
+
+    gained = frozenset({"country"})
 
     title: str = "Robust students for every budget"
+    country: Annotated[str, Field(pattern=r"^[A-Z]{3}$")] = "USA"

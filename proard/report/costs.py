@@ -68,7 +68,7 @@ def read_ledgers(folder: str | Path) -> pd.DataFrame:
 def _from_history(folder: Path, path: Path) -> list[pd.DataFrame]:
     """A training's costs as its history tells them: without validation, memory and energy."""
     history, metadata = artifacts.read_table(path), artifacts.read_metadata(path)
-    if history.empty:
+    if history.empty or pd.isna(history["forward_equivalents"].iloc[-1]):
         return []
     last, stage = history.iloc[-1], metadata["stage"]
     macs = last.get("work_macs")
