@@ -24,18 +24,21 @@ from proard.config.settings import (
 )
 from proard.config.spaces import Final, Space, Stem, Unit
 from proard.config.students import Student, TrainStudent
+from proard.config.twins import CompareTwins, MeasureTwin
 
 __all__ = [
     "NEEDS",
     "PRESETS",
     "Attack",
     "Augmentation",
+    "CompareTwins",
     "ConfigError",
     "Curriculum",
     "EvaluateArchs",
     "ExportStudent",
     "Final",
     "FitPredictor",
+    "MeasureTwin",
     "Measurement",
     "Phase",
     "PrepareData",

@@ -15,6 +15,7 @@ from proard.config.fields import NUMBER_SCHEMA, ConfigError, Natural, Settings
 from proard.config.presets import PRESETS
 from proard.config.spaces import Space
 from proard.config.students import TrainStudent
+from proard.config.twins import CompareTwins, MeasureTwin
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -24,6 +25,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "train_control": ("run", "space", "threat", "measurement", "train_teacher", "train_control", "verify_front"),
     "train_phase": ("run", "space", "threat", "train_phase"),
     "train_student": ("run", "space", "threat", "train_student"),
+    "measure_twin": ("run", "space", "threat", "measurement", "verify_front", "measure_twin"),
+    "compare_twins": ("run", "threat", "compare_twins"),
     "sample_archs": ("run", "space", "sample_archs"),
     "evaluate_archs": ("run", "space", "threat", "measurement", "evaluate_archs"),
     "merge_table": ("run",),
@@ -49,6 +52,8 @@ class RunConfig(Settings):
     train_control: s.TrainControl = s.TrainControl()
     train_phase: s.TrainPhase = s.TrainPhase()
     train_student: TrainStudent = TrainStudent()
+    measure_twin: MeasureTwin = MeasureTwin()
+    compare_twins: CompareTwins | None = None
     sample_archs: s.SampleArchs = s.SampleArchs()
     evaluate_archs: s.EvaluateArchs = s.EvaluateArchs()
     fit_predictor: s.FitPredictor = s.FitPredictor()
