@@ -168,12 +168,12 @@ def test_an_arch_is_written_out_and_a_preset_takes_the_runs_images(files, tmp_pa
     _, space, arch, *_ = train(files, tmp_path / "own", student)
     assert space.genotype(arch) == tiny_space(TINY).genotype(arch)
     assert arch.depth == (1, 0)
-    _, space, arch, *_ = train(files, tmp_path / "preset", {**student, "space": "resnet_digits", "arch": "smallest"})
+    _, space, arch, *_ = train(files, tmp_path / "preset", {**student, "net": "resnet_digits", "arch": "smallest"})
     assert (space.settings.name, space.settings.classes, arch) == ("resnet_digits", 3, space.smallest)
     with pytest.raises(ConfigError, match=r"train_student\.s\.arch lists depth, width and expand"):
         train(files, tmp_path / "wrong", {**student, "arch": {"depth": [1]}})
-    with pytest.raises(ConfigError, match=r"train_student\.s\.space is 'resnet_tiny'"):
-        train(files, tmp_path / "wrong", {**student, "space": "resnet_tiny"})
+    with pytest.raises(ConfigError, match=r"train_student.s: net is .resnet_tiny."):
+        train(files, tmp_path / "wrong", {**student, "net": "resnet_tiny"})
 
 
 def test_the_frozen_teacher_is_the_one_in_the_file(files):

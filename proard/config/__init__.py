@@ -2,6 +2,7 @@
 
 from proard.config.attacks import Attack, Curriculum, Threat, TrainingAttack
 from proard.config.fields import ConfigError, UserError
+from proard.config.nets import NETS, VisionTransformer, WideResNet, named_nets
 from proard.config.presets import PRESETS
 from proard.config.run import NEEDS, RunConfig, job_settings, json_schema, load, parse
 from proard.config.settings import (
@@ -27,6 +28,7 @@ from proard.config.students import Student, TrainStudent
 
 __all__ = [
     "NEEDS",
+    "NETS",
     "PRESETS",
     "Attack",
     "Augmentation",
@@ -57,8 +59,11 @@ __all__ = [
     "UserError",
     "Validation",
     "VerifyFront",
+    "VisionTransformer",
+    "WideResNet",
     "job_settings",
     "json_schema",
     "load",
+    "named_nets",
     "parse",
 ]

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from proard.config import settings as s
 from proard.config.attacks import Threat
 from proard.config.fields import NUMBER_SCHEMA, ConfigError, Natural, Settings
+from proard.config.nets import named_nets
 from proard.config.presets import PRESETS
 from proard.config.spaces import Space
 from proard.config.students import TrainStudent
@@ -157,6 +158,8 @@ def _named_path(values: Any, location: tuple[Any, ...]) -> list[Any]:
     for part in location:
         if isinstance(part, str) and ("[" in part or part in ("int", "float", "str") or part.startswith("function-")):
             continue  # pydantic's name for a branch of a union
+        if isinstance(values, Mapping) and part not in values and part == values.get("family"):
+            continue  # its name for a branch that the family chooses
         entry = None
         if isinstance(values, Mapping):
             values = entry = values.get(part)
@@ -178,7 +181,8 @@ def _keys_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
         if isinstance(part, int):
             node = node.get("items", node.get("prefixItems", [{}])[0] if "prefixItems" in node else {})
         else:
-            node = node.get("properties", {}).get(part, node)
+            chosen = node.get("discriminator", {}).get("mapping", {}).get(part)
+            node = {"$ref": chosen} if chosen else node.get("properties", {}).get(part, node)
     return list(_resolve(schema, node).get("properties", {}))
 
 
@@ -189,7 +193,7 @@ def _resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
         if "$ref" in node:
             node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
         elif branches:
-            node = next((branch for branch in branches if "$ref" in branch), {})
+            node = next((branch for branch in branches if "$ref" in branch or "discriminator" in branch), {})
         else:
             return node
 
@@ -225,6 +229,8 @@ def json_schema() -> dict[str, Any]:
     }
     defined = schema["$defs"]
     grid = {"type": "object", "additionalProperties": {"type": "array", "minItems": 1}}
+    nets = [{"enum": sorted(named_nets())}, *defined["Student"]["properties"]["net"]["anyOf"]]
+    defined["Student"]["properties"]["net"] = {"anyOf": nets, "default": None}
     defined["Student"]["properties"] |= {"grid": grid, "seeds": {"type": "array", "items": NUMBER_SCHEMA}}
     for one, section in (("Phase", "TrainPhase"), ("Student", "TrainStudent")):
         shared = {key: value for key, value in defined[one]["properties"].items() if key != "name"}

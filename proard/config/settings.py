@@ -118,12 +118,15 @@ class Optimisation(Settings):
 
 
 class TrainTeacher(Optimisation, RobustOptions):
-    """The fixed robust network. `arch` is `largest` or a mapping of elastic dims; `space` names another space.
+    """The fixed robust network. `arch` is `largest` or a mapping of elastic dims; `space` names another space or net.
+
+    `source`: `train` it here, take a `file` that this package wrote, or convert a `file` that holds a WideResNet as
+    TRADES publishes it (`trades`; nothing but tensors is read).
 
     `objective`: `plain`, `pgd_at` (also called `sat`), `trades`, `mart` or `hat`, whose helper is the run's control.
     """
 
-    source: Literal["train", "file"] = "train"
+    source: Literal["train", "file", "trades"] = "train"
     file: str | None = None
     space: str | None = None
     arch: Literal["largest"] | dict[str, tuple[Number, ...]] = "largest"
@@ -137,8 +140,9 @@ class TrainTeacher(Optimisation, RobustOptions):
     @model_validator(mode="after")
     def file_is_named(self) -> TrainTeacher:
         """A teacher from a file needs the file."""
-        if self.source == "file" and self.file is None:
-            raise ValueError("source file needs `file`: the path of a teacher.safetensors")
+        if self.source != "train" and self.file is None:
+            wanted = "a teacher.safetensors" if self.source == "file" else "a WideResNet checkpoint of TRADES' layout"
+            raise ValueError(f"source {self.source} needs `file`: the path of {wanted}")
         return self
 
 

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from proard.config.fields import ConfigError, Extended, Natural, Number, Settings
 from proard.config.losses import WITHOUT_ATTACK, Distillation, DistillationOptions, RobustObjective
+from proard.config.nets import Named, named_nets
 from proard.config.settings import Optimisation, merge
 
 Loss = Literal["plain", RobustObjective, Distillation]
@@ -21,14 +22,15 @@ NAME = r"^[A-Za-z0-9_.=-]+$"
 class Student(Optimisation, DistillationOptions, Extended):
     """One network trained by itself, on any loss of the package.
 
-    `space` is a preset, or the run's own space where it is left out; `arch` is `largest`, `smallest` or a mapping of
-    its elastic dims. `loss` is any loss of `train_phase` or `train_teacher`, or `plain` cross-entropy; where it asks a
-    teacher, that is the run's. `seed` is the seed of the training, the run's where it is left out; images, their split
-    and the measurement's noise keep the run's.
+    `net` is the name of a network or of a space, one of them written out with its `family`, or the run's own space
+    where it is left out; images are the run's. `arch` is `largest`, `smallest` or a mapping of a space's elastic dims.
+    `loss` is any loss of `train_phase` or `train_teacher`, or `plain` cross-entropy; where it asks a teacher, that is
+    the run's. `seed` is the seed of the training, the run's where it is left out; images, their split and the
+    measurement's noise keep the run's.
     """
 
     name: Annotated[str, Field(pattern=NAME)] = "student"
-    space: str | None = None
+    net: Annotated[Named, Field(discriminator="family")] | None = None
     arch: Literal["largest", "smallest"] | dict[str, tuple[Number, ...]] = "largest"
     loss: Loss = "rslad"
     teacher_logits: Literal["float32", "float16"] | None = None
@@ -43,6 +45,17 @@ class Student(Optimisation, DistillationOptions, Extended):
     def needs_control(self) -> bool:
         """Whether the training asks the plainly trained network."""
         return self.loss in ("mtard", "hat")
+
+    @model_validator(mode="before")
+    @classmethod
+    def name_becomes_net(cls, value: Any) -> Any:
+        """Replace a network's name by its settings."""
+        if not isinstance(value, dict) or not isinstance(value.get("net"), str):
+            return value
+        nets = named_nets()
+        if value["net"] not in nets:
+            raise ValueError(f"net is {value['net']!r}; networks are {', '.join(sorted(nets))}")
+        return {**value, "net": nets[value["net"]].model_dump(mode="json")}
 
     @model_validator(mode="after")
     def terms_fit(self) -> Student:

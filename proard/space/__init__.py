@@ -2,6 +2,7 @@
 
 from proard.space.arch import DIMS, Arch
 from proard.space.cost import Budget, parse_budget
+from proard.space.fixed import FixedArch, FixedSpace, FixedSpec, read_arch, read_space, space_of
 from proard.space.search_space import SearchSpace
 from proard.space.spec import Activation, BlockSpec, ConvSpec, GateSpec, NetSpec, PoolSpec, Step
 
@@ -12,10 +13,16 @@ __all__ = [
     "BlockSpec",
     "Budget",
     "ConvSpec",
+    "FixedArch",
+    "FixedSpace",
+    "FixedSpec",
     "GateSpec",
     "NetSpec",
     "PoolSpec",
     "SearchSpace",
     "Step",
     "parse_budget",
+    "read_arch",
+    "read_space",
+    "space_of",
 ]

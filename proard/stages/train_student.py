@@ -8,9 +8,9 @@ from torch import Tensor
 
 from proard.config import Space, Student, UserError
 from proard.nets import load_static, save_static
-from proard.space import Arch, SearchSpace
+from proard.space import Arch, FixedArch, FixedSpace, SearchSpace
 from proard.stages.common import Job, parse_arguments, run
-from proard.stages.train_teacher import named_arch, named_space
+from proard.stages.train_teacher import fitted_space, named_arch
 from proard.stages.training import Training, frozen_network, train_alone
 
 
@@ -39,10 +39,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         training.state.finish()
 
 
-def student_network(student: Student, own: Space) -> tuple[SearchSpace, Arch]:
+def student_network(student: Student, own: Space) -> tuple[SearchSpace | FixedSpace, Arch | FixedArch]:
     """The space and the arch of a student, for the run's images."""
     where = f"train_student.{student.name}"
-    space = named_space(student.space, own, where=where)
+    space = SearchSpace(own) if student.net is None else fitted_space(student.net, own, where=f"{where}.net")
     return space, named_arch(student.arch, space, where=where)
 
 

@@ -17,7 +17,7 @@ from proard.config import Phase, Student, TrainControl, TrainTeacher
 from proard.data import Views
 from proard.kernels import CapturedSteps
 from proard.losses import INNER_OBJECTIVES, Batch, kl_to_teacher
-from proard.nets import Supernet
+from proard.nets import FixedNet, FixedView, Supernet
 from proard.nets.view import Statistics, SubnetView
 from proard.space import Arch
 from proard.training.attentive import settle
@@ -35,7 +35,7 @@ class Trainer:
 
     Parameters
     ----------
-    net : Supernet
+    net : Supernet or FixedNet
         Changed in place by `step`.
     settings : TrainTeacher, TrainControl, Phase or Student
         Optimisation and attack.
@@ -57,7 +57,7 @@ class Trainer:
 
     def __init__(
         self,
-        net: Supernet,
+        net: Supernet | FixedNet,
         settings: TrainTeacher | TrainControl | Phase | Student,
         plan: Plan,
         eps: float,
@@ -134,7 +134,7 @@ class Trainer:
         drawn = self.inner.begin(drawn, self.net.space, step=step, data_pass=data_pass, views=views)
         work += scored
         for subnet in drawn:
-            view = SubnetView(self.net, subnet.arch)
+            view = self._view(subnet.arch)
             batch, spent = self._forward(view, subnet, images, labels, guidance, generator)
             loss, more = self._backward(view, subnet, batch, len(drawn))
             losses.append(loss.detach())
@@ -219,13 +219,16 @@ class Trainer:
         if not gamma or batch.progress * self.settings.epochs < self._option("awp_warmup_epochs"):
             (loss / count).backward()
             return loss, 0
-        weights = [leaf for leaves in view.leaves.values() for leaf in leaves if leaf.ndim > 1] + [view.head_weight]
-        with perturbed(weights, loss, gamma=gamma):
+        with perturbed(view.weights, loss, gamma=gamma):
             predict, reach = self._train_pass(view), self._option("helper_reach")
             batch, more = passed(batch, objective.needs, predict, reach=reach)
             loss = objective.loss(batch, **options)
             (loss / count).backward()
         return loss, more
+
+    def _view(self, arch: Arch) -> SubnetView | FixedView:
+        """The network at this arch, for one step."""
+        return FixedView(self.net) if isinstance(self.net, FixedNet) else SubnetView(self.net, arch)
 
     def _option(self, name: str) -> float:
         """A loss setting; 0 in a plain training, which has none."""
@@ -243,7 +246,7 @@ class Trainer:
     def _score(self, arch: Arch, images: Tensor, labels: Tensor, target: Tensor | None) -> Tensor:
         """A subnet's loss on clean images: divergence from the frozen teacher, or cross-entropy without one."""
         with self._autocast():
-            logits = SubnetView(self.net, arch)(images, frozen=True).float()
+            logits = self._view(arch)(images, frozen=True).float()
         return F.cross_entropy(logits, labels) if target is None else kl_to_teacher(logits, target).mean()
 
     def _autocast(self) -> torch.autocast:
