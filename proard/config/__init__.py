@@ -24,7 +24,7 @@ from proard.config.settings import (
     VerifyFront,
 )
 from proard.config.spaces import Final, Space, Stem, Unit
-from proard.config.students import Student, TrainStudent
+from proard.config.students import CompareStudents, EvaluateStudent, Student, TrainStudent
 
 __all__ = [
     "NEEDS",
@@ -32,9 +32,11 @@ __all__ = [
     "PRESETS",
     "Attack",
     "Augmentation",
+    "CompareStudents",
     "ConfigError",
     "Curriculum",
     "EvaluateArchs",
+    "EvaluateStudent",
     "ExportStudent",
     "Final",
     "FitPredictor",

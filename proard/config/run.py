@@ -15,7 +15,7 @@ from proard.config.fields import NUMBER_SCHEMA, ConfigError, Natural, Settings
 from proard.config.nets import named_nets
 from proard.config.presets import PRESETS
 from proard.config.spaces import Space
-from proard.config.students import TrainStudent
+from proard.config.students import CompareStudents, EvaluateStudent, TrainStudent
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -25,6 +25,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "train_control": ("run", "space", "threat", "measurement", "train_teacher", "train_control", "verify_front"),
     "train_phase": ("run", "space", "threat", "train_phase"),
     "train_student": ("run", "space", "threat", "train_student"),
+    "evaluate_student": ("run", "space", "threat", "measurement", "train_student", "evaluate_student"),
+    "compare_students": ("run", "threat", "compare_students"),
     "sample_archs": ("run", "space", "sample_archs"),
     "evaluate_archs": ("run", "space", "threat", "measurement", "evaluate_archs"),
     "merge_table": ("run",),
@@ -50,6 +52,8 @@ class RunConfig(Settings):
     train_control: s.TrainControl = s.TrainControl()
     train_phase: s.TrainPhase = s.TrainPhase()
     train_student: TrainStudent = TrainStudent()
+    evaluate_student: EvaluateStudent = EvaluateStudent()
+    compare_students: CompareStudents = CompareStudents()
     sample_archs: s.SampleArchs = s.SampleArchs()
     evaluate_archs: s.EvaluateArchs = s.EvaluateArchs()
     fit_predictor: s.FitPredictor = s.FitPredictor()
@@ -109,6 +113,8 @@ def _measuring_attacks(run: RunConfig) -> dict[str, s.Attack | s.Validation]:
     attacks |= {"evaluate_archs.attack": run.evaluate_archs.attack, "select_student.attack": run.select_student.attack}
     attacks |= {"train_teacher.validation": run.train_teacher.validation}
     attacks |= {"train_control.validation": run.train_control.validation}
+    if run.train_student.students:
+        attacks |= {f"evaluate_student.attacks.{attack.name}": attack for attack in run.evaluate_student.attacks}
     attacks |= {f"train_student.{each.name}.validation": each.validation for each in run.train_student.students}
     return attacks | {f"train_phase.{phase.name}.validation": phase.validation for phase in run.train_phase.phases}
 
@@ -232,6 +238,7 @@ def json_schema() -> dict[str, Any]:
     nets = [{"enum": sorted(named_nets())}, *defined["Student"]["properties"]["net"]["anyOf"]]
     defined["Student"]["properties"]["net"] = {"anyOf": nets, "default": None}
     defined["Student"]["properties"] |= {"grid": grid, "seeds": {"type": "array", "items": NUMBER_SCHEMA}}
+    defined["Student"]["properties"]["attack_budget"] = NUMBER_SCHEMA
     for one, section in (("Phase", "TrainPhase"), ("Student", "TrainStudent")):
         shared = {key: value for key, value in defined[one]["properties"].items() if key != "name"}
         defined[section]["properties"].update(shared)

@@ -116,6 +116,18 @@ class Optimisation(Settings):
     dtype: Dtype = "float32"
     save_every_minutes: Positive = 5
 
+    @property
+    def asks_frozen_teacher(self) -> bool:
+        """Whether a frozen teacher is there to be attacked."""
+        return False
+
+    @model_validator(mode="after")
+    def attacked_network_is_there(self) -> Optimisation:
+        """Images are crafted on a teacher only where there is one."""
+        if self.attack.crafted_on == "teacher" and not self.asks_frozen_teacher:
+            raise ValueError("attack.crafted_on is teacher; this training has no frozen teacher")
+        return self
+
 
 class TrainTeacher(Optimisation, RobustOptions):
     """The fixed robust network. `arch` is `largest` or a mapping of elastic dims; `space` names another space or net.
@@ -185,6 +197,11 @@ class Phase(Optimisation, DistillationOptions, Extended):
     teacher_logits: Literal["float32", "float16"] | None = None
     teacher_objective: RobustObjective = "trades"
     warm_start: Literal["teacher", "random"] = "teacher"
+
+    @property
+    def asks_frozen_teacher(self) -> bool:
+        """A dynamic teacher is itself trained in the step."""
+        return self.teacher == "frozen"
 
     @property
     def needs_control(self) -> bool:

@@ -132,6 +132,17 @@ def recorded(module: nn.Module, record: Statistics | None) -> Iterator[None]:
             hook.remove()
 
 
+@contextmanager
+def training_mode(module: nn.Module) -> Iterator[None]:
+    """Context in which a module is in training mode."""
+    before = module.training
+    module.train()
+    try:
+        yield
+    finally:
+        module.train(before)
+
+
 class FixedView:
     """A fixed network in a training step, with the calls of a `SubnetView`.
 
@@ -154,12 +165,12 @@ class FixedView:
         self, images: Tensor, *, record: Statistics | None = None, update_running: bool = False, frozen: bool = False
     ) -> Tensor:
         """Logits with batch statistics (training mode); arguments as in `SubnetView`."""
-        module = self.net.module.train()
+        module = self.net.module
         buffers = dict(module.named_buffers())
         if not update_running:
             buffers = {name: buffer.clone() for name, buffer in buffers.items()}
         leaves = {name: leaf.detach() if frozen else leaf for name, leaf in self.leaves.items()}
-        with plain_attention(), recorded(module, record):
+        with plain_attention(), recorded(module, record), training_mode(module):
             return functional_call(module, {**leaves, **buffers}, (self.net.normalise(images),))
 
     @torch.no_grad()

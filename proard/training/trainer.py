@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import compress
-from operator import not_
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from proard.attacks import pgd, take_steps
+from proard.attacks import pgd, start_point, take_steps
 from proard.config import Phase, Student, TrainControl, TrainTeacher
 from proard.data import Views
 from proard.kernels import CapturedSteps
@@ -24,6 +22,7 @@ from proard.training.attentive import settle
 from proard.training.guard import Guard, flat
 from proard.training.guidance import Guidance, guided, passed, side_by_side
 from proard.training.inner import Inner
+from proard.training.optimizer import make_optimizer, optimizer_tensors
 from proard.training.perturbation import perturbed
 from proard.training.plan import Drawn, Plan
 from proard.training.sync import gradient_sync
@@ -51,8 +50,8 @@ class Trainer:
         Plainly trained network: images to logits.
     inner : Inner, optional
         What the attacks of a step start from and how many steps they take; by default each attacks for itself.
-    table : TeacherTable, optional
-        Where the teacher's logits are kept.
+    table, gradient_table : TeacherTable, optional
+        Where the teacher's logits and its input gradients are kept.
     """
 
     def __init__(
@@ -67,9 +66,11 @@ class Trainer:
         *,
         inner: Inner | None = None,
         table: TeacherTable | None = None,
+        gradient_table: TeacherTable | None = None,
     ) -> None:
         self.net, self.settings, self.plan, self.eps, self.teacher, self.seed = net, settings, plan, eps, teacher, seed
-        self.inner, self.table = inner or Inner(settings.attack, eps=eps), table
+        self.inner, self.table, self.gradient_table = inner or Inner(settings.attack, eps=eps), table, gradient_table
+        self.gradients = 0  # backward passes of one image in the newest step
         self.control, self.total_steps = control, 1
         self.attack_dtype = getattr(torch, settings.attack.dtype)
         self.train_dtype = getattr(torch, settings.dtype)
@@ -78,19 +79,7 @@ class Trainer:
         self.parameters = dict(net.named_parameters())
         for parameter in self.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
-        spared = [p.ndim == 1 or ".transforms." in name for name, p in self.parameters.items()]
-        plain = list(compress(self.parameters.values(), spared))  # norms, biases, kernel transforms (identity at first)
-        decayed = list(compress(self.parameters.values(), map(not_, spared)))
-        self.optimizer = torch.optim.SGD(
-            [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-            lr=settings.lr,
-            momentum=settings.momentum,
-            nesterov=settings.momentum > 0,
-            fused=True,
-        )
-        if settings.momentum > 0:  # created up front: fused SGD fails when a first gradient comes later than others
-            for parameter in self.parameters.values():
-                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        self.optimizer = make_optimizer(self.parameters, settings)
         memory = {} if plan.memory is None else plan.memory(net.space.settings.classes)
         self.memory = {name: tensor.to(net.mean.device) for name, tensor in memory.items()}
         self.guard, self.sync = Guard(net.mean.device), gradient_sync(net)
@@ -105,7 +94,7 @@ class Trainer:
     @property
     def needs_views(self) -> bool:
         """Whether `step` must be told which views its images are."""
-        return self.table is not None or self.inner.carried is not None
+        return any(kept is not None for kept in (self.table, self.gradient_table, self.inner.carried))
 
     def step(
         self,
@@ -123,13 +112,20 @@ class Trainer:
         and on the device, and the forward-equivalents spent per image. The host never waits for the device; whether
         a loss was not finite stands in `guard`.
         """
-        drawn = self.plan.draw(self.seed, step, data_pass)
+        drawn, self.gradients = self.plan.draw(self.seed, step, data_pass), 0
+        if self._option("clean_noise"):
+            around = {"eps": self._option("clean_noise") * self.eps, "norm": self.inner.norm}
+            images = start_point(images, **around, start="uniform", generator=generator)
         torch._foreach_zero_([parameter.grad for parameter in self.parameters.values()])
         statistics = flat(self.statistics)
         frozen, work = self._ask_teacher(images, views)
         losses, clean_right = [], torch.zeros((), dtype=torch.float64, device=images.device)
         adv_right = clean_right
         guidance = Guidance(frozen, self.teacher, self.control, min(step / self.total_steps, 1.0), data_pass)
+        if self.gradient_table is not None:
+            kept, computed = self.gradient_table(guidance.gradient_of, images, views, labels)
+            guidance = replace(guidance, gradient=kept.view(images.shape))
+            work += 2 * computed / len(images)
         drawn, scored = settle(drawn, lambda arch: self._score(arch, images, labels, frozen))
         drawn = self.inner.begin(drawn, self.net.space, step=step, data_pass=data_pass, views=views)
         work += scored
@@ -175,7 +171,9 @@ class Trainer:
     ) -> tuple[Batch, int]:
         """Clean pass, attack on this very subnet, adversarial pass; with the forward-equivalents they took."""
         attack, objective = self.settings.attack, subnet.objective
-        record: Statistics | None = {} if attack.bn_mode == "clean_batch" and objective.inner else None
+        own = attack.crafted_on == "student"
+        record: Statistics | None = {} if attack.bn_mode == "clean_batch" and objective.inner and own else None
+        self.gradients += len({"teacher_gradient", "teacher_gradient_adv"} & objective.needs)
         clean, work, needs = None, 0, objective.needs
         source = images.detach().requires_grad_() if "teacher_gradient" in needs else images
         if objective.needs_clean or record is not None or subnet.guides or objective.inner == "kl_clean":
@@ -189,7 +187,9 @@ class Trainer:
             return batch, work + asked + more
         known = replace(batch, clean=None if clean is None else clean.detach())
         inner = INNER_OBJECTIVES[objective.inner](known)
-        if attack.bn_mode == "batch":
+        if not own:
+            predict = guidance.teacher
+        elif attack.bn_mode == "batch":
 
             def predict(x: Tensor) -> Tensor:
                 return view(x, frozen=True)
@@ -197,6 +197,7 @@ class Trainer:
         else:
             predict = view.folded(record if record is not None else view.running_statistics(), dtype=self.attack_dtype)
         options = self.inner.options(images)
+        self.gradients += options["num_steps"]
         if objective.inner == "kl_teacher_adv":  # every step asks the teacher as well
             predict, work = side_by_side(predict, guidance.teacher), work + 2 * options["num_steps"]
         adversarial = pgd(predict, inner, images, **options, generator=generator, steps=self.take_steps)
@@ -216,9 +217,11 @@ class Trainer:
             for name, value in objective.remember(batch, **options).items():
                 self.memory[name].copy_(value)
         loss = objective.loss(batch, **options)
+        self.gradients += 1
         if not gamma or batch.progress * self.settings.epochs < self._option("awp_warmup_epochs"):
             (loss / count).backward()
             return loss, 0
+        self.gradients += 1
         with perturbed(view.weights, loss, gamma=gamma):
             predict, reach = self._train_pass(view), self._option("helper_reach")
             batch, more = passed(batch, objective.needs, predict, reach=reach)
@@ -287,12 +290,8 @@ class Trainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a resumed training needs, by name."""
-        momentum = {
-            name: self.optimizer.state[parameter]["momentum_buffer"]
-            for name, parameter in self.parameters.items()
-            if "momentum_buffer" in self.optimizer.state[parameter]
-        }
-        groups = {"net": self.net.state_dict(), "average": self.average, "best": self.best, "momentum": momentum}
+        groups = {"net": self.net.state_dict(), "average": self.average, "best": self.best}
+        groups |= {"momentum": {}, **optimizer_tensors(self.optimizer, self.parameters)}
         groups["memory"] = self.memory
         groups["inner"] = self.inner.tensors()
         return {f"{group}.{name}": tensor for group, members in groups.items() for name, tensor in members.items()}
