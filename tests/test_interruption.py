@@ -140,7 +140,12 @@ def test_killed_teacher_continues_to_the_same_weights(inputs, tmp_path):
     assert stage.equals(uninterrupted)
     costs, whole = stage.costs(), uninterrupted.costs()
     assert (costs["attempts"], whole["attempts"]) == (2, 1)
-    for name in ("forward_equivalents", "train_macs", "measure_macs", "gradients"):  # both attempts add up, once each
+    for name in (
+        "forward_equivalents",
+        "train_macs",
+        "measure_macs",
+        "weight_gradients",
+    ):  # both attempts add up, once each
         assert costs[name] == whole[name] > 0, name
 
 

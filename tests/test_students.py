@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +19,17 @@ from training_runs import plain_network, same
 from proard.artifacts import Provenance, read_header, read_table
 from proard.config import ConfigError, UserError, job_settings, load
 from proard.config.students import expand
+from proard.data import load_split, to_float
+from proard.losses import Batch, fast_edge_loss
 from proard.nets import load_static, save_static
 from proard.nets.elastic import Supernet
 from proard.nets.subnet import extract
-from proard.stages import train_student
+from proard.report.students import FIGURES
+from proard.stages import compare_students, evaluate_student, train_student
+from proard.training import Interrupted, single_plan
+from proard.training import trainer as trainer_module
+from proard.training.loop import learning_rate
+from proard.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 SHORT = {key: value for key, value in CONFIG["train_phase"]["phases"][0].items() if key != "name"}
@@ -168,12 +178,12 @@ def test_an_arch_is_written_out_and_a_preset_takes_the_runs_images(files, tmp_pa
     _, space, arch, *_ = train(files, tmp_path / "own", student)
     assert space.genotype(arch) == tiny_space(TINY).genotype(arch)
     assert arch.depth == (1, 0)
-    _, space, arch, *_ = train(files, tmp_path / "preset", {**student, "space": "resnet_digits", "arch": "smallest"})
+    _, space, arch, *_ = train(files, tmp_path / "preset", {**student, "net": "resnet_digits", "arch": "smallest"})
     assert (space.settings.name, space.settings.classes, arch) == ("resnet_digits", 3, space.smallest)
     with pytest.raises(ConfigError, match=r"train_student\.s\.arch lists depth, width and expand"):
         train(files, tmp_path / "wrong", {**student, "arch": {"depth": [1]}})
-    with pytest.raises(ConfigError, match=r"train_student\.s\.space is 'resnet_tiny'"):
-        train(files, tmp_path / "wrong", {**student, "space": "resnet_tiny"})
+    with pytest.raises(ConfigError, match=r"train_student.s: net is .resnet_tiny."):
+        train(files, tmp_path / "wrong", {**student, "net": "resnet_tiny"})
 
 
 def test_the_frozen_teacher_is_the_one_in_the_file(files):
@@ -185,6 +195,268 @@ def test_the_frozen_teacher_is_the_one_in_the_file(files):
     with torch.no_grad():
         torch.testing.assert_close(teacher(images), net(images))
         assert not torch.allclose(teacher(images), plain_network(seed=3)(images))
+
+
+@pytest.mark.parametrize("net", ["vit", "wide_resnet", "resnet20", "mobilenet_v2_micro"])
+def test_other_networks_train_with_attack_and_teacher(files, tmp_path, net):
+    chosen = {"vit": {"family": "vit", "patch": 4, "layers": 1, "heads": 2, "hidden": 8, "mlp": 8}}
+    chosen |= {"wide_resnet": {"family": "wide_resnet", "depth": 10, "widen": 1}}
+    student = {"name": "s", "net": chosen.get(net, net), "loss": "ard", "kdiga_weight": 0.1, "kdiga_at": "adv"}
+    trained, space, arch, history, _ = train(files, tmp_path, {**student, "epochs": 1})
+    assert history["macs"].tolist() == [space.spec(arch).macs]
+    assert (space.settings.image_channels, space.settings.classes) == (1, 3)
+    with torch.no_grad():
+        assert trained(torch.rand(2, 1, 8, 8)).isfinite().all()
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "adamw", "lr": 1e-3}], ids=["sgd", "adamw"])
+def test_a_stopped_training_of_a_vit_goes_on_bit_for_bit(files, tmp_path, changes, monkeypatch):
+    net = {"family": "vit", "patch": 4, "layers": 1, "heads": 2, "hidden": 8, "mlp": 8}
+    student = {"name": "s", "net": net, "loss": "rslad", **changes}
+    whole = train(files, tmp_path / "whole", student)[0].state_dict()
+    original, seen = Trainer.step, []
+
+    def step(self, *arguments, **options):
+        seen.append(arguments[2])
+        if len(seen) == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    with pytest.raises(Interrupted):
+        train(files, tmp_path / "parts", student)
+    again = train(files, tmp_path / "parts", student)[0].state_dict()
+    assert seen[8] == 8
+    assert same(whole, again)
+
+
+def test_adamw_takes_its_own_steps(files, tmp_path):
+    student = {"name": "s", "loss": "plain", "lr": 0.01}
+    trained = [train(files, tmp_path / kind, {**student, "optimizer": kind})[0] for kind in ("sgd", "adamw")]
+    assert not same(trained[0].state_dict(), trained[1].state_dict())
+
+
+# --- options of a training ----------------------------------------------------------------------------------------
+
+
+def test_gradients_are_counted(files, tmp_path):
+    counts = {}
+    for name, student in {
+        "plain": {"loss": "plain"},
+        "attacked": {"loss": "ard"},
+        "aligned": {"loss": "kd", "kdiga_weight": 1},
+        "taught": {"loss": "fast_edge", "attack": {"crafted_on": "teacher", "num_steps": 1}},
+    }.items():
+        history = train(files, tmp_path / name, {"name": "s", **student})[3]
+        counts[name] = history["gradients"].iloc[-1] / history["images"].iloc[-1]
+    assert counts == {"plain": 1, "attacked": 3, "aligned": 2, "taught": 2}
+
+
+@pytest.mark.parametrize("kept", ["float32", "float16"])
+def test_kept_gradients_of_the_teacher_are_those_it_would_give(files, tmp_path, kept):
+    student = {"name": "s", "loss": "kd", "kdiga_weight": 1.0, "augment": {"crop_padding": 1, "flip": True}}
+    plain = train(files, tmp_path / "plain", {**student})[0].state_dict()
+    both = {"teacher_gradients": kept, "teacher_logits": "float32"}
+    table = train(files, tmp_path / kept, {**student, **both})
+    if kept == "float32":
+        assert same(plain, table[0].state_dict())
+    else:
+        for name, value in table[0].state_dict().items():
+            torch.testing.assert_close(value, plain[name], atol=1e-2, rtol=1e-2)
+
+
+def test_a_scaled_loss_has_scaled_gradients(files):
+    config = config_of({"name": "s", "loss": "ard", "loss_scale": 0.1}, {"name": "t", "loss": "ard"})
+    logits, teacher = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    batch = Batch(torch.arange(4) % 3, clean=logits, adv=2 * logits, teacher=teacher)
+    small, whole = (
+        float(drawn.objective.loss(batch, **drawn.options))
+        for student in config.train_student.students
+        for drawn in single_plan(tiny_space().largest, student.loss, student).draw(0, 0, 0)
+    )
+    assert small == pytest.approx(whole / 10)
+
+
+def test_schedules():
+    config = config_of({"name": "s", "lr": 0.8, "grid": {"schedule": ["constant", "steps", "cosine"]}})
+    rates = [[learning_rate(s, step, 8, 0) for step in range(8)] for s in config.train_student.students]
+    assert rates[0] == [0.8] * 8
+    assert rates[1] == pytest.approx([0.8] * 4 + [0.08] * 2 + [0.008] * 2)
+    assert rates[2][4] == pytest.approx(0.4)
+
+
+def test_the_last_epoch_is_kept_where_asked(files, tmp_path):
+    history = train(files, tmp_path, {"name": "s", "loss": "plain", "keep": "last", "epochs": 4})[3]
+    assert history.loc[history["best"], "epoch"].tolist() == [4]
+
+
+def test_an_attack_budget_becomes_epochs():
+    config = config_of(
+        {"name": "s", "epochs": 2, "attack_budget": 10, "grid": {"attack.num_steps": [1, "2", 10]}},
+        {"name": "t", "attack_budget": 3},
+    )
+    assert [student.epochs for student in config.train_student.students] == pytest.approx([11, 22 / 3, 2, 8 / 3])
+    again = load(json.loads(job_settings(config, "train_student")))
+    assert again.train_student == config.train_student
+    with pytest.raises(ConfigError, match=r"attack_budget, epochs and attack\.num_steps are numbers"):
+        config_of({"name": "s", "attack_budget": "ten"})
+
+
+def test_noise_moves_every_clean_image_inside_the_ball(files, tmp_path, monkeypatch):
+    seen = []
+    original = trainer_module.Trainer._forward
+
+    def forward(self, view, subnet, images, *rest):
+        seen.append(images.clone())
+        return original(self, view, subnet, images, *rest)
+
+    monkeypatch.setattr(trainer_module.Trainer, "_forward", forward)
+    still = {"augment": {"crop_padding": 0, "flip": False}, "epochs": 1, "loss": "kd", "name": "s"}
+    for noise in (0, 1):
+        train(files, tmp_path / str(noise), {**still, "clean_noise": noise})
+    half = len(seen) // 2
+    for before, after in zip(seen[:half], seen[half:], strict=True):
+        assert 0.05 < (after - before).abs().max() <= 0.1 + 1e-6
+        assert after.min() >= 0
+        assert after.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("student", "words"),
+    [
+        ({"loss": "ard", "clean_noise": 1}, ["clean_noise", "ard"]),
+        ({"loss": "kd", "clean_noise": 1, "teacher_logits": "float32"}, ["clean_noise", "teacher_logits"]),
+        ({"loss": "kd", "teacher_gradients": "float32"}, ["teacher_gradients", "kdiga_weight"]),
+    ],
+    ids=["attack", "views", "nothing kept"],
+)
+def test_options_that_exclude_each_other_are_refused(student, words):
+    with pytest.raises(ConfigError) as caught:
+        config_of({"name": "s", **student})
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_an_attack_on_the_teacher_needs_one():
+    with pytest.raises(ConfigError, match=r"train_teacher.*no frozen teacher"):
+        load({**CONFIG, "train_teacher": {"attack": {"crafted_on": "teacher"}}})
+
+
+def test_images_crafted_on_the_teacher_are_fgsm_against_it(files, tmp_path, monkeypatch):
+    seen = []
+    original = trainer_module.pgd
+
+    def pgd(predict, objective, images, **options):
+        adv = original(predict, objective, images, **options)
+        seen.append((images.clone(), objective.labels, adv))
+        return adv
+
+    monkeypatch.setattr(trainer_module, "pgd", pgd)
+    attack = {"crafted_on": "teacher", "num_steps": 1, "step_size": 0.1, "start": "zero"}
+    train(files, tmp_path, {"name": "s", "loss": "fast_edge", "attack": attack, "epochs": 1})
+    net, *_ = load_static(files["teacher"], kind="teacher")
+    images, labels, adv = seen[-1]
+    inputs = images.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(net(inputs), labels, reduction="sum"), inputs)
+    steep = gradient.abs() > 1e-4
+    torch.testing.assert_close(adv[steep], (images + 0.1 * gradient.sign()).clamp(0, 1)[steep])
+
+
+def test_fast_edge_by_hand():
+    clean, adv = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])
+    teacher, labels = torch.tensor([[0.0, 1.0]]), torch.tensor([0])
+    share = 1 / (1 + math.e)
+    soft = -(share * math.log(1 - share) + (1 - share) * math.log(share))
+    hard = math.log(1 + math.exp(2))
+    found = fast_edge_loss(clean, adv, teacher, labels, beta=3.0)
+    assert float(found) == pytest.approx(soft + 3 * hard, rel=1e-5)
+
+
+# --- one evaluation for all ---------------------------------------------------------------------------------------
+
+
+def evaluated(files, folder, student):
+    """Train and measure a student; the rows of its table and the files."""
+    *_, written = train(files, folder, student)
+    config = load({**config_of(student).model_dump(mode="json"), "evaluate_student": MEASURE})
+    settings = job_settings(config, "evaluate_student", student=student["name"])
+    written["table"] = folder / "table.parquet"
+    argv = ["--settings", settings, "--seed", "0", "--threads", "1", "--device", "cpu", "--test", str(files["test"])]
+    evaluate_student.main([*argv, "--student", str(written["student"]), "--table", str(written["table"])])
+    return read_table(written["table"]), written
+
+
+MEASURE = {
+    "eps": [0.05, 0.1],
+    "attacks": [
+        {"name": "fgsm", "num_steps": 1, "step_size": 0.1, "start": "zero"},
+        {"name": "pgd4", "num_steps": 4, "step_size": 0.04},
+    ],
+}
+
+
+def test_every_student_stands_the_same_attacks_and_its_own(files, tmp_path):
+    rows, written = evaluated(files, tmp_path, {"name": "s_seed=3", "loss": "ard", "lr": 0.03, "seed": 3})
+    assert list(rows["attack"]) == ["fgsm", "pgd4", "worst"] * 2 + ["own"]
+    assert list(rows["eps"]) == [0.05] * 3 + [0.1] * 4
+    assert list(rows["step_size"].dropna()) == pytest.approx([0.05, 0.02, 0.1, 0.04, 0.05])
+    by = rows.set_index(["attack", "eps"])["robust_acc"]
+    for eps in (0.05, 0.1):
+        assert by["worst", eps] <= min(by["fgsm", eps], by["pgd4", eps])
+    assert rows["clean_acc"].nunique() == 1
+    assert set(rows["split"]) == {"test"}
+    own = rows.iloc[-1]
+    assert (own["num_steps"], own["accounting"]) == (2, "last_iterate")
+    assert by["worst", 0.1] <= own["robust_acc"]
+    first = rows.iloc[0]
+    assert (first["student"], first["group"], first["loss"], first["net"]) == ("s_seed=3", "s", "ard", "tiny")
+    assert (first["train_steps"], first["lr"], first["epochs"]) == (2, 0.03, 2)
+    history = read_table(written["history"])
+    assert first["train_gradients"] == history["gradients"].iloc[-1] == 3 * history["images"].iloc[-1]
+    assert first["peak_memory"] > 2**25
+    assert first["val_robust_acc"] == history.loc[history["best"], "val_robust_acc"].iloc[-1]
+
+
+def test_fgsm_measures_one_step_of_eps_from_the_image(files, tmp_path):
+    rows, written = evaluated(files, tmp_path, {"name": "s", "loss": "plain"})
+    assert "own" not in set(rows["attack"])
+    net, *_ = load_static(written["student"], kind="trained_student")
+    test = load_split(files["test"])
+    images = to_float(test.images)
+    inputs = images.clone().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(net(inputs), test.labels, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, inputs)
+    with torch.no_grad():
+        clean = net(images).argmax(1) == test.labels
+        right = clean & (net((images + 0.1 * gradient.sign()).clamp(0, 1)).argmax(1) == test.labels)
+    row = rows[(rows["attack"] == "fgsm") & (rows["eps"] == 0.1)].iloc[0]
+    assert row["robust_acc"] == pytest.approx(float(right.double().mean()))
+
+
+def test_students_are_compared_in_one_table_with_figures(files, tmp_path):
+    students = [{"name": f"ard_seed={seed}", "loss": "ard", "seed": seed} for seed in (0, 1)]
+    students.append({"name": "plain", "loss": "plain", "epochs": 1})
+    tables = {each["name"]: evaluated(files, tmp_path / each["name"], each) for each in students}
+    config = config_of(*students)
+    figures = {name: tmp_path / f"{name}.svg" for name in FIGURES}
+    flags = {"table": tmp_path / "all.parquet", "summary": tmp_path / "summary.parquet", **figures}
+    argv = ["--settings", job_settings(config, "compare_students"), "--threads", "1", "--device", "cpu"]
+    argv += ["--tables", *(str(written["table"]) for _, written in tables.values())]
+    compare_students.main(
+        [*argv, *(w for name, path in flags.items() for w in (f"--{name.replace('_', '-')}", str(path)))]
+    )
+    table, summary = read_table(flags["table"]), read_table(flags["summary"])
+    assert len(table) == sum(len(rows) for rows, _ in tables.values())
+    pair = table[(table["group"] == "ard") & (table["attack"] == "worst") & (table["eps"] == 0.1)]["robust_acc"]
+    row = summary[(summary["group"] == "ard") & (summary["attack"] == "worst") & (summary["eps"] == 0.1)].iloc[0]
+    assert row["robust_acc"] == pytest.approx(pair.mean())
+    assert row["robust_acc_sd"] == pytest.approx(pair.std(), abs=1e-12)
+    assert row["seeds"] == 2
+    assert math.isnan(summary[summary["group"] == "plain"]["robust_acc_sd"].astype(float).iloc[0])
+    for path in figures.values():
+        text = path.read_text("utf-8")
+        assert "</svg>" in text
+        assert "Students trained one by one" in text
+    assert ">ard</text>" in figures["accuracy_figure"].read_text("utf-8")
 
 
 # --- the workflow -------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from proard.config.attacks import Attack, Curriculum, Threat, TrainingAttack
 from proard.config.fields import ConfigError, UserError
+from proard.config.nets import NETS, VisionTransformer, WideResNet, named_nets
 from proard.config.presets import PRESETS
 from proard.config.run import NEEDS, RunConfig, job_settings, json_schema, load, parse
 from proard.config.settings import (
@@ -23,18 +24,21 @@ from proard.config.settings import (
     VerifyFront,
 )
 from proard.config.spaces import Final, Space, Stem, Unit
-from proard.config.students import Student, TrainStudent
+from proard.config.students import CompareStudents, EvaluateStudent, Student, TrainStudent
 from proard.config.twins import CompareTwins, MeasureTwin
 
 __all__ = [
     "NEEDS",
+    "NETS",
     "PRESETS",
     "Attack",
     "Augmentation",
+    "CompareStudents",
     "CompareTwins",
     "ConfigError",
     "Curriculum",
     "EvaluateArchs",
+    "EvaluateStudent",
     "ExportStudent",
     "Final",
     "FitPredictor",
@@ -60,8 +64,11 @@ __all__ = [
     "UserError",
     "Validation",
     "VerifyFront",
+    "VisionTransformer",
+    "WideResNet",
     "job_settings",
     "json_schema",
     "load",
+    "named_nets",
     "parse",
 ]

@@ -12,9 +12,10 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from proard.config import settings as s
 from proard.config.attacks import Threat
 from proard.config.fields import NUMBER_SCHEMA, ConfigError, Natural, Settings
+from proard.config.nets import named_nets
 from proard.config.presets import PRESETS
 from proard.config.spaces import Space
-from proard.config.students import TrainStudent
+from proard.config.students import CompareStudents, EvaluateStudent, TrainStudent
 from proard.config.twins import CompareTwins, MeasureTwin
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -25,6 +26,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "train_control": ("run", "space", "threat", "measurement", "train_teacher", "train_control", "verify_front"),
     "train_phase": ("run", "space", "threat", "train_phase"),
     "train_student": ("run", "space", "threat", "train_student"),
+    "evaluate_student": ("run", "space", "threat", "measurement", "train_student", "evaluate_student"),
+    "compare_students": ("run", "threat", "compare_students"),
     "measure_twin": ("run", "space", "threat", "measurement", "verify_front", "measure_twin"),
     "compare_twins": ("run", "threat", "compare_twins"),
     "sample_archs": ("run", "space", "sample_archs"),
@@ -52,6 +55,8 @@ class RunConfig(Settings):
     train_control: s.TrainControl = s.TrainControl()
     train_phase: s.TrainPhase = s.TrainPhase()
     train_student: TrainStudent = TrainStudent()
+    evaluate_student: EvaluateStudent = EvaluateStudent()
+    compare_students: CompareStudents = CompareStudents()
     measure_twin: MeasureTwin = MeasureTwin()
     compare_twins: CompareTwins | None = None
     sample_archs: s.SampleArchs = s.SampleArchs()
@@ -113,6 +118,8 @@ def _measuring_attacks(run: RunConfig) -> dict[str, s.Attack | s.Validation]:
     attacks |= {"evaluate_archs.attack": run.evaluate_archs.attack, "select_student.attack": run.select_student.attack}
     attacks |= {"train_teacher.validation": run.train_teacher.validation}
     attacks |= {"train_control.validation": run.train_control.validation}
+    if run.train_student.students:
+        attacks |= {f"evaluate_student.attacks.{attack.name}": attack for attack in run.evaluate_student.attacks}
     attacks |= {f"train_student.{each.name}.validation": each.validation for each in run.train_student.students}
     return attacks | {f"train_phase.{phase.name}.validation": phase.validation for phase in run.train_phase.phases}
 
@@ -162,6 +169,8 @@ def _named_path(values: Any, location: tuple[Any, ...]) -> list[Any]:
     for part in location:
         if isinstance(part, str) and ("[" in part or part in ("int", "float", "str") or part.startswith("function-")):
             continue  # pydantic's name for a branch of a union
+        if isinstance(values, Mapping) and part not in values and part == values.get("family"):
+            continue  # its name for a branch that the family chooses
         entry = None
         if isinstance(values, Mapping):
             values = entry = values.get(part)
@@ -183,7 +192,8 @@ def _keys_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
         if isinstance(part, int):
             node = node.get("items", node.get("prefixItems", [{}])[0] if "prefixItems" in node else {})
         else:
-            node = node.get("properties", {}).get(part, node)
+            chosen = node.get("discriminator", {}).get("mapping", {}).get(part)
+            node = {"$ref": chosen} if chosen else node.get("properties", {}).get(part, node)
     return list(_resolve(schema, node).get("properties", {}))
 
 
@@ -194,7 +204,7 @@ def _resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
         if "$ref" in node:
             node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
         elif branches:
-            node = next((branch for branch in branches if "$ref" in branch), {})
+            node = next((branch for branch in branches if "$ref" in branch or "discriminator" in branch), {})
         else:
             return node
 
@@ -230,7 +240,10 @@ def json_schema() -> dict[str, Any]:
     }
     defined = schema["$defs"]
     grid = {"type": "object", "additionalProperties": {"type": "array", "minItems": 1}}
+    nets = [{"enum": sorted(named_nets())}, *defined["Student"]["properties"]["net"]["anyOf"]]
+    defined["Student"]["properties"]["net"] = {"anyOf": nets, "default": None}
     defined["Student"]["properties"] |= {"grid": grid, "seeds": {"type": "array", "items": NUMBER_SCHEMA}}
+    defined["Student"]["properties"]["attack_budget"] = NUMBER_SCHEMA
     for one, section in (("Phase", "TrainPhase"), ("Student", "TrainStudent")):
         shared = {key: value for key, value in defined[one]["properties"].items() if key != "name"}
         defined[section]["properties"].update(shared)

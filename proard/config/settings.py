@@ -116,14 +116,29 @@ class Optimisation(Settings):
     dtype: Dtype = "float32"
     save_every_minutes: Positive = 5
 
+    @property
+    def asks_frozen_teacher(self) -> bool:
+        """Whether a frozen teacher is there to be attacked."""
+        return False
+
+    @model_validator(mode="after")
+    def attacked_network_is_there(self) -> Optimisation:
+        """Images are crafted on a teacher only where there is one."""
+        if self.attack.crafted_on == "teacher" and not self.asks_frozen_teacher:
+            raise ValueError("attack.crafted_on is teacher; this training has no frozen teacher")
+        return self
+
 
 class TrainTeacher(Optimisation, RobustOptions):
-    """The fixed robust network. `arch` is `largest` or a mapping of elastic dims; `space` names another space.
+    """The fixed robust network. `arch` is `largest` or a mapping of elastic dims; `space` names another space or net.
+
+    `source`: `train` it here, take a `file` that this package wrote, or convert a `file` that holds a WideResNet as
+    TRADES publishes it (`trades`; nothing but tensors is read).
 
     `objective`: `plain`, `pgd_at` (also called `sat`), `trades`, `mart` or `hat`, whose helper is the run's control.
     """
 
-    source: Literal["train", "file"] = "train"
+    source: Literal["train", "file", "trades"] = "train"
     file: str | None = None
     space: str | None = None
     arch: Literal["largest"] | dict[str, tuple[Number, ...]] = "largest"
@@ -137,8 +152,9 @@ class TrainTeacher(Optimisation, RobustOptions):
     @model_validator(mode="after")
     def file_is_named(self) -> TrainTeacher:
         """A teacher from a file needs the file."""
-        if self.source == "file" and self.file is None:
-            raise ValueError("source file needs `file`: the path of a teacher.safetensors")
+        if self.source != "train" and self.file is None:
+            wanted = "a teacher.safetensors" if self.source == "file" else "a WideResNet checkpoint of TRADES' layout"
+            raise ValueError(f"source {self.source} needs `file`: the path of {wanted}")
         return self
 
 
@@ -181,6 +197,11 @@ class Phase(Optimisation, DistillationOptions, Extended):
     teacher_logits: Literal["float32", "float16"] | None = None
     teacher_objective: RobustObjective = "trades"
     warm_start: Literal["teacher", "random"] = "teacher"
+
+    @property
+    def asks_frozen_teacher(self) -> bool:
+        """A dynamic teacher is itself trained in the step."""
+        return self.teacher == "frozen"
 
     @property
     def needs_control(self) -> bool:

@@ -80,12 +80,12 @@ def _from_history(folder: Path, path: Path) -> list[pd.DataFrame]:
         "seconds": last["seconds"],
         "forward_equivalents": last["forward_equivalents"],
         "work_macs": macs,
-        "gradients": last.get("gradients"),
+        "weight_gradients": last.get("weight_gradients"),
         "train_forward_equivalents": last["forward_equivalents"],
         "train_macs": macs,
         "counted": "history",
     }
-    return [pd.DataFrame([row]).astype({"work_macs": float, "train_macs": float, "gradients": float})]
+    return [pd.DataFrame([row]).astype({"work_macs": float, "train_macs": float, "weight_gradients": float})]
 
 
 def _from_table(path: Path) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from proard.space.arch import DIMS, Arch
 from proard.space.cost import Budget, parse_budget
+from proard.space.fixed import FixedArch, FixedSpace, FixedSpec, read_arch, read_space, space_of
 from proard.space.search_space import SearchSpace
 from proard.space.spec import Activation, BlockSpec, ConvSpec, GateSpec, NetSpec, PoolSpec, Step
 from proard.space.work import Tally, Work, one_pass
@@ -13,6 +14,9 @@ __all__ = [
     "BlockSpec",
     "Budget",
     "ConvSpec",
+    "FixedArch",
+    "FixedSpace",
+    "FixedSpec",
     "GateSpec",
     "NetSpec",
     "PoolSpec",
@@ -22,4 +26,7 @@ __all__ = [
     "Work",
     "one_pass",
     "parse_budget",
+    "read_arch",
+    "read_space",
+    "space_of",
 ]

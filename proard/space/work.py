@@ -16,19 +16,20 @@ class Work:
         of training 2 more.
     macs : float
         The same passes, each times the multiply-accumulates of the network that it went through.
-    gradients : float
+    weight_gradients : float
         Gradient evaluations: images times the networks whose weights a loss on them was differentiated by.
     """
 
     forwards: float = 0.0
     macs: float = 0.0
-    gradients: float = 0.0
+    weight_gradients: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.forwards + other.forwards, self.macs + other.macs, self.gradients + other.gradients)
+        gradients = self.weight_gradients + other.weight_gradients
+        return Work(self.forwards + other.forwards, self.macs + other.macs, gradients)
 
     def __mul__(self, times: float) -> Work:
-        return Work(self.forwards * times, self.macs * times, self.gradients * times)
+        return Work(self.forwards * times, self.macs * times, self.weight_gradients * times)
 
     __rmul__ = __mul__
 

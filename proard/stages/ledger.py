@@ -93,7 +93,7 @@ class Ledger:
             "device_seconds": devices * costs["seconds"],
             "forward_equivalents": done.forwards,
             "work_macs": done.macs,
-            "gradients": self.trained.gradients,
+            "weight_gradients": self.trained.weight_gradients,
             "train_forward_equivalents": self.trained.forwards,
             "train_macs": self.trained.macs,
             "measure_forward_equivalents": self.tally.spent.forwards,

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from proard.config import Space, Student, UserError
 from proard.nets import load_static, save_static
-from proard.space import Arch, SearchSpace
+from proard.space import Arch, FixedArch, FixedSpace, SearchSpace
 from proard.stages.common import Job, parse_arguments, run
-from proard.stages.train_teacher import named_arch, named_space
+from proard.stages.train_teacher import fitted_space, named_arch
 from proard.stages.training import Training, frozen_network, train_alone
 
 
@@ -35,15 +38,41 @@ def main(argv: Sequence[str] | None = None) -> None:
             training, label=student.name, space=space, arch=arch, objective=student.loss, **networks
         )
         training.write_history(files.history, rows)
-        save_static(files.student, net, space=space, arch=arch, kind="trained_student", provenance=training.provenance)
+        facts = training_facts(rows, student, job)
+        described = {"space": space, "arch": arch, "provenance": training.provenance}
+        save_static(files.student, net, kind="trained_student", training=facts, **described)
         training.state.finish()
+    memory = facts["peak_device_memory"] or facts["peak_memory"]
+    print(
+        f"{student.name}: {facts['train_gradients']:,} gradients of one image, "
+        f"{facts['seconds_per_epoch']:.1f} s an epoch, at most {memory / 2**20:,.0f} MiB of memory"
+    )
     job.record_costs()
 
 
-def student_network(student: Student, own: Space) -> tuple[SearchSpace, Arch]:
+def training_facts(rows: list[dict[str, Any]], student: Student, job: Job) -> dict[str, Any]:
+    """What the training took and which epoch it kept, as columns of the TRAINED table."""
+    last, kept = rows[-1], next((row for row in reversed(rows) if row["best"]), rows[-1])
+    on_gpu = job.device.startswith("cuda")
+    return {
+        "train_seed": job.seed,
+        "epochs": student.epochs,
+        "kept_epoch": kept["epoch"],
+        "val_clean_acc": kept.get("val_clean_acc"),
+        "val_robust_acc": kept.get("val_robust_acc"),
+        "train_images": last["images"],
+        "train_gradients": last["gradients"],
+        "train_forward_equivalents": last["forward_equivalents"],
+        "seconds_per_epoch": last["seconds"] / student.epochs,
+        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_device_memory": torch.cuda.max_memory_allocated() if on_gpu else None,
+    }
+
+
+def student_network(student: Student, own: Space) -> tuple[SearchSpace | FixedSpace, Arch | FixedArch]:
     """The space and the arch of a student, for the run's images."""
     where = f"train_student.{student.name}"
-    space = named_space(student.space, own, where=where)
+    space = SearchSpace(own) if student.net is None else fitted_space(student.net, own, where=f"{where}.net")
     return space, named_arch(student.arch, space, where=where)
 
 

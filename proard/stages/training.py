@@ -13,8 +13,8 @@ from proard.artifacts import HISTORY, write_table
 from proard.config import Attack, Measurement, Phase, Student, TrainControl, TrainTeacher, UserError
 from proard.data import Augmenter, ImageSet, Views, epoch_order, load_split, to_float
 from proard.evaluation.meter import validation_rows
-from proard.nets import StaticNet, Supernet, extract, fold, load_static, recalibrate
-from proard.space import Arch, SearchSpace, Work
+from proard.nets import FixedNet, StaticNet, Supernet, extract, fold, load_static, recalibrate
+from proard.space import Arch, FixedArch, FixedSpace, SearchSpace, Work
 from proard.stages.common import Job
 from proard.training import Plan, ResumeState, fingerprint, fit, single_plan
 from proard.training.inner import weakest
@@ -73,8 +73,8 @@ class Training:
         )
         self.state = ResumeState(self.output, mark, costs=self.job.ledger)
 
-    def supernet(self, space: SearchSpace) -> Supernet:
-        """A fresh supernet for the images at hand.
+    def supernet(self, space: SearchSpace | FixedSpace) -> Supernet | FixedNet:
+        """A fresh supernet, or a network that no space describes, for the images at hand.
 
         Raises
         ------
@@ -90,7 +90,8 @@ class Training:
                 "set prepare_data.image_size and prepare_data.classes, or write the space for them"
             )
         generator = torch.Generator().manual_seed(self.job.seed)
-        net = Supernet(space, mean=self.train.mean, std=self.train.std, generator=generator)
+        made = FixedNet if isinstance(space, FixedSpace) else Supernet
+        net = made(space, mean=self.train.mean, std=self.train.std, generator=generator)
         return net.to(self.job.device)
 
     def fit(
@@ -148,7 +149,7 @@ class Training:
             control=self.control(control),
         )
         done = rows[-1]
-        self.job.ledger.trained = Work(done["forward_equivalents"], done["work_macs"], done["gradients"])
+        self.job.ledger.trained = Work(done["forward_equivalents"], done["work_macs"], done["weight_gradients"])
         return rows
 
     def control(self, path: str | None) -> Callable[[Tensor], Tensor] | None:
@@ -179,12 +180,12 @@ def train_alone(
     training: Training,
     *,
     label: str,
-    space: SearchSpace,
-    arch: Arch,
+    space: SearchSpace | FixedSpace,
+    arch: Arch | FixedArch,
     objective: str,
     control: str | None = None,
     teacher: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[StaticNet, list[dict[str, Any]]]:
+) -> tuple[StaticNet | FixedNet, list[dict[str, Any]]]:
     """Train one arch of a space by itself and return it recalibrated, with its history.
 
     `teacher` is the frozen network that a distillation loss asks, such as `frozen_network` of a loaded one.
@@ -198,6 +199,6 @@ def train_alone(
     return static, rows
 
 
-def frozen_network(net: StaticNet) -> Callable[[Tensor], Tensor]:
+def frozen_network(net: StaticNet | FixedNet) -> Callable[[Tensor], Tensor]:
     """Logits of a network that is not trained, batch norm folded; only images that ask for a gradient get one."""
     return fold(net)

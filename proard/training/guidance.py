@@ -31,6 +31,8 @@ class Guidance:
         Share of the training that is done; number of the pass over the data.
     teacher_price, control_price : Work
         What it takes to ask them about one image.
+    gradient : Tensor of shape (batch, channels, height, width), optional
+        The teacher's input gradient at the clean images, where it is known already.
     """
 
     target: Tensor | None
@@ -40,6 +42,13 @@ class Guidance:
     data_pass: int = 0
     teacher_price: Work = ANY_PASS
     control_price: Work = ANY_PASS
+    gradient: Tensor | None = None
+
+    def gradient_of(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The teacher's input gradient of the cross-entropy, image by image; of shape (batch, pixels)."""
+        inputs = images.detach().requires_grad_()
+        with torch.enable_grad():
+            return loss_gradient(self.teacher(inputs).float(), inputs, labels).flatten(1)
 
     def led_by(self, target: Tensor, guide: Network, *, frozen_weight: float, price: Work = ANY_PASS) -> Guidance:
         """The same step with the dynamic teacher, alone or mixed with the frozen one; `price` is the guide's."""
@@ -92,9 +101,10 @@ def guided(batch: Batch, needs: frozenset[str], guidance: Guidance) -> tuple[Bat
     by_control = len({"control", "control_adv"} & asked.keys())
     work = (len(asked) - by_control) * guidance.teacher_price + by_control * guidance.control_price
     for name, where in (("teacher_gradient", images), ("teacher_gradient_adv", adversarial)):
-        if name in needs:
-            inputs = where.detach().requires_grad_()
-            asked[name] = loss_gradient(guidance.teacher(inputs).float(), inputs, batch.labels)
+        if name in needs and name == "teacher_gradient" and guidance.gradient is not None:
+            asked[name] = guidance.gradient
+        elif name in needs:
+            asked[name] = guidance.gradient_of(where, batch.labels).view(where.shape)
             work += 2 * guidance.teacher_price
     progress = {"progress": guidance.progress, "data_pass": guidance.data_pass}
     return replace(batch, **asked, **progress), work

@@ -63,6 +63,7 @@ class Progressed:
     images: int = 0
     forward_equivalents: int = 0
     work_macs: float = 0.0
+    weight_gradients: int = 0
     gradients: int = 0
     seconds: float = 0.0
     best_score: float = -math.inf
@@ -70,9 +71,14 @@ class Progressed:
 
 
 def learning_rate(settings: TrainTeacher | TrainControl | Phase | Student, step: int, total: int, warmup: int) -> float:
-    """Linear warm-up to `lr`, then a cosine to zero."""
+    """Linear warm-up to `lr`, then a cosine to zero, or what a student's `schedule` says."""
     if step < warmup:
         return settings.lr * (step + 1) / (warmup + 1)
+    schedule = getattr(settings, "schedule", "cosine")
+    if schedule == "constant":
+        return settings.lr
+    if schedule == "steps":  # a tenth at half, and again at three quarters: epochs 100 and 150 of 200
+        return settings.lr * 0.1 ** sum(step >= share * total for share in (0.5, 0.75))
     return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
 
 
@@ -139,18 +145,17 @@ def fit(
     if settings.attack.carry_passes is not None:
         place = {"eps": eps, "norm": norm, "seed": seed, "device": net.mean.device}
         inner.carried = CarriedPerturbations(settings.attack, source.padded_shape, **place)
-    table = None
-    if isinstance(settings, (Phase, Student)) and settings.teacher_logits is not None:
-        table = TeacherTable(
-            source.padded_shape[0],
-            padding=settings.augment.crop_padding,
-            flip=settings.augment.flip,
-            classes=net.space.settings.classes,
-            dtype=getattr(torch, settings.teacher_logits),
-            device=net.mean.device,
-        )
-        print(f"{label}: the teacher's logits take {table.bytes / 2**20:.1f} MiB on {net.mean.device}", flush=True)
-    trainer = Trainer(net, settings, plan, eps, teacher, seed, control, inner=inner, table=table)
+    tables = {}
+    for key, name in (("teacher_logits", "table"), ("teacher_gradients", "gradient_table")):
+        dtype = getattr(settings, key, None)
+        if dtype is not None:
+            place = {"padding": settings.augment.crop_padding, "flip": settings.augment.flip, "device": net.mean.device}
+            shape = net.space.settings
+            numbers = shape.classes if name == "table" else shape.image_channels * shape.image_size**2
+            images = source.padded_shape[0]
+            tables[name] = TeacherTable(images, classes=numbers, dtype=getattr(torch, dtype), key=key, **place)
+            print(f"{label}: {key} take {tables[name].bytes / 2**20:.1f} MiB on {net.mean.device}", flush=True)
+    trainer = Trainer(net, settings, plan, eps, teacher, seed, control, inner=inner, **tables)
     trainer.total_steps = total
     history: Rows = []
     done = Progressed()
@@ -207,7 +212,8 @@ def fit(
             done.images += len(labels)
             done.forward_equivalents += round(work.forwards * len(labels))
             done.work_macs += work.macs * len(labels)
-            done.gradients += round(work.gradients * len(labels))
+            done.weight_gradients += round(work.weight_gradients * len(labels))
+            done.gradients += trainer.gradients * len(labels)
             epoch_ends = done.step % steps_per_epoch == 0 or done.step == total
             fifth = done.step == first_step + 5
             if epoch_ends or fifth or len(unread) == READ_EVERY:
@@ -237,6 +243,10 @@ def fit(
                 saved = time.monotonic()
     progress.close()
     save()  # what follows may take long and be killed as well
+    if getattr(settings, "keep", "best") == "last":
+        trainer.remember_best()
+        for row in history:
+            row["best"] = row["epoch"] == history[-1]["epoch"]
     trainer.keep_best()
     return history
 
@@ -286,6 +296,7 @@ def _end_epoch(
         "images": done.images,
         "forward_equivalents": done.forward_equivalents,
         "work_macs": done.work_macs,
+        "weight_gradients": done.weight_gradients,
         "gradients": done.gradients,
         "seconds": done.seconds,
         "best": best,

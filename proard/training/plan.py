@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from proard.config import Phase, Student
-from proard.losses import OBJECTIVES, Memory, Objective, with_igdm, with_kdiga
+from proard.losses import OBJECTIVES, Memory, Objective, scaled, with_igdm, with_kdiga
 from proard.space import Arch, SearchSpace
 from proard.training.attentive import at_one_cost
 
@@ -69,6 +69,8 @@ def single_plan(arch: Arch, objective: str, settings: Any) -> Plan:
     found, options = bind(objective, settings)
     if isinstance(settings, (Phase, Student)):
         found = with_terms(found, settings)
+    if isinstance(settings, Student) and settings.loss_scale != 1:
+        found = scaled(found, scale=settings.loss_scale)
     drawn = [Drawn(arch, found, options)]
     memory = None if found.memory is None else partial(found.memory, **options)
     return Plan(lambda seed, step, data_pass: drawn, memory=memory)

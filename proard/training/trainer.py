@@ -5,25 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import compress
-from operator import not_
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from proard.attacks import pgd, take_steps
+from proard.attacks import pgd, start_point, take_steps
 from proard.config import Phase, Student, TrainControl, TrainTeacher
 from proard.data import Views
 from proard.kernels import CapturedSteps
 from proard.losses import INNER_OBJECTIVES, Batch, kl_to_teacher
-from proard.nets import Supernet
+from proard.nets import FixedNet, FixedView, Supernet
 from proard.nets.view import Statistics, SubnetView
 from proard.space import Arch, Work, one_pass
 from proard.training.attentive import settle
 from proard.training.guard import Guard, flat
 from proard.training.guidance import Guidance, guided, passed, side_by_side
 from proard.training.inner import Inner
+from proard.training.optimizer import make_optimizer, optimizer_tensors
 from proard.training.perturbation import perturbed
 from proard.training.plan import Drawn, Plan
 from proard.training.sync import gradient_sync
@@ -35,7 +34,7 @@ class Trainer:
 
     Parameters
     ----------
-    net : Supernet
+    net : Supernet or FixedNet
         Changed in place by `step`.
     settings : TrainTeacher, TrainControl, Phase or Student
         Optimisation and attack.
@@ -51,8 +50,8 @@ class Trainer:
         Plainly trained network: images to logits.
     inner : Inner, optional
         What the attacks of a step start from and how many steps they take; by default each attacks for itself.
-    table : TeacherTable, optional
-        Where the teacher's logits are kept.
+    table, gradient_table : TeacherTable, optional
+        Where the teacher's logits and its input gradients are kept.
 
     Notes
     -----
@@ -61,7 +60,7 @@ class Trainer:
 
     def __init__(
         self,
-        net: Supernet,
+        net: Supernet | FixedNet,
         settings: TrainTeacher | TrainControl | Phase | Student,
         plan: Plan,
         eps: float,
@@ -71,9 +70,11 @@ class Trainer:
         *,
         inner: Inner | None = None,
         table: TeacherTable | None = None,
+        gradient_table: TeacherTable | None = None,
     ) -> None:
         self.net, self.settings, self.plan, self.eps, self.teacher, self.seed = net, settings, plan, eps, teacher, seed
-        self.inner, self.table = inner or Inner(settings.attack, eps=eps), table
+        self.inner, self.table, self.gradient_table = inner or Inner(settings.attack, eps=eps), table, gradient_table
+        self.gradients = 0  # backward passes of one image in the newest step
         self.control, self.total_steps = control, 1
         self.teacher_price, self.control_price = _price(teacher), _price(control)
         self.attack_dtype = getattr(torch, settings.attack.dtype)
@@ -83,19 +84,7 @@ class Trainer:
         self.parameters = dict(net.named_parameters())
         for parameter in self.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
-        spared = [p.ndim == 1 or ".transforms." in name for name, p in self.parameters.items()]
-        plain = list(compress(self.parameters.values(), spared))  # norms, biases, kernel transforms (identity at first)
-        decayed = list(compress(self.parameters.values(), map(not_, spared)))
-        self.optimizer = torch.optim.SGD(
-            [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-            lr=settings.lr,
-            momentum=settings.momentum,
-            nesterov=settings.momentum > 0,
-            fused=True,
-        )
-        if settings.momentum > 0:  # created up front: fused SGD fails when a first gradient comes later than others
-            for parameter in self.parameters.values():
-                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        self.optimizer = make_optimizer(self.parameters, settings)
         memory = {} if plan.memory is None else plan.memory(net.space.settings.classes)
         self.memory = {name: tensor.to(net.mean.device) for name, tensor in memory.items()}
         self.guard, self.sync = Guard(net.mean.device), gradient_sync(net)
@@ -110,7 +99,7 @@ class Trainer:
     @property
     def needs_views(self) -> bool:
         """Whether `step` must be told which views its images are."""
-        return self.table is not None or self.inner.carried is not None
+        return any(kept is not None for kept in (self.table, self.gradient_table, self.inner.carried))
 
     def step(
         self,
@@ -128,7 +117,10 @@ class Trainer:
         and on the device, and the work spent per image. The host never waits for the device; whether
         a loss was not finite stands in `guard`.
         """
-        drawn = self.plan.draw(self.seed, step, data_pass)
+        drawn, self.gradients = self.plan.draw(self.seed, step, data_pass), 0
+        if self._option("clean_noise"):
+            around = {"eps": self._option("clean_noise") * self.eps, "norm": self.inner.norm}
+            images = start_point(images, **around, start="uniform", generator=generator)
         torch._foreach_zero_([parameter.grad for parameter in self.parameters.values()])
         statistics = flat(self.statistics)
         frozen, work = self._ask_teacher(images, views)
@@ -137,11 +129,15 @@ class Trainer:
         prices = {"teacher_price": self.teacher_price, "control_price": self.control_price}
         progress = min(step / self.total_steps, 1.0)
         guidance = Guidance(frozen, self.teacher, self.control, progress, data_pass, **prices)
+        if self.gradient_table is not None:
+            kept, computed = self.gradient_table(guidance.gradient_of, images, views, labels)
+            guidance = replace(guidance, gradient=kept.view(images.shape))
+            work += 2 * computed / len(images) * self.teacher_price
         drawn, scored = settle(drawn, lambda arch: self._score(arch, images, labels, frozen))
         drawn = self.inner.begin(drawn, self.net.space, step=step, data_pass=data_pass, views=views)
         work = sum((self._price(arch) for arch in scored), start=work)
         for subnet in drawn:
-            view = SubnetView(self.net, subnet.arch)
+            view = self._view(subnet.arch)
             batch, spent = self._forward(view, subnet, images, labels, guidance, generator)
             loss, more = self._backward(view, subnet, batch, len(drawn))
             price = self._price(subnet.arch)
@@ -153,7 +149,7 @@ class Trainer:
                 )
             clean_right = clean_right + _correct(batch.clean, labels) / len(drawn)
             adv_right = adv_right + _correct(batch.adv, labels) / len(drawn)
-            work += spent + more * price + Work(gradients=1.0)
+            work += spent + more * price + Work(weight_gradients=1.0)
             view.scatter_gradients()
         mean_loss = torch.stack(losses).mean()
         if self.sync is not None:
@@ -189,7 +185,9 @@ class Trainer:
     ) -> tuple[Batch, Work]:
         """Clean pass, attack on this very subnet, adversarial pass; with the work they took."""
         attack, objective = self.settings.attack, subnet.objective
-        record: Statistics | None = {} if attack.bn_mode == "clean_batch" and objective.inner else None
+        crafts = attack.crafted_on == "student"
+        record: Statistics | None = {} if attack.bn_mode == "clean_batch" and objective.inner and crafts else None
+        self.gradients += len({"teacher_gradient", "teacher_gradient_adv"} & objective.needs)
         clean, own, asked, needs = None, 0, Work(), objective.needs
         price = self._price(subnet.arch)
         source = images.detach().requires_grad_() if "teacher_gradient" in needs else images
@@ -204,7 +202,9 @@ class Trainer:
             return batch, asked + (own + more) * price
         known = replace(batch, clean=None if clean is None else clean.detach())
         inner = INNER_OBJECTIVES[objective.inner](known)
-        if attack.bn_mode == "batch":
+        if not crafts:
+            predict = guidance.teacher
+        elif attack.bn_mode == "batch":
 
             def predict(x: Tensor) -> Tensor:
                 return view(x, frozen=True)
@@ -212,6 +212,7 @@ class Trainer:
         else:
             predict = view.folded(record if record is not None else view.running_statistics(), dtype=self.attack_dtype)
         options = self.inner.options(images)
+        self.gradients += options["num_steps"]
         if objective.inner == "kl_teacher_adv":  # every step asks the teacher as well
             predict = side_by_side(predict, guidance.teacher)
             asked += 2 * options["num_steps"] * guidance.teacher_price
@@ -223,7 +224,8 @@ class Trainer:
         batch, beyond = guided(replace(batch, adv=adv, adversarial=adversarial), needs, guidance)
         needs, reach = needs - {"clean", "adv"}, self._option("helper_reach")
         batch, more = passed(batch, needs, self._train_pass(view), reach=reach)
-        return batch, asked + beyond + (own + more + 2 * options["num_steps"] + 3) * price
+        attacked = price if crafts else guidance.teacher_price
+        return batch, asked + beyond + 2 * options["num_steps"] * attacked + (own + more + 3) * price
 
     def _backward(self, view: SubnetView, subnet: Drawn, batch: Batch, count: int) -> tuple[Tensor, int]:
         """The loss and its gradients / `count`, at perturbed weights where asked for, and the passes this added."""
@@ -232,16 +234,21 @@ class Trainer:
             for name, value in objective.remember(batch, **options).items():
                 self.memory[name].copy_(value)
         loss = objective.loss(batch, **options)
+        self.gradients += 1
         if not gamma or batch.progress * self.settings.epochs < self._option("awp_warmup_epochs"):
             (loss / count).backward()
             return loss, 0
-        weights = [leaf for leaves in view.leaves.values() for leaf in leaves if leaf.ndim > 1] + [view.head_weight]
-        with perturbed(weights, loss, gamma=gamma):
+        self.gradients += 1
+        with perturbed(view.weights, loss, gamma=gamma):
             predict, reach = self._train_pass(view), self._option("helper_reach")
             batch, more = passed(batch, objective.needs, predict, reach=reach)
             loss = objective.loss(batch, **options)
             (loss / count).backward()
         return loss, more
+
+    def _view(self, arch: Arch) -> SubnetView | FixedView:
+        """The network at this arch, for one step."""
+        return FixedView(self.net) if isinstance(self.net, FixedNet) else SubnetView(self.net, arch)
 
     def _option(self, name: str) -> float:
         """A loss setting; 0 in a plain training, which has none."""
@@ -259,7 +266,7 @@ class Trainer:
     def _score(self, arch: Arch, images: Tensor, labels: Tensor, target: Tensor | None) -> Tensor:
         """A subnet's loss on clean images: divergence from the frozen teacher, or cross-entropy without one."""
         with self._autocast():
-            logits = SubnetView(self.net, arch)(images, frozen=True).float()
+            logits = self._view(arch)(images, frozen=True).float()
         return F.cross_entropy(logits, labels) if target is None else kl_to_teacher(logits, target).mean()
 
     def _autocast(self) -> torch.autocast:
@@ -300,12 +307,8 @@ class Trainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a resumed training needs, by name."""
-        momentum = {
-            name: self.optimizer.state[parameter]["momentum_buffer"]
-            for name, parameter in self.parameters.items()
-            if "momentum_buffer" in self.optimizer.state[parameter]
-        }
-        groups = {"net": self.net.state_dict(), "average": self.average, "best": self.best, "momentum": momentum}
+        groups = {"net": self.net.state_dict(), "average": self.average, "best": self.best}
+        groups |= {"momentum": {}, **optimizer_tensors(self.optimizer, self.parameters)}
         groups["memory"] = self.memory
         groups["inner"] = self.inner.tensors()
         return {f"{group}.{name}": tensor for group, members in groups.items() for name, tensor in members.items()}

@@ -63,9 +63,9 @@ def phase_settings(wildcards):
     return proard.config.job_settings(run, "train_phase", phase=wildcards.phase)
 
 
-def student_settings(wildcards):
-    """The sections of one student's training, as JSON."""
-    return proard.config.job_settings(run, "train_student", student=wildcards.student)
+def settings_of_student(stage):
+    """The sections that a stage reads of one student, as JSON."""
+    return lambda wildcards: proard.config.job_settings(run, stage, student=wildcards.student)
 
 
 def student_seed(wildcards):
