@@ -145,7 +145,7 @@ def test_killed_teacher_continues_to_the_same_weights(inputs, tmp_path):
         "train_macs",
         "measure_macs",
         "weight_gradients",
-    ):  # both attempts add up, once each
+    ):
         assert costs[name] == whole[name] > 0, name
 
 

@@ -4,8 +4,10 @@ from proard.artifacts.files import ArtifactError, atomic_path, sha256, write_jso
 from proard.artifacts.tables import (
     COSTS,
     FRONT,
+    GAPS,
     HISTORY,
     MEASURED,
+    OUTCOMES,
     PREDICTED,
     STUDENT,
     TRAINED,
@@ -21,8 +23,10 @@ from proard.artifacts.tensors import load_tensors, read_header, save_tensors, te
 __all__ = [
     "COSTS",
     "FRONT",
+    "GAPS",
     "HISTORY",
     "MEASURED",
+    "OUTCOMES",
     "PREDICTED",
     "STUDENT",
     "TRAINED",

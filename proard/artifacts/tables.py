@@ -115,6 +115,36 @@ HISTORY: dict[str, tuple[pa.DataType, str]] = {
     "best": (FLAG, "the epoch whose weights are kept"),
     "seed": (INT, "seed of the run"),
 }
+OUTCOMES: dict[str, tuple[pa.DataType, str]] = {
+    **IDENTITY,
+    "role": (TEXT, "subnet: of the supernet; twin: the same arch trained alone"),
+    "train_seed": (INT, "seed of the twin's training"),
+    "split": (TEXT, "val or test"),
+    "attack": (TEXT, "name of the attack; worst is the worst case per image over all attacks of the stage"),
+    "num_images": (INT, "images"),
+    "clean_acc": (FLOAT, "fraction"),
+    "robust_acc": (FLOAT, "fraction"),
+    "clean": (pa.list_(FLAG), "image by image: classified correctly"),
+    "robust": (pa.list_(FLAG), "image by image: classified correctly, clean and under the attack"),
+    "seed": (INT, "seed of images and noise"),
+}
+GAPS: dict[str, tuple[pa.DataType, str]] = {
+    **IDENTITY,
+    "split": (TEXT, "val or test"),
+    "attack": (TEXT, "name of the attack; worst is the worst case per image over all attacks of the stage"),
+    "measure": (TEXT, "clean or robust"),
+    "num_images": (INT, "images, the same for subnet and twin"),
+    "num_seeds": (INT, "twins of this arch"),
+    "subnet_acc": (FLOAT, "fraction"),
+    "twin_acc": (FLOAT, "fraction, mean over seeds"),
+    "gap": (FLOAT, "fraction, subnet less twin"),
+    "gap_low": (FLOAT, "fraction, 95 % bootstrap over images, paired"),
+    "gap_high": (FLOAT, "fraction, 95 % bootstrap over images, paired"),
+    "gap_sd_over_seeds": (FLOAT, "fraction, standard deviation of the gap over the twins' seeds; empty for one"),
+    "subnet_only": (FLOAT, "fraction of images that only the subnet has right, mean over seeds"),
+    "twin_only": (FLOAT, "fraction of images that only the twin has right, mean over seeds"),
+    "seed": (INT, "seed of the redraws"),
+}
 COSTS: dict[str, tuple[pa.DataType, str]] = {
     "stage": (TEXT, "stage of the pipeline"),
     "job": (TEXT, "folder of the job in its stage; empty where the stage is one job"),

@@ -29,5 +29,5 @@ class CompareTwins(Settings):
     num_archs: Annotated[Int, Field(ge=2)] = 4
     seeds: Annotated[tuple[Natural, ...], Field(min_length=1)] = (0,)
     budget: Literal["steps", "path"] | Positive = "steps"
-    student: dict[str, Any] = {}
+    student: Annotated[dict[str, Any], Field(default_factory=dict)]
     bootstraps: Count = 2000

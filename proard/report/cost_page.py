@@ -121,8 +121,9 @@ def _comparison(view: View) -> str:
     figure = view.figure("costs", "Above 1 the supernet is the cheaper way.") if "costs" in view.figures else ""
     return f"""<h3>Students trained one by one</h3>
 <div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>
-<p class="caption">Columns 1 to {NUMBERS[-1]}: cost of that many students trained one by one over that of the supernet
-run, in MACs. Both sides pay for data and teacher ({amount(found.shared)} MACs). The supernet also pays for its phases,
-the table, predictor, search and all their measurements ({amount(found.once)}), and for choosing and exporting each student ({amount(found.each)}); a student alone only for its training steps, on the last phase's loss:
+<p class="caption">Columns 1 to {NUMBERS[-1]}: cost of that many students trained one by one over that of the
+supernet run, in MACs. Both sides pay for data and teacher ({amount(found.shared)} MACs). The supernet also pays for its
+phases, the table, predictor, search and all their measurements ({amount(found.once)}), and for choosing and exporting
+each student ({amount(found.each)}); a student alone only for its training steps, on the last phase's loss:
 {found.own:g} passes of each image through itself, {found.others:g} through the teacher. Its number of gradient
 evaluations: {budgets}.</p>{figure}"""

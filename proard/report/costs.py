@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from proard import artifacts
-from proard.config import NEEDS, RunConfig, Space, UserError, parse
-from proard.space import Arch, SearchSpace
+from proard.config import NEEDS, RunConfig, UserError, parse
+from proard.space import SearchSpace, read_arch, read_space
 
 LEDGER = "costs.parquet"
 BOTH_NEED = ("prepare_data", "train_teacher")  # students trained one by one have the same data and the same teacher
@@ -133,7 +133,8 @@ def _recounted(folder: Path, stage: str, history: pd.DataFrame, metadata: dict[s
 def _macs_of(path: Path) -> int:
     """Multiply-accumulates of a network on disk, from its header."""
     header = artifacts.read_header(path)
-    return SearchSpace(Space.model_validate(header["space"])).spec(Arch.from_json(header["arch"])).macs
+    space = read_space(header["space"])
+    return space.spec(read_arch(space, header["arch"])).macs
 
 
 def by_stage(ledgers: pd.DataFrame) -> pd.DataFrame:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 
 from proard.config import ConfigError, Phase, RunConfig, Student, parse
+from proard.config.settings import merge
 from proard.space.arch import Arch
 from proard.space.sampling import spread_archs
 from proard.space.search_space import SearchSpace
@@ -33,7 +34,7 @@ def twin_students(run: RunConfig) -> tuple[Student, ...]:
     last = run.train_phase.phases[-1]
     shared = {name: getattr(last, name) for name in Student.model_fields.keys() & Phase.model_fields.keys()}
     shared = {key: value.model_dump() if hasattr(value, "model_dump") else value for key, value in shared.items()}
-    shared |= {"epochs": twin_epochs(run), **settings.student}
+    shared = merge({**shared, "epochs": twin_epochs(run)}, settings.student)
     students = []
     for index, arch in enumerate(twin_archs(SearchSpace(run.space), settings.num_archs, seed=run.seed)):
         for seed in settings.seeds:

@@ -9,6 +9,7 @@ try:
     import proard.config
     from proard.space import SearchSpace, parse_budget
     from proard.space.cost import human
+    from proard.space.twins import twin_students
 except ImportError as error:
     sys.exit(
         f"error: {sys.executable}, which runs snakemake, cannot import the package proard ({error}); "
@@ -17,7 +18,8 @@ except ImportError as error:
 
 try:
     run = proard.config.load(config)
-except proard.config.ConfigError as error:
+    TWINS = {student.name: student for student in twin_students(run)}
+except proard.config.UserError as error:
     sys.exit(f"error: config: {error}")
 
 # Jobs use the python and the package of this process, in an environment that was never activated too.
@@ -25,6 +27,7 @@ os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.ge
 
 PHASES = [phase.name for phase in run.train_phase.phases]
 STUDENTS = {student.name: student for student in run.train_student.students}
+TRAINED = STUDENTS | TWINS  # networks that train_student trains
 BUDGETS = list(run.select_student.budgets)
 SUPERNET = f"<results>/train_phase/{PHASES[-1]}/supernet.safetensors"
 CACHE = f"results/{run.run}/cache"  # measurements already made; undeclared, so that no rule ever deletes it
@@ -65,24 +68,26 @@ def phase_settings(wildcards):
 
 def settings_of_student(stage):
     """The sections that a stage reads of one student, as JSON."""
-    return lambda wildcards: proard.config.job_settings(run, stage, student=wildcards.student)
+    trained = run.train_student.model_copy(update={"students": tuple(TRAINED.values())})
+    whole = run.model_copy(update={"train_student": trained})
+    return lambda wildcards: proard.config.job_settings(whole, stage, student=wildcards.student)
 
 
 def student_seed(wildcards):
     """The seed of one student's training."""
-    own = STUDENTS[wildcards.student].seed
+    own = TRAINED[wildcards.student].seed
     return run.seed if own is None else own
 
 
 def teacher_of_student(wildcards):
     """The run's teacher, where the student's loss asks it."""
-    needed = STUDENTS[wildcards.student].needs_teacher
+    needed = TRAINED[wildcards.student].needs_teacher
     return ["<results>/train_teacher/teacher.safetensors"] if needed else []
 
 
 def plain_network_of_student(wildcards):
     """The control network, where the student's loss asks it."""
-    return plain_network(STUDENTS[wildcards.student])
+    return plain_network(TRAINED[wildcards.student])
 
 
 def previous_supernet(wildcards):
