@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from helpers import random_supernet, save_stripes, tiny_config, tiny_space
 
 from proard.artifacts import ArtifactError, Provenance, read_table
@@ -117,77 +118,59 @@ def test_an_arch_without_its_twin_and_other_images_are_errors():
 
 
 def test_twins_are_trained_measured_and_compared(tmp_path):
-    attacks = [
-        {"name": "pgd2", "num_steps": 2, "step_size": 0.05},
-        {"name": "cw2", "objective": "margin", "num_steps": 2},
-    ]
+    attacks = [{"name": "pgd2", "num_steps": 2, "step_size": 0.05}, {"name": "cw2", "objective": "margin"}]
+    attacks[1] |= {"num_steps": 2, "step_size": 0.05}
     run = tiny_config(compare_twins=TWINS | {"seeds": [5]}, verify_front__attacks=attacks, phase__epochs=0.5)
     students = twin_students(run)
     whole = run.model_copy(update={"train_student": run.train_student.model_copy(update={"students": students})})
     images = {name: str(path) for name, path in save_stripes(tmp_path).items()}
-    space, provenance = tiny_space(), Provenance("tiny", "train_teacher")
-    net = random_supernet(space, dtype=extract(random_supernet(space), space.largest).head.weight.dtype).float()
-    save_supernet(tmp_path / "supernet.safetensors", net, provenance)
-    teacher = extract(net, space.largest)
-    save_static(
-        tmp_path / "teacher.safetensors",
-        teacher,
-        space=space,
-        arch=space.largest,
-        kind="teacher",
-        provenance=provenance,
-    )
-    common, outcomes = ["--device", "cpu", "--threads", "1"], []
+    supernet, teacher = tmp_path / "supernet.safetensors", tmp_path / "teacher.safetensors"
+    space, provenance = tiny_space(), Provenance("tiny", "train_phase")
+    net = random_supernet(space, dtype=torch.float32)
+    save_supernet(supernet, net, provenance)
+    described = {"space": space, "arch": space.largest, "kind": "teacher", "provenance": provenance}
+    save_static(teacher, extract(net, space.largest), **described)
+
+    def stage(main, settings, seed, **files):
+        words = ["--settings", settings, "--seed", str(seed), "--device", "cpu", "--threads", "1"]
+        for flag, value in files.items():
+            words += [f"--{flag}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+        main(words)
+
+    outcomes = []
     for student in students:
         folder = tmp_path / "train_student" / student.name
+        files = {"train": images["train"], "val": images["val"], "teacher": teacher}
+        files |= {"student": folder / "student.safetensors", "history": folder / "history.parquet"}
         settings = job_settings(whole, "train_student", student=student.name)
-        train_student.main(
-            ["--settings", settings, "--seed", str(student.seed), *common, "--train", images["train"], "--val", images["val"],
-             "--teacher", str(tmp_path / "teacher.safetensors"), "--student", str(folder / "student.safetensors"),
-             "--history", str(folder / "history.parquet")]
-        )  # fmt: skip
-        outcomes.append(str(tmp_path / "measure_twin" / student.name / "outcomes.parquet"))
-        measure_twin.main(
-            ["--settings", job_settings(run, "measure_twin"), "--seed", "0", *common,
-             "--supernet", str(tmp_path / "supernet.safetensors"), "--twin", str(folder / "student.safetensors"),
-             "--train", images["train"], "--val", images["val"], "--test", images["test"],
-             "--cache", str(tmp_path / "cache"), "--outcomes", outcomes[-1]]
-        )  # fmt: skip
+        stage(train_student.main, settings, student.seed, **files)
+        outcomes.append(tmp_path / "measure_twin" / student.name / "outcomes.parquet")
+        files = {"supernet": supernet, "twin": folder / "student.safetensors", "cache": tmp_path / "cache"}
+        stage(measure_twin.main, job_settings(run, "measure_twin"), 0, **files, **images, outcomes=outcomes[-1])
     first = read_table(outcomes[0])
     assert set(first["role"]) == {"subnet", "twin"}
     assert set(first["train_seed"]) == {5}
     assert first["arch"].unique().tolist() == [Arch.from_dims(students[0].arch).to_json()]
     for _, row in first.iterrows():
         assert np.mean(row["robust"]) == pytest.approx(row["robust_acc"])
+        assert np.mean(row["clean"]) == pytest.approx(row["clean_acc"])
         assert len(row["clean"]) == row["num_images"] == 30
-    worst = first[first["attack"] == "worst"].iloc[-1]
-    parts = [np.asarray(mask) for mask in first[(first["role"] == "twin") & (first["split"] == "test")]["robust"]]
-    assert (np.asarray(worst["robust"]) == (parts[0] & parts[1])).all()
+    on_test = first[(first["role"] == "twin") & (first["split"] == "test")].set_index("attack")["robust"]
+    assert (on_test["worst"] == on_test["pgd2"] & on_test["cw2"]).all()
+
     table, figure = tmp_path / "compare_twins" / "table.parquet", tmp_path / "compare_twins" / "gap.svg"
-    compare_twins.main(
-        ["--settings", job_settings(run, "compare_twins"), "--seed", "0", *common, "--outcomes", *outcomes,
-         "--table", str(table), "--figure", str(figure)]
-    )  # fmt: skip
-    gaps = read_table(table)
-    assert len(gaps) == 2 * 3 * 2 * 3  # splits, attacks with the worst case, clean and robust, archs with their mean
+    files = {"outcomes": outcomes, "table": table, "figure": figure}
+    stage(compare_twins.main, job_settings(run, "compare_twins"), 0, **files)
+    assert len(read_table(table)) == 2 * 3 * 2 * 3  # splits, attacks and worst case, measures, archs and mean
     assert "<svg" in figure.read_text()
-    costs = read_table(tmp_path / "train_student" / students[0].name / "costs.parquet").iloc[0]
+
+    trained = tmp_path / "train_student" / students[0].name
+    costs = read_table(trained / "costs.parquet").iloc[0]
     assert (costs["stage"], costs["job"]) == ("train_student", students[0].name)
-    assert (
-        costs["weight_gradients"]
-        == read_table(tmp_path / "train_student" / students[0].name / "history.parquet")["images"].iloc[-1]
-    )
+    assert costs["weight_gradients"] == read_table(trained / "history.parquet")["images"].iloc[-1]
 
 
 def test_a_config_without_the_section_says_so(tmp_path):
-    words = [
-        "--settings",
-        job_settings(tiny_config(), "compare_twins"),
-        "--device",
-        "cpu",
-        "--threads",
-        "1",
-        "--outcomes",
-    ]
+    words = ["--settings", job_settings(tiny_config(), "compare_twins"), "--device", "cpu", "--outcomes"]
     with pytest.raises(ValueError, match="no section compare_twins"):
         compare_twins.main([*words, "--table", str(tmp_path / "t.parquet"), "--figure", str(tmp_path / "f.svg")])
