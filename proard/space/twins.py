@@ -40,8 +40,8 @@ def twin_students(run: RunConfig) -> tuple[Student, ...]:
         for seed in settings.seeds:
             own = {"name": twin_name(index, seed), "arch": json.loads(arch.to_json()), "seed": seed}
             students.append(parse(Student, {**shared, **own}, where="compare_twins.student"))
-    if any(student.space is not None for student in students):
-        raise ConfigError("compare_twins.student.space: a twin is an arch of the run's own space; leave it out")
+    if any(student.net is not None for student in students):
+        raise ConfigError("compare_twins.student.net: a twin is an arch of the run's own space; leave it out")
     return tuple(students)
 
 
