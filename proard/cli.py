@@ -258,7 +258,7 @@ def cost(run_folder: str | Path, console: Console, *, numbers: Sequence[int], co
     table.add_column("stage")
     for name in ("jobs", *names.values()):
         table.add_column(name, justify="right", no_wrap=True)
-    sums = stages[[name for name in names if not name.startswith("peak")]].sum()
+    sums = stages[[name for name in names if not name.startswith("peak")]].sum(min_count=1)
     total = {**sums, "stage": "total", "jobs": stages["jobs"].sum()}
     for entry in [*stages.to_dict("records"), total]:
         cells = ["" if pd.isna(entry.get(name)) else amount(entry[name]) for name in names]

@@ -9,15 +9,19 @@ import pandas as pd
 import pytest
 import torch
 from helpers import image_sets, random_images, random_supernet, tiny_config, tiny_space
+from synthetic_run import SyntheticRun
 from training_runs import EPS, phase_run, plain_network
 
 from proard import cli
 from proard.artifacts import COSTS, Provenance, read_table, write_table
 from proard.config import Attack, Measurement, Threat, UserError
 from proard.evaluation import SubnetMeter
+from proard.report.cost_page import cost_figure
 from proard.report.costs import Comparison, by_stage, emissions, read_ledgers
 from proard.report.counting import passes_alone, recount_phase
+from proard.report.svg import to_svg
 from proard.space import Tally, Work, one_pass
+from proard.stages import report
 from proard.stages.energy import EnergyMeter
 from proard.stages.ledger import Ledger
 from proard.training import phase_plan
@@ -274,3 +278,18 @@ def test_a_folder_without_a_run_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["cost", str(tmp_path)])
     assert "holds no costs.parquet" in capsys.readouterr().err
+
+
+def test_the_page_tells_costs_and_the_comparison(tmp_path):
+    run = SyntheticRun(tmp_path)
+    job(run.folder, "train_teacher", seconds=65.0, work_macs=3e12, peak_rss_bytes=2**30, energy_wh=2.0)
+    report.main([*run.flags(), "--ledgers", str(run.folder)])
+    page = run.path("report", "report.html").read_text("utf-8")
+    section = page.split('<section id="costs">')[1].split("</section>")[0]
+    assert "3.00\u202fT" in section
+    assert "Energy 2 Wh" in section
+    assert "no comparison without" in section
+    assert "Jobs without a ledger were read from their table" in section
+    figure = to_svg(cost_figure(comparison(images={"steps": 10.0, "path": 30.0})), "costs")
+    for words in ("mean of the exported students, path", "Training steps only", "the paper"):
+        assert words in figure

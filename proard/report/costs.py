@@ -98,8 +98,8 @@ def _from_table(path: Path) -> pd.DataFrame:
         "stage": stage,
         "job": path.parent.name if path.parent.name != stage else "",
         "seconds": float(table["seconds"].sum()),
-        "forward_equivalents": forwards.sum(),
-        "work_macs": (forwards * table["macs"]).sum(),
+        "forward_equivalents": forwards.sum(skipna=False),
+        "work_macs": (forwards * table["macs"]).sum(skipna=False),
         "counted": "table",
     }
     measured = {"measure_forward_equivalents": row["forward_equivalents"], "measure_macs": row["work_macs"]}
