@@ -26,6 +26,7 @@ from proard.nets.elastic import Supernet
 from proard.nets.subnet import extract
 from proard.report.students import FIGURES
 from proard.stages import compare_students, evaluate_student, train_student
+from proard.stages.train_teacher import fitted_space
 from proard.training import Interrupted, single_plan
 from proard.training import trainer as trainer_module
 from proard.training.loop import learning_rate
@@ -104,6 +105,22 @@ def test_a_wrong_student_is_one_clear_line(student, words):
         config_of(student)
     assert [word for word in words if word not in str(caught.value)] == []
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config" / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_committed_experiment_holds_what_it_says(path):
+    config = load(yaml.safe_load(path.read_text("utf-8")))
+    students = config.train_student.students
+    seeds = {}
+    for student in students:
+        seeds.setdefault(student.name.rsplit("_seed=", 1)[0], set()).add(student.seed)
+    assert {len(found) for found in seeds.values()} <= {2, 3}
+    assert {attack.objective for attack in config.evaluate_student.attacks} == {"ce", "margin"}
+    assert len({student.net.family for student in students}) == 2
+    for student in students:
+        fitted_space(student.net, config.space, where=student.name)
+    gradients = {s.epochs * (s.attack.num_steps + 1) for s in students if s.name.startswith("equal_")}
+    assert all(found == pytest.approx(max(gradients)) for found in gradients)
 
 
 # --- the stage ----------------------------------------------------------------------------------------------------
