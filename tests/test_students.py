@@ -20,12 +20,13 @@ from proard.artifacts import Provenance, read_header, read_table
 from proard.config import ConfigError, UserError, job_settings, load
 from proard.config.students import expand
 from proard.data import load_split, to_float
+from proard.export import load_student
 from proard.losses import Batch, fast_edge_loss
 from proard.nets import load_static, save_static
 from proard.nets.elastic import Supernet
 from proard.nets.subnet import extract
 from proard.report.students import FIGURES
-from proard.stages import compare_students, evaluate_student, train_student
+from proard.stages import compare_students, evaluate_student, export_trained, train_student
 from proard.stages.train_teacher import fitted_space
 from proard.training import Interrupted, single_plan
 from proard.training import trainer as trainer_module
@@ -474,6 +475,34 @@ def test_students_are_compared_in_one_table_with_figures(files, tmp_path):
         assert "</svg>" in text
         assert "Students trained one by one" in text
     assert ">ard</text>" in figures["accuracy_figure"].read_text("utf-8")
+
+
+@pytest.mark.parametrize("net", ["vit", "wide_resnet", "resnet20_micro"])
+def test_the_exported_student_is_the_measured_one(files, tmp_path, net):
+    chosen = {"vit": {"family": "vit", "patch": 4, "layers": 1, "heads": 2, "hidden": 8, "mlp": 8}}
+    chosen |= {"wide_resnet": {"family": "wide_resnet", "depth": 10, "widen": 1}}
+    student = {"name": "s", "net": chosen.get(net, net), "loss": "pgd_at", "epochs": 1}
+    rows, written = evaluated(files, tmp_path, student)
+    splits = {split: load_split(files[split]) for split in ("train", "val", "test")}
+    counts = {split: {"count": len(images), "checksum": images.checksum} for split, images in splits.items()}
+    manifest = {"source": "digits", "classes": ["left", "right", "low"], "splits": counts}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    names = {"weights": "out.safetensors", "onnx": "a.onnx", "pt2": "a.pt2", "card": "card.md", "parity": "p.json"}
+    flags = {name: tmp_path / path for name, path in {**names, "checksums": "SHA256SUMS"}.items()}
+    flags |= {"student": written["student"], "table": written["table"], "test": files["test"]}
+    config = load({**config_of(student).model_dump(mode="json"), "evaluate_student": MEASURE})
+    argv = ["--settings", job_settings(config, "export_trained", student="s"), "--threads", "1", "--device", "cpu"]
+    argv += ["--manifest", str(tmp_path / "manifest.json")]
+    export_trained.main([*argv, *(word for name, path in flags.items() for word in (f"--{name}", str(path)))])
+    parity = json.loads(flags["parity"].read_text())
+    assert parity["passed"]
+    assert parity["onnx_test_accuracy"] == rows["clean_acc"].iloc[0]
+    assert "trained by itself" in flags["card"].read_text()
+    assert "Supernet" not in flags["card"].read_text()
+    images = to_float(splits["test"].images)
+    trained, *_ = load_static(written["student"], kind="trained_student")
+    with torch.no_grad():
+        torch.testing.assert_close(load_student(flags["weights"])(images), trained(images), atol=1e-4, rtol=1e-4)
 
 
 # --- the workflow -------------------------------------------------------------------------------------------------

@@ -20,7 +20,12 @@ from proard.config import NEEDS
 ROOT = Path(__file__).parents[1]
 RULES = sorted((ROOT / "workflow" / "rules").glob("*.smk"))
 BUDGETS = 3
-ON_REQUEST = {"train_student", "evaluate_student", "compare_students"}  # stages that `all` does not ask for
+ON_REQUEST = {
+    "train_student",
+    "evaluate_student",
+    "compare_students",
+    "export_trained",
+}  # stages that `all` does not ask for
 CONFIG = {
     "run": "fake",
     "train_phase": {"phases": [{"name": "wide"}, {"name": "all"}]},
