@@ -16,7 +16,7 @@ import yaml
 from helpers import CONFIG, TINY, save_stripes, tiny_space
 from training_runs import plain_network, same
 
-from proard.artifacts import Provenance, read_header, read_table
+from proard.artifacts import STUDENT, Provenance, read_header, read_table, write_table
 from proard.config import ConfigError, UserError, job_settings, load
 from proard.config.students import expand
 from proard.data import load_split, to_float
@@ -459,11 +459,17 @@ def test_students_are_compared_in_one_table_with_figures(files, tmp_path):
     flags = {"table": tmp_path / "all.parquet", "summary": tmp_path / "summary.parquet", **figures}
     argv = ["--settings", job_settings(config, "compare_students"), "--threads", "1", "--device", "cpu"]
     argv += ["--tables", *(str(written["table"]) for _, written in tables.values())]
+    rows = tables["plain"][0].assign(budget="macs=1M", role="choice", chosen=True, found_by="nsga2")
+    chosen = rows.reindex(columns=list(STUDENT))
+    write_table(tmp_path / "chosen.parquet", chosen, STUDENT, Provenance("tiny", "select_student"))
+    argv += ["--supernet", str(tmp_path / "chosen.parquet")]
     compare_students.main(
         [*argv, *(w for name, path in flags.items() for w in (f"--{name.replace('_', '-')}", str(path)))]
     )
     table, summary = read_table(flags["table"]), read_table(flags["summary"])
-    assert len(table) == sum(len(rows) for rows, _ in tables.values())
+    assert len(table) == sum(len(rows) for rows, _ in tables.values()) + len(tables["plain"][0])
+    same_rows = [table[table["group"] == group]["robust_acc"].tolist() for group in ("plain", "macs=1M")]
+    assert same_rows[0] == same_rows[1]
     pair = table[(table["group"] == "ard") & (table["attack"] == "worst") & (table["eps"] == 0.1)]["robust_acc"]
     row = summary[(summary["group"] == "ard") & (summary["attack"] == "worst") & (summary["eps"] == 0.1)].iloc[0]
     assert row["robust_acc"] == pytest.approx(pair.mean())

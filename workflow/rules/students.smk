@@ -109,6 +109,10 @@ rule export_trained_students:
 rule compare_students:
     input:
         tables=collect("<results>/evaluate_student/{student}/table.parquet", student=STUDENTS),
+        supernet=collect(
+            "<results>/select_student/{budget}/student.parquet",
+            budget=BUDGETS if run.compare_students.supernet else [],
+        ),
     output:
         table="<results>/compare_students/table.parquet",
         summary="<results>/compare_students/summary.parquet",
@@ -130,7 +134,8 @@ rule compare_students:
         seed=run.seed,
     shell:
         "python -m proard.stages.compare_students --settings {params.settings:q} --seed {params.seed}"
-        " --threads {threads} --device cpu --tables {input.tables:q} --table {output.table:q}"
+        " --threads {threads} --device cpu --tables {input.tables:q}"
+        " --supernet {input.supernet:q} --table {output.table:q}"
         " --summary {output.summary:q} --accuracy-figure {output.accuracy_figure:q}"
         " --own-figure {output.own_figure:q} --eps-figure {output.eps_figure:q}"
         " --cost-figure {output.cost_figure:q} 2>&1 | tee {log:q}"
