@@ -11,11 +11,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from proard.artifacts import ArtifactError, Provenance
-from proard.config import NETS, ConfigError, Space, VisionTransformer, WideResNet, load
+from proard.config import NETS, ConfigError, Space, VisionTransformer, WideResNet, job_settings, load
 from proard.losses import CrossEntropy, kdiga_term, loss_gradient
 from proard.nets import FixedNet, FixedView, bare_network, fold, load_static, load_trades, recalibrate, save_static
 from proard.nets.wide import WideNet
 from proard.space import FixedSpace, read_arch, read_space, space_of
+from proard.stages import train_teacher
 from proard.stages.train_teacher import fitted_space, named_arch
 
 WIDE = WideResNet(name="wide", depth=10, widen=1, image_channels=1, image_size=8, classes=3)
@@ -299,3 +300,30 @@ def test_a_damaged_or_absent_checkpoint_is_refused(tmp_path):
         load_trades(tmp_path / "model.pt", image_size=32)
     with pytest.raises(ArtifactError, match="does not exist"):
         load_trades(tmp_path / "absent.pt", image_size=32)
+
+
+def teach(folder, source, file, images):
+    """Take a teacher from a file through the stage; its logits and its space."""
+    config = load({"run": "r", "space": "resnet_digits", "train_teacher": {"source": source, "file": str(file)}})
+    written = {"teacher": folder / "teacher.safetensors", "history": folder / "history.parquet"}
+    unread = {name: folder / "none" for name in ("train", "val")}
+    argv = ["--settings", job_settings(config, "train_teacher"), "--threads", "1", "--device", "cpu"]
+    flags = {**written, **unread}
+    train_teacher.main([*argv, *(word for name, path in flags.items() for word in (f"--{name}", str(path)))])
+    net, space, *_ = load_static(written["teacher"], kind="teacher")
+    with torch.no_grad():
+        return fold(net)(images), space
+
+
+def test_the_teacher_of_a_run_may_be_a_published_checkpoint(tmp_path):
+    settings = WIDE.model_copy(update={"classes": 10})
+    net, images = published(tmp_path / "model.pt", settings), images_of(settings)
+    logits, space = teach(tmp_path, "trades", tmp_path / "model.pt", images)
+    with torch.no_grad():
+        torch.testing.assert_close(logits, net(images))
+    assert (space.settings.depth, space.settings.widen) == (10, 1)
+    published(tmp_path / "other.pt", WIDE)
+    with pytest.raises(ConfigError, match=r"other\.pt is for 1x8x8 images of 3 classes; this run has 1x8x8 of 10"):
+        teach(tmp_path, "trades", tmp_path / "other.pt", images)
+    with pytest.raises(ConfigError, match=r"source trades needs `file`"):
+        load({"run": "r", "train_teacher": {"source": "trades"}})

@@ -16,16 +16,18 @@ import yaml
 from helpers import CONFIG, TINY, save_stripes, tiny_space
 from training_runs import plain_network, same
 
-from proard.artifacts import Provenance, read_header, read_table
+from proard.artifacts import STUDENT, Provenance, read_header, read_table, write_table
 from proard.config import ConfigError, UserError, job_settings, load
 from proard.config.students import expand
 from proard.data import load_split, to_float
+from proard.export import load_student
 from proard.losses import Batch, fast_edge_loss
 from proard.nets import load_static, save_static
 from proard.nets.elastic import Supernet
 from proard.nets.subnet import extract
 from proard.report.students import FIGURES
-from proard.stages import compare_students, evaluate_student, train_student
+from proard.stages import compare_students, evaluate_student, export_trained, train_student
+from proard.stages.train_teacher import fitted_space
 from proard.training import Interrupted, single_plan
 from proard.training import trainer as trainer_module
 from proard.training.loop import learning_rate
@@ -104,6 +106,22 @@ def test_a_wrong_student_is_one_clear_line(student, words):
         config_of(student)
     assert [word for word in words if word not in str(caught.value)] == []
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config" / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_committed_experiment_holds_what_it_says(path):
+    config = load(yaml.safe_load(path.read_text("utf-8")))
+    students = config.train_student.students
+    seeds = {}
+    for student in students:
+        seeds.setdefault(student.name.rsplit("_seed=", 1)[0], set()).add(student.seed)
+    assert {len(found) for found in seeds.values()} <= {2, 3}
+    assert {attack.objective for attack in config.evaluate_student.attacks} == {"ce", "margin"}
+    assert len({student.net.family for student in students}) == 2
+    for student in students:
+        fitted_space(student.net, config.space, where=student.name)
+    gradients = {s.epochs * (s.attack.num_steps + 1) for s in students if s.name.startswith("equal_")}
+    assert all(found == pytest.approx(max(gradients)) for found in gradients)
 
 
 # --- the stage ----------------------------------------------------------------------------------------------------
@@ -441,11 +459,17 @@ def test_students_are_compared_in_one_table_with_figures(files, tmp_path):
     flags = {"table": tmp_path / "all.parquet", "summary": tmp_path / "summary.parquet", **figures}
     argv = ["--settings", job_settings(config, "compare_students"), "--threads", "1", "--device", "cpu"]
     argv += ["--tables", *(str(written["table"]) for _, written in tables.values())]
+    rows = tables["plain"][0].assign(budget="macs=1M", role="choice", chosen=True, found_by="nsga2")
+    chosen = rows.reindex(columns=list(STUDENT))
+    write_table(tmp_path / "chosen.parquet", chosen, STUDENT, Provenance("tiny", "select_student"))
+    argv += ["--supernet", str(tmp_path / "chosen.parquet")]
     compare_students.main(
         [*argv, *(w for name, path in flags.items() for w in (f"--{name.replace('_', '-')}", str(path)))]
     )
     table, summary = read_table(flags["table"]), read_table(flags["summary"])
-    assert len(table) == sum(len(rows) for rows, _ in tables.values())
+    assert len(table) == sum(len(rows) for rows, _ in tables.values()) + len(tables["plain"][0])
+    same_rows = [table[table["group"] == group]["robust_acc"].tolist() for group in ("plain", "macs=1M")]
+    assert same_rows[0] == same_rows[1]
     pair = table[(table["group"] == "ard") & (table["attack"] == "worst") & (table["eps"] == 0.1)]["robust_acc"]
     row = summary[(summary["group"] == "ard") & (summary["attack"] == "worst") & (summary["eps"] == 0.1)].iloc[0]
     assert row["robust_acc"] == pytest.approx(pair.mean())
@@ -457,6 +481,34 @@ def test_students_are_compared_in_one_table_with_figures(files, tmp_path):
         assert "</svg>" in text
         assert "Students trained one by one" in text
     assert ">ard</text>" in figures["accuracy_figure"].read_text("utf-8")
+
+
+@pytest.mark.parametrize("net", ["vit", "wide_resnet", "resnet20_micro"])
+def test_the_exported_student_is_the_measured_one(files, tmp_path, net):
+    chosen = {"vit": {"family": "vit", "patch": 4, "layers": 1, "heads": 2, "hidden": 8, "mlp": 8}}
+    chosen |= {"wide_resnet": {"family": "wide_resnet", "depth": 10, "widen": 1}}
+    student = {"name": "s", "net": chosen.get(net, net), "loss": "pgd_at", "epochs": 1}
+    rows, written = evaluated(files, tmp_path, student)
+    splits = {split: load_split(files[split]) for split in ("train", "val", "test")}
+    counts = {split: {"count": len(images), "checksum": images.checksum} for split, images in splits.items()}
+    manifest = {"source": "digits", "classes": ["left", "right", "low"], "splits": counts}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    names = {"weights": "out.safetensors", "onnx": "a.onnx", "pt2": "a.pt2", "card": "card.md", "parity": "p.json"}
+    flags = {name: tmp_path / path for name, path in {**names, "checksums": "SHA256SUMS"}.items()}
+    flags |= {"student": written["student"], "table": written["table"], "test": files["test"]}
+    config = load({**config_of(student).model_dump(mode="json"), "evaluate_student": MEASURE})
+    argv = ["--settings", job_settings(config, "export_trained", student="s"), "--threads", "1", "--device", "cpu"]
+    argv += ["--manifest", str(tmp_path / "manifest.json")]
+    export_trained.main([*argv, *(word for name, path in flags.items() for word in (f"--{name}", str(path)))])
+    parity = json.loads(flags["parity"].read_text())
+    assert parity["passed"]
+    assert parity["onnx_test_accuracy"] == rows["clean_acc"].iloc[0]
+    assert "trained by itself" in flags["card"].read_text()
+    assert "Supernet" not in flags["card"].read_text()
+    images = to_float(splits["test"].images)
+    trained, *_ = load_static(written["student"], kind="trained_student")
+    with torch.no_grad():
+        torch.testing.assert_close(load_student(flags["weights"])(images), trained(images), atol=1e-4, rtol=1e-4)
 
 
 # --- the workflow -------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ ON_REQUEST = {
     "compare_students",
     "measure_twin",
     "compare_twins",
+    "export_trained",
 }  # stages that `all` does not ask for
 CONFIG = {
     "run": "fake",

@@ -159,9 +159,10 @@ class EvaluateStudent(Settings):
 
 
 class CompareStudents(Settings):
-    """The figures' title."""
+    """The figures' title; `supernet: true` puts the run's `select_student.budgets` into the same table."""
 
     title: str = "Students trained one by one"
+    supernet: bool = False
 
 
 def expand(entry: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -62,9 +62,57 @@ rule evaluate_student:
         " --table {output.table:q} 2>&1 | tee {log:q}"
 
 
+rule evaluate_students:
+    input:
+        collect("<results>/evaluate_student/{student}/table.parquet", student=STUDENTS),
+
+
+rule export_trained:
+    input:
+        student=rules.train_student.output.student,
+        table=rules.evaluate_student.output.table,
+        test=rules.prepare_data.output.test,
+        manifest=rules.prepare_data.output.manifest,
+    output:
+        weights="<results>/export_trained/{student}/student.safetensors",
+        onnx="<results>/export_trained/{student}/student.onnx",
+        pt2="<results>/export_trained/{student}/student.pt2",
+        card="<results>/export_trained/{student}/card.md",
+        parity="<results>/export_trained/{student}/parity.json",
+        checksums="<results>/export_trained/{student}/SHA256SUMS",
+    log:
+        "<logs>/export_trained/{student}.log",
+    benchmark:
+        "<benchmarks>/export_trained/{student}.tsv"
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=per_attempt(8000),
+        runtime=per_attempt(60),
+    params:
+        settings=settings_of_student("export_trained"),
+        seed=run.seed,
+    shell:
+        "python -m proard.stages.export_trained --settings {params.settings:q} --seed {params.seed}"
+        " --threads {threads} --device cpu --student {input.student:q} --table {input.table:q}"
+        " --test {input.test:q} --manifest {input.manifest:q}"
+        " --weights {output.weights:q} --onnx {output.onnx:q} --pt2 {output.pt2:q} --card {output.card:q}"
+        " --parity {output.parity:q} --checksums {output.checksums:q} 2>&1 | tee {log:q}"
+
+
+rule export_trained_students:
+    input:
+        collect("<results>/export_trained/{student}/SHA256SUMS", student=STUDENTS),
+
+
 rule compare_students:
     input:
         tables=collect("<results>/evaluate_student/{student}/table.parquet", student=STUDENTS),
+        supernet=collect(
+            "<results>/select_student/{budget}/student.parquet",
+            budget=BUDGETS if run.compare_students.supernet else [],
+        ),
     output:
         table="<results>/compare_students/table.parquet",
         summary="<results>/compare_students/summary.parquet",
@@ -86,7 +134,8 @@ rule compare_students:
         seed=run.seed,
     shell:
         "python -m proard.stages.compare_students --settings {params.settings:q} --seed {params.seed}"
-        " --threads {threads} --device cpu --tables {input.tables:q} --table {output.table:q}"
+        " --threads {threads} --device cpu --tables {input.tables:q}"
+        " --supernet {input.supernet:q} --table {output.table:q}"
         " --summary {output.summary:q} --accuracy-figure {output.accuracy_figure:q}"
         " --own-figure {output.own_figure:q} --eps-figure {output.eps_figure:q}"
         " --cost-figure {output.cost_figure:q} 2>&1 | tee {log:q}"
