@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -14,7 +15,7 @@ from training_runs import EPS, phase_run, plain_network
 
 from proard import cli
 from proard.artifacts import COSTS, Provenance, read_table, write_table
-from proard.config import Attack, Measurement, Threat, UserError
+from proard.config import NEEDS, Attack, Measurement, Threat, UserError
 from proard.evaluation import SubnetMeter
 from proard.report.cost_page import cost_figure
 from proard.report.costs import Comparison, by_stage, emissions, read_ledgers
@@ -152,6 +153,12 @@ def test_a_ledger_says_what_was_spent(tmp_path):
     assert row["peak_rss_bytes"] > 2**24
     assert row["energy_wh"] >= 0
     assert "codecarbon" in row["energy_method"]
+
+
+@pytest.mark.parametrize("stage", NEEDS)
+def test_every_stage_records_its_costs(stage):
+    source = (Path(report.__file__).parent / f"{stage}.py").read_text("utf-8")
+    assert source.split("def main(")[1].split("\n\n\n")[0].rstrip().endswith("job.record_costs()")
 
 
 def test_attempts_add_up(tmp_path):

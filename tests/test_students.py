@@ -108,9 +108,9 @@ def test_a_wrong_student_is_one_clear_line(student, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "config" / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_committed_experiment_holds_what_it_says(path):
-    config = load(yaml.safe_load(path.read_text("utf-8")))
+@pytest.mark.parametrize("name", ["fast_edge", "fast_edge_micro", "kdiga", "kdiga_micro"])
+def test_a_committed_experiment_holds_what_it_says(name):
+    config = load(yaml.safe_load((ROOT / "config" / "experiments" / f"{name}.yaml").read_text("utf-8")))
     students = config.train_student.students
     seeds = {}
     for student in students:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from helpers import random_supernet, save_stripes, tiny_config, tiny_space
 
 from proard.artifacts import ArtifactError, Provenance, read_table
-from proard.config import PRESETS, ConfigError, job_settings
+from proard.config import NEEDS, PRESETS, ConfigError, job_settings, load
 from proard.nets import extract, save_static, save_supernet
 from proard.report.twins import gaps_of
 from proard.space import Arch, SearchSpace
@@ -66,6 +69,22 @@ def test_twins_inherit_the_last_phase_and_take_their_overrides():
     assert twin_students(tiny_config()) == ()
     with pytest.raises(ConfigError, match=r"compare_twins.student.lrr is no setting; did you mean lr\?"):
         twin_students(tiny_config(compare_twins=TWINS | {"student": {"lrr": 1}}))
+
+
+def test_the_committed_experiment_follows_a_finished_run_without_touching_it():
+    folder = Path(__file__).parents[1] / "config"
+    micro, twin = (
+        yaml.safe_load((folder / name).read_text()) for name in ("cifar10_micro.yaml", "experiments/twin.yaml")
+    )
+    before, run = load(micro), load({**micro, **twin})
+    assert {stage for stage in NEEDS if job_settings(before, stage) != job_settings(run, stage)} == {
+        "measure_twin",
+        "compare_twins",
+    }
+    students = twin_students(run)
+    assert len(students) == 4
+    assert {(student.epochs, student.loss, student.lr) for student in students} == {(9, "rslad", 0.2)}
+    assert {(student.attack.num_steps, student.attack.bn_mode) for student in students} == {(2, "running")}
 
 
 # The gap, computed by hand.
