@@ -1,4 +1,4 @@
-"""The command `proard`: look at a run's tables in the terminal."""
+"""The command `proard`: look at a run's tables and costs in the terminal."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.command == "show":
             columns = arguments.columns.split(",") if arguments.columns else None
             show(arguments.file, console, rows=arguments.rows, columns=columns)
+        elif arguments.command == "cost":
+            cost(arguments.run_folder, console, numbers=arguments.students, country=arguments.country)
         else:
             students(arguments.run_folder, console)
     except UserError as error:
@@ -51,7 +53,20 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("--columns", metavar="A,B", help="only these columns")
     run = commands.add_parser("students", help="the exported students of a run")
     run.add_argument("run_folder", metavar="results/RUN")
+    spent = commands.add_parser("cost", help="what a run cost, beside students trained one by one")
+    spent.add_argument("run_folder", metavar="results/RUN")
+    spent.add_argument(
+        "--students", type=_numbers, default=(1, 5, 20, 100), metavar="N,N", help="numbers of students (1,5,20,100)"
+    )
+    spent.add_argument("--country", default="USA", metavar="ABC", help="ISO 3166 code for CO2 equivalents (USA)")
     return parser
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Numbers of students."""
+    if not all(part.isdigit() and int(part) for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers; write 1 or more, as in 1,5,20")
+    return tuple(int(part) for part in text.split(","))
 
 
 def _row_count(text: str) -> int:
@@ -222,6 +237,75 @@ def _parity_mark(path: Path) -> str:
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is no parity record; delete it and rerun export_student") from None
     return "parity checked" if passed else "parity FAILED"
+
+
+def cost(run_folder: str | Path, console: Console, *, numbers: Sequence[int], country: str) -> None:
+    """Print what every stage of a run cost, and the cost of students trained one by one over that of the supernet.
+
+    Raises
+    ------
+    UserError
+        The folder holds no run, or the country is not known.
+    """
+    from proard.report.costs import by_stage, compare, emissions, read_ledgers
+    from proard.report.text import amount
+
+    ledgers = read_ledgers(run_folder)
+    stages = by_stage(ledgers)
+    names = {"seconds": "wall s", "device_seconds": "device s", "forward_equivalents": "passes", "work_macs": "MACs"}
+    names |= {"cached_macs": "cached MACs", "peak_rss_bytes": "peak bytes", "energy_wh": "Wh"}
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("stage")
+    for name in ("jobs", *names.values()):
+        table.add_column(name, justify="right", no_wrap=True)
+    sums = stages[[name for name in names if not name.startswith("peak")]].sum(min_count=1)
+    total = {**sums, "stage": "total", "jobs": stages["jobs"].sum()}
+    for entry in [*stages.to_dict("records"), total]:
+        cells = ["" if pd.isna(entry.get(name)) else amount(entry[name]) for name in names]
+        table.add_row(entry["stage"], str(entry["jobs"]), *cells, style="bold" if entry is total else None)
+    console.print(table)
+    if ledgers.get("energy_wh") is not None and ledgers["energy_wh"].notna().any():
+        watt_hours = float(ledgers["energy_wh"].sum())
+        console.print(
+            f"[dim]{watt_hours:.3g} Wh, {emissions(watt_hours, country):.3g} g CO2 equivalents in {country}[/]"
+        )
+        for method in sorted(set(ledgers["energy_method"].dropna())):
+            console.print(f"[dim]{escape(method)}[/]")
+    for source in sorted(set(ledgers["counted"]) - {"ledger"}):
+        stages_of = ", ".join(dict.fromkeys(ledgers.loc[ledgers["counted"] == source, "stage"]))
+        console.print(f"[dim]no ledger, read from the {source}: {stages_of}[/]")
+    found = compare(run_folder, ledgers)
+    if isinstance(found, str):
+        console.print(f"\n{escape(found)}")
+    else:
+        _print_comparison(found, numbers, console)
+
+
+def _print_comparison(found: Any, numbers: Sequence[int], console: Console) -> None:
+    """The ratio for each kind of student, and the number of students from which on the supernet costs no more."""
+    from proard.report.text import amount
+
+    console.print(
+        "\n[bold]students trained one by one, over the supernet run[/] (in MACs; above 1 the supernet is cheaper)"
+    )
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("student", "MACs", "budget", "counted", "alone", "break-even", *(f"K={number}" for number in numbers)):
+        table.add_column(name, justify="left" if name in ("student", "budget", "counted") else "right", no_wrap=True)
+    sizes = {**found.sizes, **{f"student {budget}": macs for budget, macs in found.students.items()}}
+    for name, macs in sizes.items():
+        for budget in found.images:
+            even, alone = found.break_even(macs, budget), amount(found.alone(macs, budget))
+            ratios = [f"{found.ratio(number, macs, budget):.2f}" for number in numbers]
+            table.add_row(name, amount(macs), budget, "everything", alone, str(even or "never"), *ratios)
+            ratios = [f"{found.training_ratio(number, macs, budget):.2f}" for number in numbers]
+            table.add_row("", "", "", "training", "", "", *ratios, style="dim")
+    console.print(table)
+    console.print(
+        f"[dim]both sides: data and teacher, {amount(found.shared)} MACs; the supernet: {amount(found.once)} once, "
+        f"of which {amount(found.training)} training, and {amount(found.each)} per student; a student alone: "
+        f"{found.own:g} passes of each image through itself, {found.others:g} through the teacher; "
+        "docs/costs.md says what is counted[/]"
+    )
 
 
 if __name__ == "__main__":

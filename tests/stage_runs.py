@@ -90,8 +90,12 @@ class Stage:
         """The history without its wall times."""
         return read_table(self.outputs[1]).drop(columns="seconds").to_dict("list")
 
+    def costs(self):
+        """The ledger's one row."""
+        return read_table(self.folder / "costs.parquet").iloc[0]
+
     def equals(self, other):
         """Whether both ended with the same weights and the same history, and left nothing else."""
         names = {path.name for path in self.folder.iterdir()}
-        assert names == set(OUTPUTS[self.name]), names
+        assert names == {*OUTPUTS[self.name], "costs.parquet"}, names
         return self.checksum() == other.checksum() and str(self.history()) == str(other.history())

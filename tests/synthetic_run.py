@@ -205,6 +205,7 @@ class SyntheticRun:
             "verified": "verify_front/front.parquet", "benchmarks": "benchmarks", "html": "report/report.html",
             "front-figure": "report/front.svg", "training-figure": "report/training.svg",
             "predictor-figure": "report/predictor.svg", "search-figure": "report/hypervolume.svg",
+            "costs-figure": "report/costs.svg",
         }  # fmt: skip
         several = {
             "phase-histories": [f"train_phase/{phase}/history.parquet" for phase in ("width", "depth")],

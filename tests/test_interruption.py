@@ -56,6 +56,15 @@ def test_killed_teacher_continues_to_the_same_weights(inputs, tmp_path):
     out, err = stage.start().communicate()
     assert re.search(r"resumed after step \d+ of 60", out), out + err
     assert stage.equals(uninterrupted)
+    costs, whole = stage.costs(), uninterrupted.costs()
+    assert (costs["attempts"], whole["attempts"]) == (2, 1)
+    for name in (
+        "forward_equivalents",
+        "train_macs",
+        "measure_macs",
+        "weight_gradients",
+    ):
+        assert costs[name] == whole[name] > 0, name
 
 
 def test_phase_killed_then_terminated_continues_to_the_same_weights(inputs, whole, tmp_path, capsys):
@@ -162,7 +171,7 @@ def test_files_that_a_killed_writer_left_are_removed(inputs, tmp_path):
     for name in (".supernet.state.k3j2.part", ".supernet.safetensors.x.part", "supernet.handover", "supernet.lock"):
         (tmp_path / name).write_text("half")
     stage.run()
-    assert {path.name for path in tmp_path.iterdir()} == set(OUTPUTS["train_phase"])
+    assert {path.name for path in tmp_path.iterdir()} == {*OUTPUTS["train_phase"], "costs.parquet"}
 
 
 def damaged(data, kind):

@@ -61,7 +61,7 @@ def step_with(attack, drawn):
     stepped = trainer.Trainer(net, phase, Plan(lambda seed, step, data_pass: drawn), EPS, None, 0, inner=inner)
     images, labels = batch()
     *_, work = stepped.step(images, labels, 0, 0, 0.01, torch.Generator().manual_seed(1))
-    return work, inner
+    return work.forwards, inner
 
 
 def at(arch, **changes):

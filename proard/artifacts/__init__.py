@@ -2,11 +2,15 @@
 
 from proard.artifacts.files import ArtifactError, atomic_path, sha256, write_json, write_text
 from proard.artifacts.tables import (
+    COSTS,
     FRONT,
+    GAPS,
     HISTORY,
     MEASURED,
+    OUTCOMES,
     PREDICTED,
     STUDENT,
+    TRAINED,
     Provenance,
     read_metadata,
     read_table,
@@ -17,11 +21,15 @@ from proard.artifacts.tables import (
 from proard.artifacts.tensors import load_tensors, read_header, save_tensors, tensors_checksum
 
 __all__ = [
+    "COSTS",
     "FRONT",
+    "GAPS",
     "HISTORY",
     "MEASURED",
+    "OUTCOMES",
     "PREDICTED",
     "STUDENT",
+    "TRAINED",
     "ArtifactError",
     "Provenance",
     "atomic_path",

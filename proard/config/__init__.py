@@ -2,6 +2,7 @@
 
 from proard.config.attacks import Attack, Curriculum, Threat, TrainingAttack
 from proard.config.fields import ConfigError, UserError
+from proard.config.nets import NETS, VisionTransformer, WideResNet, named_nets
 from proard.config.presets import PRESETS
 from proard.config.run import (
     NEEDS,
@@ -32,18 +33,25 @@ from proard.config.settings import (
     VerifyFront,
 )
 from proard.config.spaces import Final, Space, Stem, Unit
+from proard.config.students import CompareStudents, EvaluateStudent, Student, TrainStudent
+from proard.config.twins import CompareTwins, MeasureTwin
 
 __all__ = [
     "NEEDS",
+    "NETS",
     "PRESETS",
     "Attack",
     "Augmentation",
+    "CompareStudents",
+    "CompareTwins",
     "ConfigError",
     "Curriculum",
     "EvaluateArchs",
+    "EvaluateStudent",
     "ExportStudent",
     "Final",
     "FitPredictor",
+    "MeasureTwin",
     "Measurement",
     "Phase",
     "PrepareData",
@@ -54,19 +62,24 @@ __all__ = [
     "SelectStudent",
     "Space",
     "Stem",
+    "Student",
     "Threat",
     "TrainControl",
     "TrainPhase",
+    "TrainStudent",
     "TrainTeacher",
     "TrainingAttack",
     "Unit",
     "UserError",
     "Validation",
     "VerifyFront",
+    "VisionTransformer",
+    "WideResNet",
     "at_any_rhythm",
     "job_settings",
     "json_schema",
     "load",
+    "named_nets",
     "parse",
     "without_rhythm",
 ]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from proard.config.fields import Count, Natural, NonNegative, PixelLength, Positive, Settings, in_pixel_units
+from proard.config.fields import Count, Extended, Natural, NonNegative, PixelLength, Positive, Settings, in_pixel_units
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -37,7 +37,7 @@ class Curriculum(Settings):
     reach: NonNegative = 1.25
 
 
-class TrainingAttack(Settings):
+class TrainingAttack(Extended):
     """Inner maximisation of training.
 
     `objective` is what the adversary ascends: `loss` (what the loss's paper takes), `ce`, `margin`, `kl_clean` (to the
@@ -53,9 +53,12 @@ class TrainingAttack(Settings):
     `smallest`. `carry_passes` lets an image's perturbation start where the previous pass over the data left it, drawn
     anew every so many passes (ATTA): one byte per value of the padded training images, on the device and in the resume
     state.
+    `crafted_on: teacher` perturbs images against the frozen teacher instead of the network that is trained.
     `graph: auto` replays a captured CUDA graph for every linf attack step of a full batch, except under
     `bn_mode: batch`; it changes nothing on a CPU.
     """
+
+    gained = frozenset({"crafted_on"})
 
     objective: Literal["loss", "ce", "margin", "kl_clean", "kl_teacher", "kl_teacher_adv"] = "loss"
     num_steps: Natural = 10
@@ -70,6 +73,7 @@ class TrainingAttack(Settings):
     own_steps: Natural = 1
     carry_passes: Count | None = None
     graph: Literal["auto", "off"] = "off"
+    crafted_on: Literal["student", "teacher"] = "student"
 
     @model_validator(mode="after")
     def parts_fit(self) -> TrainingAttack:
@@ -84,11 +88,24 @@ class TrainingAttack(Settings):
         return self
 
 
-class Attack(Settings):
-    """An attack that measures: `objective` is `ce` (cross-entropy) or `margin` (Carlini-Wagner's logit margin)."""
+class Attack(Extended):
+    """An attack that measures: `objective` is `ce` (cross-entropy) or `margin` (Carlini-Wagner's logit margin).
+
+    `start` is `uniform` in the ball, or `zero`: the image itself, as FGSM has it in one step of eps.
+    """
+
+    gained = frozenset({"start"})
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = "pgd20"
     objective: Literal["ce", "margin"] = "ce"
     num_steps: Count = 20
     step_size: PixelLength = 2 / 255
     restarts: Count = 1
+    start: Literal["uniform", "zero"] = "uniform"
+
+    @model_validator(mode="after")
+    def restarts_differ(self) -> Attack:
+        """From the image itself every restart is the same."""
+        if self.start == "zero" and self.restarts > 1:
+            raise ValueError(f"start zero makes all restarts equal; restarts is {self.restarts}")
+        return self

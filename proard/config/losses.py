@@ -9,10 +9,11 @@ from pydantic import model_validator
 from proard.config.fields import NonNegative, Number, Positive, Settings, Share
 
 RobustObjective = Literal["pgd_at", "sat", "trades", "mart", "hat"]
-Distillation = Literal["rslad", "kd", "akd", "ard", "iad", "adaad", "adaiad", "mtard", "absld", "alpha"]
+Distillation = Literal["rslad", "kd", "akd", "ard", "iad", "adaad", "adaiad", "mtard", "absld", "alpha", "fast_edge"]
 WITHOUT_ATTACK = ("kd",)
 PAPER_DEFAULTS: dict[str, dict[str, float]] = {
     "hat": {"beta": 2.5},
+    "fast_edge": {"beta": 1.0},
     "kd": {"soft_weight": 0.5},
     "akd": {"soft_weight": 0.5},
     "ard": {"temperature": 30.0},
@@ -24,10 +25,10 @@ PAPER_DEFAULTS: dict[str, dict[str, float]] = {
 class RobustOptions(Settings):
     """Options of objectives without a teacher.
 
-    `beta` weighs the divergence of `trades`, `mart` and `hat` (2.5 for `hat`). `hat` adds `helper_weight` times a
-    cross-entropy at `helper_reach` times the perturbation, labelled by the run's plainly trained control. `awp_gamma`
-    above 0 trains on weights moved against the loss by that share of each layer's norm (the paper: 5e-3), from
-    `awp_warmup_epochs` on.
+    `beta` weighs the divergence of `trades`, `mart` and `hat` (2.5 for `hat`) and the adversarial term of `fast_edge`
+    (1). `hat` adds `helper_weight` times a cross-entropy at `helper_reach` times the perturbation, labelled by the
+    run's plainly trained control. `awp_gamma` above 0 trains on weights moved against the loss by that share of each
+    layer's norm (the paper: 5e-3), from `awp_warmup_epochs` on.
     """
 
     beta: NonNegative = 6.0

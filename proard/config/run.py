@@ -11,9 +11,12 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from proard.config import settings as s
 from proard.config.attacks import Threat
-from proard.config.fields import ConfigError, Natural, Settings
+from proard.config.fields import NUMBER_SCHEMA, ConfigError, Natural, Settings
+from proard.config.nets import named_nets
 from proard.config.presets import PRESETS
 from proard.config.spaces import Space
+from proard.config.students import CompareStudents, EvaluateStudent, TrainStudent
+from proard.config.twins import CompareTwins, MeasureTwin
 
 Model = TypeVar("Model", bound=BaseModel)
 RHYTHM = s.Optimisation.model_fields["save_every_minutes"].default
@@ -23,6 +26,20 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "train_teacher": ("run", "space", "threat", "train_teacher"),
     "train_control": ("run", "space", "threat", "measurement", "train_teacher", "train_control", "verify_front"),
     "train_phase": ("run", "space", "threat", "train_phase"),
+    "train_student": ("run", "space", "threat", "train_student"),
+    "evaluate_student": ("run", "space", "threat", "measurement", "train_student", "evaluate_student"),
+    "export_trained": (
+        "run",
+        "space",
+        "threat",
+        "measurement",
+        "train_student",
+        "evaluate_student",
+        "export_student",
+    ),
+    "compare_students": ("run", "threat", "compare_students"),
+    "measure_twin": ("run", "space", "threat", "measurement", "verify_front", "measure_twin"),
+    "compare_twins": ("run", "threat", "compare_twins"),
     "sample_archs": ("run", "space", "sample_archs"),
     "evaluate_archs": ("run", "space", "threat", "measurement", "evaluate_archs"),
     "merge_table": ("run",),
@@ -47,6 +64,11 @@ class RunConfig(Settings):
     train_teacher: s.TrainTeacher = s.TrainTeacher()
     train_control: s.TrainControl = s.TrainControl()
     train_phase: s.TrainPhase = s.TrainPhase()
+    train_student: TrainStudent = TrainStudent()
+    evaluate_student: EvaluateStudent = EvaluateStudent()
+    compare_students: CompareStudents = CompareStudents()
+    measure_twin: MeasureTwin = MeasureTwin()
+    compare_twins: CompareTwins | None = None
     sample_archs: s.SampleArchs = s.SampleArchs()
     evaluate_archs: s.EvaluateArchs = s.EvaluateArchs()
     fit_predictor: s.FitPredictor = s.FitPredictor()
@@ -106,6 +128,9 @@ def _measuring_attacks(run: RunConfig) -> dict[str, s.Attack | s.Validation]:
     attacks |= {"evaluate_archs.attack": run.evaluate_archs.attack, "select_student.attack": run.select_student.attack}
     attacks |= {"train_teacher.validation": run.train_teacher.validation}
     attacks |= {"train_control.validation": run.train_control.validation}
+    if run.train_student.students:
+        attacks |= {f"evaluate_student.attacks.{attack.name}": attack for attack in run.evaluate_student.attacks}
+    attacks |= {f"train_student.{each.name}.validation": each.validation for each in run.train_student.students}
     return attacks | {f"train_phase.{phase.name}.validation": phase.validation for phase in run.train_phase.phases}
 
 
@@ -154,6 +179,8 @@ def _named_path(values: Any, location: tuple[Any, ...]) -> list[Any]:
     for part in location:
         if isinstance(part, str) and ("[" in part or part in ("int", "float", "str") or part.startswith("function-")):
             continue  # pydantic's name for a branch of a union
+        if isinstance(values, Mapping) and part not in values and part == values.get("family"):
+            continue  # its name for a branch that the family chooses
         entry = None
         if isinstance(values, Mapping):
             values = entry = values.get(part)
@@ -161,7 +188,7 @@ def _named_path(values: Any, location: tuple[Any, ...]) -> list[Any]:
             values = entry = values[part]
         named = isinstance(part, int) and isinstance(entry, Mapping) and "name" in entry
         path.append(entry["name"] if named else part)
-        if named and path[-2:-1] == ["phases"]:
+        if named and path[-2:-1] in (["phases"], ["students"]):
             del path[-2]  # train_phase.depth.eps rather than train_phase.phases.0.eps
     return path
 
@@ -175,7 +202,8 @@ def _keys_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
         if isinstance(part, int):
             node = node.get("items", node.get("prefixItems", [{}])[0] if "prefixItems" in node else {})
         else:
-            node = node.get("properties", {}).get(part, node)
+            chosen = node.get("discriminator", {}).get("mapping", {}).get(part)
+            node = {"$ref": chosen} if chosen else node.get("properties", {}).get(part, node)
     return list(_resolve(schema, node).get("properties", {}))
 
 
@@ -186,27 +214,28 @@ def _resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
         if "$ref" in node:
             node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
         elif branches:
-            node = next((branch for branch in branches if "$ref" in branch), {})
+            node = next((branch for branch in branches if "$ref" in branch or "discriminator" in branch), {})
         else:
             return node
 
 
-def job_settings(config: RunConfig, stage: str, *, phase: str | None = None) -> str:
+def job_settings(config: RunConfig, stage: str, *, phase: str | None = None, student: str | None = None) -> str:
     """The sections a job reads, as canonical JSON: what stands in its shell line and triggers its reruns.
 
     Raises
     ------
     ConfigError
-        The phase is not in the config.
+        The phase or the student is not in the config.
     """
     sections = config.model_dump(mode="json", include=set(NEEDS[stage]))
     if stage != "verify_front" and "verify_front" in sections:  # these measure under the same attacks, no more
         sections["verify_front"] = {"attacks": sections["verify_front"]["attacks"]}
-    if phase is not None:
-        phases = {entry["name"]: entry for entry in sections["train_phase"]["phases"]}
-        if phase not in phases:
-            raise ConfigError(unknown("phase", phase, phases))
-        sections["train_phase"] = {"phases": [phases[phase]]}
+    for section, kind, name in (("train_phase", "phase", phase), ("train_student", "student", student)):
+        if name is not None:
+            entries = {entry["name"]: entry for entry in sections[section][f"{kind}s"]}
+            if name not in entries:
+                raise ConfigError(unknown(kind, name, entries))
+            sections[section] = {f"{kind}s": [entries[name]]}
     return json.dumps(sections, sort_keys=True, separators=(",", ":"))
 
 
@@ -241,7 +270,13 @@ def json_schema() -> dict[str, Any]:
         "description": "A preset's name or a space written out.",
         "default": "resnet_digits",
     }
-    phase = schema["$defs"]["Phase"]["properties"]
-    shared = {key: value for key, value in phase.items() if key not in ("name",)}
-    schema["$defs"]["TrainPhase"]["properties"].update(shared)
+    defined = schema["$defs"]
+    grid = {"type": "object", "additionalProperties": {"type": "array", "minItems": 1}}
+    nets = [{"enum": sorted(named_nets())}, *defined["Student"]["properties"]["net"]["anyOf"]]
+    defined["Student"]["properties"]["net"] = {"anyOf": nets, "default": None}
+    defined["Student"]["properties"] |= {"grid": grid, "seeds": {"type": "array", "items": NUMBER_SCHEMA}}
+    defined["Student"]["properties"]["attack_budget"] = NUMBER_SCHEMA
+    for one, section in (("Phase", "TrainPhase"), ("Student", "TrainStudent")):
+        shared = {key: value for key, value in defined[one]["properties"].items() if key != "name"}
+        defined[section]["properties"].update(shared)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

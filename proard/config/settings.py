@@ -116,14 +116,29 @@ class Optimisation(Settings):
     dtype: Dtype = "float32"
     save_every_minutes: Positive = 5
 
+    @property
+    def asks_frozen_teacher(self) -> bool:
+        """Whether a frozen teacher is there to be attacked."""
+        return False
+
+    @model_validator(mode="after")
+    def attacked_network_is_there(self) -> Optimisation:
+        """Images are crafted on a teacher only where there is one."""
+        if self.attack.crafted_on == "teacher" and not self.asks_frozen_teacher:
+            raise ValueError("attack.crafted_on is teacher; this training has no frozen teacher")
+        return self
+
 
 class TrainTeacher(Optimisation, RobustOptions):
-    """The fixed robust network. `arch` is `largest` or a mapping of elastic dims; `space` names another space.
+    """The fixed robust network. `arch` is `largest` or a mapping of elastic dims; `space` names another space or net.
+
+    `source`: `train` it here, take a `file` that this package wrote, or convert a `file` that holds a WideResNet as
+    TRADES publishes it (`trades`; nothing but tensors is read).
 
     `objective`: `plain`, `pgd_at` (also called `sat`), `trades`, `mart` or `hat`, whose helper is the run's control.
     """
 
-    source: Literal["train", "file"] = "train"
+    source: Literal["train", "file", "trades"] = "train"
     file: str | None = None
     space: str | None = None
     arch: Literal["largest"] | dict[str, tuple[Number, ...]] = "largest"
@@ -137,8 +152,9 @@ class TrainTeacher(Optimisation, RobustOptions):
     @model_validator(mode="after")
     def file_is_named(self) -> TrainTeacher:
         """A teacher from a file needs the file."""
-        if self.source == "file" and self.file is None:
-            raise ValueError("source file needs `file`: the path of a teacher.safetensors")
+        if self.source != "train" and self.file is None:
+            wanted = "a teacher.safetensors" if self.source == "file" else "a WideResNet checkpoint of TRADES' layout"
+            raise ValueError(f"source {self.source} needs `file`: the path of {wanted}")
         return self
 
 
@@ -183,6 +199,11 @@ class Phase(Optimisation, DistillationOptions, Extended):
     warm_start: Literal["teacher", "random"] = "teacher"
 
     @property
+    def asks_frozen_teacher(self) -> bool:
+        """A dynamic teacher is itself trained in the step."""
+        return self.teacher == "frozen"
+
+    @property
     def needs_control(self) -> bool:
         """Whether the training asks the plainly trained network."""
         return self.loss == "mtard" or (self.teacher != "frozen" and self.teacher_objective == "hat")
@@ -214,7 +235,7 @@ class TrainPhase(Settings):
         if not isinstance(value, dict) or not isinstance(value.get("phases"), (list, tuple)):
             return value
         shared = {key: entry for key, entry in value.items() if key != "phases"}
-        return {"phases": [_merge(shared, phase) if isinstance(phase, dict) else phase for phase in value["phases"]]}
+        return {"phases": [merge(shared, phase) if isinstance(phase, dict) else phase for phase in value["phases"]]}
 
     @model_validator(mode="after")
     def names_differ(self) -> TrainPhase:
@@ -225,12 +246,12 @@ class TrainPhase(Settings):
         return self
 
 
-def _merge(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """`own` over `shared`, mapping by mapping."""
+def merge(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Return `own` over `shared`, mapping by mapping."""
     merged = dict(shared)
     for key, value in own.items():
         both_mappings = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both_mappings else value
+        merged[key] = merge(merged[key], value) if both_mappings else value
     return merged
 
 
@@ -317,7 +338,10 @@ class ExportStudent(Settings):
     tolerance: Positive = 1e-5
 
 
-class Report(Settings):
-    """The page's title."""
+class Report(Extended):
+    """The page's title, and the country (ISO 3166, three letters) whose electricity converts energy to emissions."""
+
+    gained = frozenset({"country"})
 
     title: str = "Robust students for every budget"
+    country: Annotated[str, Field(pattern=r"^[A-Z]{3}$")] = "USA"

@@ -62,7 +62,8 @@ class Space(Extended):
     many blocks may stand beyond a unit's `blocks`; `expand` lists the inner width of a block relative to its output
     width (`mbconv`: input width); `kernel` lists the sides of depthwise convolutions; `width` lists multipliers of the
     stem's and of each unit's channels. Channels are rounded to multiples of `channel_multiple`, never down by more than
-    10 %. `shortcut` is the way around a ResNet unit's first block: a strided convolution, or one behind mean pooling.
+    10 %. `shortcut` is the way around a ResNet unit's first block: a strided convolution, one behind mean pooling, or a
+    strided one `where_needed`, nothing where the block changes neither size nor width.
     """
 
     gained = frozenset({"kernel", "shortcut", "final"})
@@ -74,7 +75,7 @@ class Space(Extended):
     stem: Stem = Stem()
     units: Annotated[tuple[Unit, ...], Field(min_length=1)]
     final: Final = Final()
-    shortcut: Literal["conv", "pool_conv"] = "conv"
+    shortcut: Literal["conv", "pool_conv", "where_needed"] = "conv"
     depth: Depths = (0,)
     expand: Factors = (1.0,)
     width: Factors = (1.0,)
@@ -105,6 +106,8 @@ class Space(Extended):
             raise ValueError(f"block is {self.block}; blocks of family {self.family} are {blocks}")
         if self.family == "resnet" and (self.kernel != (3,) or any(unit.kernel or unit.se for unit in self.units)):
             raise ValueError("kernel and se are settings of family mobilenet")
+        if self.shortcut == "where_needed" and len(self.width) > 1:
+            raise ValueError(f"shortcut where_needed fits blocks of one width alone; width lists {list(self.width)}")
         if self.family == "mobilenet":
             if self.shortcut != "conv":
                 raise ValueError("shortcut is a setting of family resnet")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from proard.attacks import ascend_, ball_noise_, clipper, differentiate, pgd
+from proard.attacks import ascend_, clipper, differentiate, pgd, start_noise_
 from proard.config import Attack
 from proard.data import keyed_generator
 from proard.losses import CrossEntropy, InnerObjective, Margin
@@ -76,7 +76,7 @@ def attack_images(
     accounting : {'any_iterate', 'last_iterate'}
         Whether an image is lost by any misclassified iterate (AutoAttack's convention, stricter) or by its last one.
     seed : int
-        Seed of the start noise.
+        Seed of the start noise, where the attack starts at noise.
     batch_size : int
         Size of the working set.
     norm : {'linf', 'l2'}
@@ -89,7 +89,9 @@ def attack_images(
     robust, gradients = correct.clone(), 0
     for restart in range(attack.restarts):
         generator = keyed_generator(seed, restart)
-        noise = ball_noise_(torch.empty(images.shape), eps=eps, norm=norm, generator=generator).to(images.device)
+        noise = torch.empty(images.shape)
+        start_noise_(noise, eps=eps, start=attack.start, norm=norm, generator=generator)
+        noise = noise.to(images.device)
         options = {"attack": attack, "ball": {"eps": eps, "norm": norm}, "accounting": accounting}
         lost, spent = _one_restart(predict, images, labels, robust, noise, **options, batch_size=batch_size)
         robust &= ~lost

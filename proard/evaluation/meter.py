@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from proard.config import Attack, Measurement, Threat
 from proard.data import ImageSet, to_float
 from proard.evaluation.adversary import Outcome, attack_images, clean_correct, stands_training_attack
 from proard.nets import FoldedNet, Supernet, extract, fold, recalibrate
-from proard.space import Arch, SearchSpace
+from proard.space import Arch, SearchSpace, Tally, Work, one_pass
 
 Measured = dict[str, dict[str, Any]]
 
@@ -65,6 +65,14 @@ def measure(
             "seconds": clean_seconds + time.monotonic() - started,
         }
     return results
+
+
+def work_of(entries: Collection[Mapping[str, Any]], macs: int) -> Work:
+    """What measurements of one network of that many MACs on the same images took: one clean pass, then the attacks."""
+    if not entries:
+        return Work()
+    clean = max(len(entry["clean"]) for entry in entries)
+    return (clean + 2 * sum(entry["gradients"] for entry in entries)) * one_pass(macs)
 
 
 def rows_of(
@@ -142,6 +150,8 @@ class SubnetMeter:
         Its first `measurement.recalibration_images` reset the batch-norm statistics.
     cache : path, optional
         Folder of measurements, shared by all stages of a run.
+    tally : Tally, optional
+        Where the work is added up.
     """
 
     def __init__(
@@ -154,7 +164,9 @@ class SubnetMeter:
         measurement: Measurement,
         seed: int,
         cache: str | Path | None = None,
+        tally: Tally | None = None,
     ) -> None:
+        self.tally = tally if tally is not None else Tally()
         self.supernet, self.checksum, self.threat, self.measurement = supernet, checksum, threat, measurement
         self.seed, self.cache = seed, Path(cache) if cache is not None else None
         self.recalibration = train.first(measurement.recalibration_images)
@@ -164,6 +176,7 @@ class SubnetMeter:
         """The subnet as it is measured and exported: extracted, recalibrated, folded."""
         net = extract(self.supernet, arch)
         recalibrate(net, to_float(self.recalibration.images), batch_size=self.measurement.batch_size)
+        self.tally.spent += len(self.recalibration) * one_pass(net.spec.macs)
         return fold(net).eval()
 
     def measure(self, arch: Arch, images: ImageSet, attacks: Iterable[Attack]) -> Measured:
@@ -172,6 +185,9 @@ class SubnetMeter:
         paths = {attack.name: self._path(arch, images, attack) for attack in attacks}
         found = {name: entry for name, path in paths.items() if (entry := _read(path)) is not None}
         missing = [attack for attack in attacks if attack.name not in found]
+        macs = self.supernet.space.spec(arch).macs
+        self.tally.cached += work_of(found.values(), macs)
+        self.tally.cached_seconds += sum(entry["seconds"] for entry in found.values())
         if missing:
             fresh = measure(
                 self.student(arch),
@@ -183,6 +199,7 @@ class SubnetMeter:
             )
             for name, entry in fresh.items():
                 _write(paths[name], entry)
+            self.tally.spent += work_of(fresh.values(), macs)
             found |= fresh
         return found
 
@@ -263,22 +280,26 @@ def validation_rows(
     measurement: Measurement,
     seed: int,
     training_attack: Mapping[str, Any] | None = None,
+    tally: Tally | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of a training's history: each named subnet after recalibration, clean and under one attack.
 
-    `training_attack`, keyword arguments of `pgd`, adds the accuracy under the attack of the training itself.
+    `training_attack`, keyword arguments of `pgd`, adds the accuracy under the attack of the training itself. The work
+    is added up in `tally`.
     """
-    rows = []
+    rows, tally = [], tally if tally is not None else Tally()
     for name, arch in archs.items():
         net = extract(supernet, arch)
         recalibrate(net, recalibration, batch_size=measurement.batch_size)
         with torch.enable_grad():
             entry = measure(fold(net), val, [attack], threat=threat, measurement=measurement, seed=seed)[attack.name]
+        tally.spent += len(recalibration) * one_pass(net.spec.macs) + work_of([entry], net.spec.macs)
         own = {}
         if training_attack is not None:
             options = {"batch_size": measurement.batch_size, "seed": seed, "attack": training_attack}
             right = stands_training_attack(fold(net), to_float(val.images), val.labels, **options)
             own = {"val_train_attack_acc": float(right.double().mean())}
+            tally.spent += len(val) * (2 * training_attack["num_steps"] + 1) * one_pass(net.spec.macs)
         rows.append(
             {
                 "arch": name,

@@ -1,10 +1,12 @@
 """A student as files that stand alone: three formats, the check of each against the measured network, a card."""
 
-from proard.export.card import model_card
+from proard.export.card import FROM_SUPERNET, TRAINED_ALONE, model_card
 from proard.export.formats import StudentFacts, export_program, load_student, save_onnx, save_pt2, save_student
 from proard.export.parity import check_parity, measured_logits
 
 __all__ = [
+    "FROM_SUPERNET",
+    "TRAINED_ALONE",
     "StudentFacts",
     "check_parity",
     "export_program",

@@ -34,7 +34,7 @@ An image classifier for small devices that was trained to withstand adversarial 
 
 | | |
 |---|---|
-| Budget asked for | `{budget}` |
+{asked}
 | Multiply-accumulates of one image | {macs:,} (tools that count FLOPs often say twice that) |
 | Parameters (before batch norm is folded) | {params:,} |
 | Clean accuracy, test | {clean_acc} |
@@ -91,8 +91,7 @@ statistics; {accounting}.
 |---|---|---|---|---|---|---|
 {rows}
 
-Each line is a row of `student.parquet` (stage `select_student`): the one with `arch_id` {arch_id} and this split, role
-and attack. This student was chosen on `val`, so its `val` numbers are slightly favourable; `test` chose nothing.
+{rows_from}
 
 ## The files are the measured network
 
@@ -107,14 +106,13 @@ Sizes: {sizes}. One image on one CPU thread ({runtime}; {machine}): median {medi
 
 ## Training
 
-The weights are a subnet of one supernet, trained by robust distillation; nothing was fine-tuned afterwards.
-Batch-norm statistics were recalibrated on training images for this subnet.
+{made}
 
 | | |
 |---|---|
 | Data | `{dataset}`: {counts} images |
 | Run, seed | `{run}`, {seed} |
-| Supernet | weights `{supernet}`, last phase `{phase}`, made by proard {supernet_version} |
+{source}
 | Settings of export and measurement | sha256 `{settings_sha256}` |
 | Versions | {versions} |
 | License | {license} |
@@ -129,6 +127,27 @@ Batch-norm statistics were recalibrated on training images for this subnet.
 - The numbers are for float32. A quantised or otherwise changed network must be measured again.
 """
 
+FROM_SUPERNET = {
+    "asked": "| Budget asked for | `{budget}` |",
+    "rows_from": """\
+Each line is a row of `student.parquet` (stage `select_student`): the one with `arch_id` {arch_id} and this split, role
+and attack. This student was chosen on `val`, so its `val` numbers are slightly favourable; `test` chose nothing.""",
+    "made": """\
+The weights are a subnet of one supernet, trained by robust distillation; nothing was fine-tuned afterwards.
+Batch-norm statistics were recalibrated on training images for this subnet.""",
+    "source": "| Supernet | weights `{supernet}`, last phase `{phase}`, made by proard {supernet_version} |",
+}
+TRAINED_ALONE = {
+    "asked": "| Student | `{budget}` |",
+    "rows_from": """\
+Each line is a row of this student's `table.parquet` (stage `evaluate_student`). Its epoch was chosen on `val`; `test`
+chose nothing.""",
+    "made": """\
+The network was trained by itself, as `train_student` in the settings says; batch-norm statistics, where it has any,
+were recalibrated on training images.""",
+    "source": "| Trained weights | `{supernet}`, made by proard {supernet_version} |",
+}
+
 
 def model_card(
     facts: StudentFacts,
@@ -138,6 +157,7 @@ def model_card(
     parity: Mapping[str, Any],
     supernet: Mapping[str, Any],
     counts: Mapping[str, int],
+    origin: Mapping[str, str] = FROM_SUPERNET,
 ) -> str:
     """Text of `card.md`, with front matter as model hubs read it.
 
@@ -150,9 +170,11 @@ def model_card(
     parity : mapping
         Contents of `parity.json`.
     supernet : mapping
-        Header of the supernet's file.
+        Header of the supernet's file, or of the trained student's.
     counts : mapping of str to int
         Images per split.
+    origin : mapping
+        Which sentences say where the weights come from: `FROM_SUPERNET` or `TRAINED_ALONE`.
     """
     worst = _hardest(rows[rows["split"] == "test"])
     header, adversarial, made = facts.to_header(), parity["adversarial"], supernet.get("provenance", {})
@@ -192,6 +214,7 @@ def model_card(
         "versions": f"proard {__version__}, torch {torch.__version__}, onnx {onnx.__version__}, "
         f"onnxruntime {onnxruntime.__version__}",
     }
+    values |= {name: sentence.format(**values) for name, sentence in origin.items()}
     return _front_matter(facts, worst) + TEXT.format(**values)
 
 

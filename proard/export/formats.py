@@ -18,9 +18,9 @@ import torch
 
 from proard import __version__
 from proard.artifacts import ArtifactError, Provenance, atomic_path, load_tensors, save_tensors
-from proard.config import Space, Threat
-from proard.nets import FoldedNet
-from proard.space import Arch, SearchSpace
+from proard.config import Threat
+from proard.nets import FixedNet, FoldedNet, bare_network
+from proard.space import Arch, FixedArch, FixedSpace, FixedSpec, SearchSpace, read_arch, read_space
 
 INPUT, OUTPUT = "images", "logits"
 CHANNEL_ORDERS = {1: "grey", 3: "RGB"}
@@ -33,7 +33,7 @@ class StudentFacts:
     Attributes
     ----------
     name : str
-        Run and budget.
+        Run and budget, or run and student.
     classes : tuple of str
         Class names in the order of the logits.
     dataset : str
@@ -44,8 +44,8 @@ class StudentFacts:
 
     name: str
     budget: str
-    space: SearchSpace
-    arch: Arch
+    space: SearchSpace | FixedSpace
+    arch: Arch | FixedArch
     classes: tuple[str, ...]
     threat: Threat
     dataset: str
@@ -93,10 +93,11 @@ class StudentFacts:
         return {key: value if isinstance(value, str) else json.dumps(value) for key, value in header.items()}
 
 
-def save_student(path: str | Path, net: FoldedNet, facts: StudentFacts) -> None:
-    """Write a folded network so that `load_student` needs nothing but the file."""
+def save_student(path: str | Path, net: FoldedNet | FixedNet, facts: StudentFacts) -> None:
+    """Write a folded (or fixed) network so that `load_student` needs nothing but the file."""
     spec = facts.space.spec(facts.arch)
-    layers = [[conv.name, conv.in_channels, conv.out_channels, conv.kernel, conv.stride] for conv in spec.convs]
+    convs = () if isinstance(spec, FixedSpec) else spec.convs
+    layers = [[conv.name, conv.in_channels, conv.out_channels, conv.kernel, conv.stride] for conv in convs]
     save_tensors(
         path,
         net.state_dict(),
@@ -108,12 +109,12 @@ def save_student(path: str | Path, net: FoldedNet, facts: StudentFacts) -> None:
     )
 
 
-def load_student(path: str | Path) -> FoldedNet:
+def load_student(path: str | Path) -> FoldedNet | FixedNet:
     """Read a student from its safetensors file alone.
 
     Returns
     -------
-    FoldedNet
+    FoldedNet or FixedNet
         On the CPU, in evaluation mode: float32 images in [0, 1] of shape (batch, channels, height, width) to logits of
         shape (batch, classes).
 
@@ -124,14 +125,19 @@ def load_student(path: str | Path) -> FoldedNet:
     """
     tensors, header = load_tensors(path, kind="student")
     try:
-        spec = SearchSpace(Space.model_validate(header["space"])).spec(Arch.from_json(header["arch"]))
-        return FoldedNet.from_state(spec, tensors).eval()
+        space = read_space(header["space"])
+        arch = read_arch(space, header["arch"])
+        if isinstance(space, SearchSpace):
+            return FoldedNet.from_state(space.spec(arch), tensors).eval()
+        net = bare_network(space, arch)
+        net.load_state_dict(tensors)
+        return net.frozen()
     except (KeyError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ArtifactError(f"{path}: header and weights are not of one network ({reason}); export it again") from None
 
 
-def export_program(net: FoldedNet) -> torch.export.ExportedProgram:
+def export_program(net: FoldedNet | FixedNet) -> torch.export.ExportedProgram:
     """Trace a network on the CPU with a free batch size; source lines are left out of the graph."""
     spec = net.spec
     images = torch.zeros(2, spec.image_channels, spec.image_size, spec.image_size)

@@ -218,6 +218,7 @@ def check_parity(
         },
         "bytes": {path.name: path.stat().st_size for path in (weights, onnx, pt2)},
         "latency": latency(onnx, clean[:1].numpy()),
+        "image_passes": 3 * len(test) + min(SINGLE_IMAGES, len(test)) + (2 * num_steps + 2) * len(few),
         "versions": {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__},
     }
 

@@ -9,6 +9,7 @@ from proard.losses.distillation import (
     adaad_loss,
     alpha_loss,
     balanced_share,
+    fast_edge_loss,
     iad_loss,
     kd_loss,
     mtard_loss,
@@ -18,7 +19,16 @@ from proard.losses.distillation import (
 )
 from proard.losses.divergence import alpha_divergence, kl_to_teacher, mix_logits, softened_kl
 from proard.losses.inner import CrossEntropy, InnerObjective, KLBetweenNets, KLToTarget, Margin
-from proard.losses.objectives import INNER_OBJECTIVES, OBJECTIVES, Batch, Memory, Objective, with_igdm, with_kdiga
+from proard.losses.objectives import (
+    INNER_OBJECTIVES,
+    OBJECTIVES,
+    Batch,
+    Memory,
+    Objective,
+    scaled,
+    with_igdm,
+    with_kdiga,
+)
 from proard.losses.robust import hat_loss, mart_loss, trades_loss
 
 __all__ = [
@@ -38,6 +48,7 @@ __all__ = [
     "alpha_divergence",
     "alpha_loss",
     "balanced_share",
+    "fast_edge_loss",
     "gradient_gap",
     "hat_loss",
     "iad_loss",
@@ -51,6 +62,7 @@ __all__ = [
     "mtard_loss",
     "next_temperatures",
     "rslad_loss",
+    "scaled",
     "softened_kl",
     "trades_loss",
     "trust",

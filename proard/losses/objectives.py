@@ -300,11 +300,22 @@ OBJECTIVES: dict[str, Objective] = {
         _needs("clean", "adv", "teacher"),
         ("adv_weight", "alpha_min", "alpha_max", "ratio_clip"),
     ),
+    "fast_edge": Objective(
+        "ce",
+        lambda batch, beta: d.fast_edge_loss(batch.clean, batch.adv, batch.teacher, batch.labels, beta=beta),
+        _needs("clean", "adv", "teacher"),
+        ("beta",),
+    ),
 }
 OBJECTIVES["sat"] = OBJECTIVES["pgd_at"]  # its other name in the literature
 
 
 # --- add-ons ------------------------------------------------------------------------------------------------------
+
+
+def scaled(objective: Objective, *, scale: float) -> Objective:
+    """The objective times a number: releases that average a divergence over classes, too, have 1 / classes of it."""
+    return replace(objective, loss=lambda batch, **options: scale * objective.loss(batch, **options))
 
 
 def with_igdm(objective: Objective, *, weight: float) -> Objective:

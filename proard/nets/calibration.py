@@ -7,18 +7,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from proard.nets.elastic import BN_EPS, key_of
+from proard.nets.fixed import FixedNet, recalibrate_fixed
 from proard.nets.forward import run_network
 from proard.nets.subnet import StaticNet
 from proard.space import ConvSpec
 
 
 @torch.no_grad()
-def recalibrate(net: StaticNet, images: Tensor, *, batch_size: int) -> StaticNet:
+def recalibrate(net: StaticNet | FixedNet, images: Tensor, *, batch_size: int) -> StaticNet | FixedNet:
     """Set the running statistics to the mean, over batches, of the batch statistics on `images`.
 
     Parameters
     ----------
-    net : StaticNet
+    net : StaticNet or FixedNet
         Changed in place and returned, in evaluation mode.
     images : Tensor of shape (n, channels, height, width)
         Clean, unaugmented training images in [0, 1]. A last batch smaller than `batch_size` is left out unless it
@@ -30,6 +31,8 @@ def recalibrate(net: StaticNet, images: Tensor, *, batch_size: int) -> StaticNet
     ----------
     Yu and Huang, Universally Slimmable Networks, ICCV 2019, arXiv:1903.05134, section 3.2.
     """
+    if isinstance(net, FixedNet):
+        return recalibrate_fixed(net, images, batch_size=batch_size)
     totals = {key: [torch.zeros_like(norm.running_mean) for _ in range(2)] for key, norm in net.norms.items()}
     batches = [batch for batch in images.split(batch_size) if len(batch) == min(batch_size, len(images))]
     for batch in batches:

@@ -8,8 +8,10 @@ from typing import Any
 from proard.artifacts import ArtifactError, Provenance, load_tensors, save_tensors
 from proard.config import Space
 from proard.nets.elastic import Supernet
+from proard.nets.fixed import FixedNet
 from proard.nets.subnet import StaticNet
-from proard.space import Arch, SearchSpace
+from proard.nets.wide import read_trades
+from proard.space import Arch, FixedArch, FixedSpace, SearchSpace, read_arch, read_space
 
 
 def save_supernet(path: str | Path, net: Supernet, provenance: Provenance, **extra: Any) -> None:
@@ -37,16 +39,44 @@ def load_supernet(path: str | Path, space: SearchSpace) -> tuple[Supernet, str]:
     return net, header["checksum"]
 
 
-def save_static(path: str | Path, net: StaticNet, *, space: SearchSpace, arch: Arch, kind: str, **extra: Any) -> None:
+def save_static(
+    path: str | Path,
+    net: StaticNet | FixedNet,
+    *,
+    space: SearchSpace | FixedSpace,
+    arch: Arch | FixedArch,
+    kind: str,
+    **extra: Any,
+) -> None:
     """Write a static network (`teacher`, `control`) with the space and arch that describe its layers."""
     described = space.settings.model_dump(mode="json")
     save_tensors(path, net.state_dict(), kind=kind, space=described, arch=arch.to_json(), **extra)
 
 
-def load_static(path: str | Path, *, kind: str | tuple[str, ...]) -> tuple[StaticNet, SearchSpace, Arch, str]:
+def load_static(
+    path: str | Path, *, kind: str | tuple[str, ...]
+) -> tuple[StaticNet | FixedNet, SearchSpace | FixedSpace, Arch | FixedArch, str]:
     """Read a static network: the network in evaluation mode, its space, its arch, the checksum of its weights."""
     tensors, header = load_tensors(path, kind=kind)
-    space, arch = SearchSpace(Space.model_validate(header["space"])), Arch.from_json(header["arch"])
-    net = StaticNet(space.spec(arch))
+    space = read_space(header["space"])
+    arch = read_arch(space, header["arch"])
+    net = bare_network(space, arch)
     net.load_state_dict(tensors)
     return net.eval(), space, arch, header["checksum"]
+
+
+def bare_network(space: SearchSpace | FixedSpace, arch: Arch | FixedArch) -> StaticNet | FixedNet:
+    """The static network of an arch, its weights to be loaded."""
+    if isinstance(space, FixedSpace):
+        channels = space.settings.image_channels
+        return FixedNet(space, mean=[0.0] * channels, std=[1.0] * channels)
+    return StaticNet(space.spec(arch))
+
+
+def load_trades(path: str | Path, *, image_size: int) -> tuple[FixedNet, FixedSpace, FixedArch]:
+    """Read a WideResNet checkpoint of TRADES' layout (see `read_trades`): network, space, arch."""
+    settings, tensors = read_trades(str(path), image_size=image_size)
+    space = FixedSpace(settings)
+    net = bare_network(space, space.largest)
+    net.module.load_state_dict(tensors)
+    return net.eval(), space, space.largest

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from proard.nets.elastic import BN_EPS, Supernet, key_of
+from proard.nets.fixed import FixedNet
 from proard.nets.forward import convolve, run_network
 from proard.nets.gradient import InputGradient, is_plain
-from proard.space import Arch, ConvSpec, NetSpec
+from proard.space import Arch, ConvSpec, FixedArch, NetSpec
 
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
@@ -140,8 +141,10 @@ def unfolded_layer(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
-def extract(supernet: Supernet, arch: Arch) -> StaticNet:
+def extract(supernet: Supernet | FixedNet, arch: Arch | FixedArch) -> StaticNet | FixedNet:
     """The subnet as a network of its own, weights copied; its logits equal the supernet's at `arch` exactly."""
+    if isinstance(supernet, FixedNet):
+        return supernet.frozen().train(supernet.training)
     spec = supernet.space.spec(arch)
     net = StaticNet(spec).to(supernet.mean)  # its device and type
     net.mean.copy_(supernet.mean)
@@ -175,8 +178,10 @@ def implant(supernet: Supernet, net: StaticNet) -> None:
 
 
 @torch.no_grad()
-def fold(net: StaticNet, *, dtype: torch.dtype = torch.float32) -> FoldedNet:
-    """Fold the batch norms, at their running statistics, into the convolutions."""
+def fold(net: StaticNet | FixedNet, *, dtype: torch.dtype = torch.float32) -> FoldedNet | FixedNet:
+    """Fold the batch norms, at their running statistics, into the convolutions; a fixed network keeps them, frozen."""
+    if isinstance(net, FixedNet):
+        return net.frozen()
     layers = {}
     for conv in net.spec.convs:
         layer = net.convs[key_of(conv)]

@@ -47,6 +47,11 @@ class SubnetView:
         self.head_weight = supernet.head.weight[:, : self.spec.features].detach().contiguous().requires_grad_()
         self.head_bias = supernet.head.bias.detach().requires_grad_()
 
+    @property
+    def weights(self) -> list[Tensor]:
+        """Leaves with more than one dim, the head's among them."""
+        return [leaf for leaves in self.leaves.values() for leaf in leaves if leaf.ndim > 1] + [self.head_weight]
+
     def __call__(
         self, images: Tensor, *, record: Statistics | None = None, update_running: bool = False, frozen: bool = False
     ) -> Tensor:

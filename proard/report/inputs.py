@@ -12,6 +12,7 @@ import pandas as pd
 
 from proard import artifacts
 from proard.artifacts import ArtifactError
+from proard.report.costs import read_ledgers
 
 EVALUATED = ("arch_id", "macs", "params", "split", "attack", "num_images", "clean_acc", "robust_acc")
 PREDICTIONS = ("arch_id", "macs", "predicted_clean_acc", "predicted_robust_acc", "found_by")
@@ -68,6 +69,8 @@ class Results:
         Trainings in the order they ran: teacher, control, phases.
     students : list of DataFrame
         One per budget.
+    folder, ledgers : Path, DataFrame, optional
+        The run's folder, and what its jobs cost.
     settings : dict
         Every section found in the tables' provenance.
     """
@@ -80,6 +83,8 @@ class Results:
     students: list[pd.DataFrame] = field(default_factory=list)
     cards: list[Card] = field(default_factory=list)
     benchmarks: Path | None = None
+    folder: Path | None = None
+    ledgers: pd.DataFrame | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     inputs: list[InputFile] = field(default_factory=list)
 
@@ -96,7 +101,12 @@ class Results:
 
 
 def load_results(
-    files: Mapping[str, str | Sequence[str] | None], *, run: str, seed: int, benchmarks: str | Path | None = None
+    files: Mapping[str, str | Sequence[str] | None],
+    *,
+    run: str,
+    seed: int,
+    benchmarks: str | Path | None = None,
+    ledgers: str | Path | None = None,
 ) -> Results:
     """Read the files of a run.
 
@@ -107,6 +117,8 @@ def load_results(
         missing or empty is left out of the page.
     benchmarks : path, optional
         Folder of Snakemake's benchmark records; used if it exists.
+    ledgers : path, optional
+        Folder of the run, whose jobs' costs are told.
 
     Raises
     ------
@@ -132,6 +144,8 @@ def load_results(
     ]
     if benchmarks and Path(benchmarks).is_dir():
         results.benchmarks = Path(benchmarks)
+    if ledgers:
+        results.folder, results.ledgers = Path(ledgers), read_ledgers(ledgers)
     return results
 
 

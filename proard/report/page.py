@@ -12,6 +12,8 @@ import pandas as pd
 from proard import __version__
 from proard.progress import duration
 from proard.report import sections
+from proard.report.cost_page import cost_figure
+from proard.report.costs import Comparison, compare
 from proard.report.facts import compare_searches, durations, exported_students
 from proard.report.figures import front_figure, predictor_figure, search_figure, training_figure
 from proard.report.inputs import Results
@@ -20,7 +22,7 @@ from proard.report.style import STYLE_SHEET
 from proard.report.svg import to_svg
 from proard.report.text import count, decimal, percent, plural, threat_words
 
-FIGURES = ("front", "training", "predictor", "search")
+FIGURES = ("front", "training", "predictor", "search", "costs")
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,16 @@ class Report:
     figures: dict[str, str]
 
 
-def render(results: Results, *, html: str | Path, title: str, norm: str, eps: float, bootstraps: int = 1000) -> Report:
+def render(
+    results: Results,
+    *,
+    html: str | Path,
+    title: str,
+    norm: str,
+    eps: float,
+    bootstraps: int = 1000,
+    country: str = "USA",
+) -> Report:
     """Make the page and its figures.
 
     Parameters
@@ -42,6 +53,8 @@ def render(results: Results, *, html: str | Path, title: str, norm: str, eps: fl
         Threat model of the run; `eps` in pixel units of [0, 1].
     bootstraps : int
         Redraws behind the interval of the hypervolume difference.
+    country : str
+        Where the energy was used, ISO 3166 alpha-3.
     """
     students = exported_students(results.students)
     verified = results.get("verified")
@@ -50,6 +63,9 @@ def render(results: Results, *, html: str | Path, title: str, norm: str, eps: fl
     if verified is not None:
         comparison = compare_searches(verified, cost=cost, bootstraps=bootstraps, seed=results.seed)
     figures = _figures(results, students)
+    costs = "" if results.ledgers is None else compare(results.folder, results.ledgers)
+    if isinstance(costs, Comparison):
+        figures["costs"] = to_svg(cost_figure(costs), "Cost of students one by one over that of the supernet")
     view = View(
         results=results,
         students=students,
@@ -59,6 +75,9 @@ def render(results: Results, *, html: str | Path, title: str, norm: str, eps: fl
         folder=Path(html).parent,
         norm=norm,
         eps=eps,
+        ledgers=results.ledgers,
+        cost_comparison=costs,
+        country=country,
     )
     found = [section for build in sections.ORDER if (section := build(view)) is not None]
     return Report(_document(view, title, found), figures)

@@ -7,6 +7,7 @@ from html import escape
 
 import pandas as pd
 
+from proard.report.cost_page import costs
 from proard.report.facts import Student, rows_by_attack
 from proard.report.setup import provenance, setup, time
 from proard.report.text import SEARCH_NAMES, attack_words, count, percent, plural
@@ -299,5 +300,6 @@ ORDER: tuple[Callable[[View], Section | None], ...] = (
     training,
     setup,
     time,
+    costs,
     provenance,
 )

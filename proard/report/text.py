@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
@@ -42,6 +43,13 @@ def count(number: float) -> str:
     """A cost in three digits, with a thin space before its suffix."""
     text = human(float(f"{number:.3g}"))
     return f"{text[:-1]}\u202f{text[-1]}" if text[-1].isalpha() else text
+
+
+def amount(number: float) -> str:
+    """A large sum in three digits with a thin space before its suffix, K to E."""
+    exponent = 0 if number < 1000 else min(int(math.log10(float(f"{number:.3g}"))) // 3, 6)
+    digits = f"{number / 1000**exponent:#.3g}".rstrip(".") if exponent else f"{number:.3g}"
+    return f"{digits}\u202f{' KMGTPE'[exponent]}" if exponent else digits
 
 
 def plural(number: int, noun: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from proard.report.costs import Comparison as CostComparison
 from proard.report.facts import Comparison, Duration, Student, chosen_quality, headline_row, rows_by_attack
 from proard.report.inputs import Card, Results
 from proard.report.svg import inline
@@ -29,7 +30,10 @@ class Section:
 
 @dataclass(frozen=True)
 class View:
-    """Everything a section may need. `folder` is where the page lies; `figures` are standalone SVG by name."""
+    """Everything a section may need. `folder` is where the page lies; `figures` are standalone SVG by name.
+
+    `cost_comparison` says what is missing where there is none; `country` converts energy to emissions.
+    """
 
     results: Results
     students: list[Student]
@@ -39,6 +43,9 @@ class View:
     folder: Path
     norm: str
     eps: float
+    ledgers: pd.DataFrame | None = None
+    cost_comparison: CostComparison | str = ""
+    country: str = "USA"
 
     @property
     def best(self) -> Student:

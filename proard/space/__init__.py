@@ -2,8 +2,10 @@
 
 from proard.space.arch import DIMS, Arch
 from proard.space.cost import Budget, parse_budget
+from proard.space.fixed import FixedArch, FixedSpace, FixedSpec, read_arch, read_space, space_of
 from proard.space.search_space import SearchSpace
 from proard.space.spec import Activation, BlockSpec, ConvSpec, GateSpec, NetSpec, PoolSpec, Step
+from proard.space.work import Tally, Work, one_pass
 
 __all__ = [
     "DIMS",
@@ -12,10 +14,19 @@ __all__ = [
     "BlockSpec",
     "Budget",
     "ConvSpec",
+    "FixedArch",
+    "FixedSpace",
+    "FixedSpec",
     "GateSpec",
     "NetSpec",
     "PoolSpec",
     "SearchSpace",
     "Step",
+    "Tally",
+    "Work",
+    "one_pass",
     "parse_budget",
+    "read_arch",
+    "read_space",
+    "space_of",
 ]

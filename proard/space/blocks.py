@@ -110,8 +110,10 @@ def _gate(name: str, channels: int) -> GateSpec:
 
 
 def _shortcut(space: Space, name: str, channels: int, out: int, stride: int, after: int) -> tuple[Step, ...]:
-    """The 1x1 convolution beside a ResNet unit's first block, strided or behind a mean pooling."""
-    if space.shortcut == "conv":
+    """The 1x1 convolution beside a ResNet unit's first block, strided or behind a mean pooling, or nothing."""
+    if space.shortcut == "where_needed" and channels == out and stride == 1:
+        return ()
+    if space.shortcut != "pool_conv":
         return (ConvSpec(f"{name}.shortcut", channels, out, 1, stride, after),)
     conv = ConvSpec(f"{name}.shortcut", channels, out, 1, 1, after)
     return (PoolSpec("mean", stride, after), conv) if stride > 1 else (conv,)

@@ -11,6 +11,7 @@ from proard.config import UserError
 from proard.space.search_space import SearchSpace
 
 POOL = 100_000  # draws of each kind; independent of how many archs are asked for, so that a larger sample contains it
+POOL_OF_SPREAD = 500  # draws of each kind, at every start of the workflow: a few milliseconds
 BLOCK = 32_768  # genotypes that are enumerated at a time
 
 
@@ -128,6 +129,27 @@ def _open_gene(
     opened = np.repeat(genotypes, count, axis=0)
     opened[:, gene] = np.tile(np.arange(count), len(genotypes))
     return opened[(canonical(opened) == opened).all(axis=1)]
+
+
+def spread_archs(space: SearchSpace, number: int, *, seed: int) -> np.ndarray:
+    """One genotype from each of `number` equal parts of the range of log-MACs, cheapest first; never an end of it.
+
+    Raises
+    ------
+    UserError
+        A part of the range has no arch.
+    """
+    ends = [space.smallest, space.largest]
+    drawn = _first_occurrences(_draw(space, POOL_OF_SPREAD, np.random.default_rng(seed)))
+    inner = drawn[[space.arch(genotype) not in ends for genotype in drawn]]
+    stratum = _strata(space, inner, number)
+    empty = set(range(number)) - set(stratum.tolist())
+    if empty:
+        raise UserError(
+            f"compare_twins.num_archs is {number}; space {space.settings.name} has no arch in {len(empty)} of as many "
+            "equal parts of its range of MACs; ask for fewer"
+        )
+    return np.stack([inner[np.flatnonzero(stratum == index)[0]] for index in range(number)])
 
 
 def identity_columns(space: SearchSpace, genotypes: np.ndarray) -> dict[str, list[Any]]:

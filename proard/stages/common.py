@@ -12,6 +12,7 @@ from typing import Any
 from proard.artifacts import Provenance
 from proard.config import NEEDS, RunConfig, UserError, parse
 from proard.stages.launch import become_several, fail, follow_launcher, processes
+from proard.stages.ledger import Ledger
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Job:
         One attribute per file flag; a list where the stage reads several.
     threads : int
         CPU threads of the job; several processes of it share them.
+    ledger : Ledger
+        What the job costs, from the parsing of its command line on.
     """
 
     stage: str
@@ -34,11 +37,16 @@ class Job:
     device: str
     files: argparse.Namespace
     sections: dict[str, Any]
+    ledger: Ledger
     threads: int = 1
 
     def provenance(self, *inputs: str) -> Provenance:
         """Provenance of what this job writes, given the paths it read."""
         return Provenance.of(stage=self.stage, settings=self.sections, seed=self.seed, inputs=inputs)
+
+    def record_costs(self) -> None:
+        """Write the ledger; the last thing a stage does."""
+        self.ledger.write(self.provenance())
 
 
 def parse_arguments(
@@ -80,7 +88,8 @@ def parse_arguments(
     threads = files.threads or len(os.sched_getaffinity(0))
     sections = config.model_dump(mode="json", include=set(NEEDS[stage]))
     device = _prepare_device(files.device, max(threads // processes(), 1))
-    return Job(stage, config, files.seed, device, files, sections, threads)
+    ledger = Ledger(stage, getattr(files, writes[0]), device=device, threads=threads, processes=processes())
+    return Job(stage, config, files.seed, device, files, sections, ledger, threads)
 
 
 def keep_heap() -> bool:

@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     progress.close()
     write_table(files.table, rows, MEASURED, job.provenance(files.supernet, files.archs, files.train, files.val))
+    job.record_costs()
 
 
 def shard_range(text: str) -> tuple[int, int]:

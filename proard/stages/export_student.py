@@ -26,8 +26,9 @@ from proard.export import (
     save_pt2,
     save_student,
 )
-from proard.space import Arch, parse_budget
-from proard.stages.common import parse_arguments, run
+from proard.nets import FixedNet, FoldedNet
+from proard.space import Arch, one_pass, parse_budget
+from proard.stages.common import Job, parse_arguments, run
 from proard.stages.measuring import load_images, subnet_meter
 
 WRITES = ("weights", "onnx", "pt2", "card", "parity", "checksums")
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     files, settings = job.files, job.config.export_student
     paths = {name: Path(getattr(files, name)) for name in WRITES}
     rows = chosen_rows(files.student, files.budget)
-    test, manifest = load_images(job, "test"), _manifest(files.manifest)
+    test, manifest = load_images(job, "test"), read_manifest(files.manifest)
     _check_images(files, manifest, test, rows)
     meter = subnet_meter(job, cache=None)
     arch = Arch.from_json(rows["arch"].iloc[0])
@@ -61,8 +62,32 @@ def main(argv: Sequence[str] | None = None) -> None:
         license=settings.license,
         provenance=job.provenance(files.student, files.supernet, files.train, files.test, files.manifest),
     )
-    measured, batch_size = meter.student(arch), job.config.measurement.batch_size
-    reference = rows[(rows["split"] == "test") & (rows["attack"] != "worst")].iloc[0]
+    describe = {
+        "attacks": _attacks(files.student),
+        "supernet": read_header(files.supernet),
+        "counts": {split: entry["count"] for split, entry in manifest["splits"].items()},
+    }
+    write_files(job, paths, meter.student(arch), facts, rows, test=test, describe=describe)
+    job.record_costs()
+
+
+def write_files(
+    job: Job,
+    paths: dict[str, Path],
+    measured: FoldedNet | FixedNet,
+    facts: StudentFacts,
+    rows: pd.DataFrame,
+    *,
+    test: ImageSet,
+    describe: dict[str, Any],
+) -> None:
+    """Write a measured network in every format, checked against itself, with its card and checksums.
+
+    `rows` measure it, those of `test` among them; `describe` holds what `model_card` is told beside them.
+    """
+    settings, batch_size = job.config.export_student, job.config.measurement.batch_size
+    alone = ~rows["attack"].isin(["worst", "own"])
+    reference = rows[(rows["split"] == "test") & alone].iloc[0]
     clean_acc = float(reference["clean_acc"])
     logits = measured_logits(measured, test, row_clean_acc=clean_acc, batch_size=batch_size)
     try:
@@ -90,17 +115,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in ("weights", "onnx", "pt2"):  # nothing unchecked stays behind
             paths[name].unlink(missing_ok=True)
         raise
+    passes = len(test) + checked["image_passes"]
+    job.ledger.tally.spent += passes * one_pass(measured.spec.macs)
     identity = {key: facts.to_header()[key] for key in ("budget", "arch_id", "arch", "macs", "params")}
     artifacts.write_json(paths["parity"], {**identity, **checked, "provenance": json.loads(facts.provenance.to_json())})
-    card = model_card(
-        facts,
-        rows,
-        attacks=_attacks(files.student),
-        parity=checked,
-        supernet=read_header(files.supernet),
-        counts={split: entry["count"] for split, entry in manifest["splits"].items()},
-    )
-    artifacts.write_text(paths["card"], card)
+    artifacts.write_text(paths["card"], model_card(facts, rows, parity=checked, **describe))
     artifacts.write_text(paths["checksums"], checksum_list(paths))
     print(_summary(facts, checked, paths))
 
@@ -134,7 +153,7 @@ def chosen_rows(path: str | Path, budget: str) -> pd.DataFrame:
     return rows
 
 
-def _manifest(path: str) -> dict[str, Any]:
+def read_manifest(path: str) -> dict[str, Any]:
     """What `prepare_data` says about the images."""
     try:
         manifest = json.loads(Path(path).read_text())

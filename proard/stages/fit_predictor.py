@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     artifacts.write_table(job.files.quality, fit.quality, QUALITY, provenance)
     artifacts.write_table(job.files.held_out, held_out, HELD_OUT, provenance)
     print(summary(fit.quality))
+    job.record_costs()
 
 
 def genotypes_of(table: pd.DataFrame, space: SearchSpace, path: str) -> np.ndarray:

@@ -24,6 +24,7 @@ def subnet_meter(job: Job, *, cache: str | None) -> SubnetMeter:
         measurement=job.config.measurement,
         seed=job.seed,
         cache=cache,
+        tally=job.ledger.tally,
     )
 
 

@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     artifacts.write_table(job.files.table, table, MEASURED, provenance)
     accuracy = [f"{name} {100 * table[name].min():.1f} to {100 * table[name].max():.1f} %" for name in ACCURACIES]
     print(f"{len(table)} rows of {len(archs)} archs from {len(shards)} shards; " + ", ".join(accuracy))
+    job.record_costs()
 
 
 def merge(shards: Sequence[pd.DataFrame], arch_ids: Sequence[str]) -> pd.DataFrame:

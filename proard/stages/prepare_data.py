@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     artifacts.write_json(job.files.manifest, manifest)
     print(_summary(splits, written))
+    job.record_costs()
 
 
 def _summary(splits: Splits, written: dict[str, dict]) -> str:

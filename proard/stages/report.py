@@ -25,6 +25,7 @@ FIGURES = {
     "training": "training_figure",
     "predictor": "predictor_figure",
     "search": "search_figure",
+    "costs": "costs_figure",
 }
 
 
@@ -35,17 +36,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv,
         stage="report",
         reads=["manifest", "table"],
-        optional=[*TABLES, "benchmarks"],
+        optional=[*TABLES, "benchmarks", "ledgers"],
         lists=["phase_histories", "students", "cards"],
         writes=["html", *FIGURES.values()],
     )
-    results = load_results(vars(job.files), run=job.config.run, seed=job.seed, benchmarks=job.files.benchmarks)
-    threat = job.config.threat
-    report = render(results, html=job.files.html, title=job.config.report.title, norm=threat.norm, eps=threat.eps)
+    folders = {"benchmarks": job.files.benchmarks, "ledgers": job.files.ledgers}
+    results = load_results(vars(job.files), run=job.config.run, seed=job.seed, **folders)
+    threat, settings = job.config.threat, job.config.report
+    words = {"title": settings.title, "country": settings.country}
+    report = render(results, html=job.files.html, norm=threat.norm, eps=threat.eps, **words)
     for name, flag in FIGURES.items():
         artifacts.write_text(getattr(job.files, flag), report.figures.get(name, placeholder(name)))
     artifacts.write_text(job.files.html, report.html)
     print(f"report: {job.files.html} ({len(results.students)} students)", flush=True)
+    job.record_costs()
 
 
 if __name__ == "__main__":

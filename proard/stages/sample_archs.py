@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{human(min(rows['macs']))} to {human(max(rows['macs']))} MACs, "
         f"{counts.min()} to {counts.max()} in each of {settings.strata} strata"
     )
+    job.record_costs()
 
 
 if __name__ == "__main__":

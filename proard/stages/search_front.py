@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     artifacts.write_table(job.files.front, predicted_rows({**fronts, **exact}, space, job.seed), PREDICTED, provenance)
     artifacts.write_table(job.files.history, history, HISTORY, provenance)
     print(summary(history, fronts, whole))
+    job.record_costs()
 
 
 def read_predictor(path: str, table: str, space: SearchSpace) -> Predictor:

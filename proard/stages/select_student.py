@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{budget.text}: {human(worst['macs'])} MACs, {human(worst['params'])} parameters; on test clean "
         f"{worst['clean_acc']:.1%}, robust {worst['robust_acc']:.1%} (worst case of all attacks)"
     )
+    job.record_costs()
 
 
 def under_budget(archive: pd.DataFrame, budget: Budget, number: int) -> pd.DataFrame:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from proard.artifacts import MEASURED, write_table
 from proard.data import load_split
-from proard.evaluation import measure, rows_of
+from proard.evaluation import measure, rows_of, work_of
 from proard.nets import fold, save_static
 from proard.stages.common import parse_arguments, run
 from proard.stages.train_teacher import teacher_arch, teacher_space
@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for path in (files.val, files.test):
             images = load_split(path, job.device)
             measured = measure(folded, images, config.verify_front.attacks, **shared)
+            job.ledger.tally.spent += work_of(measured.values(), net.spec.macs)
             table += rows_of(
                 measured,
                 space=space,
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         training.state.finish()
     worst = table[-1]
     print(f"control on test: clean {worst['clean_acc']:.1%}, robust {worst['robust_acc']:.1%} (worst case)")
+    job.record_costs()
 
 
 if __name__ == "__main__":

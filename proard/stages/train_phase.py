@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         training.write_history(files.history, rows)
         save_supernet(files.supernet, net, training.provenance, phase=phase.name, opened=opened)
         training.state.finish()
+    job.record_costs()
 
 
 def trained_widths(space: SearchSpace, opened: list[dict[str, Any]]) -> dict[str, set[int]]:

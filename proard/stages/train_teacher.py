@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from pydantic import ValidationError
 
 from proard.artifacts import HISTORY, write_table
-from proard.config import PRESETS, ConfigError, Space, TrainTeacher
-from proard.nets import load_static, save_static
-from proard.space import Arch, SearchSpace
+from proard.config import ConfigError, Space, TrainTeacher, named_nets
+from proard.config.nets import Named
+from proard.nets import load_static, load_trades, save_static
+from proard.space import Arch, FixedArch, FixedSpace, SearchSpace, space_of
 from proard.stages.common import Job, parse_arguments, run
 from proard.stages.launch import rank
 from proard.stages.training import Training, train_alone
@@ -24,8 +27,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         optional=["control"],
     )
     settings = job.config.train_teacher
-    if settings.source == "file":
+    if settings.source != "train":
         take_from_file(job, settings)
+        job.record_costs()
         return
     space = teacher_space(settings, job.config.space)
     arch = teacher_arch(settings, space)
@@ -38,15 +42,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         training.write_history(job.files.history, rows)
         save_static(job.files.teacher, net, space=space, arch=arch, kind="teacher", provenance=training.provenance)
         training.state.finish()
+    job.record_costs()
 
 
 def take_from_file(job: Job, settings: TrainTeacher) -> None:
     """Check the given teacher and copy it into the run, with an empty history; one process does."""
     if rank() > 0:
         return
-    net, space, arch, _ = load_static(settings.file, kind=("teacher", "control"))
-    shape = (space.settings.image_channels, space.settings.image_size, space.settings.classes)
     own = job.config.space
+    if settings.source == "trades":
+        net, space, arch = load_trades(settings.file, image_size=own.image_size)
+    else:
+        net, space, arch, _ = load_static(settings.file, kind=("teacher", "control", "trained_student"))
+    shape = (space.settings.image_channels, space.settings.image_size, space.settings.classes)
     if shape != (own.image_channels, own.image_size, own.classes):
         raise ConfigError(
             f"train_teacher.file {settings.file} is for {shape[0]}x{shape[1]}x{shape[1]} images of {shape[2]} classes; "
@@ -58,29 +66,47 @@ def take_from_file(job: Job, settings: TrainTeacher) -> None:
     print(f"teacher taken from {settings.file}: {space.spec(arch).macs / 1e6:.1f} M MACs")
 
 
-def teacher_space(settings: TrainTeacher, own: Space) -> SearchSpace:
+def teacher_space(settings: TrainTeacher, own: Space) -> SearchSpace | FixedSpace:
     """The teacher's space: the run's, or the preset that `train_teacher.space` names, for the run's images."""
     if settings.space is None:
         return SearchSpace(own)
-    if settings.space not in PRESETS:
-        raise ConfigError(f"train_teacher.space is {settings.space!r}; presets are {', '.join(sorted(PRESETS))}")
-    shape = {"image_channels": own.image_channels, "image_size": own.image_size, "classes": own.classes}
-    return SearchSpace(PRESETS[settings.space].model_copy(update=shape))
+    nets = named_nets()
+    if settings.space not in nets:
+        raise ConfigError(f"train_teacher.space is {settings.space!r}; presets are {', '.join(sorted(nets))}")
+    return fitted_space(nets[settings.space], own, where="train_teacher.space")
 
 
-def teacher_arch(settings: TrainTeacher, space: SearchSpace) -> Arch:
+def teacher_arch(settings: TrainTeacher, space: SearchSpace | FixedSpace) -> Arch | FixedArch:
     """The largest subnet, or the one whose dims are written out."""
-    if settings.arch == "largest":
-        return space.largest
-    missing = set(space.options) ^ set(settings.arch)
+    return named_arch(settings.arch, space, where="train_teacher")
+
+
+def fitted_space(net: Named, own: Space, *, where: str) -> SearchSpace | FixedSpace:
+    """The space of a network, for images and classes of the run's own space; `where` is the key, for messages."""
+    shape = {"image_channels": own.image_channels, "image_size": own.image_size, "classes": own.classes}
+    try:
+        return space_of(type(net).model_validate({**net.model_dump(), **shape}))
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+
+
+def named_arch(
+    arch: str | Mapping[str, Sequence[float]], space: SearchSpace | FixedSpace, *, where: str
+) -> Arch | FixedArch:
+    """The largest or the smallest subnet, or the one whose dims are written out; `where` is the section."""
+    if isinstance(arch, str):
+        return space.smallest if arch == "smallest" else space.largest
+    if isinstance(space, FixedSpace):
+        raise ConfigError(f"{where}.arch: network {space.settings.name} has one arch; leave arch out")
+    missing = set(space.options) ^ set(arch)
     if missing:
         *dims, last = space.options
         lists = f"{', '.join(dims)} and {last}"
-        raise ConfigError(f"train_teacher.arch lists {lists}; check {', '.join(sorted(missing))}")
+        raise ConfigError(f"{where}.arch lists {lists}; check {', '.join(sorted(missing))}")
     try:
-        return space.arch(space.genotype(Arch.from_dims(settings.arch)))
+        return space.arch(space.genotype(Arch.from_dims(arch)))
     except ValueError as error:
-        raise ConfigError(f"train_teacher.arch: {error}") from None
+        raise ConfigError(f"{where}.arch: {error}") from None
 
 
 if __name__ == "__main__":

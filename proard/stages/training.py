@@ -1,4 +1,4 @@
-"""What the three training stages share: images, validation, resume state and the history table."""
+"""What the training stages share: images, validation, resume state and the history table."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from proard.artifacts import HISTORY, write_table
-from proard.config import Attack, Measurement, Phase, TrainControl, TrainTeacher, UserError
+from proard.config import Attack, Measurement, Phase, Student, TrainControl, TrainTeacher, UserError
 from proard.data import Augmenter, ImageSet, Views, epoch_order, load_split, to_float
 from proard.evaluation.meter import validation_rows
-from proard.nets import StaticNet, Supernet, extract, fold, load_static, recalibrate
-from proard.space import Arch, SearchSpace
+from proard.nets import FixedNet, StaticNet, Supernet, extract, fold, load_static, recalibrate
+from proard.space import Arch, FixedArch, FixedSpace, SearchSpace, Work
 from proard.stages.common import Job
 from proard.stages.launch import save_every_minutes
 from proard.training import Plan, ResumeState, fingerprint, fit, single_plan
@@ -29,7 +29,7 @@ VALIDATION_RECALIBRATION_IMAGES = 1000
 class AugmentedImages:
     """Training images of one split, augmented in batches where they lie."""
 
-    def __init__(self, train: ImageSet, settings: TrainTeacher | TrainControl | Phase) -> None:
+    def __init__(self, train: ImageSet, settings: TrainTeacher | TrainControl | Phase | Student) -> None:
         self.train = train
         self.augment = Augmenter(train.images, padding=settings.augment.crop_padding, flip=settings.augment.flip)
 
@@ -63,7 +63,7 @@ class Training:
     """
 
     job: Job
-    settings: TrainTeacher | TrainControl | Phase
+    settings: TrainTeacher | TrainControl | Phase | Student
     output: str
     inputs: list[str]
 
@@ -83,10 +83,10 @@ class Training:
             device=self.job.device,
             threads=self.job.threads,
         )
-        self.state = ResumeState(self.output, mark, ranks=self.ranks)
+        self.state = ResumeState(self.output, mark, ranks=self.ranks, costs=self.job.ledger)
 
-    def supernet(self, space: SearchSpace) -> Supernet:
-        """A fresh supernet for the images at hand.
+    def supernet(self, space: SearchSpace | FixedSpace) -> Supernet | FixedNet:
+        """A fresh supernet, or a network that no space describes, for the images at hand.
 
         Raises
         ------
@@ -102,7 +102,8 @@ class Training:
                 "set prepare_data.image_size and prepare_data.classes, or write the space for them"
             )
         generator = torch.Generator().manual_seed(self.job.seed)
-        net = Supernet(space, mean=self.train.mean, std=self.train.std, generator=generator)
+        made = FixedNet if isinstance(space, FixedSpace) else Supernet
+        net = made(space, mean=self.train.mean, std=self.train.std, generator=generator)
         return net.to(self.job.device)
 
     def fit(
@@ -141,6 +142,7 @@ class Training:
                 measurement=Measurement(),
                 seed=self.job.seed,
                 training_attack=weakest(settings.attack, eps=threat.eps, norm=threat.norm) if watched else None,
+                tally=self.job.ledger.tally,
             )
             return row
 
@@ -169,6 +171,8 @@ class Training:
             ranks=self.ranks,
             budget=Budget(end_of_job() if minutes is None else time.time() + 60 * minutes),
         )
+        done = rows[-1]
+        self.job.ledger.trained = Work(done["forward_equivalents"], done["work_macs"], done["weight_gradients"])
         self.ranks.part_ways()
         return rows
 
@@ -200,20 +204,25 @@ def train_alone(
     training: Training,
     *,
     label: str,
-    space: SearchSpace,
-    arch: Arch,
+    space: SearchSpace | FixedSpace,
+    arch: Arch | FixedArch,
     objective: str,
     control: str | None = None,
-) -> tuple[StaticNet, list[dict[str, Any]]]:
-    """Train one arch of a space by itself and return it recalibrated, with its history."""
+    teacher: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[StaticNet | FixedNet, list[dict[str, Any]]]:
+    """Train one arch of a space by itself and return it recalibrated, with its history.
+
+    `teacher` is the frozen network that a distillation loss asks, such as `frozen_network` of a loaded one.
+    """
     net = training.supernet(space)
     plan = single_plan(arch, objective, training.settings)
-    rows = training.fit(net, label=label, plan=plan, validated={"largest": arch}, control=control)
+    networks = {"teacher": teacher, "control": control}
+    rows = training.fit(net, label=label, plan=plan, validated={"largest": arch}, **networks)
     static = extract(net, arch)
     recalibrate(static, training.recalibration_images(), batch_size=Measurement().batch_size)
     return static, rows
 
 
-def frozen_network(net: StaticNet) -> Callable[[Tensor], Tensor]:
+def frozen_network(net: StaticNet | FixedNet) -> Callable[[Tensor], Tensor]:
     """Logits of a network that is not trained, batch norm folded; only images that ask for a gradient get one."""
     return fold(net)

@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     progress.close()
     inputs = [files.supernet, files.front, files.train, files.val, files.test]
     write_table(files.table, rows, FRONT, job.provenance(*inputs))
+    job.record_costs()
 
 
 def pick(front: pd.DataFrame, number: int) -> pd.DataFrame:

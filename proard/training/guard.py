@@ -40,6 +40,8 @@ class Guard:
 
     def restore_(self, tensors: Sequence[Tensor], saved: Tensor) -> None:
         """Put back what `flat` gave before the step, if there has been a failure."""
+        if not tensors:
+            return
         kept = torch.where(self.failed > 0, saved, flat(tensors))
         parts = kept.split([tensor.numel() for tensor in tensors])
         torch._foreach_copy_(list(tensors), [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)])
@@ -52,5 +54,5 @@ class Guard:
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
-    """All numbers of some tensors in one copy, of shape (numbers,)."""
-    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+    """All numbers of some tensors, none in a network without batch norm, in one copy; of shape (numbers,)."""
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors]) if tensors else torch.empty(0)

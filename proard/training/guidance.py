@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from proard.losses import Batch, loss_gradient, mix_logits
+from proard.space import Work
 
 Network = Callable[[Tensor], Tensor]
+ANY_PASS = Work(1.0)  # through a network whose size is not known
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,10 @@ class Guidance:
         The plainly trained network.
     progress, data_pass : float, int
         Share of the training that is done; number of the pass over the data.
+    teacher_price, control_price : Work
+        What it takes to ask them about one image.
+    gradient : Tensor of shape (batch, channels, height, width), optional
+        The teacher's input gradient at the clean images, where it is known already.
     """
 
     target: Tensor | None
@@ -34,18 +40,27 @@ class Guidance:
     control: Network | None = None
     progress: float = 0.0
     data_pass: int = 0
+    teacher_price: Work = ANY_PASS
+    control_price: Work = ANY_PASS
+    gradient: Tensor | None = None
 
-    def led_by(self, target: Tensor, guide: Network, *, frozen_weight: float) -> Guidance:
-        """The same step with the dynamic teacher, alone or mixed with the frozen one."""
+    def gradient_of(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The teacher's input gradient of the cross-entropy, image by image; of shape (batch, pixels)."""
+        inputs = images.detach().requires_grad_()
+        with torch.enable_grad():
+            return loss_gradient(self.teacher(inputs).float(), inputs, labels).flatten(1)
+
+    def led_by(self, target: Tensor, guide: Network, *, frozen_weight: float, price: Work = ANY_PASS) -> Guidance:
+        """The same step with the dynamic teacher, alone or mixed with the frozen one; `price` is the guide's."""
         if self.target is None:
-            return replace(self, target=target, teacher=guide)
+            return replace(self, target=target, teacher=guide, teacher_price=price)
         frozen = self.teacher
 
         def both(images: Tensor) -> Tensor:
             return mix_logits(frozen(images), guide(images), first_weight=frozen_weight)
 
         target = mix_logits(self.target, target, first_weight=frozen_weight)
-        return replace(self, target=target, teacher=both)
+        return replace(self, target=target, teacher=both, teacher_price=self.teacher_price + price)
 
 
 def side_by_side(student: Network, teacher: Network) -> Network:
@@ -53,7 +68,7 @@ def side_by_side(student: Network, teacher: Network) -> Network:
     return lambda images: torch.cat([student(images), teacher(images)], 1)
 
 
-def guided(batch: Batch, needs: frozenset[str], guidance: Guidance) -> tuple[Batch, int]:
+def guided(batch: Batch, needs: frozenset[str], guidance: Guidance) -> tuple[Batch, Work]:
     """Fill in what the teacher and the control say beyond the clean logits.
 
     Parameters
@@ -69,8 +84,8 @@ def guided(batch: Batch, needs: frozenset[str], guidance: Guidance) -> tuple[Bat
     -------
     Batch
         The batch with these fields, none of them carrying a graph.
-    int
-        Forward-equivalents of it per image.
+    Work
+        What that took per image.
     """
     images, adversarial = batch.images, batch.adversarial
     asked: dict[str, Tensor] = {}
@@ -83,12 +98,14 @@ def guided(batch: Batch, needs: frozenset[str], guidance: Guidance) -> tuple[Bat
             asked["control"] = guidance.control(images)
         if "control_adv" in needs:
             asked["control_adv"] = guidance.control(adversarial)
-    work = len(asked)
+    by_control = len({"control", "control_adv"} & asked.keys())
+    work = (len(asked) - by_control) * guidance.teacher_price + by_control * guidance.control_price
     for name, where in (("teacher_gradient", images), ("teacher_gradient_adv", adversarial)):
-        if name in needs:
-            inputs = where.detach().requires_grad_()
-            asked[name] = loss_gradient(guidance.teacher(inputs).float(), inputs, batch.labels)
-            work += 2
+        if name in needs and name == "teacher_gradient" and guidance.gradient is not None:
+            asked[name] = guidance.gradient
+        elif name in needs:
+            asked[name] = guidance.gradient_of(where, batch.labels).view(where.shape)
+            work += 2 * guidance.teacher_price
     progress = {"progress": guidance.progress, "data_pass": guidance.data_pass}
     return replace(batch, **asked, **progress), work
 

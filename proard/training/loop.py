@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from proard.config import Phase, TrainControl, TrainTeacher, UserError
+from proard.config import Phase, Student, TrainControl, TrainTeacher, UserError
 from proard.data import Views, keyed_generator
 from proard.nets import Supernet
 from proard.progress import Progress, duration
@@ -65,15 +65,23 @@ class Progressed:
     epoch_images: int = 0
     images: int = 0
     forward_equivalents: int = 0
+    work_macs: float = 0.0
+    weight_gradients: int = 0
+    gradients: int = 0
     seconds: float = 0.0
     best_score: float = -math.inf
     overfitted: bool = False
 
 
-def learning_rate(settings: TrainTeacher | TrainControl | Phase, step: int, total: int, warmup: int) -> float:
-    """Linear warm-up to `lr`, then a cosine to zero."""
+def learning_rate(settings: TrainTeacher | TrainControl | Phase | Student, step: int, total: int, warmup: int) -> float:
+    """Linear warm-up to `lr`, then a cosine to zero, or what a student's `schedule` says."""
     if step < warmup:
         return settings.lr * (step + 1) / (warmup + 1)
+    schedule = getattr(settings, "schedule", "cosine")
+    if schedule == "constant":
+        return settings.lr
+    if schedule == "steps":  # a tenth at half, and again at three quarters: epochs 100 and 150 of 200
+        return settings.lr * 0.1 ** sum(step >= share * total for share in (0.5, 0.75))
     return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
 
 
@@ -82,7 +90,7 @@ def fit(
     *,
     label: str,
     plan: Plan,
-    settings: TrainTeacher | TrainControl | Phase,
+    settings: TrainTeacher | TrainControl | Phase | Student,
     eps: float,
     source: ImageSource,
     teacher: Callable[[Tensor], Tensor] | None,
@@ -102,7 +110,7 @@ def fit(
         Changed in place.
     plan : Plan
         Subnets and objectives of every step.
-    settings : TrainTeacher, TrainControl or Phase
+    settings : TrainTeacher, TrainControl, Phase or Student
         Optimisation, augmentation and attack.
     eps : float
         Radius of the threat model in pixel units.
@@ -149,18 +157,17 @@ def fit(
     if settings.attack.carry_passes is not None:
         place = {"eps": eps, "norm": norm, "seed": seed, "device": net.mean.device}
         inner.carried = CarriedPerturbations(settings.attack, source.padded_shape, **place)
-    table = None
-    if isinstance(settings, Phase) and settings.teacher_logits is not None:
-        table = TeacherTable(
-            source.padded_shape[0],
-            padding=settings.augment.crop_padding,
-            flip=settings.augment.flip,
-            classes=net.space.settings.classes,
-            dtype=getattr(torch, settings.teacher_logits),
-            device=net.mean.device,
-        )
-        print(f"{label}: the teacher's logits take {table.bytes / 2**20:.1f} MiB on {net.mean.device}", flush=True)
-    trainer = Trainer(net, settings, plan, eps, teacher, seed, control, inner=inner, table=table, share=share)
+    tables = {}
+    for key, name in (("teacher_logits", "table"), ("teacher_gradients", "gradient_table")):
+        dtype = getattr(settings, key, None)
+        if dtype is not None:
+            place = {"padding": settings.augment.crop_padding, "flip": settings.augment.flip, "device": net.mean.device}
+            shape = net.space.settings
+            numbers = shape.classes if name == "table" else shape.image_channels * shape.image_size**2
+            images = source.padded_shape[0]
+            tables[name] = TeacherTable(images, classes=numbers, dtype=getattr(torch, dtype), key=key, **place)
+            print(f"{label}: {key} take {tables[name].bytes / 2**20:.1f} MiB on {net.mean.device}", flush=True)
+    trainer = Trainer(net, settings, plan, eps, teacher, seed, control, inner=inner, share=share, **tables)
     trainer.total_steps = total
     history: Rows = []
     done = Progressed()
@@ -227,7 +234,10 @@ def fit(
             done.step += 1
             done.epoch_images += len(indices)
             done.images += len(indices)
-            done.forward_equivalents += round(work * len(indices))
+            done.forward_equivalents += round(work.forwards * len(indices))
+            done.work_macs += work.macs * len(indices)
+            done.weight_gradients += round(work.weight_gradients * len(indices))
+            done.gradients += trainer.gradients * len(indices)
             epoch_ends = done.step % steps_per_epoch == 0 or done.step == total
             fifth = done.step == first_step + 5
             if epoch_ends or fifth or len(unread) == READ_EVERY:
@@ -260,6 +270,10 @@ def fit(
                 raise Interrupted(f"{label}: stopped by {asked} after step {done.step}; the same command continues")
     progress.close()
     save()  # what follows may take long and be killed as well
+    if getattr(settings, "keep", "best") == "last":
+        trainer.remember_best()
+        for row in history:
+            row["best"] = row["epoch"] == history[-1]["epoch"]
     trainer.keep_best()
     return history
 
@@ -308,6 +322,9 @@ def _end_epoch(
         "train_robust_acc": done.epoch_robust / count,
         "images": done.images,
         "forward_equivalents": done.forward_equivalents,
+        "work_macs": done.work_macs,
+        "weight_gradients": done.weight_gradients,
+        "gradients": done.gradients,
         "seconds": done.seconds,
         "best": best,
         "seed": seed,

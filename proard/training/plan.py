@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from proard.config import Phase
-from proard.losses import OBJECTIVES, Memory, Objective, with_igdm, with_kdiga
+from proard.config import Phase, Student
+from proard.losses import OBJECTIVES, Memory, Objective, scaled, with_igdm, with_kdiga
 from proard.space import Arch, SearchSpace
 from proard.training.attentive import at_one_cost
 
@@ -55,8 +55,8 @@ def bind(name: str, settings: Any) -> tuple[Objective, dict[str, Any]]:
     return objective, {option: getattr(settings, option) for option in objective.options}
 
 
-def with_terms(objective: Objective, phase: Phase) -> Objective:
-    """A distillation loss with the terms that the phase adds to it."""
+def with_terms(objective: Objective, phase: Phase | Student) -> Objective:
+    """A loss with the terms that a phase or a student adds to it."""
     if phase.igdm_weight > 0:
         objective = with_igdm(objective, weight=phase.igdm_weight)
     if phase.kdiga_weight > 0:
@@ -65,9 +65,15 @@ def with_terms(objective: Objective, phase: Phase) -> Objective:
 
 
 def single_plan(arch: Arch, objective: str, settings: Any) -> Plan:
-    """Train one network alone: teacher and control."""
-    drawn = [Drawn(arch, *bind(objective, settings))]
-    return Plan(lambda seed, step, data_pass: drawn)
+    """Train one network alone: teacher, control, or a student of a frozen teacher."""
+    found, options = bind(objective, settings)
+    if isinstance(settings, (Phase, Student)):
+        found = with_terms(found, settings)
+    if isinstance(settings, Student) and settings.loss_scale != 1:
+        found = scaled(found, scale=settings.loss_scale)
+    drawn = [Drawn(arch, found, options)]
+    memory = None if found.memory is None else partial(found.memory, **options)
+    return Plan(lambda seed, step, data_pass: drawn, memory=memory)
 
 
 def phase_plan(space: SearchSpace, phase: Phase) -> Plan:

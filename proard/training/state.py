@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 import torch
 from torch import Tensor
@@ -26,6 +26,16 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1: the early
 
 class Interrupted(UserError):
     """The training stopped early with its state saved; the same command continues."""
+
+
+class Costs(Protocol):
+    """What a training has cost so far, over all its attempts."""
+
+    def state(self) -> Mapping[str, Any]:
+        """Plain numbers to keep."""
+
+    def resume(self, state: Mapping[str, Any] | None) -> None:
+        """Go on from kept numbers."""
 
 
 def fingerprint(*, settings: Mapping[str, Any], seed: int, inputs: Mapping[str, str], device: str, threads: int) -> str:
@@ -60,10 +70,18 @@ class ResumeState:
         Seconds to wait for another process to hand over.
     ranks : Ranks, optional
         Processes that train together: the first holds the lock for all.
+    costs : Costs, optional
+        Kept with the state, so that they add up over attempts.
     """
 
     def __init__(
-        self, output: str | Path, fingerprint: str, *, patience: float = 300.0, ranks: Ranks | None = None
+        self,
+        output: str | Path,
+        fingerprint: str,
+        *,
+        patience: float = 300.0,
+        ranks: Ranks | None = None,
+        costs: Costs | None = None,
     ) -> None:
         self.ranks = ranks or Ranks()
         output = Path(output)
@@ -72,7 +90,7 @@ class ResumeState:
         self.fresh_path = output.with_name(f"{output.stem}.fresh.state")
         self.lock_path = output.with_name(f"{output.stem}.lock")
         self.request_path = output.with_name(f"{output.stem}.handover")
-        self.fingerprint, self.patience = fingerprint, patience
+        self.fingerprint, self.patience, self.costs = fingerprint, patience, costs
 
     @contextmanager
     def owned(self) -> Iterator[None]:
@@ -133,13 +151,17 @@ class ResumeState:
                 print(f"state ignored: {error}", flush=True)
                 continue
             if header["fingerprint"] == self.fingerprint:
+                if self.costs is not None:
+                    self.costs.resume(header["facts"].get("costs"))
                 return tensors, header["facts"]
             print(f"state ignored: {path} is of other settings, seed, threads or inputs", flush=True)
         return None
 
     def save(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Write the state; the one before is kept as well. At any moment one of the two is whole."""
-        save_tensors(self.fresh_path, tensors, kind="state", fingerprint=self.fingerprint, facts=dict(facts))
+        costs = {} if self.costs is None else {"costs": self.costs.state()}
+        facts = {**facts, **costs}
+        save_tensors(self.fresh_path, tensors, kind="state", fingerprint=self.fingerprint, facts=facts)
         if self.path.exists():
             self.path.replace(self.previous_path)
         self.fresh_path.replace(self.path)

@@ -12,18 +12,20 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from proard.nets import Supernet
+from proard.nets import FixedNet, Supernet
 from proard.nets.elastic import key_of
 from proard.space import NetSpec
 from proard.training.ranks import Ranks
 
 
-def active_gradients(net: Supernet, specs: Iterable[NetSpec]) -> list[Tensor]:
+def active_gradients(net: Supernet | FixedNet, specs: Iterable[NetSpec]) -> list[Tensor]:
     """Views of the gradients, which must exist, that hold all that these subnets' passes have left.
 
     Of a layer that several subnets share, the slice that holds all of theirs; tensors that are neither filters nor
     per channel go whole.
     """
+    if isinstance(net, FixedNet):
+        return [weight.grad for weight in net.parameters()]
     widest: dict[str, tuple[int, int]] = {}
     features = 0
     for spec in specs:

@@ -28,12 +28,14 @@ class TeacherTable:
     flip : bool
         Whether views may be mirrored.
     classes : int
-        Logits of a view.
+        Numbers of a view: its logits, or its pixels where input gradients are kept.
     dtype : torch.dtype
         float32 returns what the teacher said, bit for bit; float16 halves the table and rounds logits to 11 bits, the
         first time already, so that a resumed training, whose table starts empty, sees the same numbers.
     device : torch.device or str
         Where the images are.
+    key : str
+        The setting that asked for it, for messages.
 
     Raises
     ------
@@ -60,6 +62,7 @@ class TeacherTable:
         classes: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        key: str = "teacher_logits",
     ) -> None:
         self.side, self.mirrors = 2 * padding + 1, 2 if flip else 1
         shape = (num_images * self.side**2 * self.mirrors, classes)
@@ -69,11 +72,13 @@ class TeacherTable:
             self.logits = torch.full(shape, torch.nan, dtype=dtype, device=device)
         except RuntimeError:
             raise UserError(
-                f"teacher_logits: a table of {self.bytes / 2**30:.1f} GiB does not fit on {device}; leave it out, or "
+                f"{key}: a table of {self.bytes / 2**30:.1f} GiB does not fit on {device}; leave it out, or "
                 "set float16 or a smaller augment.crop_padding"
             ) from None
 
-    def __call__(self, teacher: Callable[[Tensor], Tensor], images: Tensor, views: Views) -> tuple[Tensor, int]:
+    def __call__(
+        self, teacher: Callable[..., Tensor], images: Tensor, views: Views, labels: Tensor | None = None
+    ) -> tuple[Tensor, int]:
         """Logits of a batch, and how many of its images the teacher had to see.
 
         Parameters
@@ -83,6 +88,8 @@ class TeacherTable:
         images : Tensor of shape (batch, channels, height, width)
         views : Views
             Which views these are.
+        labels : Tensor of shape (batch,), optional
+            A second argument of `teacher`, image by image.
 
         Returns
         -------
@@ -91,18 +98,23 @@ class TeacherTable:
         computed : int
             Filling and the search for sizes included.
         """
+
+        def ask(rows: Tensor) -> Tensor:
+            more = () if labels is None else (labels[rows],)
+            return teacher(_rows(images, rows), *more)
+
         slots = self._slots(views)
         known = self.logits[slots]
         new, computed = known[:, 0].isnan(), 0
         count = int(new.sum())
         if count:
             if self.sizes is None:
-                self.sizes, computed = _exact_sizes(teacher, images)
+                self.sizes, computed = _exact_sizes(ask, images)
             size = next(size for size in self.sizes if size >= count)
             asked = new.to(torch.uint8).argsort(descending=True, stable=True)[:size]  # the new ones first
             if size == len(images):
                 asked = torch.arange(size, device=images.device)
-            known[asked] = teacher(_rows(images, asked)).to(known.dtype)
+            known[asked] = ask(asked).to(known.dtype)
             self.logits[slots] = known
             computed += size
         return known.float(), computed
@@ -117,11 +129,11 @@ class TeacherTable:
         return slots + views.mirrored if self.mirrors == 2 else slots
 
 
-def _exact_sizes(teacher: Callable[[Tensor], Tensor], images: Tensor) -> tuple[list[int], int]:
+def _exact_sizes(ask: Callable[[Tensor], Tensor], images: Tensor) -> tuple[list[int], int]:
     """Batch sizes, ascending, at which images get the logits that they get in this batch, and what the search cost."""
-    whole, sizes = teacher(images), range(BLOCK, len(images), BLOCK)
     last = torch.arange(len(images), device=images.device)
-    exact = [size for size in sizes if torch.equal(teacher(_rows(images, last[-size:])), whole[-size:])]
+    whole, sizes = ask(last), range(BLOCK, len(images), BLOCK)
+    exact = [size for size in sizes if torch.equal(ask(last[-size:]), whole[-size:])]
     return [*exact, len(images)], len(images) + sum(sizes)
 
 

@@ -5,25 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import compress
-from operator import not_
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from proard.attacks import pgd, take_steps
-from proard.config import Phase, TrainControl, TrainTeacher
+from proard.attacks import pgd, start_point, take_steps
+from proard.config import Phase, Student, TrainControl, TrainTeacher, UserError
 from proard.data import Views
 from proard.kernels import CapturedSteps
 from proard.losses import INNER_OBJECTIVES, Batch, kl_to_teacher
-from proard.nets import Supernet
+from proard.nets import FixedNet, FixedView, Supernet
 from proard.nets.view import Statistics, SubnetView
-from proard.space import Arch
+from proard.space import Arch, Work, one_pass
 from proard.training.attentive import settle
 from proard.training.guard import Guard, flat
 from proard.training.guidance import Guidance, guided, passed, side_by_side
 from proard.training.inner import Inner
+from proard.training.optimizer import make_optimizer, optimizer_tensors
 from proard.training.perturbation import perturbed
 from proard.training.plan import Drawn, Plan
 from proard.training.ranks import Share
@@ -36,9 +35,9 @@ class Trainer:
 
     Parameters
     ----------
-    net : Supernet
+    net : Supernet or FixedNet
         Changed in place by `step`.
-    settings : TrainTeacher, TrainControl or Phase
+    settings : TrainTeacher, TrainControl, Phase or Student
         Optimisation and attack.
     plan : Plan
         Subnets and objectives of every step.
@@ -52,16 +51,20 @@ class Trainer:
         Plainly trained network: images to logits.
     inner : Inner, optional
         What the attacks of a step start from and how many steps they take; by default each attacks for itself.
-    table : TeacherTable, optional
-        Where the teacher's logits are kept.
+    table, gradient_table : TeacherTable, optional
+        Where the teacher's logits and its input gradients are kept.
     share : Share, optional
         The part of every batch that this process is given; by default all of it.
+
+    Notes
+    -----
+    Work is counted where it is done. A teacher or control without a `spec` costs no multiply-accumulates.
     """
 
     def __init__(
         self,
-        net: Supernet,
-        settings: TrainTeacher | TrainControl | Phase,
+        net: Supernet | FixedNet,
+        settings: TrainTeacher | TrainControl | Phase | Student,
         plan: Plan,
         eps: float,
         teacher: Callable[[Tensor], Tensor] | None,
@@ -70,34 +73,29 @@ class Trainer:
         *,
         inner: Inner | None = None,
         table: TeacherTable | None = None,
+        gradient_table: TeacherTable | None = None,
         share: Share | None = None,
     ) -> None:
         self.share = share or Share()
+        if self.share.several and isinstance(net, FixedNet) and net.norms():
+            raise UserError(
+                "batch norm over several processes is that of elastic networks; train this one in one process"
+            )
         self.net, self.settings, self.plan, self.eps, self.teacher, self.seed = net, settings, plan, eps, teacher, seed
-        self.inner, self.table = inner or Inner(settings.attack, eps=eps, share=self.share), table
+        self.inner = inner or Inner(settings.attack, eps=eps, share=self.share)
+        self.table, self.gradient_table = table, gradient_table
+        self.gradients = 0  # backward passes of one image in the newest step
         self.control, self.total_steps = control, 1
+        self.teacher_price, self.control_price = _price(teacher), _price(control)
         self.attack_dtype = getattr(torch, settings.attack.dtype)
         self.train_dtype = getattr(torch, settings.dtype)
         captured = settings.attack.graph == "auto"
         own_images = len(range(settings.batch_size)[self.share.part])
         self.take_steps = CapturedSteps(take_steps, batch_size=own_images) if captured else take_steps
-        self.view = partial(SubnetView, net, total=self.share.total if self.share.several else None)
         self.parameters = dict(net.named_parameters())
         for parameter in self.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
-        spared = [p.ndim == 1 or ".transforms." in name for name, p in self.parameters.items()]
-        plain = list(compress(self.parameters.values(), spared))  # norms, biases, kernel transforms (identity at first)
-        decayed = list(compress(self.parameters.values(), map(not_, spared)))
-        self.optimizer = torch.optim.SGD(
-            [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-            lr=settings.lr,
-            momentum=settings.momentum,
-            nesterov=settings.momentum > 0,
-            fused=True,
-        )
-        if settings.momentum > 0:  # created up front: fused SGD fails when a first gradient comes later than others
-            for parameter in self.parameters.values():
-                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        self.optimizer = make_optimizer(self.parameters, settings)
         memory = {} if plan.memory is None else plan.memory(net.space.settings.classes)
         self.memory = {name: tensor.to(net.mean.device) for name, tensor in memory.items()}
         self.guard = Guard(net.mean.device)
@@ -113,7 +111,7 @@ class Trainer:
     @property
     def needs_views(self) -> bool:
         """Whether `step` must be told which views its images are."""
-        return self.table is not None or self.inner.carried is not None
+        return any(kept is not None for kept in (self.table, self.gradient_table, self.inner.carried))
 
     def step(
         self,
@@ -124,34 +122,47 @@ class Trainer:
         lr: float,
         generator: torch.Generator,
         views: Views | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, float]:
+    ) -> tuple[Tensor, Tensor, Tensor, Work]:
         """One optimizer step; if loss or gradient are not finite, it leaves all as it was, as do those that follow.
 
         `images` and `labels` are this process's part of the batch, `views` those of all of it. Returns the mean loss,
         the mean number of correct clean and adversarial images (training mode), all of shape () and on the device, and
-        the forward-equivalents spent per image. The host never waits for the device; a failure stands in `guard`.
+        the work spent per image. The host never waits for the device; a failure stands in `guard`.
         """
-        drawn = self.plan.draw(self.seed, step, data_pass)
+        drawn, self.gradients = self.plan.draw(self.seed, step, data_pass), 0
+        if self._option("clean_noise"):
+            around = {"eps": self._option("clean_noise") * self.eps, "norm": self.inner.norm}
+            images = start_point(images, **around, start="uniform", generator=generator)
         torch._foreach_zero_([parameter.grad for parameter in self.parameters.values()])
         statistics = flat(self.statistics)
         frozen, work = self._ask_teacher(images, views)
         losses, clean_right = [], torch.zeros((), dtype=torch.float64, device=images.device)
         adv_right = clean_right
-        guidance = Guidance(frozen, self.teacher, self.control, min(step / self.total_steps, 1.0), data_pass)
+        prices = {"teacher_price": self.teacher_price, "control_price": self.control_price}
+        progress = min(step / self.total_steps, 1.0)
+        guidance = Guidance(frozen, self.teacher, self.control, progress, data_pass, **prices)
+        if self.gradient_table is not None:
+            mine = views[self.share.part]
+            kept, computed = self.gradient_table(guidance.gradient_of, images, mine, labels)
+            guidance = replace(guidance, gradient=kept.view(images.shape))
+            work += 2 * self._per_image(computed, len(images)) * self.teacher_price
         drawn, scored = settle(drawn, lambda arch: self._score(arch, images, labels, frozen))
         drawn = self.inner.begin(drawn, self.net.space, step=step, data_pass=data_pass, views=views)
-        work += scored
+        work = sum((self._price(arch) for arch in scored), start=work)
         for subnet in drawn:
-            view = self.view(subnet.arch)
+            view = self._view(subnet.arch)
             batch, spent = self._forward(view, subnet, images, labels, guidance, generator)
             loss, more = self._backward(view, subnet, batch, len(drawn))
+            price = self._price(subnet.arch)
             losses.append(loss.detach())
             if subnet.guides:
                 guide = partial(view, frozen=True)
-                guidance = guidance.led_by(batch.clean.detach(), guide, frozen_weight=self.plan.frozen_weight)
+                guidance = guidance.led_by(
+                    batch.clean.detach(), guide, frozen_weight=self.plan.frozen_weight, price=price
+                )
             clean_right = clean_right + _correct(batch.clean, labels) / len(drawn)
             adv_right = adv_right + _correct(batch.adv, labels) / len(drawn)
-            work += spent + more
+            work += spent + more * price + Work(weight_gradients=1.0)
             view.scatter_gradients()
         mean_loss = torch.stack(losses).mean()
         if self.sync is not None:
@@ -164,17 +175,26 @@ class Trainer:
         return mean_loss, clean_right, adv_right, work
 
     @torch.no_grad()
-    def _ask_teacher(self, images: Tensor, views: Views | None) -> tuple[Tensor | None, float]:
-        """The frozen teacher's logits where there is one, and the forward-equivalents per image that they took."""
+    def _ask_teacher(self, images: Tensor, views: Views | None) -> tuple[Tensor | None, Work]:
+        """The frozen teacher's logits where there is one, and the work per image that they took."""
         if self.teacher is None:
-            return None, 0
+            return None, Work()
         if self.table is None:
-            return self.teacher(images), 1
+            return self.teacher(images), self.teacher_price
         logits, computed = self.table(self.teacher, images, views[self.share.part])
         if self.share.several:
             self.table.keep(views, self.share.whole(logits))
-            return logits, int(self.share.total(torch.tensor(computed))) / self.share.count
-        return logits, computed / len(images)
+        return logits, self._per_image(computed, len(images)) * self.teacher_price
+
+    def _per_image(self, computed: int, images: int) -> float:
+        """Images that were computed, over all processes, per image of the batch."""
+        if self.share.several:
+            computed, images = int(self.share.total(torch.tensor(computed))), self.share.count
+        return computed / images
+
+    def _price(self, arch: Arch) -> Work:
+        """What one pass of one image through a subnet costs."""
+        return one_pass(self.net.space.spec(arch).macs)
 
     def _forward(
         self,
@@ -184,24 +204,29 @@ class Trainer:
         labels: Tensor,
         guidance: Guidance,
         generator: torch.Generator,
-    ) -> tuple[Batch, int]:
-        """Clean pass, attack on this very subnet, adversarial pass; with the forward-equivalents they took."""
+    ) -> tuple[Batch, Work]:
+        """Clean pass, attack on this very subnet, adversarial pass; with the work they took."""
         attack, objective = self.settings.attack, subnet.objective
-        record: Statistics | None = {} if attack.bn_mode == "clean_batch" and objective.inner else None
-        clean, work, needs = None, 0, objective.needs
+        crafts = attack.crafted_on == "student"
+        record: Statistics | None = {} if attack.bn_mode == "clean_batch" and objective.inner and crafts else None
+        self.gradients += len({"teacher_gradient", "teacher_gradient_adv"} & objective.needs)
+        clean, own, asked, needs = None, 0, Work(), objective.needs
+        price = self._price(subnet.arch)
         source = images.detach().requires_grad_() if "teacher_gradient" in needs else images
         if objective.needs_clean or record is not None or subnet.guides or objective.inner == "kl_clean":
             with torch.set_grad_enabled(objective.needs_clean), self._autocast():
                 clean = view(source, record=record, update_running=True).float()
-            work += 3 if objective.needs_clean else 1
+            own += 3 if objective.needs_clean else 1
         batch = Batch(labels, clean=clean, teacher=guidance.target, images=source, memory=self.memory)
         if objective.inner is None:
             batch, asked = guided(replace(batch, adv=clean), needs, guidance)
             batch, more = passed(batch, needs - {"clean"}, self._train_pass(view), reach=1.0)
-            return batch, work + asked + more
+            return batch, asked + (own + more) * price
         known = replace(batch, clean=None if clean is None else clean.detach())
         inner = INNER_OBJECTIVES[objective.inner](known)
-        if attack.bn_mode == "batch":
+        if not crafts:
+            predict = guidance.teacher
+        elif attack.bn_mode == "batch":
 
             def predict(x: Tensor) -> Tensor:
                 return view(x, frozen=True)
@@ -209,36 +234,46 @@ class Trainer:
         else:
             predict = view.folded(record if record is not None else view.running_statistics(), dtype=self.attack_dtype)
         options = self.inner.options(images)
+        self.gradients += options["num_steps"]
         if objective.inner == "kl_teacher_adv":  # every step asks the teacher as well
-            predict, work = side_by_side(predict, guidance.teacher), work + 2 * options["num_steps"]
+            predict = side_by_side(predict, guidance.teacher)
+            asked += 2 * options["num_steps"] * guidance.teacher_price
         adversarial = pgd(predict, inner, images, **options, generator=generator, steps=self.take_steps)
         self.inner.keep(subnet, images, adversarial)
         adversarial.requires_grad_("teacher_gradient_adv" in needs)
         with self._autocast():
             adv = view(adversarial, update_running=clean is None).float()
-        batch, asked = guided(replace(batch, adv=adv, adversarial=adversarial), needs, guidance)
+        batch, beyond = guided(replace(batch, adv=adv, adversarial=adversarial), needs, guidance)
         needs, reach = needs - {"clean", "adv"}, self._option("helper_reach")
         batch, more = passed(batch, needs, self._train_pass(view), reach=reach)
-        return batch, work + asked + more + 2 * options["num_steps"] + 3
+        attacked = price if crafts else guidance.teacher_price
+        return batch, asked + beyond + 2 * options["num_steps"] * attacked + (own + more + 3) * price
 
     def _backward(self, view: SubnetView, subnet: Drawn, batch: Batch, count: int) -> tuple[Tensor, int]:
-        """The loss and its gradients / `count`, at perturbed weights where asked for, with the extra work of that."""
+        """The loss and its gradients / `count`, at perturbed weights where asked for, and the passes this added."""
         objective, options, gamma = subnet.objective, subnet.options, self._option("awp_gamma")
         count = count / self.share.weight  # parts of a mean over the batch
         if objective.remember is not None:
             for name, value in objective.remember(self.share.whole_batch(batch), **options).items():
                 self.memory[name].copy_(value)
         loss = objective.loss(batch, **options)
+        self.gradients += 1
         if not gamma or batch.progress * self.settings.epochs < self._option("awp_warmup_epochs"):
             (loss / count).backward()
             return loss, 0
-        weights = [leaf for leaves in view.leaves.values() for leaf in leaves if leaf.ndim > 1] + [view.head_weight]
-        with perturbed(weights, loss * self.share.weight, gamma=gamma, totals=self.share.totals):
+        self.gradients += 1
+        with perturbed(view.weights, loss * self.share.weight, gamma=gamma, totals=self.share.totals):
             predict, reach = self._train_pass(view), self._option("helper_reach")
             batch, more = passed(batch, objective.needs, predict, reach=reach)
             loss = objective.loss(batch, **options)
             (loss / count).backward()
         return loss, more
+
+    def _view(self, arch: Arch) -> SubnetView | FixedView:
+        """The network at this arch, for one step."""
+        if isinstance(self.net, FixedNet):
+            return FixedView(self.net)
+        return SubnetView(self.net, arch, total=self.share.total if self.share.several else None)
 
     def _option(self, name: str) -> float:
         """A loss setting; 0 in a plain training, which has none."""
@@ -256,7 +291,7 @@ class Trainer:
     def _score(self, arch: Arch, images: Tensor, labels: Tensor, target: Tensor | None) -> Tensor:
         """A subnet's loss on clean images: divergence from the frozen teacher, or cross-entropy without one."""
         with self._autocast():
-            logits = self.view(arch)(images, frozen=True).float()
+            logits = self._view(arch)(images, frozen=True).float()
         loss = F.cross_entropy(logits, labels) if target is None else kl_to_teacher(logits, target).mean()
         return self.share.mean(loss)
 
@@ -298,12 +333,8 @@ class Trainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a resumed training needs, by name."""
-        momentum = {
-            name: self.optimizer.state[parameter]["momentum_buffer"]
-            for name, parameter in self.parameters.items()
-            if "momentum_buffer" in self.optimizer.state[parameter]
-        }
-        groups = {"net": self.net.state_dict(), "average": self.average, "best": self.best, "momentum": momentum}
+        groups = {"net": self.net.state_dict(), "average": self.average, "best": self.best}
+        groups |= {"momentum": {}, **optimizer_tensors(self.optimizer, self.parameters)}
         groups["memory"] = self.memory
         groups["inner"] = self.inner.tensors()
         return {f"{group}.{name}": tensor for group, members in groups.items() for name, tensor in members.items()}
@@ -332,6 +363,11 @@ class _Swapped:
     def _write(self, values: dict[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
+
+
+def _price(network: object) -> Work:
+    """What asking a frozen network about one image costs; nothing where there is none."""
+    return Work() if network is None else one_pass(getattr(getattr(network, "spec", None), "macs", 0))
 
 
 def _correct(logits: Tensor | None, labels: Tensor) -> Tensor | float:

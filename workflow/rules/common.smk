@@ -10,6 +10,7 @@ try:
     import proard.config
     from proard.space import SearchSpace, parse_budget
     from proard.space.cost import human
+    from proard.space.twins import twin_students
 except ImportError as error:
     sys.exit(
         f"error: {sys.executable}, which runs snakemake, cannot import the package proard ({error}); "
@@ -18,7 +19,8 @@ except ImportError as error:
 
 try:
     run = proard.config.load(config)
-except proard.config.ConfigError as error:
+    TWINS = {student.name: student for student in twin_students(run)}
+except proard.config.UserError as error:
     sys.exit(f"error: config: {error}")
 
 # How often a training saves its state changes no result and repeats nothing: it reaches jobs beside their settings.
@@ -29,6 +31,8 @@ os.environ["PROARD_SAVE_EVERY_MINUTES"] = json.dumps(often)
 os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()]))
 
 PHASES = [phase.name for phase in run.train_phase.phases]
+STUDENTS = {student.name: student for student in run.train_student.students}
+TRAINED = STUDENTS | TWINS  # networks that train_student trains
 BUDGETS = list(run.select_student.budgets)
 SUPERNET = f"<results>/train_phase/{PHASES[-1]}/supernet.safetensors"
 CACHE = f"results/{run.run}/cache"  # measurements already made; undeclared, so that no rule ever deletes it
@@ -65,6 +69,30 @@ def settings(stage):
 def phase_settings(wildcards):
     """The sections of one phase, as JSON: editing a later phase repeats no earlier one."""
     return proard.config.job_settings(run, "train_phase", phase=wildcards.phase)
+
+
+def settings_of_student(stage):
+    """The sections that a stage reads of one student, as JSON."""
+    trained = run.train_student.model_copy(update={"students": tuple(TRAINED.values())})
+    whole = run.model_copy(update={"train_student": trained})
+    return lambda wildcards: proard.config.job_settings(whole, stage, student=wildcards.student)
+
+
+def student_seed(wildcards):
+    """The seed of one student's training."""
+    own = TRAINED[wildcards.student].seed
+    return run.seed if own is None else own
+
+
+def teacher_of_student(wildcards):
+    """The run's teacher, where the student's loss asks it."""
+    needed = TRAINED[wildcards.student].needs_teacher
+    return ["<results>/train_teacher/teacher.safetensors"] if needed else []
+
+
+def plain_network_of_student(wildcards):
+    """The control network, where the student's loss asks it."""
+    return plain_network(TRAINED[wildcards.student])
 
 
 def previous_supernet(wildcards):

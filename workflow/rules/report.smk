@@ -20,6 +20,7 @@ rule report:
         training_figure="<results>/report/training.svg",
         predictor_figure="<results>/report/predictor.svg",
         search_figure="<results>/report/search.svg",
+        costs_figure="<results>/report/costs.svg",
     log:
         "<logs>/report.log",
     benchmark:
@@ -33,6 +34,7 @@ rule report:
         settings=settings("report"),
         seed=run.seed,
         benchmarks=f"results/{run.run}/benchmarks",
+        ledgers=f"results/{run.run}",
     shell:
         "python -m proard.stages.report --settings {params.settings:q} --seed {params.seed}"
         " --threads {threads} --device cpu --manifest {input.manifest:q}"
@@ -41,6 +43,6 @@ rule report:
         " --table {input.table:q} --quality {input.quality:q} --held-out {input.held_out:q}"
         " --archive {input.archive:q} --front {input.front:q} --search-history {input.search_history:q}"
         " --verified {input.verified:q} --students {input.students:q} --cards {input.cards:q}"
-        " --benchmarks {params.benchmarks:q} --html {output.html:q} --front-figure {output.front_figure:q}"
-        " --training-figure {output.training_figure:q} --predictor-figure {output.predictor_figure:q}"
-        " --search-figure {output.search_figure:q} 2>&1 | tee {log:q}"
+        " --benchmarks {params.benchmarks:q} --ledgers {params.ledgers:q} --html {output.html:q}"
+        " --front-figure {output.front_figure:q} --training-figure {output.training_figure:q} --predictor-figure {output.predictor_figure:q}"
+        " --search-figure {output.search_figure:q} --costs-figure {output.costs_figure:q} 2>&1 | tee {log:q}"

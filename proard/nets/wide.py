@@ -1,0 +1,139 @@
+"""Wide ResNets with pre-activation blocks, under the names of the checkpoints that robust training has published."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from proard.artifacts import ArtifactError
+from proard.config import ConfigError, WideResNet
+
+UNUSED = ("sub_block1.",)  # TRADES' class builds a block that its forward pass never enters
+
+
+class Block(nn.Module):
+    """Norm, ReLU and a 3x3 convolution, twice; where the width changes the first norm also feeds the shortcut."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.bn1, self.bn2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(out)
+        self.conv1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.convShortcut = None if channels == out else nn.Conv2d(channels, out, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (batch, channels, h, w) to (batch, out, h', w')."""
+        active = F.relu(self.bn1(x))
+        out = self.conv2(F.relu(self.bn2(self.conv1(active))))
+        return out + (x if self.convShortcut is None else self.convShortcut(active))
+
+
+class Group(nn.Module):
+    """Blocks at one resolution."""
+
+    def __init__(self, channels: int, out: int, count: int, stride: int) -> None:
+        super().__init__()
+        blocks = [Block(channels if i == 0 else out, out, stride if i == 0 else 1) for i in range(count)]
+        self.layer = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The blocks in sequence."""
+        return self.layer(x)
+
+
+class WideNet(nn.Module):
+    """A wide ResNet of normalised images, global average pooling over any map."""
+
+    def __init__(self, settings: WideResNet) -> None:
+        super().__init__()
+        count, widths = (settings.depth - 4) // 6, [16, *(16 * settings.widen * factor for factor in (1, 2, 4))]
+        self.conv1 = nn.Conv2d(settings.image_channels, 16, 3, 1, 1, bias=False)
+        self.block1 = Group(widths[0], widths[1], count, 1)
+        self.block2 = Group(widths[1], widths[2], count, 2)
+        self.block3 = Group(widths[2], widths[3], count, 2)
+        self.bn1 = nn.BatchNorm2d(widths[3])
+        self.fc = nn.Linear(widths[3], settings.classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):  # He et al. 2015, fan-out
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of shape (batch, classes)."""
+        x = self.block3(self.block2(self.block1(self.conv1(x))))
+        return self.fc(F.relu(self.bn1(x)).mean((2, 3)))
+
+
+def read_trades(path: str, *, image_size: int) -> tuple[WideResNet, dict[str, Tensor]]:
+    """Settings and weights of a wide ResNet in a checkpoint of TRADES' layout.
+
+    Parameters
+    ----------
+    path : str
+        A `torch.save` of a state dict, such as the official `model_cifar_wrn.pt`; tensors alone are read
+        (`weights_only`), nothing in the file is executed. Names may carry the prefix `module.` of DataParallel.
+    image_size : int
+        Side of the run's images, which the file does not say.
+
+    Returns
+    -------
+    WideResNet
+        Depth, width, channels and classes as the shapes of the tensors give them.
+    dict of Tensor
+        float32, under the names of `WideNet`. The network takes images in [0, 1] without normalisation.
+
+    Raises
+    ------
+    ArtifactError
+        The file is missing, is no state dict of tensors, or misses, adds or reshapes one.
+    """
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} does not exist") from None
+    except Exception as error:  # the unpickler raises whatever a foreign file makes it raise
+        raise ArtifactError(f"{path} is no checkpoint of tensors alone ({str(error).splitlines()[0]})") from None
+    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise ArtifactError(f"{path} holds no state dict: expected names with tensors")
+    tensors = {str(name).removeprefix("module."): value for name, value in loaded.items()}
+    tensors = {name: value for name, value in tensors.items() if not name.startswith(UNUSED)}
+    settings = _settings_of(path, tensors, image_size)
+    with torch.device("meta"):
+        wanted = {name: value for name, value in WideNet(settings).state_dict().items()}
+    counters = {name for name in wanted if name.endswith("num_batches_tracked")}
+    missing, strange = sorted(set(wanted) - set(tensors) - counters), sorted(set(tensors) - set(wanted))
+    if missing or strange:
+        what = f"lacks {missing[0]}" if missing else f"holds {strange[0]}"
+        raise ArtifactError(
+            f"{path} {what}; expected the names of WideResNet-{settings.depth}-{settings.widen} as TRADES saves it"
+        )
+    for name, value in tensors.items():
+        if value.shape != wanted[name].shape:
+            raise ArtifactError(f"{path}: {name} has shape {tuple(value.shape)}, expected {tuple(wanted[name].shape)}")
+    zeros = {name: torch.zeros((), dtype=torch.int64) for name in counters}
+    return settings, {**zeros, **{name: value.float() if value.ndim else value for name, value in tensors.items()}}
+
+
+def _settings_of(path: str, tensors: Mapping[str, Tensor], image_size: int) -> WideResNet:
+    """Depth and width from the tensors."""
+    try:
+        channels, (classes, _) = tensors["conv1.weight"].shape[1], tensors["fc.weight"].shape
+        widen, rest = divmod(tensors["block1.layer.0.conv1.weight"].shape[0], 16)
+    except (KeyError, ValueError, IndexError):
+        raise ArtifactError(
+            f"{path} is no WideResNet as TRADES saves it: expected conv1.weight, block1.layer.0.conv1.weight and "
+            f"fc.weight among its names; the first are {', '.join(sorted(tensors)[:3]) or '(none)'}"
+        ) from None
+    blocks = len({name.split(".")[2] for name in tensors if name.startswith("block1.layer.")})
+    try:
+        if rest:
+            raise ConfigError(f"block1 is {16 * widen + rest} channels wide, no multiple of 16")
+        shape = {"image_channels": channels, "image_size": image_size, "classes": classes}
+        return WideResNet(name=f"wide_resnet_{6 * blocks + 4}_{widen}", depth=6 * blocks + 4, widen=widen, **shape)
+    except ValueError as error:
+        raise ArtifactError(f"{path} is no WideResNet as TRADES saves it: {str(error).splitlines()[0]}") from None

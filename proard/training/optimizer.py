@@ -1,0 +1,52 @@
+"""The optimizer of a training, its state created up front so that a resumed training finds every tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import compress
+from operator import not_
+
+import torch
+from torch import Tensor, nn
+
+from proard.config import Phase, Student, TrainControl, TrainTeacher
+
+STATE = {"momentum_buffer": "momentum", "exp_avg": "momentum", "exp_avg_sq": "square", "step": "steps"}
+
+
+def make_optimizer(
+    parameters: Mapping[str, nn.Parameter], settings: TrainTeacher | TrainControl | Phase | Student
+) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum, or AdamW with `momentum` as its first decay rate.
+
+    Norms, biases and kernel transforms (the identity at first) are spared weight decay.
+    """
+    spared = [p.ndim == 1 or ".transforms." in name for name, p in parameters.items()]
+    plain, decayed = (list(compress(parameters.values(), kept)) for kept in (spared, map(not_, spared)))
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    if isinstance(settings, Student) and settings.optimizer == "adamw":
+        adam = torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.momentum, 0.999), fused=True)
+        for parameter in parameters.values():
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            adam.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+        return adam
+    nesterov = settings.momentum > 0
+    sgd = torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=nesterov, fused=True)
+    if settings.momentum > 0:  # created up front: fused SGD fails when a first gradient comes later than others
+        for parameter in parameters.values():
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, dict[str, Tensor]]:
+    """The optimizer's state by kind (`momentum`, `square`, `steps`) and by the parameter's name."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, parameter in parameters.items():
+        for key, tensor in optimizer.state[parameter].items():
+            found.setdefault(STATE[key], {})[name] = tensor
+    return found

@@ -1,0 +1,532 @@
+"""Networks trained one by one: grids written out, the stage from settings to files, and what Snakemake plans."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from helpers import CONFIG, TINY, save_stripes, tiny_space
+from training_runs import plain_network, same
+
+from proard.artifacts import STUDENT, Provenance, read_header, read_table, write_table
+from proard.config import ConfigError, UserError, job_settings, load
+from proard.config.students import expand
+from proard.data import load_split, to_float
+from proard.export import load_student
+from proard.losses import Batch, fast_edge_loss
+from proard.nets import load_static, save_static
+from proard.nets.elastic import Supernet
+from proard.nets.subnet import extract
+from proard.report.students import FIGURES
+from proard.stages import compare_students, evaluate_student, export_trained, train_student
+from proard.stages.train_teacher import fitted_space
+from proard.training import Interrupted, single_plan
+from proard.training import trainer as trainer_module
+from proard.training.loop import learning_rate
+from proard.training.trainer import Trainer
+
+ROOT = Path(__file__).parents[1]
+SHORT = {key: value for key, value in CONFIG["train_phase"]["phases"][0].items() if key != "name"}
+
+
+def config_of(*students, **shared):
+    """The tiny run with these students."""
+    return load({**CONFIG, "train_student": {**SHORT, **shared, "students": list(students)}})
+
+
+def names(config):
+    return [student.name for student in config.train_student.students]
+
+
+# --- settings -----------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_is_every_combination_with_a_name_of_its_own():
+    entry = {"name": "edge", "lr": 0.1, "attack": {"step_size": "2/255"}}
+    entry |= {"grid": {"attack.num_steps": [1, 2], "attack.step_size": ["2/255", 0.5]}, "seeds": [3, 4]}
+    expanded = expand(entry)
+    assert [each["name"] for each in expanded[:3]] == [
+        "edge_num_steps=1_step_size=2-255_seed=3",
+        "edge_num_steps=1_step_size=2-255_seed=4",
+        "edge_num_steps=1_step_size=0.5_seed=3",
+    ]
+    assert len({each["name"] for each in expanded}) == len(expanded) == 8
+    assert expanded[-1]["attack"] == {"num_steps": 2, "step_size": 0.5}
+    assert expanded[-1]["seed"] == 4
+    assert expanded[-1]["lr"] == 0.1
+    assert entry["attack"] == {"step_size": "2/255"}
+    assert expand({"name": "alone"}) == [{"name": "alone"}]
+
+
+def test_students_take_the_shared_keys_and_their_grid_is_parsed():
+    config = config_of({"name": "a", "loss": "ard", "grid": {"lr": [0.1, "1/4"]}}, {"name": "b", "lr": 0.3}, epochs=7)
+    assert names(config) == ["a_lr=0.1", "a_lr=1-4", "b"]
+    assert [student.lr for student in config.train_student.students] == [0.1, 0.25, 0.3]
+    assert {student.epochs for student in config.train_student.students} == {7}
+    assert [student.temperature for student in config.train_student.students] == [30, 30, 1]
+    again = load(json.loads(job_settings(config, "train_student")))
+    assert again.train_student == config.train_student
+
+
+def test_a_job_is_told_of_its_own_student_alone():
+    before = config_of({"name": "a", "grid": {"lr": [0.1, 0.2]}})
+    after = config_of({"name": "a", "grid": {"lr": [0.1, 0.2, 0.3]}}, {"name": "c"})
+    one, other = (job_settings(config, "train_student", student="a_lr=0.2") for config in (before, after))
+    assert one == other
+    assert [entry["name"] for entry in json.loads(one)["train_student"]["students"]] == ["a_lr=0.2"]
+    with pytest.raises(ConfigError, match=r"a_lr=0\.4 is no student.*did you mean a_lr=0\.[12]"):
+        job_settings(before, "train_student", student="a_lr=0.4")
+
+
+@pytest.mark.parametrize(
+    ("student", "words"),
+    [
+        ({"name": "a", "grid": {"lr": 0.1}}, ["train_student.a.grid", "lists"]),
+        ({"name": "a", "grid": {"lr": []}}, ["train_student.a.grid", "lists"]),
+        ({"name": "a", "seeds": 3}, ["train_student.a.seeds", "list"]),
+        ({"name": "a", "grid": {"attack.num_step": [1]}}, ["num_step", "did you mean", "num_steps"]),
+        ({"name": "a", "grid": {"lr": [0.1, 0.1]}}, ["different names", "a_lr=0.1"]),
+        ({"name": "a", "loss": "kd", "kdiga_weight": 1, "kdiga_at": "adv"}, ["a", "no attack", "kdiga_at"]),
+        ({"name": "a", "loss": "trades", "teacher_logits": "float32"}, ["teacher_logits", "trades"]),
+        ({"name": "a", "loss": "rslat"}, ["train_student.a.loss", "rslat", "rslad"]),
+        ({"name": "a", "attack": {"step_size": 2}}, ["train_student.a", "2/255"]),
+    ],
+    ids=lambda value: None if isinstance(value, list) else str(sorted(value)),
+)
+def test_a_wrong_student_is_one_clear_line(student, words):
+    with pytest.raises(ConfigError) as caught:
+        config_of(student)
+    assert [word for word in words if word not in str(caught.value)] == []
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["fast_edge", "fast_edge_micro", "kdiga", "kdiga_micro"])
+def test_a_committed_experiment_holds_what_it_says(name):
+    config = load(yaml.safe_load((ROOT / "config" / "experiments" / f"{name}.yaml").read_text("utf-8")))
+    students = config.train_student.students
+    seeds = {}
+    for student in students:
+        seeds.setdefault(student.name.rsplit("_seed=", 1)[0], set()).add(student.seed)
+    assert {len(found) for found in seeds.values()} <= {2, 3}
+    assert {attack.objective for attack in config.evaluate_student.attacks} == {"ce", "margin"}
+    assert len({student.net.family for student in students}) == 2
+    for student in students:
+        fitted_space(student.net, config.space, where=student.name)
+    gradients = {s.epochs * (s.attack.num_steps + 1) for s in students if s.name.startswith("equal_")}
+    assert all(found == pytest.approx(max(gradients)) for found in gradients)
+
+
+# --- the stage ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("students")
+    paths = save_stripes(folder)
+    space = tiny_space()
+    net = extract(Supernet(space, mean=[0.4], std=[0.3], generator=torch.Generator().manual_seed(7)), space.largest)
+    for kind in ("teacher", "control"):
+        paths[kind] = folder / f"{kind}.safetensors"
+        made_by = Provenance("tiny", f"train_{kind}")
+        save_static(paths[kind], net.eval(), space=space, arch=space.largest, kind=kind, provenance=made_by)
+    return paths
+
+
+def train(files, folder, student, *, seed=0, networks=("teacher", "control")):
+    """Run the stage for one student; the network, its space and arch, its history and its files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {"student": folder / "student.safetensors", "history": folder / "history.parquet"}
+    flags = {**{name: files[name] for name in ("train", "val", *networks)}, **written}
+    settings = job_settings(config_of(student), "train_student", student=student["name"])
+    argv = ["--settings", settings, "--seed", str(seed), "--threads", "1", "--device", "cpu"]
+    train_student.main([*argv, *(word for name, path in flags.items() for word in (f"--{name}", str(path)))])
+    net, space, arch, _ = load_static(written["student"], kind="trained_student")
+    return net, space, arch, read_table(written["history"]), written
+
+
+@pytest.mark.parametrize("loss", ["plain", "pgd_at", "kd", "ard", "rslad", "adaad", "mtard", "absld"])
+def test_any_loss_trains_an_arch_of_the_runs_space(files, tmp_path, loss):
+    net, space, arch, history, written = train(files, tmp_path, {"name": "s", "loss": loss, "arch": "smallest"})
+    assert arch == space.smallest
+    assert space.settings.model_dump()["units"] == load(CONFIG).space.model_dump()["units"]
+    start = Supernet(space, mean=[0.4], std=[0.3], generator=torch.Generator().manual_seed(0))
+    assert not torch.equal(net.head.weight, start.head.weight[:, : net.spec.features])
+    assert history["epoch"].tolist() == [1, 2]
+    assert set(history["phase"]) == {"s"}
+    assert set(history["macs"]) == {net.spec.macs}
+    assert not list(tmp_path.glob("*.state"))
+    assert read_header(written["student"])["provenance"]["stage"] == "train_student"
+
+
+def test_the_seed_and_the_loss_decide_the_weights(files, tmp_path):
+    student = {"name": "s", "loss": "rslad"}
+    runs = [train(files, tmp_path / str(i), student, seed=seed)[0].state_dict() for i, seed in enumerate([0, 0, 1])]
+    other = train(files, tmp_path / "other", {"name": "s", "loss": "ard"})[0].state_dict()
+    assert same(runs[0], runs[1])
+    assert not same(runs[0], runs[2])
+    assert not same(runs[0], other)
+
+
+def test_a_loss_that_asks_a_teacher_needs_its_file_and_others_do_not(files, tmp_path):
+    with pytest.raises(UserError, match=r"train_student\.s: its loss asks a teacher.*--teacher"):
+        train(files, tmp_path, {"name": "s", "loss": "kd"}, networks=())
+    with pytest.raises(UserError, match=r"--control"):
+        train(files, tmp_path, {"name": "s", "loss": "hat"}, networks=("teacher",))
+    train(files, tmp_path, {"name": "s", "loss": "pgd_at"}, networks=())
+
+
+def test_the_gradient_term_changes_what_is_learned(files, tmp_path):
+    weights = [
+        train(files, tmp_path / str(gamma), {"name": "s", "loss": "kd", "kdiga_weight": gamma})[0].state_dict()
+        for gamma in (0, 10)
+    ]
+    assert not same(*weights)
+
+
+def test_an_arch_is_written_out_and_a_preset_takes_the_runs_images(files, tmp_path):
+    student = {"name": "s", "loss": "plain", "arch": {"depth": [1, 0], "width": [1, 0.5, 1], "expand": [1, 0.5, 1, 0]}}
+    _, space, arch, *_ = train(files, tmp_path / "own", student)
+    assert space.genotype(arch) == tiny_space(TINY).genotype(arch)
+    assert arch.depth == (1, 0)
+    _, space, arch, *_ = train(files, tmp_path / "preset", {**student, "net": "resnet_digits", "arch": "smallest"})
+    assert (space.settings.name, space.settings.classes, arch) == ("resnet_digits", 3, space.smallest)
+    with pytest.raises(ConfigError, match=r"train_student\.s\.arch lists depth, width and expand"):
+        train(files, tmp_path / "wrong", {**student, "arch": {"depth": [1]}})
+    with pytest.raises(ConfigError, match=r"train_student.s: net is .resnet_tiny."):
+        train(files, tmp_path / "wrong", {**student, "net": "resnet_tiny"})
+
+
+def test_the_frozen_teacher_is_the_one_in_the_file(files):
+    config = config_of({"name": "s", "loss": "kd"})
+    job = type("Job", (), {"files": type("Files", (), {"teacher": files["teacher"]}), "device": "cpu"})
+    teacher = train_student.frozen_teacher(job, config.train_student.students[0])
+    images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    net, *_ = load_static(files["teacher"], kind="teacher")
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(images), net(images))
+        assert not torch.allclose(teacher(images), plain_network(seed=3)(images))
+
+
+@pytest.mark.parametrize("net", ["vit", "wide_resnet", "resnet20", "mobilenet_v2_micro"])
+def test_other_networks_train_with_attack_and_teacher(files, tmp_path, net):
+    chosen = {"vit": {"family": "vit", "patch": 4, "layers": 1, "heads": 2, "hidden": 8, "mlp": 8}}
+    chosen |= {"wide_resnet": {"family": "wide_resnet", "depth": 10, "widen": 1}}
+    student = {"name": "s", "net": chosen.get(net, net), "loss": "ard", "kdiga_weight": 0.1, "kdiga_at": "adv"}
+    trained, space, arch, history, _ = train(files, tmp_path, {**student, "epochs": 1})
+    assert history["macs"].tolist() == [space.spec(arch).macs]
+    assert (space.settings.image_channels, space.settings.classes) == (1, 3)
+    with torch.no_grad():
+        assert trained(torch.rand(2, 1, 8, 8)).isfinite().all()
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "adamw", "lr": 1e-3}], ids=["sgd", "adamw"])
+def test_a_stopped_training_of_a_vit_goes_on_bit_for_bit(files, tmp_path, changes, monkeypatch):
+    net = {"family": "vit", "patch": 4, "layers": 1, "heads": 2, "hidden": 8, "mlp": 8}
+    student = {"name": "s", "net": net, "loss": "rslad", **changes}
+    whole = train(files, tmp_path / "whole", student)[0].state_dict()
+    original, seen = Trainer.step, []
+
+    def step(self, *arguments, **options):
+        seen.append(arguments[2])
+        if len(seen) == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    with pytest.raises(Interrupted):
+        train(files, tmp_path / "parts", student)
+    again = train(files, tmp_path / "parts", student)[0].state_dict()
+    assert seen[8] == 8
+    assert same(whole, again)
+
+
+def test_adamw_takes_its_own_steps(files, tmp_path):
+    student = {"name": "s", "loss": "plain", "lr": 0.01}
+    trained = [train(files, tmp_path / kind, {**student, "optimizer": kind})[0] for kind in ("sgd", "adamw")]
+    assert not same(trained[0].state_dict(), trained[1].state_dict())
+
+
+# --- options of a training ----------------------------------------------------------------------------------------
+
+
+def test_gradients_are_counted(files, tmp_path):
+    counts = {}
+    for name, student in {
+        "plain": {"loss": "plain"},
+        "attacked": {"loss": "ard"},
+        "aligned": {"loss": "kd", "kdiga_weight": 1},
+        "taught": {"loss": "fast_edge", "attack": {"crafted_on": "teacher", "num_steps": 1}},
+    }.items():
+        history = train(files, tmp_path / name, {"name": "s", **student})[3]
+        counts[name] = history["gradients"].iloc[-1] / history["images"].iloc[-1]
+    assert counts == {"plain": 1, "attacked": 3, "aligned": 2, "taught": 2}
+
+
+@pytest.mark.parametrize("kept", ["float32", "float16"])
+def test_kept_gradients_of_the_teacher_are_those_it_would_give(files, tmp_path, kept):
+    student = {"name": "s", "loss": "kd", "kdiga_weight": 1.0, "augment": {"crop_padding": 1, "flip": True}}
+    plain = train(files, tmp_path / "plain", {**student})[0].state_dict()
+    both = {"teacher_gradients": kept, "teacher_logits": "float32"}
+    table = train(files, tmp_path / kept, {**student, **both})
+    if kept == "float32":
+        assert same(plain, table[0].state_dict())
+    else:
+        for name, value in table[0].state_dict().items():
+            torch.testing.assert_close(value, plain[name], atol=1e-2, rtol=1e-2)
+
+
+def test_a_scaled_loss_has_scaled_gradients(files):
+    config = config_of({"name": "s", "loss": "ard", "loss_scale": 0.1}, {"name": "t", "loss": "ard"})
+    logits, teacher = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    batch = Batch(torch.arange(4) % 3, clean=logits, adv=2 * logits, teacher=teacher)
+    small, whole = (
+        float(drawn.objective.loss(batch, **drawn.options))
+        for student in config.train_student.students
+        for drawn in single_plan(tiny_space().largest, student.loss, student).draw(0, 0, 0)
+    )
+    assert small == pytest.approx(whole / 10)
+
+
+def test_schedules():
+    config = config_of({"name": "s", "lr": 0.8, "grid": {"schedule": ["constant", "steps", "cosine"]}})
+    rates = [[learning_rate(s, step, 8, 0) for step in range(8)] for s in config.train_student.students]
+    assert rates[0] == [0.8] * 8
+    assert rates[1] == pytest.approx([0.8] * 4 + [0.08] * 2 + [0.008] * 2)
+    assert rates[2][4] == pytest.approx(0.4)
+
+
+def test_the_last_epoch_is_kept_where_asked(files, tmp_path):
+    history = train(files, tmp_path, {"name": "s", "loss": "plain", "keep": "last", "epochs": 4})[3]
+    assert history.loc[history["best"], "epoch"].tolist() == [4]
+
+
+def test_an_attack_budget_becomes_epochs():
+    config = config_of(
+        {"name": "s", "epochs": 2, "attack_budget": 10, "grid": {"attack.num_steps": [1, "2", 10]}},
+        {"name": "t", "attack_budget": 3},
+    )
+    assert [student.epochs for student in config.train_student.students] == pytest.approx([11, 22 / 3, 2, 8 / 3])
+    again = load(json.loads(job_settings(config, "train_student")))
+    assert again.train_student == config.train_student
+    with pytest.raises(ConfigError, match=r"attack_budget, epochs and attack\.num_steps are numbers"):
+        config_of({"name": "s", "attack_budget": "ten"})
+
+
+def test_noise_moves_every_clean_image_inside_the_ball(files, tmp_path, monkeypatch):
+    seen = []
+    original = trainer_module.Trainer._forward
+
+    def forward(self, view, subnet, images, *rest):
+        seen.append(images.clone())
+        return original(self, view, subnet, images, *rest)
+
+    monkeypatch.setattr(trainer_module.Trainer, "_forward", forward)
+    still = {"augment": {"crop_padding": 0, "flip": False}, "epochs": 1, "loss": "kd", "name": "s"}
+    for noise in (0, 1):
+        train(files, tmp_path / str(noise), {**still, "clean_noise": noise})
+    half = len(seen) // 2
+    for before, after in zip(seen[:half], seen[half:], strict=True):
+        assert 0.05 < (after - before).abs().max() <= 0.1 + 1e-6
+        assert after.min() >= 0
+        assert after.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("student", "words"),
+    [
+        ({"loss": "ard", "clean_noise": 1}, ["clean_noise", "ard"]),
+        ({"loss": "kd", "clean_noise": 1, "teacher_logits": "float32"}, ["clean_noise", "teacher_logits"]),
+        ({"loss": "kd", "teacher_gradients": "float32"}, ["teacher_gradients", "kdiga_weight"]),
+    ],
+    ids=["attack", "views", "nothing kept"],
+)
+def test_options_that_exclude_each_other_are_refused(student, words):
+    with pytest.raises(ConfigError) as caught:
+        config_of({"name": "s", **student})
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_an_attack_on_the_teacher_needs_one():
+    with pytest.raises(ConfigError, match=r"train_teacher.*no frozen teacher"):
+        load({**CONFIG, "train_teacher": {"attack": {"crafted_on": "teacher"}}})
+
+
+def test_images_crafted_on_the_teacher_are_fgsm_against_it(files, tmp_path, monkeypatch):
+    seen = []
+    original = trainer_module.pgd
+
+    def pgd(predict, objective, images, **options):
+        adv = original(predict, objective, images, **options)
+        seen.append((images.clone(), objective.labels, adv))
+        return adv
+
+    monkeypatch.setattr(trainer_module, "pgd", pgd)
+    attack = {"crafted_on": "teacher", "num_steps": 1, "step_size": 0.1, "start": "zero"}
+    train(files, tmp_path, {"name": "s", "loss": "fast_edge", "attack": attack, "epochs": 1})
+    net, *_ = load_static(files["teacher"], kind="teacher")
+    images, labels, adv = seen[-1]
+    inputs = images.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(net(inputs), labels, reduction="sum"), inputs)
+    steep = gradient.abs() > 1e-4
+    torch.testing.assert_close(adv[steep], (images + 0.1 * gradient.sign()).clamp(0, 1)[steep])
+
+
+def test_fast_edge_by_hand():
+    clean, adv = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])
+    teacher, labels = torch.tensor([[0.0, 1.0]]), torch.tensor([0])
+    share = 1 / (1 + math.e)
+    soft = -(share * math.log(1 - share) + (1 - share) * math.log(share))
+    hard = math.log(1 + math.exp(2))
+    found = fast_edge_loss(clean, adv, teacher, labels, beta=3.0)
+    assert float(found) == pytest.approx(soft + 3 * hard, rel=1e-5)
+
+
+# --- one evaluation for all ---------------------------------------------------------------------------------------
+
+
+def evaluated(files, folder, student):
+    """Train and measure a student; the rows of its table and the files."""
+    *_, written = train(files, folder, student)
+    config = load({**config_of(student).model_dump(mode="json"), "evaluate_student": MEASURE})
+    settings = job_settings(config, "evaluate_student", student=student["name"])
+    written["table"] = folder / "table.parquet"
+    argv = ["--settings", settings, "--seed", "0", "--threads", "1", "--device", "cpu", "--test", str(files["test"])]
+    evaluate_student.main([*argv, "--student", str(written["student"]), "--table", str(written["table"])])
+    return read_table(written["table"]), written
+
+
+MEASURE = {
+    "eps": [0.05, 0.1],
+    "attacks": [
+        {"name": "fgsm", "num_steps": 1, "step_size": 0.1, "start": "zero"},
+        {"name": "pgd4", "num_steps": 4, "step_size": 0.04},
+    ],
+}
+
+
+def test_every_student_stands_the_same_attacks_and_its_own(files, tmp_path):
+    rows, written = evaluated(files, tmp_path, {"name": "s_seed=3", "loss": "ard", "lr": 0.03, "seed": 3})
+    assert list(rows["attack"]) == ["fgsm", "pgd4", "worst"] * 2 + ["own"]
+    assert list(rows["eps"]) == [0.05] * 3 + [0.1] * 4
+    assert list(rows["step_size"].dropna()) == pytest.approx([0.05, 0.02, 0.1, 0.04, 0.05])
+    by = rows.set_index(["attack", "eps"])["robust_acc"]
+    for eps in (0.05, 0.1):
+        assert by["worst", eps] <= min(by["fgsm", eps], by["pgd4", eps])
+    assert rows["clean_acc"].nunique() == 1
+    assert set(rows["split"]) == {"test"}
+    own = rows.iloc[-1]
+    assert (own["num_steps"], own["accounting"]) == (2, "last_iterate")
+    assert by["worst", 0.1] <= own["robust_acc"]
+    first = rows.iloc[0]
+    assert (first["student"], first["group"], first["loss"], first["net"]) == ("s_seed=3", "s", "ard", "tiny")
+    assert (first["train_steps"], first["lr"], first["epochs"]) == (2, 0.03, 2)
+    history = read_table(written["history"])
+    assert first["train_gradients"] == history["gradients"].iloc[-1] == 3 * history["images"].iloc[-1]
+    assert first["peak_memory"] > 2**25
+    assert first["val_robust_acc"] == history.loc[history["best"], "val_robust_acc"].iloc[-1]
+
+
+def test_fgsm_measures_one_step_of_eps_from_the_image(files, tmp_path):
+    rows, written = evaluated(files, tmp_path, {"name": "s", "loss": "plain"})
+    assert "own" not in set(rows["attack"])
+    net, *_ = load_static(written["student"], kind="trained_student")
+    test = load_split(files["test"])
+    images = to_float(test.images)
+    inputs = images.clone().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(net(inputs), test.labels, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, inputs)
+    with torch.no_grad():
+        clean = net(images).argmax(1) == test.labels
+        right = clean & (net((images + 0.1 * gradient.sign()).clamp(0, 1)).argmax(1) == test.labels)
+    row = rows[(rows["attack"] == "fgsm") & (rows["eps"] == 0.1)].iloc[0]
+    assert row["robust_acc"] == pytest.approx(float(right.double().mean()))
+
+
+def test_students_are_compared_in_one_table_with_figures(files, tmp_path):
+    students = [{"name": f"ard_seed={seed}", "loss": "ard", "seed": seed} for seed in (0, 1)]
+    students.append({"name": "plain", "loss": "plain", "epochs": 1})
+    tables = {each["name"]: evaluated(files, tmp_path / each["name"], each) for each in students}
+    config = config_of(*students)
+    figures = {name: tmp_path / f"{name}.svg" for name in FIGURES}
+    flags = {"table": tmp_path / "all.parquet", "summary": tmp_path / "summary.parquet", **figures}
+    argv = ["--settings", job_settings(config, "compare_students"), "--threads", "1", "--device", "cpu"]
+    argv += ["--tables", *(str(written["table"]) for _, written in tables.values())]
+    rows = tables["plain"][0].assign(budget="macs=1M", role="choice", chosen=True, found_by="nsga2")
+    chosen = rows.reindex(columns=list(STUDENT))
+    write_table(tmp_path / "chosen.parquet", chosen, STUDENT, Provenance("tiny", "select_student"))
+    argv += ["--supernet", str(tmp_path / "chosen.parquet")]
+    compare_students.main(
+        [*argv, *(w for name, path in flags.items() for w in (f"--{name.replace('_', '-')}", str(path)))]
+    )
+    table, summary = read_table(flags["table"]), read_table(flags["summary"])
+    assert len(table) == sum(len(rows) for rows, _ in tables.values()) + len(tables["plain"][0])
+    same_rows = [table[table["group"] == group]["robust_acc"].tolist() for group in ("plain", "macs=1M")]
+    assert same_rows[0] == same_rows[1]
+    pair = table[(table["group"] == "ard") & (table["attack"] == "worst") & (table["eps"] == 0.1)]["robust_acc"]
+    row = summary[(summary["group"] == "ard") & (summary["attack"] == "worst") & (summary["eps"] == 0.1)].iloc[0]
+    assert row["robust_acc"] == pytest.approx(pair.mean())
+    assert row["robust_acc_sd"] == pytest.approx(pair.std(), abs=1e-12)
+    assert row["seeds"] == 2
+    assert math.isnan(summary[summary["group"] == "plain"]["robust_acc_sd"].astype(float).iloc[0])
+    for path in figures.values():
+        text = path.read_text("utf-8")
+        assert "</svg>" in text
+        assert "Students trained one by one" in text
+    assert ">ard</text>" in figures["accuracy_figure"].read_text("utf-8")
+
+
+@pytest.mark.parametrize("net", ["vit", "wide_resnet", "resnet20_micro"])
+def test_the_exported_student_is_the_measured_one(files, tmp_path, net):
+    chosen = {"vit": {"family": "vit", "patch": 4, "layers": 1, "heads": 2, "hidden": 8, "mlp": 8}}
+    chosen |= {"wide_resnet": {"family": "wide_resnet", "depth": 10, "widen": 1}}
+    student = {"name": "s", "net": chosen.get(net, net), "loss": "pgd_at", "epochs": 1}
+    rows, written = evaluated(files, tmp_path, student)
+    splits = {split: load_split(files[split]) for split in ("train", "val", "test")}
+    counts = {split: {"count": len(images), "checksum": images.checksum} for split, images in splits.items()}
+    manifest = {"source": "digits", "classes": ["left", "right", "low"], "splits": counts}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    names = {"weights": "out.safetensors", "onnx": "a.onnx", "pt2": "a.pt2", "card": "card.md", "parity": "p.json"}
+    flags = {name: tmp_path / path for name, path in {**names, "checksums": "SHA256SUMS"}.items()}
+    flags |= {"student": written["student"], "table": written["table"], "test": files["test"]}
+    config = load({**config_of(student).model_dump(mode="json"), "evaluate_student": MEASURE})
+    argv = ["--settings", job_settings(config, "export_trained", student="s"), "--threads", "1", "--device", "cpu"]
+    argv += ["--manifest", str(tmp_path / "manifest.json")]
+    export_trained.main([*argv, *(word for name, path in flags.items() for word in (f"--{name}", str(path)))])
+    parity = json.loads(flags["parity"].read_text())
+    assert parity["passed"]
+    assert parity["onnx_test_accuracy"] == rows["clean_acc"].iloc[0]
+    assert "trained by itself" in flags["card"].read_text()
+    assert "Supernet" not in flags["card"].read_text()
+    images = to_float(splits["test"].images)
+    trained, *_ = load_static(written["student"], kind="trained_student")
+    with torch.no_grad():
+        torch.testing.assert_close(load_student(flags["weights"])(images), trained(images), atol=1e-4, rtol=1e-4)
+
+
+# --- the workflow -------------------------------------------------------------------------------------------------
+
+
+def test_snakemake_trains_the_students_asked_for_with_their_seeds_and_teachers(tmp_path):
+    students = [{"name": "plain", "loss": "plain"}, {"name": "s", "loss": "kd", "seeds": [4, 5]}]
+    values = {"run": "few", "seed": 2, "train_student": {"epochs": 1, "students": students}}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "snakemake", "train_students", "--dry-run", "--printshellcmds"]
+    where = ["--snakefile", ROOT / "workflow" / "Snakefile", "--directory", tmp_path, "--configfile", config]
+    done = subprocess.run([*command, *where], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if "proard.stages.train_student " in line]
+    assert [f"--student results/few/train_student/{name}/" in "".join(lines) for name in ("plain", "s_seed=5")]
+    by_seed = {line.split("--seed ")[1].split()[0]: line for line in lines}
+    assert sorted(by_seed) == ["2", "4", "5"]
+    assert "--teacher" not in by_seed["2"]
+    assert "--teacher results/few/train_teacher/teacher.safetensors" in by_seed["5"]
+    assert "train_control" not in done.stdout

@@ -1,0 +1,195 @@
+"""Twins: which archs, how long they are trained, the paired gap, and the stages of the experiment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from helpers import random_supernet, save_stripes, tiny_config, tiny_space
+
+from proard.artifacts import ArtifactError, Provenance, read_table
+from proard.config import NEEDS, PRESETS, ConfigError, job_settings, load
+from proard.nets import extract, save_static, save_supernet
+from proard.report.twins import gaps_of
+from proard.space import Arch, SearchSpace
+from proard.space.sampling import spread_archs
+from proard.space.twins import twin_epochs, twin_students
+from proard.stages import compare_twins, measure_twin, train_student
+
+TWINS = {"num_archs": 2, "seeds": [0, 1], "bootstraps": 300}
+
+
+def test_one_arch_comes_from_each_part_of_the_range_and_no_end():
+    space = SearchSpace(PRESETS["resnet_micro"])
+    found = spread_archs(space, 4, seed=0)
+    macs = np.log(space.costs(found)["macs"])
+    low, high = np.log(space.spec(space.smallest).macs), np.log(space.spec(space.largest).macs)
+    assert ((macs - low) / (high - low) * 4).astype(int).tolist() == [0, 1, 2, 3]
+    assert low < macs.min()
+    assert macs.max() < high
+    assert (spread_archs(space, 4, seed=0) == found).all()
+    assert (spread_archs(space, 4, seed=1) != found).any()
+
+
+def test_more_parts_than_the_space_can_fill_is_an_error():
+    with pytest.raises(ValueError, match=r"num_archs is 400; space tiny has no arch in \d+ of as many equal parts"):
+        spread_archs(tiny_space(), 400, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "epochs"),
+    [
+        ({}, 2),
+        ({"compare_twins__budget": "path"}, 2 + 2),
+        ({"compare_twins__budget": "path", "phase__warm_start": "random"}, 2),
+        ({"compare_twins__budget": 0.5}, 0.5),
+        ({"phase__sampling": "per_pass", "phase__archs_per_step": 3}, 6),
+        ({"compare_twins__student": {"batch_size": 32}}, 4),  # as many steps of twice as many images
+    ],
+)
+def test_a_twin_makes_as_many_steps_as_its_subnet_went_through(changes, epochs):
+    run = tiny_config(**{"compare_twins__num_archs": 2, **changes})
+    assert twin_epochs(run) == epochs
+
+
+def test_twins_inherit_the_last_phase_and_take_their_overrides():
+    run = tiny_config(compare_twins=TWINS | {"student": {"attack": {"num_steps": 1}, "lr": 0.5}}, phase__loss="ard")
+    students = twin_students(run)
+    assert [student.name for student in students] == [f"twin{arch}_seed={seed}" for arch in (0, 1) for seed in (0, 1)]
+    first = students[0]
+    assert (first.loss, first.temperature, first.lr, first.seed) == ("ard", 30, 0.5, 0)
+    assert (first.attack.num_steps, first.attack.step_size) == (1, 0.05)  # the phase's own step size stays
+    space = tiny_space()
+    macs = [space.spec(Arch.from_dims(student.arch)).macs for student in students]
+    assert macs[0] == macs[1] < macs[2] == macs[3]
+    assert twin_students(tiny_config()) == ()
+    with pytest.raises(ConfigError, match=r"compare_twins.student.lrr is no setting; did you mean lr\?"):
+        twin_students(tiny_config(compare_twins=TWINS | {"student": {"lrr": 1}}))
+
+
+def test_the_committed_experiment_follows_a_finished_run_without_touching_it():
+    folder = Path(__file__).parents[1] / "config"
+    micro, twin = (
+        yaml.safe_load((folder / name).read_text()) for name in ("cifar10_micro.yaml", "experiments/twin.yaml")
+    )
+    before, run = load(micro), load({**micro, **twin})
+    assert {stage for stage in NEEDS if job_settings(before, stage) != job_settings(run, stage)} == {
+        "measure_twin",
+        "compare_twins",
+    }
+    students = twin_students(run)
+    assert len(students) == 4
+    assert {(student.epochs, student.loss, student.lr) for student in students} == {(9, "rslad", 0.2)}
+    assert {(student.attack.num_steps, student.attack.bn_mode) for student in students} == {(2, "running")}
+
+
+# The gap, computed by hand.
+
+
+def outcome(role, arch, robust, *, seed=0, macs=1):
+    robust = [bool(int(bit)) for bit in robust]
+    return {
+        "arch_id": arch, "genotype": [0], "arch": "{}", "macs": macs, "params": 1, "role": role, "train_seed": seed,
+        "split": "test", "attack": "worst", "num_images": len(robust), "clean": [True] * len(robust), "robust": robust,
+    }  # fmt: skip
+
+
+def test_gap_and_discordant_images_by_hand():
+    rows = [outcome("subnet", "a", "1110"), outcome("twin", "a", "1001"), outcome("twin", "a", "1000", seed=1)]
+    rows += [outcome("subnet", "b", "0000", macs=2), outcome("twin", "b", "1111", macs=2)]
+    found = {(row["arch_id"], row["measure"]): row for row in gaps_of(pd.DataFrame(rows), bootstraps=200, seed=0)}
+    a, b, mean = (found[name, "robust"] for name in ("a", "b", "mean"))
+    assert (a["num_seeds"], a["subnet_acc"], a["twin_acc"]) == (2, 0.75, 0.375)
+    assert a["gap"] == pytest.approx(0.375)
+    assert (a["subnet_only"], a["twin_only"]) == (0.5, 0.125)
+    assert a["gap_sd_over_seeds"] == pytest.approx(np.std([0.25, 0.5], ddof=1))
+    assert (b["gap"], b["gap_low"], b["gap_high"]) == (-1, -1, -1)  # every image differs: no redraw changes that
+    assert mean["gap"] == pytest.approx((0.375 - 1) / 2)
+    assert all(row["gap"] == row["gap_low"] == row["gap_high"] == 0 for key, row in found.items() if key[1] == "clean")
+
+
+def test_the_interval_is_the_paired_one():
+    rng = np.random.default_rng(0)
+    twin = rng.random(2000) < 0.4
+    subnet = twin ^ (rng.random(2000) < 0.05)  # they differ on 5 % of the images
+    bits = {"subnet": subnet, "twin": twin}
+    rows = [outcome(role, "a", "".join(str(int(bit)) for bit in bits[role])) for role in bits]
+    row = next(row for row in gaps_of(pd.DataFrame(rows), bootstraps=2000, seed=0) if row["measure"] == "robust")
+    difference = subnet.astype(float) - twin
+    half = 1.96 * difference.std() / np.sqrt(2000)
+    assert row["gap_high"] - row["gap_low"] == pytest.approx(2 * half, rel=0.1)
+    unpaired = 1.96 * np.sqrt(2 * 0.24 / 2000)
+    assert half < 0.5 * unpaired
+
+
+def test_an_arch_without_its_twin_and_other_images_are_errors():
+    with pytest.raises(ArtifactError, match="arch a lacks its subnet or its twin"):
+        gaps_of(pd.DataFrame([outcome("subnet", "a", "10")]), bootstraps=10, seed=0)
+    with pytest.raises(ArtifactError, match="different numbers of images"):
+        gaps_of(pd.DataFrame([outcome("subnet", "a", "10"), outcome("twin", "a", "101")]), bootstraps=10, seed=0)
+
+
+# The stages.
+
+
+def test_twins_are_trained_measured_and_compared(tmp_path):
+    attacks = [{"name": "pgd2", "num_steps": 2, "step_size": 0.05}, {"name": "cw2", "objective": "margin"}]
+    attacks[1] |= {"num_steps": 2, "step_size": 0.05}
+    run = tiny_config(compare_twins=TWINS | {"seeds": [5]}, verify_front__attacks=attacks, phase__epochs=0.5)
+    students = twin_students(run)
+    whole = run.model_copy(update={"train_student": run.train_student.model_copy(update={"students": students})})
+    images = {name: str(path) for name, path in save_stripes(tmp_path).items()}
+    supernet, teacher = tmp_path / "supernet.safetensors", tmp_path / "teacher.safetensors"
+    space, provenance = tiny_space(), Provenance("tiny", "train_phase")
+    net = random_supernet(space, dtype=torch.float32)
+    save_supernet(supernet, net, provenance)
+    described = {"space": space, "arch": space.largest, "kind": "teacher", "provenance": provenance}
+    save_static(teacher, extract(net, space.largest), **described)
+
+    def stage(main, settings, seed, **files):
+        words = ["--settings", settings, "--seed", str(seed), "--device", "cpu", "--threads", "1"]
+        for flag, value in files.items():
+            words += [f"--{flag}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+        main(words)
+
+    outcomes = []
+    for student in students:
+        folder = tmp_path / "train_student" / student.name
+        files = {"train": images["train"], "val": images["val"], "teacher": teacher}
+        files |= {"student": folder / "student.safetensors", "history": folder / "history.parquet"}
+        settings = job_settings(whole, "train_student", student=student.name)
+        stage(train_student.main, settings, student.seed, **files)
+        outcomes.append(tmp_path / "measure_twin" / student.name / "outcomes.parquet")
+        files = {"supernet": supernet, "twin": folder / "student.safetensors", "cache": tmp_path / "cache"}
+        stage(measure_twin.main, job_settings(run, "measure_twin"), 0, **files, **images, outcomes=outcomes[-1])
+    first = read_table(outcomes[0])
+    assert set(first["role"]) == {"subnet", "twin"}
+    assert set(first["train_seed"]) == {5}
+    assert first["arch"].unique().tolist() == [Arch.from_dims(students[0].arch).to_json()]
+    for _, row in first.iterrows():
+        assert np.mean(row["robust"]) == pytest.approx(row["robust_acc"])
+        assert np.mean(row["clean"]) == pytest.approx(row["clean_acc"])
+        assert len(row["clean"]) == row["num_images"] == 30
+    on_test = first[(first["role"] == "twin") & (first["split"] == "test")].set_index("attack")["robust"]
+    assert (on_test["worst"] == on_test["pgd2"] & on_test["cw2"]).all()
+
+    table, figure = tmp_path / "compare_twins" / "table.parquet", tmp_path / "compare_twins" / "gap.svg"
+    files = {"outcomes": outcomes, "table": table, "figure": figure}
+    stage(compare_twins.main, job_settings(run, "compare_twins"), 0, **files)
+    assert len(read_table(table)) == 2 * 3 * 2 * 3  # splits, attacks and worst case, measures, archs and mean
+    assert "<svg" in figure.read_text()
+
+    trained = tmp_path / "train_student" / students[0].name
+    costs = read_table(trained / "costs.parquet").iloc[0]
+    assert (costs["stage"], costs["job"]) == ("train_student", students[0].name)
+    assert costs["weight_gradients"] == read_table(trained / "history.parquet")["images"].iloc[-1]
+
+
+def test_a_config_without_the_section_says_so(tmp_path):
+    words = ["--settings", job_settings(tiny_config(), "compare_twins"), "--device", "cpu", "--outcomes"]
+    with pytest.raises(ValueError, match="no section compare_twins"):
+        compare_twins.main([*words, "--table", str(tmp_path / "t.parquet"), "--figure", str(tmp_path / "f.svg")])
