@@ -3,7 +3,7 @@
 from proard.config.attacks import Attack, Curriculum, Threat, TrainingAttack
 from proard.config.fields import ConfigError, UserError
 from proard.config.presets import PRESETS
-from proard.config.run import NEEDS, RunConfig, job_settings, json_schema, load, parse
+from proard.config.run import EXPERIMENTS, NEEDS, RunConfig, job_settings, json_schema, load, parse
 from proard.config.settings import (
     Augmentation,
     EvaluateArchs,
@@ -23,18 +23,22 @@ from proard.config.settings import (
     VerifyFront,
 )
 from proard.config.spaces import Final, Space, Stem, Unit
+from proard.config.variants import CompareVariants, MeasureVariant, TrainVariant
 
 __all__ = [
+    "EXPERIMENTS",
     "NEEDS",
     "PRESETS",
     "Attack",
     "Augmentation",
+    "CompareVariants",
     "ConfigError",
     "Curriculum",
     "EvaluateArchs",
     "ExportStudent",
     "Final",
     "FitPredictor",
+    "MeasureVariant",
     "Measurement",
     "Phase",
     "PrepareData",
@@ -49,6 +53,7 @@ __all__ = [
     "TrainControl",
     "TrainPhase",
     "TrainTeacher",
+    "TrainVariant",
     "TrainingAttack",
     "Unit",
     "UserError",

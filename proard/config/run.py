@@ -14,6 +14,7 @@ from proard.config.attacks import Threat
 from proard.config.fields import ConfigError, Natural, Settings
 from proard.config.presets import PRESETS
 from proard.config.spaces import Space
+from proard.config.variants import CompareVariants, MeasureVariant, TrainVariant, expand_variants
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -31,7 +32,11 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "select_student": ("run", "space", "threat", "measurement", "verify_front", "select_student"),
     "export_student": ("run", "space", "threat", "measurement", "export_student"),
     "report": ("run", "threat", "report"),
+    "train_variant": ("run", "space", "threat", "train_variant"),
+    "measure_variant": ("run", "space", "threat", "measurement", "measure_variant"),
+    "compare_variants": ("run", "space", "threat", "train_variant", "compare_variants"),
 }
+EXPERIMENTS = ("train_variant", "measure_variant", "compare_variants")  # planned only where variants are listed
 
 
 class RunConfig(Settings):
@@ -54,6 +59,9 @@ class RunConfig(Settings):
     select_student: s.SelectStudent = s.SelectStudent()
     export_student: s.ExportStudent = s.ExportStudent()
     report: s.Report = s.Report()
+    train_variant: TrainVariant = TrainVariant()
+    measure_variant: MeasureVariant = MeasureVariant()
+    compare_variants: CompareVariants = CompareVariants()
 
     @model_validator(mode="before")
     @classmethod
@@ -77,6 +85,17 @@ class RunConfig(Settings):
         value["space"] = space
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def variants_become_sections(cls, value: Any) -> Any:
+        """Write `train_phase` out in every variant that changes it."""
+        section = value.get("train_variant") if isinstance(value, Mapping) else None
+        if not isinstance(section, Mapping) or not isinstance(section.get("variants"), Mapping):
+            return value
+        shared = value.get("train_phase")
+        variants = expand_variants(shared if isinstance(shared, Mapping) else {}, section["variants"])
+        return {**value, "train_variant": {**section, "variants": variants}}
+
 
 def load(config: Mapping[str, Any]) -> RunConfig:
     """Check the settings of a whole run.
@@ -88,6 +107,9 @@ def load(config: Mapping[str, Any]) -> RunConfig:
         measures and cannot cross its ball is an error too: its accuracies would be too high.
     """
     run = parse(RunConfig, config)
+    baseline, variants = run.compare_variants.baseline, run.train_variant.variants
+    if baseline is not None and baseline not in variants:
+        raise ConfigError(unknown("variant", f"compare_variants.baseline {baseline}", variants, last=baseline))
     for key, attack in _measuring_attacks(run).items():
         if run.threat.norm == "l2" and attack.num_steps * attack.step_size < run.threat.eps:
             raise ConfigError(
@@ -105,7 +127,9 @@ def _measuring_attacks(run: RunConfig) -> dict[str, s.Attack | s.Validation]:
     attacks |= {"evaluate_archs.attack": run.evaluate_archs.attack, "select_student.attack": run.select_student.attack}
     attacks |= {"train_teacher.validation": run.train_teacher.validation}
     attacks |= {"train_control.validation": run.train_control.validation}
-    return attacks | {f"train_phase.{phase.name}.validation": phase.validation for phase in run.train_phase.phases}
+    attacks |= {f"train_phase.{phase.name}.validation": phase.validation for phase in run.train_phase.phases}
+    measured = (run.measure_variant.attack, *run.measure_variant.test_attacks) if run.train_variant.variants else ()
+    return attacks | {f"measure_variant.{attack.name}": attack for attack in measured}
 
 
 def parse(model: type[Model], values: Mapping[str, Any] | str, *, where: str = "") -> Model:
@@ -190,22 +214,30 @@ def _resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
             return node
 
 
-def job_settings(config: RunConfig, stage: str, *, phase: str | None = None) -> str:
+def job_settings(config: RunConfig, stage: str, *, phase: str | None = None, variant: str | None = None) -> str:
     """The sections a job reads, as canonical JSON: what stands in its shell line and triggers its reruns.
 
     Raises
     ------
     ConfigError
-        The phase is not in the config.
+        The phase, or the variant, is not in the config.
     """
     sections = config.model_dump(mode="json", include=set(NEEDS[stage]))
     if stage != "verify_front" and "verify_front" in sections:  # these measure under the same attacks, no more
         sections["verify_front"] = {"attacks": sections["verify_front"]["attacks"]}
     if phase is not None:
-        phases = {entry["name"]: entry for entry in sections["train_phase"]["phases"]}
+        variants = sections["train_variant"]["variants"] if variant is not None else {}
+        if variant is not None and variant not in variants:
+            raise ConfigError(unknown("variant", variant, variants))
+        section = sections["train_phase"] if variant is None else variants[variant]
+        phases = {entry["name"]: entry for entry in section["phases"]}
         if phase not in phases:
             raise ConfigError(unknown("phase", phase, phases))
-        sections["train_phase"] = {"phases": [phases[phase]]}
+        only = {"phases": [phases[phase]]}
+        if variant is None:
+            sections["train_phase"] = only
+        else:
+            sections["train_variant"] = {"variants": {variant: only}}
     return json.dumps(sections, sort_keys=True, separators=(",", ":"))
 
 

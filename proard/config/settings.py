@@ -159,11 +159,16 @@ class Phase(Optimisation, DistillationOptions, Extended):
     inner subnets win a comparison of `pareto_candidates` at a drawn cost, the `best` or the `worst` by their loss on
     the batch (`pareto_pick`).
 
+    `forward_equivalents` stretches `epochs`, and `warmup_epochs` with them, until the phase spends that many: phases of
+    different strategies then take equally many gradient evaluations. `complexity_decay` above 0 is a complexity-aware
+    learning rate: a subnet's gradients shrink by (1 - share of the training done)^(complexity_decay * c), where c falls
+    with log-MACs from 1 for the smallest subnet of the space to 0 for the largest.
+
     `teacher_logits` keeps the frozen teacher's logits of every view of the clean images that has come up, in a table on
     the device: images * (2 crop_padding + 1)^2 * 2 if mirrored * classes numbers, 324 MB in float32 for CIFAR-10.
     """
 
-    gained = frozenset({"kernel", "sort_channels"})
+    gained = frozenset({"kernel", "sort_channels", "forward_equivalents", "complexity_decay"})
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = "phase"
     width: tuple[Positive, ...] | None = None
@@ -181,6 +186,8 @@ class Phase(Optimisation, DistillationOptions, Extended):
     teacher_logits: Literal["float32", "float16"] | None = None
     teacher_objective: RobustObjective = "trades"
     warm_start: Literal["teacher", "random"] = "teacher"
+    forward_equivalents: Positive | None = None
+    complexity_decay: Annotated[Number, Field(ge=0, le=10)] = 0.0
 
     @property
     def needs_control(self) -> bool:
@@ -214,7 +221,7 @@ class TrainPhase(Settings):
         if not isinstance(value, dict) or not isinstance(value.get("phases"), (list, tuple)):
             return value
         shared = {key: entry for key, entry in value.items() if key != "phases"}
-        return {"phases": [_merge(shared, phase) if isinstance(phase, dict) else phase for phase in value["phases"]]}
+        return {"phases": [merge(shared, phase) if isinstance(phase, dict) else phase for phase in value["phases"]]}
 
     @model_validator(mode="after")
     def names_differ(self) -> TrainPhase:
@@ -225,12 +232,12 @@ class TrainPhase(Settings):
         return self
 
 
-def _merge(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+def merge(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """`own` over `shared`, mapping by mapping."""
     merged = dict(shared)
     for key, value in own.items():
         both_mappings = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both_mappings else value
+        merged[key] = merge(merged[key], value) if both_mappings else value
     return merged
 
 

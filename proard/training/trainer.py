@@ -25,7 +25,7 @@ from proard.training.guard import Guard, flat
 from proard.training.guidance import Guidance, guided, passed, side_by_side
 from proard.training.inner import Inner
 from proard.training.perturbation import perturbed
-from proard.training.plan import Drawn, Plan
+from proard.training.plan import Drawn, Plan, pace
 from proard.training.sync import gradient_sync
 from proard.training.teacher_table import TeacherTable
 
@@ -132,11 +132,12 @@ class Trainer:
         guidance = Guidance(frozen, self.teacher, self.control, min(step / self.total_steps, 1.0), data_pass)
         drawn, scored = settle(drawn, lambda arch: self._score(arch, images, labels, frozen))
         drawn = self.inner.begin(drawn, self.net.space, step=step, data_pass=data_pass, views=views)
-        work += scored
+        work, decay = work + scored, self._option("complexity_decay")
         for subnet in drawn:
             view = SubnetView(self.net, subnet.arch)
             batch, spent = self._forward(view, subnet, images, labels, guidance, generator)
-            loss, more = self._backward(view, subnet, batch, len(drawn))
+            share = pace(self.net.space, subnet.arch, progress=guidance.progress, decay=decay)
+            loss, more = self._backward(view, subnet, batch, len(drawn) / share)
             losses.append(loss.detach())
             if subnet.guides:
                 guide = partial(view, frozen=True)
@@ -209,7 +210,7 @@ class Trainer:
         batch, more = passed(batch, needs, self._train_pass(view), reach=reach)
         return batch, work + asked + more + 2 * options["num_steps"] + 3
 
-    def _backward(self, view: SubnetView, subnet: Drawn, batch: Batch, count: int) -> tuple[Tensor, int]:
+    def _backward(self, view: SubnetView, subnet: Drawn, batch: Batch, count: float) -> tuple[Tensor, int]:
         """The loss and its gradients / `count`, at perturbed weights where asked for, with the extra work of that."""
         objective, options, gamma = subnet.objective, subnet.options, self._option("awp_gamma")
         if objective.remember is not None:
