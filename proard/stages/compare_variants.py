@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     for (split, attack), measured in pd.concat(tables).groupby(["split", "attack"], sort=False):
         right = {
-            kind: {name: stacked(outcomes, name, f"{split}.{which}") for name in variants}
+            kind: {name: stacked(outcomes, name, seeds, f"{split}.{which}") for name in variants}
             for kind, which in (("clean", "clean"), ("robust", attack))
         }
         count = int(measured["num_images"].iloc[0])
@@ -68,9 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     say(table)
 
 
-def stacked(outcomes: Mapping[Key, Mapping[str, Tensor]], variant: str, which: str) -> np.ndarray:
+def stacked(outcomes: Mapping[Key, Mapping[str, Tensor]], variant: str, seeds: Sequence[int], which: str) -> np.ndarray:
     """Outcomes of a variant's trainings, of shape (seeds, archs, images)."""
-    return np.stack([found[which].numpy() for (name, _), found in outcomes.items() if name == variant])
+    return np.stack([outcomes[variant, seed][which].numpy() for seed in seeds])
 
 
 def check_complete(found: Sequence[Key], wanted: Sequence[Key]) -> None:
