@@ -72,8 +72,8 @@ def test_a_variant_changes_every_phase_or_replaces_the_list():
     assert {p.sampling for variant in found.values() for p in variant.phases} == {"uniform"}
 
 
-def test_a_variant_without_listed_phases_has_the_default_one_and_its_losses_paper_values():
-    (phase,) = variants_of({"ard": {"loss": "ard"}}, loss="rslad")["ard"].phases
+def test_a_variants_loss_brings_its_papers_values():
+    (phase,) = variants_of({"ard": {"loss": "ard"}}, loss="rslad", phases=[{"name": "all"}])["ard"].phases
     assert (phase.name, phase.loss, phase.temperature) == ("all", "ard", 30)
 
 
