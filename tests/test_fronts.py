@@ -27,9 +27,9 @@ CONFIG = tiny_config(
 )
 
 
-def outcomes(macs: list[int], clean: list[int], robust: list[int], *, images: int = 100, **facts: str) -> Outcomes:
-    """Archs that have their first images right."""
-    masks = [np.stack([np.arange(images) < count for count in counts]) for counts in (clean, robust)]
+def outcomes(macs: list[int], clean: list[int], robust: list[int], **facts: str) -> Outcomes:
+    """Archs that have the first of a hundred images right."""
+    masks = [np.stack([np.arange(100) < count for count in counts]) for counts in (clean, robust)]
     return Outcomes(np.asarray(macs), *masks, **{"images": "same", "threat": "same", **facts})
 
 

@@ -103,14 +103,15 @@ def test_a_recipe_trains_its_space_by_a_step_of_teacher_and_supernet(name, image
     run = recipe(name)
     space, train = SearchSpace(run.space), images(run.space.classes)
     net = Supernet(space, mean=train.mean, std=train.std, generator=torch.Generator().manual_seed(0))
-    fewer = {"batch_size": 2, "epochs": 0.5, "warmup_epochs": 0, "dtype": "float32"}
+    fewer = {"batch_size": 2, "warmup_epochs": 0, "dtype": "float32"}
     attack = {"num_steps": 2, "dtype": "float32", "curriculum": None}
     teacher = run.train_teacher
     steps = [(teacher, single_plan(space.largest, teacher.objective, teacher))]
     steps += [(phase, phase_plan(space, phase)) for phase in run.train_phase.phases[-1:]]
     guide = fold(extract(net, space.largest).eval())
     for number, (settings, plan) in enumerate(steps):
-        shorter = settings.model_copy(update={**fewer, "attack": settings.attack.model_copy(update=attack)})
+        one_step = {"epochs": 0.5 / plan.passes_per_epoch, "attack": settings.attack.model_copy(update=attack)}
+        shorter = settings.model_copy(update={**fewer, **one_step})
         before = net.head.weight.detach().clone()
         rows = fit(
             net,

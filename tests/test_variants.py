@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+from helpers import CONFIG as TINY
 from helpers import save_stripes, tiny_config
 from test_workflow import CONFIG as WORKFLOW
 from test_workflow import FakeRun
@@ -24,9 +26,11 @@ from proard.stages import compare_variants, measure_variant, sample_archs, train
 from proard.stages.measure_variant import spread
 
 ATTACK = {"num_steps": 2, "step_size": 0.05}
+PHASE = {**TINY["train_phase"]["phases"][0], "forward_equivalents": 3000}
+HALVES = [{**PHASE, "name": "wide", "depth": [1]}, {**PHASE, "name": "all"}]
 VARIANTS = {
     "drawn": {"sampling": "uniform"},
-    "phases": {"sampling": "per_pass", "phases": [{"name": "wide", "depth": [1]}, {"name": "all", "lr": 0.01}]},
+    "phases": {"phases": [{**half, "sampling": "per_pass", "forward_equivalents": 1500} for half in HALVES]},
 }
 SECTIONS = {
     "train_variant": {"seeds": [0, 5], "variants": VARIANTS},
@@ -40,7 +44,7 @@ SECTIONS = {
     },
     "compare_variants": {"bootstraps": 50, "tolerance": 0.2},
 }
-CONFIG = tiny_config(train_teacher__epochs=1, phase__epochs=1, **SECTIONS)
+CONFIG = tiny_config(train_teacher__epochs=1, phase__forward_equivalents=3000, **SECTIONS)
 
 
 # Settings.
@@ -317,8 +321,6 @@ def test_the_order_of_the_files_does_not_matter(files, tmp_path):
 
 
 def test_unequal_work_and_missing_measurements_are_refused(files, tmp_path):
-    histories = [files.leg(name, seed, "all") / "history.parquet" for name, seed in files.keys]
-    histories += [files.leg("phases", seed, "wide") / "history.parquet" for seed in (0, 5)] * 3
     with pytest.raises(UserError, match=r"variant drawn took .* forward-equivalents.*tolerance"):
         compare_variants.check_equal_work(
             {"drawn": {"forward_equivalents": 130}, "phases": {"forward_equivalents": 100}}, 0.2
@@ -330,8 +332,6 @@ def test_unequal_work_and_missing_measurements_are_refused(files, tmp_path):
 
 
 def test_archs_are_spread_over_macs_with_both_ends():
-    import pandas as pd
-
     listed = pd.DataFrame({"macs": [5, 1, 9, 3, 7], "arch": list("caebd")})
     assert spread(listed, 3) == ["a", "c", "e"]
     assert spread(listed, 2) == ["a", "e"]
@@ -340,7 +340,7 @@ def test_archs_are_spread_over_macs_with_both_ends():
 
 def test_a_killed_training_continues_to_the_same_weights(files, tmp_path):
     text = job_settings(
-        tiny_config(phase__epochs=10, phase__save_every_minutes=0.0005, **SECTIONS),
+        tiny_config(phase__forward_equivalents=20_000, phase__save_every_minutes=0.0005, **SECTIONS),
         "train_variant",
         phase="all",
         variant="drawn",

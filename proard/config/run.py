@@ -198,7 +198,7 @@ def _keys_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
         if isinstance(part, int):
             node = node.get("items", node.get("prefixItems", [{}])[0] if "prefixItems" in node else {})
         else:
-            node = node.get("properties", {}).get(part, node)
+            node = node.get("properties", {}).get(part) or node.get("additionalProperties") or node
     return list(_resolve(schema, node).get("properties", {}))
 
 
