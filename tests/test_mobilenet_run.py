@@ -117,9 +117,9 @@ def test_the_exported_student_is_the_measured_one(folder):
     assert parity["onnx_test_accuracy"] == row["clean_acc"]
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v3_cifar", "mobilenet_v2_imagenet"])
-def test_a_published_space_exports_its_smallest_student(name, tmp_path):
-    side = 64 if name.endswith("_imagenet") else 32
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_every_space_exports_its_smallest_student(name, tmp_path):
+    side = min(PRESETS[name].image_size, 64)
     space = SearchSpace(PRESETS[name].model_copy(update={"image_size": side, "classes": 10}))
     net = fold(extract(random_supernet(space, dtype=torch.float32).eval(), space.smallest))
     save_onnx(tmp_path / "a.onnx", export_program(net), facts_of(space, space.smallest), opset=20)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import image_sets, random_images, random_supernet, tiny_config, tiny_space
 from training_runs import phase_run, plain_network, same
 
 from proard.config import Phase
-from proard.training import phase_plan, planned_work, within_budget
+from proard.losses.distillation import alpha_loss
+from proard.training import Drawn, phase_plan, planned_work, within_budget
 from proard.training.plan import pace
 from proard.training.trainer import Trainer
 
@@ -163,3 +167,36 @@ def test_new_keys_at_their_defaults_leave_older_fingerprints():
         forward_equivalents="1e6", complexity_decay=1
     ).model_dump(mode="json").items()
     assert np.isfinite(pace(tiny_space(), tiny_space().smallest, progress=1.0, decay=10))
+
+
+# In-place distillation by alpha-divergence.
+
+
+def test_alpha_divergence_distils_from_the_largest_subnet_of_the_same_step():
+    space, seen = tiny_space(), []
+    net = random_supernet(space, dtype=torch.float32)
+    phase = phase_of(loss="alpha", teacher="dynamic", teacher_objective="pgd_at", archs_per_step=3)
+    plan = phase_plan(space, phase)
+
+    def watched(drawn: Drawn) -> Drawn:
+        def loss(batch, **options):
+            seen.append((drawn, batch, drawn.objective.loss(batch, **options)))
+            return seen[-1][2]
+
+        return replace(drawn, objective=replace(drawn.objective, loss=loss))
+
+    subnets = [watched(drawn) for drawn in plan.draw(0, 0, 0)]
+    trainer = Trainer(net, phase, replace(plan, draw=lambda seed, step, data_pass: subnets), 0.1, None, 0)
+    labels = torch.arange(8) % 3
+    images = random_images(space, 8, dtype=torch.float32)
+    trainer.step(images, labels, 0, 0, 0.0, torch.Generator().manual_seed(0))
+    (guide, guide_batch, guide_loss), *students = seen
+    assert guide.guides
+    assert guide.arch == space.largest
+    assert students[0][0].arch == space.smallest
+    torch.testing.assert_close(guide_loss, F.cross_entropy(guide_batch.adv, labels))
+    for _, batch, value in students:
+        assert torch.equal(batch.teacher, guide_batch.clean.detach())
+        assert not batch.teacher.requires_grad
+        torch.testing.assert_close(value, alpha_loss(batch.clean, batch.adv, guide_batch.clean))
+        assert value > 0
