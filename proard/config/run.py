@@ -198,7 +198,8 @@ def _keys_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
         if isinstance(part, int):
             node = node.get("items", node.get("prefixItems", [{}])[0] if "prefixItems" in node else {})
         else:
-            node = node.get("properties", {}).get(part) or node.get("additionalProperties") or node
+            named = [*node.get("patternProperties", {}).values(), node][0]  # a mapping whose keys the user names
+            node = node.get("properties", {}).get(part, named)
     return list(_resolve(schema, node).get("properties", {}))
 
 
