@@ -275,7 +275,8 @@ def test_every_space_trains_a_step_and_is_measured(name, tmp_path, tmp_path_fact
     train = image_sets(tmp_path_factory.mktemp("images"), train=6, val=3)["train"]
     rng = np.random.default_rng(0)
     pixels = torch.from_numpy(rng.integers(0, 256, (6, side, side, channels), dtype=np.uint8))
-    images = type(train)(pixels, torch.arange(6), "checksum", "train", train.classes, (0.5,) * 3, (0.25,) * 3)
+    statistics = ((0.5,) * channels, (0.25,) * channels)
+    images = type(train)(pixels, torch.arange(6), "checksum", "train", train.classes, *statistics)
     (phase,) = tiny_config(
         phase__archs_per_step=2, phase__batch_size=2, phase__attack={"num_steps": 1}, phase__epochs=1 / 3
     ).train_phase.phases
