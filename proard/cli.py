@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             show(arguments.file, console, rows=arguments.rows, columns=columns)
         elif arguments.command == "cost":
             cost(arguments.run_folder, console, numbers=arguments.students, country=arguments.country)
+        elif arguments.command == "fronts":
+            fronts(arguments.first, arguments.second, console)
         else:
             students(arguments.run_folder, console)
     except UserError as error:
@@ -59,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
         "--students", type=_numbers, default=(1, 5, 20, 100), metavar="N,N", help="numbers of students (1,5,20,100)"
     )
     spent.add_argument("--country", default="USA", metavar="ABC", help="ISO 3166 code for CO2 equivalents (USA)")
+    both = commands.add_parser("fronts", help="the measured fronts of two runs: hypervolumes and their difference")
+    both.add_argument("first", metavar="results/RUN")
+    both.add_argument("second", metavar="results/OTHER")
     return parser
 
 
@@ -226,6 +231,33 @@ def students(run_folder: str | Path, console: Console) -> None:
     )
     report = folder / "report" / "report.html"
     console.print(f"report: {report}" if report.exists() else "[dim]no report yet: the stage report writes it[/]")
+
+
+def fronts(first: str | Path, second: str | Path, console: Console) -> None:
+    """Print the hypervolumes of two runs' measured archs on one scale, and the interval of their difference.
+
+    Raises
+    ------
+    UserError
+        A run lacks the tables, or the two were not measured alike.
+    """
+    from proard.report.fronts import compare_outcomes, sampled_outcomes, verified_outcomes
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("archs", "number", "images", str(first), str(second), "second less first"):
+        table.add_column(name, no_wrap=True)
+    kinds = (("verified fronts, test, all attacks", verified_outcomes), ("sampled, val", sampled_outcomes))
+    for name, read in kinds:
+        found = compare_outcomes(read(first), read(second))
+        cells = [f"{value:.4f} ({low:.4f} to {high:.4f})" for value, low, high in (found.first, found.second)]
+        value, low, high = found.difference
+        number = " and ".join(map(str, dict.fromkeys(found.num_archs)))
+        table.add_row(name, number, f"{found.num_images:,}", *cells, f"{value:+.4f} ({low:+.4f} to {high:+.4f})")
+    console.print(table)
+    console.print(
+        "[dim]hypervolume in clean accuracy, robust accuracy and MACs, as a share of the box that both runs span; "
+        "intervals: 95 % over redraws of the images, one training each[/]"
+    )
 
 
 def _parity_mark(path: Path) -> str:

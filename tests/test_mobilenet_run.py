@@ -7,14 +7,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import TINY_MOBILE, random_images, random_supernet, save_stripes, tiny_config
+from helpers import TINY_MOBILE, random_images, save_stripes, tiny_config
 from test_export import WRITTEN, arguments, facts_of, onnx_logits
 
 from proard.artifacts import read_header, read_table, write_json
 from proard.config import PRESETS, job_settings
 from proard.data import load_split
 from proard.export import export_program, save_onnx
-from proard.nets import extract, fold, load_static, load_supernet
+from proard.nets import StaticNet, fold, load_static, load_supernet
 from proard.space import Arch, SearchSpace
 from proard.stages import (
     evaluate_archs,
@@ -117,11 +117,11 @@ def test_the_exported_student_is_the_measured_one(folder):
     assert parity["onnx_test_accuracy"] == row["clean_acc"]
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v3_cifar", "mobilenet_v2_imagenet"])
-def test_a_published_space_exports_its_smallest_student(name, tmp_path):
-    side = 64 if name.endswith("_imagenet") else 32
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_every_space_exports_its_smallest_student(name, tmp_path):
+    side = min(PRESETS[name].image_size, 64)
     space = SearchSpace(PRESETS[name].model_copy(update={"image_size": side, "classes": 10}))
-    net = fold(extract(random_supernet(space, dtype=torch.float32).eval(), space.smallest))
+    net = fold(StaticNet(space.spec(space.smallest)).eval())  # fresh weights: a supernet is not needed for them
     save_onnx(tmp_path / "a.onnx", export_program(net), facts_of(space, space.smallest), opset=20)
     images = random_images(space, 3, dtype=torch.float32).contiguous()
     with torch.no_grad():

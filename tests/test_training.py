@@ -265,19 +265,18 @@ def test_finished_training_leaves_no_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# The published spaces; those for large images on images of 64 pixels.
-
-LARGE_SPACES = [name for name in PRESETS if name.endswith(("_cifar", "_imagenet"))]
+# Every space; those for large images on images of 64 pixels.
 
 
-@pytest.mark.parametrize("name", LARGE_SPACES)
-def test_published_space_trains_a_step_and_is_measured(name, tmp_path, tmp_path_factory):
-    side = 64 if name.endswith("_imagenet") else 32
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_every_space_trains_a_step_and_is_measured(name, tmp_path, tmp_path_factory):
+    side, channels = min(PRESETS[name].image_size, 64), PRESETS[name].image_channels
     space = SearchSpace(PRESETS[name].model_copy(update={"image_size": side, "classes": 10}))
     train = image_sets(tmp_path_factory.mktemp("images"), train=6, val=3)["train"]
     rng = np.random.default_rng(0)
-    pixels = torch.from_numpy(rng.integers(0, 256, (6, side, side, 3), dtype=np.uint8))
-    images = type(train)(pixels, torch.arange(6), "checksum", "train", train.classes, (0.5,) * 3, (0.25,) * 3)
+    pixels = torch.from_numpy(rng.integers(0, 256, (6, side, side, channels), dtype=np.uint8))
+    statistics = ((0.5,) * channels, (0.25,) * channels)
+    images = type(train)(pixels, torch.arange(6), "checksum", "train", train.classes, *statistics)
     (phase,) = tiny_config(
         phase__archs_per_step=2, phase__batch_size=2, phase__attack={"num_steps": 1}, phase__epochs=1 / 3
     ).train_phase.phases

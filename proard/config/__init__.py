@@ -5,6 +5,7 @@ from proard.config.fields import ConfigError, UserError
 from proard.config.nets import NETS, VisionTransformer, WideResNet, named_nets
 from proard.config.presets import PRESETS
 from proard.config.run import (
+    EXPERIMENTS,
     NEEDS,
     RunConfig,
     at_any_rhythm,
@@ -35,8 +36,10 @@ from proard.config.settings import (
 from proard.config.spaces import Final, Space, Stem, Unit
 from proard.config.students import CompareStudents, EvaluateStudent, Student, TrainStudent
 from proard.config.twins import CompareTwins, MeasureTwin
+from proard.config.variants import CompareVariants, MeasureVariant, TrainVariant
 
 __all__ = [
+    "EXPERIMENTS",
     "NEEDS",
     "NETS",
     "PRESETS",
@@ -44,6 +47,7 @@ __all__ = [
     "Augmentation",
     "CompareStudents",
     "CompareTwins",
+    "CompareVariants",
     "ConfigError",
     "Curriculum",
     "EvaluateArchs",
@@ -52,6 +56,7 @@ __all__ = [
     "Final",
     "FitPredictor",
     "MeasureTwin",
+    "MeasureVariant",
     "Measurement",
     "Phase",
     "PrepareData",
@@ -68,6 +73,7 @@ __all__ = [
     "TrainPhase",
     "TrainStudent",
     "TrainTeacher",
+    "TrainVariant",
     "TrainingAttack",
     "Unit",
     "UserError",

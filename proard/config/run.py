@@ -17,6 +17,7 @@ from proard.config.presets import PRESETS
 from proard.config.spaces import Space
 from proard.config.students import CompareStudents, EvaluateStudent, TrainStudent
 from proard.config.twins import CompareTwins, MeasureTwin
+from proard.config.variants import CompareVariants, MeasureVariant, TrainVariant, expand_variants
 
 Model = TypeVar("Model", bound=BaseModel)
 RHYTHM = s.Optimisation.model_fields["save_every_minutes"].default
@@ -49,7 +50,11 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "select_student": ("run", "space", "threat", "measurement", "verify_front", "select_student"),
     "export_student": ("run", "space", "threat", "measurement", "export_student"),
     "report": ("run", "threat", "report"),
+    "train_variant": ("run", "space", "threat", "train_variant"),
+    "measure_variant": ("run", "space", "threat", "measurement", "measure_variant"),
+    "compare_variants": ("run", "space", "threat", "train_variant", "compare_variants"),
 }
+EXPERIMENTS = ("train_variant", "measure_variant", "compare_variants")  # planned only where variants are listed
 
 
 class RunConfig(Settings):
@@ -77,6 +82,9 @@ class RunConfig(Settings):
     select_student: s.SelectStudent = s.SelectStudent()
     export_student: s.ExportStudent = s.ExportStudent()
     report: s.Report = s.Report()
+    train_variant: TrainVariant = TrainVariant()
+    measure_variant: MeasureVariant = MeasureVariant()
+    compare_variants: CompareVariants = CompareVariants()
 
     @model_validator(mode="before")
     @classmethod
@@ -100,6 +108,17 @@ class RunConfig(Settings):
         value["space"] = space
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def variants_become_sections(cls, value: Any) -> Any:
+        """Write `train_phase` out in every variant that changes it."""
+        section = value.get("train_variant") if isinstance(value, Mapping) else None
+        if not isinstance(section, Mapping) or not isinstance(section.get("variants"), Mapping):
+            return value
+        shared = value.get("train_phase")
+        variants = expand_variants(shared if isinstance(shared, Mapping) else {}, section["variants"])
+        return {**value, "train_variant": {**section, "variants": variants}}
+
 
 def load(config: Mapping[str, Any]) -> RunConfig:
     """Check the settings of a whole run.
@@ -111,6 +130,9 @@ def load(config: Mapping[str, Any]) -> RunConfig:
         measures and cannot cross its ball is an error too: its accuracies would be too high.
     """
     run = parse(RunConfig, config)
+    baseline, variants = run.compare_variants.baseline, run.train_variant.variants
+    if baseline is not None and baseline not in variants:
+        raise ConfigError(unknown("variant", f"compare_variants.baseline {baseline}", variants, last=baseline))
     for key, attack in _measuring_attacks(run).items():
         if run.threat.norm == "l2" and attack.num_steps * attack.step_size < run.threat.eps:
             raise ConfigError(
@@ -128,10 +150,12 @@ def _measuring_attacks(run: RunConfig) -> dict[str, s.Attack | s.Validation]:
     attacks |= {"evaluate_archs.attack": run.evaluate_archs.attack, "select_student.attack": run.select_student.attack}
     attacks |= {"train_teacher.validation": run.train_teacher.validation}
     attacks |= {"train_control.validation": run.train_control.validation}
+    attacks |= {f"train_phase.{phase.name}.validation": phase.validation for phase in run.train_phase.phases}
     if run.train_student.students:
         attacks |= {f"evaluate_student.attacks.{attack.name}": attack for attack in run.evaluate_student.attacks}
     attacks |= {f"train_student.{each.name}.validation": each.validation for each in run.train_student.students}
-    return attacks | {f"train_phase.{phase.name}.validation": phase.validation for phase in run.train_phase.phases}
+    measured = (run.measure_variant.attack, *run.measure_variant.test_attacks) if run.train_variant.variants else ()
+    return attacks | {f"measure_variant.{attack.name}": attack for attack in measured}
 
 
 def parse(model: type[Model], values: Mapping[str, Any] | str, *, where: str = "") -> Model:
@@ -203,7 +227,8 @@ def _keys_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
             node = node.get("items", node.get("prefixItems", [{}])[0] if "prefixItems" in node else {})
         else:
             chosen = node.get("discriminator", {}).get("mapping", {}).get(part)
-            node = {"$ref": chosen} if chosen else node.get("properties", {}).get(part, node)
+            named = [*node.get("patternProperties", {}).values(), node][0]  # a mapping whose keys the user names
+            node = {"$ref": chosen} if chosen else node.get("properties", {}).get(part, named)
     return list(_resolve(schema, node).get("properties", {}))
 
 
@@ -219,23 +244,33 @@ def _resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
             return node
 
 
-def job_settings(config: RunConfig, stage: str, *, phase: str | None = None, student: str | None = None) -> str:
+def job_settings(
+    config: RunConfig,
+    stage: str,
+    *,
+    phase: str | None = None,
+    student: str | None = None,
+    variant: str | None = None,
+) -> str:
     """The sections a job reads, as canonical JSON: what stands in its shell line and triggers its reruns.
 
     Raises
     ------
     ConfigError
-        The phase or the student is not in the config.
+        The phase, the student or the variant is not in the config.
     """
     sections = config.model_dump(mode="json", include=set(NEEDS[stage]))
     if stage != "verify_front" and "verify_front" in sections:  # these measure under the same attacks, no more
         sections["verify_front"] = {"attacks": sections["verify_front"]["attacks"]}
-    for section, kind, name in (("train_phase", "phase", phase), ("train_student", "student", student)):
-        if name is not None:
-            entries = {entry["name"]: entry for entry in sections[section][f"{kind}s"]}
-            if name not in entries:
-                raise ConfigError(unknown(kind, name, entries))
-            sections[section] = {f"{kind}s": [entries[name]]}
+    if variant is not None:
+        variants = sections["train_variant"]["variants"]
+        if variant not in variants:
+            raise ConfigError(unknown("variant", variant, variants))
+        sections["train_variant"] = {"variants": {variant: _only(variants[variant], "phase", phase)}}
+    elif phase is not None:
+        sections["train_phase"] = _only(sections["train_phase"], "phase", phase)
+    if student is not None:
+        sections["train_student"] = _only(sections["train_student"], "student", student)
     return json.dumps(sections, sort_keys=True, separators=(",", ":"))
 
 
@@ -259,6 +294,16 @@ def without_rhythm(config: RunConfig) -> tuple[RunConfig, dict[str, Any]]:
         if names:
             others[stage] = names
     return RunConfig.model_validate(at_any_rhythm(config.model_dump(mode="json"))), others
+
+
+def _only(section: Mapping[str, Any], kind: str, name: str | None) -> dict[str, Any]:
+    """A section with one of its phases or students; all of it where none is named."""
+    if name is None:
+        return dict(section)
+    entries = {entry["name"]: entry for entry in section[f"{kind}s"]}
+    if name not in entries:
+        raise ConfigError(unknown(kind, name, entries))
+    return {f"{kind}s": [entries[name]]}
 
 
 def json_schema() -> dict[str, Any]:

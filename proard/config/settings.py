@@ -175,11 +175,16 @@ class Phase(Optimisation, DistillationOptions, Extended):
     inner subnets win a comparison of `pareto_candidates` at a drawn cost, the `best` or the `worst` by their loss on
     the batch (`pareto_pick`).
 
+    `forward_equivalents` stretches `epochs`, and `warmup_epochs` with them, until the phase spends that many: phases of
+    different strategies then take equally many gradient evaluations. `complexity_decay` above 0 is a complexity-aware
+    learning rate: a subnet's gradients shrink by (1 - share of the training done)^(complexity_decay * c), where c falls
+    with log-MACs from 1 for the smallest subnet of the space to 0 for the largest.
+
     `teacher_logits` keeps the frozen teacher's logits of every view of the clean images that has come up, in a table on
     the device: images * (2 crop_padding + 1)^2 * 2 if mirrored * classes numbers, 324 MB in float32 for CIFAR-10.
     """
 
-    gained = frozenset({"kernel", "sort_channels"})
+    gained = frozenset({"kernel", "sort_channels", "forward_equivalents", "complexity_decay"})
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = "phase"
     width: tuple[Positive, ...] | None = None
@@ -197,6 +202,8 @@ class Phase(Optimisation, DistillationOptions, Extended):
     teacher_logits: Literal["float32", "float16"] | None = None
     teacher_objective: RobustObjective = "trades"
     warm_start: Literal["teacher", "random"] = "teacher"
+    forward_equivalents: Positive | None = None
+    complexity_decay: Annotated[Number, Field(ge=0, le=10)] = 0.0
 
     @property
     def asks_frozen_teacher(self) -> bool:

@@ -9,9 +9,9 @@ from proard.artifacts import read_header
 from proard.config import Phase, UserError
 from proard.nets import StaticNet, Supernet, implant, load_static, load_supernet, save_supernet, sort_channels
 from proard.space import DIMS, Arch, SearchSpace
-from proard.stages.common import parse_arguments, run
+from proard.stages.common import Job, parse_arguments, run
 from proard.stages.training import Training, frozen_network
-from proard.training import phase_plan
+from proard.training import phase_plan, within_budget
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -25,14 +25,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         optional=["previous", "control"],
     )
     (phase,) = job.config.train_phase.phases
+    train(job, phase)
+
+
+def train(job: Job, phase: Phase) -> None:
+    """Train one phase from a job's files to its supernet and history."""
     files = job.files
     inputs = [files.train, files.val, files.teacher] + [path for path in (files.previous, files.control) if path]
     training = Training(job, phase, files.supernet, inputs)
     space = SearchSpace(job.config.space)
     try:
+        phase = within_budget(space, phase, images=len(training.train), seed=job.seed)
         plan = phase_plan(space, phase)
     except ValueError as error:
-        raise UserError(f"train_phase.{phase.name}: {error}") from None
+        raise UserError(f"{job.stage}.{phase.name}: {error}") from None
+    training.settings = phase
     teacher, teacher_space, teacher_arch, _ = load_static(files.teacher, kind="teacher")
     with training.state.owned():
         net = training.supernet(space)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -118,6 +119,33 @@ def phase_plan(space: SearchSpace, phase: Phase) -> Plan:
     weight = {"frozen": 1.0, "dynamic": 0.0, "both": phase.frozen_weight}[phase.teacher]
     memory = None if objective.memory is None else partial(objective.memory, **options)
     return Plan(draw, passes, weight, memory)
+
+
+def pace(space: SearchSpace, arch: Arch, *, progress: float, decay: float) -> float:
+    """Factor of a subnet's gradients at a share of the training: its learning rate relative to the largest subnet's.
+
+    Returns
+    -------
+    float
+        (1 - progress)^(decay * c), where c = log(M / m(arch)) / log(M / m) for the MACs m(arch), the smallest m and the
+        largest M: 1 throughout for the largest subnet, or at decay 0.
+
+    Notes
+    -----
+    The idea is that of Jeon et al.: small subnets converge early, and at one learning rate for all they go on pulling
+    the shared weights from the large ones, so theirs decays faster. The paper changes the decay of the schedule of a
+    step that trains one subnet; a step here may train several, so their gradients are scaled instead, which is the same
+    for SGD up to momentum and weight decay. This exponent, not the paper's, is what is computed here.
+
+    References
+    ----------
+    Jeon et al., Subnet-Aware Dynamic Supernet Training for Neural Architecture Search, CVPR 2025, arXiv:2503.10740.
+    """
+    smallest, largest = (space.spec(end).macs for end in (space.smallest, space.largest))
+    if decay == 0 or smallest == largest:
+        return 1.0
+    simplicity = math.log(largest / space.spec(arch).macs) / math.log(largest / smallest)
+    return max(1 - progress, 1e-6) ** (decay * simplicity)
 
 
 def opened_choices(space: SearchSpace, phase: Phase, data_pass: int) -> list[np.ndarray]:

@@ -24,7 +24,7 @@ from proard.training.guidance import Guidance, guided, passed, side_by_side
 from proard.training.inner import Inner
 from proard.training.optimizer import make_optimizer, optimizer_tensors
 from proard.training.perturbation import perturbed
-from proard.training.plan import Drawn, Plan
+from proard.training.plan import Drawn, Plan, pace
 from proard.training.ranks import Share
 from proard.training.sync import GradientSync
 from proard.training.teacher_table import TeacherTable
@@ -149,10 +149,12 @@ class Trainer:
         drawn, scored = settle(drawn, lambda arch: self._score(arch, images, labels, frozen))
         drawn = self.inner.begin(drawn, self.net.space, step=step, data_pass=data_pass, views=views)
         work = sum((self._price(arch) for arch in scored), start=work)
+        decay = self._option("complexity_decay")
         for subnet in drawn:
             view = self._view(subnet.arch)
             batch, spent = self._forward(view, subnet, images, labels, guidance, generator)
-            loss, more = self._backward(view, subnet, batch, len(drawn))
+            share = pace(self.net.space, subnet.arch, progress=guidance.progress, decay=decay)
+            loss, more = self._backward(view, subnet, batch, len(drawn) / share)
             price = self._price(subnet.arch)
             losses.append(loss.detach())
             if subnet.guides:
@@ -249,7 +251,7 @@ class Trainer:
         attacked = price if crafts else guidance.teacher_price
         return batch, asked + beyond + 2 * options["num_steps"] * attacked + (own + more + 3) * price
 
-    def _backward(self, view: SubnetView, subnet: Drawn, batch: Batch, count: int) -> tuple[Tensor, int]:
+    def _backward(self, view: SubnetView, subnet: Drawn, batch: Batch, count: float) -> tuple[Tensor, int]:
         """The loss and its gradients / `count`, at perturbed weights where asked for, and the passes this added."""
         objective, options, gamma = subnet.objective, subnet.options, self._option("awp_gamma")
         count = count / self.share.weight  # parts of a mean over the batch

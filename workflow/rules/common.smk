@@ -34,6 +34,7 @@ PHASES = [phase.name for phase in run.train_phase.phases]
 STUDENTS = {student.name: student for student in run.train_student.students}
 TRAINED = STUDENTS | TWINS  # networks that train_student trains
 BUDGETS = list(run.select_student.budgets)
+LEGS = {name: [phase.name for phase in variant.phases] for name, variant in run.train_variant.variants.items()}
 SUPERNET = f"<results>/train_phase/{PHASES[-1]}/supernet.safetensors"
 CACHE = f"results/{run.run}/cache"  # measurements already made; undeclared, so that no rule ever deletes it
 
@@ -109,6 +110,44 @@ def plain_network(section):
 def plain_network_of_phase(wildcards):
     """The same of one phase."""
     return plain_network(run.train_phase.phases[PHASES.index(wildcards.phase)])
+
+
+def leg_settings(wildcards):
+    """The sections of one phase of one variant, as JSON: another seed or variant repeats none of the others."""
+    return proard.config.job_settings(run, "train_variant", phase=wildcards.leg, variant=wildcards.variant)
+
+
+def previous_leg(wildcards):
+    """What a variant's phase starts from; nothing for its first."""
+    legs = LEGS[wildcards.variant]
+    earlier = legs[: legs.index(wildcards.leg)][-1:]
+    folder = f"<results>/train_variant/{wildcards.variant}/seed={wildcards.variant_seed}"
+    return [f"{folder}/{leg}/supernet.safetensors" for leg in earlier]
+
+
+def last_leg(wildcards):
+    """The supernet that a variant ends with."""
+    folder = f"<results>/train_variant/{wildcards.variant}/seed={wildcards.variant_seed}"
+    return f"{folder}/{LEGS[wildcards.variant][-1]}/supernet.safetensors"
+
+
+def plain_network_of_leg(wildcards):
+    """The control network, where a variant's phase asks it."""
+    phases = {phase.name: phase for phase in run.train_variant.variants[wildcards.variant].phases}
+    return plain_network(phases[wildcards.leg])
+
+
+def of_every_variant(pattern):
+    """Paths for every variant and seed, in the config's order."""
+    return collect(pattern, variant=LEGS, variant_seed=run.train_variant.seeds)
+
+
+def of_every_leg(pattern):
+    """Paths for every phase of every variant and seed."""
+    seeds = run.train_variant.seeds
+    return [
+        path for name, legs in LEGS.items() for path in collect(pattern, variant=name, variant_seed=seeds, leg=legs)
+    ]
 
 
 def per_attempt(amount):
