@@ -1,6 +1,7 @@
 """Settings of a run: one frozen class per stage, strict parsing, and the JSON schema generated from them."""
 
 from proard.config.attacks import Attack, Curriculum, Threat, TrainingAttack
+from proard.config.diagnosis import TEACHER, Clever, Diagnose, Diagnosed, Smoothing
 from proard.config.fields import ConfigError, UserError
 from proard.config.presets import PRESETS
 from proard.config.run import NEEDS, RunConfig, job_settings, json_schema, load, parse
@@ -27,10 +28,14 @@ from proard.config.spaces import Final, Space, Stem, Unit
 __all__ = [
     "NEEDS",
     "PRESETS",
+    "TEACHER",
     "Attack",
     "Augmentation",
+    "Clever",
     "ConfigError",
     "Curriculum",
+    "Diagnose",
+    "Diagnosed",
     "EvaluateArchs",
     "ExportStudent",
     "Final",
@@ -43,6 +48,7 @@ __all__ = [
     "SampleArchs",
     "SearchFront",
     "SelectStudent",
+    "Smoothing",
     "Space",
     "Stem",
     "Threat",

@@ -110,9 +110,7 @@ def _ball_points(images: Tensor, number: int, *, radius: float, norm: str, gener
     return ball_noise_(torch.empty(number, *images.shape[1:]), eps=radius, norm=norm, generator=generator)
 
 
-def _largest_norms(
-    predict: Predict, samples: Tensor, top: Tensor, wrong: Tensor, *, order: int
-) -> NDArray[np.float64]:
+def _largest_norms(predict: Predict, samples: Tensor, top: Tensor, wrong: Tensor, *, order: int) -> NDArray[np.float64]:
     """Largest gradient norm of each margin over the samples of an image, of shape (batch, targets)."""
     batch, number = samples.shape[:2]
     points = samples.flatten(0, 1).requires_grad_()
@@ -249,3 +247,8 @@ def _batches(number: int, batch_size: int) -> Iterator[int]:
 def clopper_pearson_low(successes: int, trials: int, alpha: float) -> float:
     """Lower end of the exact one-sided confidence interval of a share, at level 1 - alpha."""
     return 0.0 if successes == 0 else float(stats.beta.ppf(alpha, successes, trials - successes + 1))
+
+
+def largest_radius(sigma: float, num_certify: int, alpha: float) -> float:
+    """Radius of an image whose noisy copies all get one class: no certificate of so many copies is larger."""
+    return sigma * float(stats.norm.ppf(clopper_pearson_low(num_certify, num_certify, alpha)))

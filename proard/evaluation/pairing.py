@@ -1,4 +1,4 @@
-"""Networks compared on the same images: does the one whose gradient is nearer to the teacher's stand more often?"""
+"""Networks compared on the same images: whether the one whose gradient is nearer to the teacher's stands more often."""
 
 from __future__ import annotations
 
