@@ -191,9 +191,7 @@ def pair_rows(bounds: Mapping[str, pd.DataFrame], *, gap: str, seed: int) -> Ite
     for first, second in combinations(bounds, 2):
         both = bounds[first].merge(bounds[second], on=["image", "norm", "eps"], suffixes=("_1", "_2"))
         for (norm, eps), rows in both.groupby(["norm", "eps"]):
-            columns = (
-                rows[name].to_numpy() for name in ("student_stands_1", "student_stands_2", f"{gap}_1", f"{gap}_2")
-            )
-            found = asdict(pairing(*columns))
+            names = ("student_stands_1", "student_stands_2", f"{gap}_1", f"{gap}_2")
+            found = asdict(pairing(*(rows[name].to_numpy() for name in names)))
             where = {"first": first, "second": second, "norm": norm, "eps": eps, "gap": gap, "num_images": len(rows)}
             yield {**where, **found, "seed": seed}

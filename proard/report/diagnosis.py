@@ -63,13 +63,7 @@ def _draw_terms(axis: Axes, rows: pd.DataFrame, names: list[str]) -> None:
         start = start + width
     left = table["value"]["left"].to_numpy()
     reach = np.stack([left - table["low"]["left"].to_numpy(), table["high"]["left"].to_numpy() - left])
-    look = {
-        "fmt": "D",
-        "color": COLOURS["ink"],
-        "markersize": 4.5,
-        "elinewidth": 1,
-        "markeredgecolor": COLOURS["paper"],
-    }
+    look = {"fmt": "D", "color": COLOURS["ink"], "ms": 4.5, "mec": COLOURS["paper"], "elinewidth": 1}
     axis.errorbar(left, places, xerr=reach.clip(min=0), label="measured under attack, mean and 95 % interval", **look)
     axis.set_xlim(left=0)
     axis.xaxis.set_major_locator(MaxNLocator(4))
@@ -143,16 +137,16 @@ def diagnosis(view: View) -> Section | None:
         body += view.figure(
             "bound",
             "How far the student's loss can differ from the teacher's inside the ball: the four terms on the right "
-            "side of KDIGA's bound, and the largest difference that attacks found (diamond). The bars are a bound where "
-            "the linearisation errors are; they were maximised by search and may be larger.",
+            "side of KDIGA's bound, and the largest difference that attacks found (diamond). Linearisation errors were "
+            "maximised by search, so the true ones may be larger: the bars bound every point that was searched.",
         )
     body += _network_table(summary)
     if "radius" in view.figures:
         body += view.figure(
             "radius",
             "Share of test images that are right and have at least that radius. CLEVER's radii are estimates for the "
-            "network itself; smoothing's are certificates, each wrong with a small stated probability, for the majority "
-            "vote under noise of that standard deviation, which is another classifier.",
+            "network itself; smoothing's are certificates, each wrong with a small stated probability, for the "
+            "majority vote under noise of that standard deviation, which is another classifier.",
         )
     return Section("diagnosis", "Diagnosis", "Students beside their teacher", body + _pair_table(view))
 
@@ -210,16 +204,18 @@ def _pair_table(view: View) -> str:
         known = not pd.isna(row["nearer_stands"])
         stands = f'{percent(row["nearer_stands"])}<span class="rangy">{span}</span>' if known else "–"
         cells = [cell(escape(row["first"])), cell(escape(row["second"]), "left")]
+        cells += [cell(str(int(row[only]))) for only in ("first_only", "second_only")]
         cells += [
-            cell(str(int(row["first_only"]))),
-            cell(str(int(row["second_only"]))),
             cell(f"{row['mcnemar_p']:.2g}"),
+            cell(percent(row["first_nearer"])),
+            cell(stands),
+            cell(f"{row['nearer_stands_p']:.2g}"),
         ]
-        cells += [cell(percent(row["first_nearer"])), cell(stands), cell(f"{row['nearer_stands_p']:.2g}")]
         lines.append(f"<tr>{''.join(cells)}</tr>")
     heads = "".join(head(name, "left") if name == "second" else head(name) for name in names)
     return f"""<h3>Does the better aligned network stand?</h3>
 <div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>
 <p class="caption">{int(rows["num_images"].iloc[0]):,} images, the same for both networks of a pair. Only first, only
 second: images that one of them stands, with McNemar's exact p. Of those images, the share at which the one that
-stands also has the input gradient nearer to the teacher's, with its 95 % Wilson interval and the exact p of one half.</p>"""
+stands also has the input gradient nearer to the teacher's, with its 95 % Wilson interval and the exact p of one
+half.</p>"""

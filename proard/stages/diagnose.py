@@ -138,8 +138,8 @@ def check_shape(network: Network, images: ImageSet, path: str) -> None:
     spec, (height, _, channels) = network.net.spec, images.images.shape[1:]
     if (spec.image_channels, spec.image_size, spec.classes) != (channels, height, len(images.classes)):
         raise ConfigError(
-            f"{path} is for {spec.image_channels}x{spec.image_size}x{spec.image_size} images of {spec.classes} classes; "
-            f"this run has {channels}x{height}x{height} of {len(images.classes)}"
+            f"{path} is for {spec.image_channels}x{spec.image_size}x{spec.image_size} images of {spec.classes} "
+            f"classes; this run has {channels}x{height}x{height} of {len(images.classes)}"
         )
 
 
@@ -199,13 +199,8 @@ def smoothed_radii(job: Job, net: FoldedNet, images: ImageSet, who: dict[str, An
     progress = Progress(f"{who['network']}: smoothing", len(settings.sigmas) * len(images), "certificates")
     for sigma in settings.sigmas:
         limit = largest_radius(sigma, settings.num_certify, settings.alpha)
-        shared = {
-            "norm": "l2",
-            "sigma": sigma,
-            "limit": limit,
-            "samples": settings.num_certify,
-            "alpha": settings.alpha,
-        }
+        shared = {"norm": "l2", "sigma": sigma, "limit": limit, "samples": settings.num_certify}
+        shared["alpha"] = settings.alpha
         for first, pixels, labels in chunks(images, 1):
             (stream,) = generators(job.seed, SMOOTHING_NOISE, first, 1)(0, 0)
             batches = {"batch_size": job.config.measurement.batch_size, "generator": stream}
