@@ -205,12 +205,8 @@ def _pair_table(view: View) -> str:
         stands = f'{percent(row["nearer_stands"])}<span class="rangy">{span}</span>' if known else "–"
         cells = [cell(escape(row["first"])), cell(escape(row["second"]), "left")]
         cells += [cell(str(int(row[only]))) for only in ("first_only", "second_only")]
-        cells += [
-            cell(f"{row['mcnemar_p']:.2g}"),
-            cell(percent(row["first_nearer"])),
-            cell(stands),
-            cell(f"{row['nearer_stands_p']:.2g}"),
-        ]
+        cells += [cell(f"{row['mcnemar_p']:.2g}"), cell(percent(row["first_nearer"]))]
+        cells += [cell(stands), cell(f"{row['nearer_stands_p']:.2g}")]
         lines.append(f"<tr>{''.join(cells)}</tr>")
     heads = "".join(head(name, "left") if name == "second" else head(name) for name in names)
     return f"""<h3>Does the better aligned network stand?</h3>
