@@ -20,7 +20,7 @@ class Guidance:
     Attributes
     ----------
     target : Tensor of shape (batch, classes), optional
-        The teacher's logits on the clean images.
+        The teacher's logits on the clean images, where a loss of the step reads them.
     teacher : callable, optional
         The same teacher at any images; differentiable with respect to them.
     control : callable, optional
@@ -37,15 +37,15 @@ class Guidance:
 
     def led_by(self, target: Tensor, guide: Network, *, frozen_weight: float) -> Guidance:
         """The same step with the dynamic teacher, alone or mixed with the frozen one."""
-        if self.target is None:
+        if self.teacher is None:
             return replace(self, target=target, teacher=guide)
         frozen = self.teacher
 
         def both(images: Tensor) -> Tensor:
             return mix_logits(frozen(images), guide(images), first_weight=frozen_weight)
 
-        target = mix_logits(self.target, target, first_weight=frozen_weight)
-        return replace(self, target=target, teacher=both)
+        mixed = None if self.target is None else mix_logits(self.target, target, first_weight=frozen_weight)
+        return replace(self, target=mixed, teacher=both)
 
 
 def side_by_side(student: Network, teacher: Network) -> Network:

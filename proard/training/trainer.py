@@ -126,7 +126,8 @@ class Trainer:
         drawn = self.plan.draw(self.seed, step, data_pass)
         torch._foreach_zero_([parameter.grad for parameter in self.parameters.values()])
         statistics = flat(self.statistics)
-        frozen, work = self._ask_teacher(images, views)
+        asked = any(subnet.rivals or subnet.objective.teacher_at in ("clean", "both") for subnet in drawn)
+        frozen, work = self._ask_teacher(images, views) if asked else (None, 0)
         losses, clean_right = [], torch.zeros((), dtype=torch.float64, device=images.device)
         adv_right = clean_right
         guidance = Guidance(frozen, self.teacher, self.control, min(step / self.total_steps, 1.0), data_pass)
