@@ -37,7 +37,7 @@ NETWORKS = {
     "exported": {"budget": "macs=60K"},
     "trained": {"file": "student.safetensors"},
     "smallest": {"arch": "smallest"},
-    "written_out": {"arch": {"depth": [0, 1], "width": [0.5, 1, 1], "expand": [0.5, 1, 0.5]}},
+    "written_out": {"arch": {"depth": [1, 0], "width": [0.5, 1, 1], "expand": [1, 0.5, 0.5, 0]}},
 }
 TABLES = {"bound": BOUND, "radii": RADII, "summary": SUMMARY}
 
@@ -292,7 +292,7 @@ def test_files_that_do_not_fit_are_named(files, tmp_path):
 
 
 def test_an_arch_outside_the_space_is_refused(files, tmp_path):
-    listed = [{"name": "odd", "arch": {"depth": [0, 7], "width": [0.5, 1, 1], "expand": [1, 1, 1]}}]
+    listed = [{"name": "odd", "arch": {"depth": [0, 7], "width": [0.5, 1, 1], "expand": [1, 0, 1, 0]}}]
     config = tiny_config(diagnose={**QUICK, "networks": listed})
     with pytest.raises(ConfigError, match=r"diagnose\.odd\.arch: "):
         run_stage(diagnose, job_settings(config, "diagnose"), flags_of("smallest", files, tmp_path))

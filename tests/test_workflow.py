@@ -136,6 +136,36 @@ def test_the_plain_network_is_trained_first_only_where_a_loss_asks_it(tmp_path, 
         assert ("--control results/asks/train_control/control.safetensors" in line) == asked
 
 
+def test_listed_networks_are_diagnosed_beside_the_teacher_and_shown(finished):
+    listed = [{"name": "small", "budget": "macs=100K"}, {"name": "cut", "arch": "smallest"}]
+    listed += [{"name": "control", "file": "results/fake/train_control/control.safetensors"}]
+    more = finished.write("networks.yaml", {"diagnose": {"networks": listed}})
+    assert finished.plan(more=more) == {"diagnose": 4, "compare_diagnoses": 1, "report": 1, "all": 1}
+    done = finished("--dry-run", "--printshellcmds", more=more)
+    lines = {
+        name: next(line for line in done.stdout.splitlines() if f"--bound results/fake/diagnose/{name}/" in line)
+        for name in ("teacher", "small", "cut", "control")
+    }
+    assert '"networks":[]' in lines["teacher"]
+    assert ("--weights" in lines["teacher"], "--supernet" in lines["teacher"]) == (False, False)
+    assert "--weights results/fake/export_student/macs=100K/student.safetensors" in lines["small"]
+    assert "--weights results/fake/train_control/control.safetensors" in lines["control"]
+    assert "--supernet results/fake/train_phase/all/supernet.safetensors --train results/fake/prep" in lines["cut"]
+    named = [name for name, line in lines.items() if '"name":"small"' in line]
+    assert named == ["small"]  # listing another network changes no job
+    shown = next(line for line in done.stdout.splitlines() if "proard.stages.report" in line)
+    assert "--diagnosis-summary results/fake/compare_diagnoses/summary.parquet" in shown
+
+
+def test_a_network_from_a_budget_nobody_listed_is_exported_first(finished):
+    more = finished.write("networks.yaml", {"diagnose": {"networks": [{"name": "a", "budget": "macs=150K"}]}})
+    assert finished.plan("results/fake/diagnose/a/bound.parquet", more=more) == {
+        "select_student": 1,
+        "export_student": 1,
+        "diagnose": 1,
+    }
+
+
 def test_white_space_in_a_shell_line_repeats_nothing(finished):
     copy = finished.folder / "copy"
     shutil.copytree(ROOT / "workflow", copy / "workflow")
