@@ -112,16 +112,18 @@ class Objective:
         return self.teacher_at is not None
 
     @property
+    def needs_target(self) -> bool:
+        """Whether loss or adversary read the teacher's logits on the clean images."""
+        return "teacher" in self.needs or self.inner in ("kl_teacher", "kl_class")
+
+    @property
     def teacher_at(self) -> Literal["clean", "adv", "both"] | None:
         """Where the teacher is asked; None: nowhere.
 
         `clean`: its outputs depend on the stored view of an image alone, so that they may be cached. `adv` and `both`:
         it must be asked in every step, at images that this very student has made.
         """
-        at_clean = not {"teacher", "teacher_gradient"}.isdisjoint(self.needs) or self.inner in (
-            "kl_teacher",
-            "kl_class",
-        )
+        at_clean = self.needs_target or "teacher_gradient" in self.needs
         at_adv = not {"teacher_adv", "teacher_mirrored", "teacher_gradient_adv"}.isdisjoint(self.needs)
         at_adv = at_adv or self.inner == "kl_teacher_adv"
         if at_clean and at_adv:

@@ -126,7 +126,7 @@ class Trainer:
         drawn = self.plan.draw(self.seed, step, data_pass)
         torch._foreach_zero_([parameter.grad for parameter in self.parameters.values()])
         statistics = flat(self.statistics)
-        asked = any(subnet.rivals or subnet.objective.teacher_at in ("clean", "both") for subnet in drawn)
+        asked = any(subnet.objective.needs_target or subnet.rivals for subnet in drawn)
         frozen, work = self._ask_teacher(images, views) if asked else (None, 0)
         losses, clean_right = [], torch.zeros((), dtype=torch.float64, device=images.device)
         adv_right = clean_right
