@@ -159,6 +159,17 @@ def test_the_networks_are_those_that_were_listed(tables, files):
     assert list(rows["student_correct"]) == (logits.argmax(1) == test.labels).tolist()
 
 
+def test_networks_are_computed_in_float64_with_their_own_weights_folded_or_not(files):
+    folded = diagnose.load_network(str(files["trained"]), "cpu").net
+    images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    for net in (folded, torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))):
+        logits = diagnose.in_float64(net)(images.double())
+        assert logits.dtype is torch.float64
+        torch.testing.assert_close(logits.float(), net(images), rtol=1e-4, atol=1e-5)
+        assert net(images).dtype is torch.float32
+    assert not any(parameter.requires_grad for parameter in folded.parameters())
+
+
 def test_a_network_s_rows_are_the_same_every_time_and_for_every_batch_size(files, tables, tmp_path, monkeypatch):
     monkeypatch.setattr(diagnose, "AT_ONCE", 4)
     config = config_of("trained").model_copy(
@@ -255,7 +266,7 @@ def test_the_report_shows_the_diagnosis_where_there_is_one(compared, tmp_path):
 @pytest.mark.parametrize(
     ("section", "words"),
     [
-        ({"networks": [{"name": "a"}]}, "networks.a: needs one of budget, file and arch; given: none"),
+        ({"networks": [{"name": "a"}]}, "diagnose.a: needs one of budget, file and arch; given: none"),
         ({"networks": [{"name": "a", "budget": "macs=1M", "arch": "largest"}]}, "given: budget, arch"),
         ({"networks": [{"name": "teacher", "arch": "largest"}]}, "without being listed"),
         ({"networks": [{"name": "a", "arch": "largest"}] * 2}, "different names"),

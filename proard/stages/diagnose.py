@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import torch
+from torch import nn
 
 from proard.artifacts import ArtifactError, read_header, write_table
 from proard.config import TEACHER, ConfigError, Diagnosed
@@ -25,7 +27,7 @@ from proard.evaluation.tables import (
     summary_rows,
 )
 from proard.export import load_student
-from proard.nets import FoldedNet, fold, load_static
+from proard.nets import FoldedNet, StaticNet, fold, load_static
 from proard.progress import Progress
 from proard.space import Arch, SearchSpace
 from proard.stages.common import Job, parse_arguments, run
@@ -68,20 +70,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @dataclass(frozen=True)
 class Network:
-    """A network as it is deployed, and what the tables say about it."""
+    """A network as it is deployed, folded where that can be, and what the tables say about it."""
 
-    net: FoldedNet
+    net: nn.Module
     identity: dict[str, Any]
 
     @classmethod
-    def of(cls, net: FoldedNet, arch: Arch, device: str) -> Network:
-        """The network on its device."""
+    def of(cls, net: nn.Module, arch: Arch, device: str) -> Network:
+        """The network on its device; its weights want no gradient."""
+        net = (fold(net) if isinstance(net, StaticNet) else net).requires_grad_(False)
         identity = {"arch_id": arch.arch_id, "macs": net.spec.macs, "params": net.spec.params}
         return cls(net.to(device).eval(), identity)
 
 
 def load_network(path: str, device: str) -> Network:
-    """Read an exported student, or a network that was trained by itself, folded.
+    """Read an exported student, or a network that was trained by itself.
 
     Raises
     ------
@@ -95,7 +98,7 @@ def load_network(path: str, device: str) -> Network:
         found = header.get("kind", "foreign tensors")
         raise ArtifactError(f"{path} holds {found!r}, expected student, {', '.join(KINDS[:-1])} or {KINDS[-1]}")
     net, _, arch, _ = load_static(path, kind=KINDS)
-    return Network.of(fold(net), arch, device)
+    return Network.of(net, arch, device)
 
 
 def chosen_network(job: Job, teacher: Network) -> tuple[str, Network]:
@@ -143,14 +146,16 @@ def check_shape(network: Network, images: ImageSet, path: str) -> None:
         )
 
 
-def in_float64(net: FoldedNet) -> FoldedNet:
+def in_float64(net: nn.Module) -> nn.Module:
     """The same weights, computed in float64."""
+    if not isinstance(net, FoldedNet):
+        return copy.deepcopy(net).double()
     state = {name: tensor.double() for name, tensor in net.state_dict().items()}
     return FoldedNet.from_state(net.spec, state).to(net.head_weight.device)
 
 
 def diagnosed_bound(
-    job: Job, student: FoldedNet, teacher: FoldedNet, images: ImageSet, who: dict[str, Any]
+    job: Job, student: nn.Module, teacher: nn.Module, images: ImageSet, who: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """Rows of BOUND: points searched in float32, all terms taken at them in float64."""
     settings, threat = job.config.diagnose, job.config.threat
@@ -169,7 +174,7 @@ def diagnosed_bound(
     progress.close()
 
 
-def clever_radii(job: Job, net: FoldedNet, images: ImageSet, who: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def clever_radii(job: Job, net: nn.Module, images: ImageSet, who: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Rows of RADII of CLEVER, in both norms."""
     settings = job.config.diagnose.clever
     if not settings.num_images:
@@ -189,7 +194,7 @@ def clever_radii(job: Job, net: FoldedNet, images: ImageSet, who: dict[str, Any]
     progress.close()
 
 
-def smoothed_radii(job: Job, net: FoldedNet, images: ImageSet, who: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def smoothed_radii(job: Job, net: nn.Module, images: ImageSet, who: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Rows of RADII of randomised smoothing, for every standard deviation."""
     settings = job.config.diagnose.smoothing
     if not (settings.num_images and settings.sigmas):
@@ -225,7 +230,7 @@ def generators(seed: int, stream: int, first: int, number: int) -> Callable[[int
 
 
 @torch.no_grad()
-def predicted(net: FoldedNet, images: torch.Tensor) -> torch.Tensor:
+def predicted(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Predicted classes, of shape (batch,)."""
     return net(images).argmax(1)
 
