@@ -25,7 +25,8 @@ TERMS = {
 LINES = [COLOURS[name] for name in ("blue", "orange", "sky", "navy", "gold", "dot")]
 DASHES = ["-", (0, (4, 2)), (0, (1, 1.5))]
 PERCENT = FuncFormatter(lambda share, _: f"{100 * share:g}")
-BY_PIXEL = FuncFormatter(lambda length, _: f"{255 * length:.3g}")
+LONGEST = 3.0  # of a bar that is shown whole, in units of the panel's median
+LABEL = {"facecolor": COLOURS["paper"], "edgecolor": "none", "pad": 1.5}
 
 
 def bound_figure(summary: pd.DataFrame | None) -> Figure | None:
@@ -54,7 +55,7 @@ def bound_figure(summary: pd.DataFrame | None) -> Figure | None:
 
 
 def _draw_terms(axis: Axes, rows: pd.DataFrame, names: list[str]) -> None:
-    """Stacked bars of one radius."""
+    """Stacked bars of one radius; one that is far longer than the others is cut, and says how long it is."""
     table = rows.pivot_table(index="network", columns="quantity", values=["value", "low", "high"]).loc[names]
     places, start = np.arange(len(names)), np.zeros(len(names))
     for term, (label, colour) in TERMS.items():
@@ -65,7 +66,11 @@ def _draw_terms(axis: Axes, rows: pd.DataFrame, names: list[str]) -> None:
     reach = np.stack([left - table["low"]["left"].to_numpy(), table["high"]["left"].to_numpy() - left])
     look = {"fmt": "D", "color": COLOURS["ink"], "ms": 4.5, "mec": COLOURS["paper"], "elinewidth": 1}
     axis.errorbar(left, places, xerr=reach.clip(min=0), label="measured under attack, mean and 95 % interval", **look)
-    axis.set_xlim(left=0)
+    limit = 1.05 * min(start.max(), LONGEST * float(np.median(start)))
+    for place in np.flatnonzero(start > limit):
+        words = f"measured {left[place]:.3g}, bound {start[place]:.3g} →"
+        axis.text(0.98 * limit, place, words, ha="right", va="center", color=COLOURS["ink"], bbox=LABEL)
+    axis.set_xlim(0, limit)
     axis.xaxis.set_major_locator(MaxNLocator(4))
     axis.grid(visible=False, axis="y")
 
@@ -87,15 +92,14 @@ def radius_figure(radii: pd.DataFrame | None) -> Figure | None:
                 of_network = rows[rows["network"] == name]
                 if not of_network.empty:
                     grid, share = certified_curve(of_network)
-                    axis.plot(grid, share, drawstyle="steps-pre", label=name, **looks[name])
+                    scale = 255 if norm == "linf" else 1
+                    axis.plot(scale * grid, share, drawstyle="steps-pre", label=name, **looks[name])
             axis.set_title(f"CLEVER, {NORMS[norm]}" if method == "clever" else f"smoothing, σ {sigma:g}")
             axis.set_xlabel(f"{NORMS[norm]} radius{' · 255' if norm == 'linf' else ''}")
             axis.set_xlim(left=0)
             axis.set_ylim(0, 1)
             axis.xaxis.set_major_locator(MaxNLocator(4))
             axis.yaxis.set_major_formatter(PERCENT)
-            if norm == "linf":
-                axis.xaxis.set_major_formatter(BY_PIXEL)
         for axis in axes[len(panels) :]:
             axis.set_visible(False)
         for axis in axes[::columns]:
