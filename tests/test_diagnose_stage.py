@@ -202,6 +202,15 @@ def test_the_summary_averages_the_rows(tables):
     assert (row["kind"], row["num_images"]) == ("certificate", 3)
 
 
+def test_radii_may_be_left_out(files, tmp_path):
+    none = {"num_images": 0}
+    found = diagnosed("trained", files, tmp_path, clever=none, smoothing=none)
+    assert len(found["radii"]) == 0
+    assert len(found["bound"]) == 12
+    assert not found["summary"]["quantity"].str.contains("radius").any()
+    assert radius_figure(found["radii"]) is None
+
+
 def test_tables_carry_units_and_provenance(tables, compared):
     folder, _ = tables
     metadata = read_metadata(folder / "exported" / "radii.parquet")
