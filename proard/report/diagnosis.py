@@ -25,7 +25,7 @@ TERMS = {
 LINES = [COLOURS[name] for name in ("blue", "orange", "sky", "navy", "gold", "dot")]
 DASHES = ["-", (0, (4, 2)), (0, (1, 1.5))]
 PERCENT = FuncFormatter(lambda share, _: f"{100 * share:g}")
-LONGEST = 3.0  # of a bar that is shown whole, in units of the panel's median
+LONGEST = 2.5  # of a bar that is shown whole, in units of the panel's median
 LABEL = {"facecolor": COLOURS["paper"], "edgecolor": "none", "pad": 1.5}
 
 
@@ -55,7 +55,7 @@ def bound_figure(summary: pd.DataFrame | None) -> Figure | None:
 
 
 def _draw_terms(axis: Axes, rows: pd.DataFrame, names: list[str]) -> None:
-    """Stacked bars of one radius; one that is far longer than the others is cut, and says how long it is."""
+    """Stacked bars of one radius; one far longer than the others is cut and says what was measured of its length."""
     table = rows.pivot_table(index="network", columns="quantity", values=["value", "low", "high"]).loc[names]
     places, start = np.arange(len(names)), np.zeros(len(names))
     for term, (label, colour) in TERMS.items():
@@ -68,7 +68,7 @@ def _draw_terms(axis: Axes, rows: pd.DataFrame, names: list[str]) -> None:
     axis.errorbar(left, places, xerr=reach.clip(min=0), label="measured under attack, mean and 95 % interval", **look)
     limit = 1.05 * min(start.max(), LONGEST * float(np.median(start)))
     for place in np.flatnonzero(start > limit):
-        words = f"measured {left[place]:.3g}, bound {start[place]:.3g} →"
+        words = f"{left[place]:.3g} of {start[place]:.3g} →"
         axis.text(0.98 * limit, place, words, ha="right", va="center", color=COLOURS["ink"], bbox=LABEL)
     axis.set_xlim(0, limit)
     axis.xaxis.set_major_locator(MaxNLocator(4))
