@@ -31,6 +31,14 @@ def test_committed_schema_is_the_generated_one():
     jsonschema.Draft202012Validator.check_schema(yaml.safe_load(schema_text()))
 
 
+def test_a_file_of_networks_to_diagnose_goes_with_its_run():
+    more = yaml.safe_load((ROOT / "config" / "experiments" / "diagnose_micro.yaml").read_text("utf-8"))
+    run = load(committed("cifar10_micro.yaml") | more)
+    jsonschema.validate(committed("cifar10_micro.yaml") | more, json_schema())
+    asked = {network.budget for network in run.diagnose.networks} - {None}
+    assert asked <= set(run.select_student.budgets)
+
+
 @pytest.mark.parametrize("eps", [8 / 255, "8/255", " 8 / 255 ", "0.03137254901960784"])
 def test_numbers_may_be_text(eps):
     assert load({"run": "a", "threat": {"eps": eps}}).threat.eps == 8 / 255

@@ -117,6 +117,22 @@ def test_any_iterate_is_at_least_as_strict_as_last_iterate():
     assert any_.gradients <= last.gradients
 
 
+@pytest.mark.parametrize("accounting", ["any_iterate", "last_iterate"])
+def test_a_gradient_is_taken_for_every_step_and_none_to_look_at_the_last_iterate(accounting):
+    net, images, labels = network_problem(20)
+    forwards = []
+    handle = net.register_forward_hook(
+        lambda module, inputs, logits: forwards.append((len(logits), torch.is_grad_enabled()))
+    )
+    attack = Attack(num_steps=3, step_size=1e-6, restarts=2)  # too small a step to fell anything
+    correct, outcome = attacked((net, images, labels), attack, eps=1e-6, accounting=accounting, batch_size=6)
+    handle.remove()
+    standing = int(correct.sum())
+    assert torch.equal(outcome.robust, correct)
+    assert outcome.gradients == 2 * 3 * standing
+    assert sum(size for size, with_gradient in forwards if not with_gradient) == len(images) + 2 * standing
+
+
 def test_more_restarts_never_help_the_network():
     problem = network_problem()
     standing = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -14,7 +15,7 @@ from training_runs import EPS, phase_run, plain_network, same, teacher_run
 from proard.artifacts import Provenance, read_header
 from proard.attacks import pgd
 from proard.config import UserError, job_settings
-from proard.losses import OBJECTIVES, Batch, KLBetweenNets, igdm_term, kdiga_term, kl_to_teacher
+from proard.losses import OBJECTIVES, Batch, KLBetweenNets, adaad_loss, igdm_term, kdiga_term, kl_to_teacher
 from proard.nets import extract, save_static
 from proard.nets.view import SubnetView
 from proard.stages import train_phase, train_teacher
@@ -30,6 +31,7 @@ LABELS = torch.arange(6) % 3
 STUDENT_LOSSES = ["kd", "akd", "ard", "iad", "rslad", "adaad", "adaiad", "mtard", "absld", "alpha"]
 TERMS = {"igdm_weight": 1, "kdiga_weight": 1}
 ONE_STEP = {"num_steps": 1, "step_size": 0.05}
+TWO_STEPS = {"num_steps": 2, "step_size": 0.05}
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +100,14 @@ def test_sat_is_another_name_for_pgd_at(train_set, tmp_path):
         ({"loss": "rslad"}, 1 + 3 + 2 * 2 + 3),
         ({"loss": "kd"}, 1 + 3),
         ({"loss": "iad"}, 1 + 3 + 2 * 2 + 3 + 1),
-        ({"loss": "adaad"}, 1 + 3 + 2 * 2 * 2 + 3 + 1),
-        ({"loss": "mtard"}, 1 + 3 + 2 * 2 + 3 + 2),
+        ({"loss": "akd"}, 3 + 2 * 2 + 3 + 1),
+        ({"loss": "adaad"}, 1 + 2 * 2 * 2 + 3 + 1),  # a clean pass for batch norm alone
+        ({"loss": "adaad", "adv_weight": 0.9}, 1 + 3 + 2 * 2 * 2 + 3 + 1),
+        ({"loss": "adaad", "attack": {**TWO_STEPS, "bn_mode": "running"}}, 2 * 2 * 2 + 3 + 1),
+        ({"loss": "adaad", "kdiga_weight": 1}, 3 + 2 * 2 * 2 + 3 + 1 + 2 + 3),
+        ({"loss": "adaiad"}, 3 + 2 * 2 * 2 + 3 + 1),
+        ({"loss": "mtard"}, 3 + 2 * 2 + 3 + 2),
+        ({"loss": "akd", "sampling": "pareto", "archs_per_step": 3}, 1 + 3 * (3 + 2 * 2 + 3 + 1) + 3),
         ({"loss": "rslad", "igdm_weight": 1}, 1 + 3 + 2 * 2 + 3 + 2 + 3),
         ({"loss": "kd", "kdiga_weight": 1}, 1 + 3 + 2 + 3),
         ({"loss": "rslad", "awp_gamma": 0.01}, 1 + 3 + 2 * 2 + 3 + 6),
@@ -113,6 +121,46 @@ def test_forward_equivalents_are_counted(changes, work):
 
 
 # Whom a step asks.
+
+
+@pytest.mark.parametrize("teacher", ["frozen", "both"])
+@pytest.mark.parametrize(("loss", "asked"), [("akd", False), ("adaiad", False), ("mtard", False), ("rslad", True)])
+def test_the_teacher_sees_clean_images_only_where_a_loss_reads_what_it_says(loss, asked, teacher):
+    phase = phase_of(loss=loss, teacher=teacher, archs_per_step=2, attack=ONE_STEP, sampling="uniform")
+    net, clean = plain_network(), random_images(tiny_space(), 6, dtype=torch.float32)
+    seen = []
+
+    def watched(images):
+        seen.append(torch.equal(images.detach(), clean))
+        return net(images)
+
+    one_step(phase, phase_plan(tiny_space(), phase), teacher=watched, control=plain_network(seed=5))
+    assert any(seen) == asked
+    assert seen
+
+
+def test_adaad_of_adversarial_images_alone_trains_as_with_a_clean_term_of_no_weight():
+    phase = phase_of(loss="adaad", adv_weight=1, archs_per_step=1, attack=TWO_STEPS, sampling="uniform")
+    plan = phase_plan(tiny_space(), phase)
+    whole = replace(plan, draw=lambda *key: [replace(one, objective=OBJECTIVES["adaad"]) for one in plan.draw(*key)])
+
+    def weighed(batch, adv_weight):
+        return adaad_loss(batch.clean, batch.adv, batch.teacher, batch.teacher_adv, adv_weight=adv_weight)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(OBJECTIVES, "adaad", replace(OBJECTIVES["adaad"], loss=weighed))
+        slow, (slow_loss, *_) = one_step(phase, whole, teacher=plain_network())
+    fast, (fast_loss, *_) = one_step(phase, plan, teacher=plain_network())
+    assert float(fast_loss) == float(slow_loss)
+    assert same(fast.net.state_dict(), slow.net.state_dict())
+
+
+def test_the_dynamic_teacher_joins_a_frozen_one_that_was_not_asked_at_clean_images():
+    images = random_images(tiny_space(), 4)
+    frozen, guide = (lambda x: x.flatten(1)[:, :3]), (lambda x: 2 * x.flatten(1)[:, 3:6])
+    mixed = Guidance(None, frozen).led_by(guide(images), guide, frozen_weight=0.3)
+    assert mixed.target is None
+    close(mixed.teacher(images).softmax(1), 0.3 * frozen(images).softmax(1) + 0.7 * guide(images).softmax(1))
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_align():

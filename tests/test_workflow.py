@@ -20,14 +20,16 @@ from proard.config import EXPERIMENTS, NEEDS
 ROOT = Path(__file__).parents[1]
 RULES = sorted((ROOT / "workflow" / "rules").glob("*.smk"))
 BUDGETS = 3
-ON_REQUEST = {
+ON_REQUEST = {  # stages that `all` does not ask for
     "train_student",
     "evaluate_student",
     "compare_students",
     "measure_twin",
     "compare_twins",
     "export_trained",
-}  # stages that `all` does not ask for
+    "diagnose",
+    "compare_diagnoses",
+}
 CONFIG = {
     "run": "fake",
     "train_phase": {"phases": [{"name": "wide"}, {"name": "all"}]},
@@ -148,6 +150,36 @@ def test_resources_and_the_rhythm_of_saving_repeat_nothing(finished):
     assert finished.plan("--set-resources", *resources) == {}
     phases = [{**phase, "save_every_minutes": 1} for phase in CONFIG["train_phase"]["phases"]]
     assert finished.plan_after(train_teacher={"save_every_minutes": 2}, train_phase={"phases": phases}) == {}
+
+
+def test_listed_networks_are_diagnosed_beside_the_teacher_and_shown(finished):
+    listed = [{"name": "small", "budget": "macs=100K"}, {"name": "cut", "arch": "smallest"}]
+    listed += [{"name": "control", "file": "results/fake/train_control/control.safetensors"}]
+    more = finished.write("networks.yaml", {"diagnose": {"networks": listed}})
+    assert finished.plan(more=more) == {"diagnose": 4, "compare_diagnoses": 1, "report": 1, "all": 1}
+    done = finished("--dry-run", "--printshellcmds", more=more)
+    lines = {
+        name: next(line for line in done.stdout.splitlines() if f"--bound results/fake/diagnose/{name}/" in line)
+        for name in ("teacher", "small", "cut", "control")
+    }
+    assert '"networks":[]' in lines["teacher"]
+    assert ("--weights" in lines["teacher"], "--supernet" in lines["teacher"]) == (False, False)
+    assert "--weights results/fake/export_student/macs=100K/student.safetensors" in lines["small"]
+    assert "--weights results/fake/train_control/control.safetensors" in lines["control"]
+    assert "--supernet results/fake/train_phase/all/supernet.safetensors --train results/fake/prep" in lines["cut"]
+    named = [name for name, line in lines.items() if '"name":"small"' in line]
+    assert named == ["small"]  # listing another network changes no job
+    shown = next(line for line in done.stdout.splitlines() if "proard.stages.report" in line)
+    assert "--diagnosis-summary results/fake/compare_diagnoses/summary.parquet" in shown
+
+
+def test_a_network_from_a_budget_nobody_listed_is_exported_first(finished):
+    more = finished.write("networks.yaml", {"diagnose": {"networks": [{"name": "a", "budget": "macs=150K"}]}})
+    assert finished.plan("results/fake/diagnose/a/bound.parquet", more=more) == {
+        "select_student": 1,
+        "export_student": 1,
+        "diagnose": 1,
+    }
 
 
 def test_white_space_in_a_shell_line_repeats_nothing(finished):

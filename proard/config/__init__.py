@@ -1,6 +1,7 @@
 """Settings of a run: one frozen class per stage, strict parsing, and the JSON schema generated from them."""
 
 from proard.config.attacks import Attack, Curriculum, Threat, TrainingAttack
+from proard.config.diagnosis import TEACHER, Clever, Diagnose, Diagnosed, Smoothing
 from proard.config.fields import ConfigError, UserError
 from proard.config.nets import NETS, VisionTransformer, WideResNet, named_nets
 from proard.config.presets import PRESETS
@@ -43,13 +44,17 @@ __all__ = [
     "NEEDS",
     "NETS",
     "PRESETS",
+    "TEACHER",
     "Attack",
     "Augmentation",
+    "Clever",
     "CompareStudents",
     "CompareTwins",
     "CompareVariants",
     "ConfigError",
     "Curriculum",
+    "Diagnose",
+    "Diagnosed",
     "EvaluateArchs",
     "EvaluateStudent",
     "ExportStudent",
@@ -65,6 +70,7 @@ __all__ = [
     "SampleArchs",
     "SearchFront",
     "SelectStudent",
+    "Smoothing",
     "Space",
     "Stem",
     "Student",

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from proard.config import settings as s
 from proard.config.attacks import Threat
+from proard.config.diagnosis import Diagnose
 from proard.config.fields import NUMBER_SCHEMA, ConfigError, Natural, Settings
 from proard.config.nets import named_nets
 from proard.config.presets import PRESETS
@@ -49,6 +50,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "verify_front": ("run", "space", "threat", "measurement", "verify_front"),
     "select_student": ("run", "space", "threat", "measurement", "verify_front", "select_student"),
     "export_student": ("run", "space", "threat", "measurement", "export_student"),
+    "diagnose": ("run", "space", "threat", "measurement", "diagnose"),
+    "compare_diagnoses": ("run", "threat"),
     "report": ("run", "threat", "report"),
     "train_variant": ("run", "space", "threat", "train_variant"),
     "measure_variant": ("run", "space", "threat", "measurement", "measure_variant"),
@@ -81,6 +84,7 @@ class RunConfig(Settings):
     verify_front: s.VerifyFront = s.VerifyFront()
     select_student: s.SelectStudent = s.SelectStudent()
     export_student: s.ExportStudent = s.ExportStudent()
+    diagnose: Diagnose = Diagnose()
     report: s.Report = s.Report()
     train_variant: TrainVariant = TrainVariant()
     measure_variant: MeasureVariant = MeasureVariant()
@@ -212,7 +216,7 @@ def _named_path(values: Any, location: tuple[Any, ...]) -> list[Any]:
             values = entry = values[part]
         named = isinstance(part, int) and isinstance(entry, Mapping) and "name" in entry
         path.append(entry["name"] if named else part)
-        if named and path[-2:-1] in (["phases"], ["students"]):
+        if named and path[-2:-1] in (["phases"], ["students"], ["networks"]):
             del path[-2]  # train_phase.depth.eps rather than train_phase.phases.0.eps
     return path
 

@@ -99,7 +99,10 @@ class Augmenter:
         """Crops at given offsets into the padded images, mirrored where told; all arguments of shape (batch,)."""
         crops = self.windows[indices, top, left]  # (batch, height, width, channels)
         if self.flip:
-            crops = torch.where(mirrored[:, None, None, None], crops.flip(2), crops)
+            if crops.is_cuda:  # the host would have to wait for the number of mirrored rows
+                crops = torch.where(mirrored[:, None, None, None], crops.flip(2), crops)
+            else:
+                crops[mirrored] = crops[mirrored].flip(2)
         return to_float(crops)
 
 

@@ -146,16 +146,21 @@ def _one_restart(
             index = torch.cat([index, fresh])
             age = torch.cat([age, torch.zeros_like(fresh)])
             adv = torch.cat([adv, start]).contiguous(memory_format=torch.channels_last)
+        stay = age < attack.num_steps
+        if not bool(stay.all()):  # no step follows a last iterate: a forward says whether it stands
+            ended = index[~stay]
+            with torch.no_grad():
+                lost[ended] = predict(adv[~stay]).argmax(1) != labels[ended]
+            index, age, adv = index[stay], age[stay], adv[stay]
+            continue
         truth = labels[index]
         logits, gradient = gradient_at(OBJECTIVES[attack.objective](truth), adv)
         spent += len(index)
-        ended = age == attack.num_steps
-        wrong = logits.argmax(1) != truth
-        fallen = wrong & ended if accounting == "last_iterate" else wrong
-        lost[index[fallen]] = True
         adv = clipper(images[index], **ball)(ascend_(adv, gradient, attack.step_size, ball["norm"]))
         age = age + 1
-        stay = ~(ended | fallen)
-        if not bool(stay.all()):
-            index, age, adv = index[stay], age[stay], adv[stay]
+        if accounting == "any_iterate":
+            stay = logits.argmax(1) == truth
+            if not bool(stay.all()):
+                lost[index[~stay]] = True
+                index, age, adv = index[stay], age[stay], adv[stay]
     return lost, spent

@@ -89,6 +89,8 @@ class Objective:
         `memory(classes, **options)`: what is remembered before the first step.
     remember : callable, optional
         `remember(batch, **options)`: the memory after this batch, on which the loss is then computed.
+    unweighted : callable, optional
+        `unweighted(**options)`: those of `needs` that the loss does not read under these options.
     """
 
     inner: str | None
@@ -97,6 +99,7 @@ class Objective:
     options: tuple[str, ...] = ()
     memory: Callable[..., Memory] | None = None
     remember: Callable[..., Memory] | None = None
+    unweighted: Callable[..., frozenset[str]] | None = None
 
     @property
     def needs_clean(self) -> bool:
@@ -109,16 +112,18 @@ class Objective:
         return self.teacher_at is not None
 
     @property
+    def needs_target(self) -> bool:
+        """Whether loss or adversary read the teacher's logits on the clean images."""
+        return "teacher" in self.needs or self.inner in ("kl_teacher", "kl_class")
+
+    @property
     def teacher_at(self) -> Literal["clean", "adv", "both"] | None:
         """Where the teacher is asked; None: nowhere.
 
         `clean`: its outputs depend on the stored view of an image alone, so that they may be cached. `adv` and `both`:
         it must be asked in every step, at images that this very student has made.
         """
-        at_clean = not {"teacher", "teacher_gradient"}.isdisjoint(self.needs) or self.inner in (
-            "kl_teacher",
-            "kl_class",
-        )
+        at_clean = self.needs_target or "teacher_gradient" in self.needs
         at_adv = not {"teacher_adv", "teacher_mirrored", "teacher_gradient_adv"}.isdisjoint(self.needs)
         at_adv = at_adv or self.inner == "kl_teacher_adv"
         if at_clean and at_adv:
@@ -149,6 +154,13 @@ def _iad(batch: Batch, *, teacher: Tensor, trust_power: float, trust_after: floa
     """IAD and AdaIAD."""
     trusted = _trusted(batch, trust_power, trust_after)
     return d.iad_loss(batch.clean, batch.adv, teacher, batch.labels, trusted, **options)
+
+
+def _adaad(batch: Batch, *, adv_weight: float) -> Tensor:
+    """AdaAD; nothing at clean images where they have no weight."""
+    if adv_weight == 1:
+        return kl_to_teacher(batch.adv, batch.teacher_adv.detach()).mean()
+    return d.adaad_loss(batch.clean, batch.adv, batch.teacher, batch.teacher_adv, adv_weight=adv_weight)
 
 
 def _mtard_memory(classes: int, *, balance_rate: float) -> Memory:
@@ -266,11 +278,10 @@ OBJECTIVES: dict[str, Objective] = {
     ),
     "adaad": Objective(
         "kl_teacher_adv",
-        lambda batch, adv_weight: d.adaad_loss(
-            batch.clean, batch.adv, batch.teacher, batch.teacher_adv, adv_weight=adv_weight
-        ),
+        _adaad,
         _needs("clean", "adv", "teacher", "teacher_adv"),
         ("adv_weight",),
+        unweighted=lambda adv_weight: _needs("clean", "teacher") if adv_weight == 1 else _needs(),
     ),
     "adaiad": Objective(
         "kl_teacher_adv",

@@ -30,6 +30,9 @@ TABLES: dict[str, tuple[str, ...]] = {
     "front": PREDICTIONS,
     "search_history": ("search", "evaluations", "hypervolume"),
     "verified": (*EVALUATED, "found_by", "predicted_clean_acc", "predicted_robust_acc"),
+    "diagnosis_summary": ("network", "quantity", "norm", "eps", "sigma", "value", "low", "high"),
+    "diagnosis_radii": ("network", "method", "norm", "sigma", "radius", "limit", "correct"),
+    "diagnosis_pairs": ("first", "second", "eps", "num_images", "mcnemar_p", "first_nearer", "nearer_stands"),
 }
 LISTS: dict[str, tuple[str, ...]] = {
     "phase_histories": TRAINED,

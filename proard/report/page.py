@@ -14,6 +14,7 @@ from proard.progress import duration
 from proard.report import sections
 from proard.report.cost_page import cost_figure
 from proard.report.costs import Comparison, compare
+from proard.report.diagnosis import bound_figure, radius_figure
 from proard.report.facts import compare_searches, durations, exported_students
 from proard.report.figures import front_figure, predictor_figure, search_figure, training_figure
 from proard.report.inputs import Results
@@ -92,12 +93,14 @@ def _figures(results: Results, students: list[Any]) -> dict[str, str]:
         found["front"] = to_svg(
             figure, "Clean and robust accuracy of every measured subnet over MACs", tooltips=tooltips
         )
-    for name, build, title in (
-        ("training", training_figure, "Accuracy on val and loss over the epochs of every training"),
-        ("predictor", predictor_figure, "Predicted and measured accuracy of held-out archs"),
-        ("search", search_figure, "Hypervolume over evaluations of NSGA-II and of random search"),
+    summary, radii = results.get("diagnosis_summary"), results.get("diagnosis_radii")
+    for name, figure, title in (
+        ("training", training_figure(results), "Accuracy on val and loss over the epochs of every training"),
+        ("predictor", predictor_figure(results), "Predicted and measured accuracy of held-out archs"),
+        ("search", search_figure(results), "Hypervolume over evaluations of NSGA-II and of random search"),
+        ("bound", bound_figure(summary), "Terms of the bound on how far student and teacher differ"),
+        ("radius", radius_figure(radii), "Share of images right within a radius"),
     ):
-        figure = build(results)
         if figure is not None:
             found[name] = to_svg(figure, title)
     return found

@@ -8,6 +8,7 @@ from html import escape
 import pandas as pd
 
 from proard.report.cost_page import costs
+from proard.report.diagnosis import diagnosis
 from proard.report.facts import Student, rows_by_attack
 from proard.report.setup import provenance, setup, time
 from proard.report.text import SEARCH_NAMES, attack_words, count, percent, plural
@@ -298,6 +299,7 @@ ORDER: tuple[Callable[[View], Section | None], ...] = (
     search,
     predictor,
     training,
+    diagnosis,
     setup,
     time,
     costs,

@@ -19,6 +19,9 @@ TABLES = (
     "front",
     "search_history",
     "verified",
+    "diagnosis_summary",
+    "diagnosis_radii",
+    "diagnosis_pairs",
 )
 FIGURES = {
     "front": "front_figure",

@@ -22,7 +22,7 @@ class Guidance:
     Attributes
     ----------
     target : Tensor of shape (batch, classes), optional
-        The teacher's logits on the clean images.
+        The teacher's logits on the clean images, where a loss of the step reads them.
     teacher : callable, optional
         The same teacher at any images; differentiable with respect to them.
     control : callable, optional
@@ -52,15 +52,15 @@ class Guidance:
 
     def led_by(self, target: Tensor, guide: Network, *, frozen_weight: float, price: Work = ANY_PASS) -> Guidance:
         """The same step with the dynamic teacher, alone or mixed with the frozen one; `price` is the guide's."""
-        if self.target is None:
+        if self.teacher is None:
             return replace(self, target=target, teacher=guide, teacher_price=price)
         frozen = self.teacher
 
         def both(images: Tensor) -> Tensor:
             return mix_logits(frozen(images), guide(images), first_weight=frozen_weight)
 
-        target = mix_logits(self.target, target, first_weight=frozen_weight)
-        return replace(self, target=target, teacher=both, teacher_price=self.teacher_price + price)
+        mixed = None if self.target is None else mix_logits(self.target, target, first_weight=frozen_weight)
+        return replace(self, target=mixed, teacher=both, teacher_price=self.teacher_price + price)
 
 
 def side_by_side(student: Network, teacher: Network) -> Network:

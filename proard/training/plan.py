@@ -53,7 +53,10 @@ def bind(name: str, settings: Any) -> tuple[Objective, dict[str, Any]]:
     fits = objective.inner is not None and (not inner.startswith("kl_teacher") or objective.needs_teacher)
     if inner != "loss" and fits:
         objective = replace(objective, inner=inner)
-    return objective, {option: getattr(settings, option) for option in objective.options}
+    options = {option: getattr(settings, option) for option in objective.options}
+    if objective.unweighted is not None:
+        objective = replace(objective, needs=objective.needs - objective.unweighted(**options))
+    return objective, options
 
 
 def with_terms(objective: Objective, phase: Phase | Student) -> Objective:

@@ -135,7 +135,8 @@ class Trainer:
             images = start_point(images, **around, start="uniform", generator=generator)
         torch._foreach_zero_([parameter.grad for parameter in self.parameters.values()])
         statistics = flat(self.statistics)
-        frozen, work = self._ask_teacher(images, views)
+        asked = any(subnet.objective.needs_target or subnet.rivals for subnet in drawn)
+        frozen, work = self._ask_teacher(images, views) if asked else (None, 0)
         losses, clean_right = [], torch.zeros((), dtype=torch.float64, device=images.device)
         adv_right = clean_right
         prices = {"teacher_price": self.teacher_price, "control_price": self.control_price}

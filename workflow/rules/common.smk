@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from shlex import quote
 
 try:
     import proard.config
@@ -35,6 +36,8 @@ STUDENTS = {student.name: student for student in run.train_student.students}
 TRAINED = STUDENTS | TWINS  # networks that train_student trains
 BUDGETS = list(run.select_student.budgets)
 LEGS = {name: [phase.name for phase in variant.phases] for name, variant in run.train_variant.variants.items()}
+NETWORKS = {network.name: network for network in run.diagnose.networks}
+DIAGNOSED = [proard.config.TEACHER, *NETWORKS]
 SUPERNET = f"<results>/train_phase/{PHASES[-1]}/supernet.safetensors"
 CACHE = f"results/{run.run}/cache"  # measurements already made; undeclared, so that no rule ever deletes it
 
@@ -148,6 +151,32 @@ def of_every_leg(pattern):
     return [
         path for name, legs in LEGS.items() for path in collect(pattern, variant=name, variant_seed=seeds, leg=legs)
     ]
+
+
+def diagnose_settings(wildcards):
+    """The sections of one network's diagnosis, as JSON: listing another network changes no job."""
+    chosen = tuple(network for network in run.diagnose.networks if network.name == wildcards.network)
+    section = run.diagnose.model_copy(update={"networks": chosen})
+    return proard.config.job_settings(run.model_copy(update={"diagnose": section}), "diagnose")
+
+
+def weights_to_diagnose(wildcards):
+    """The file of a network that is an exported student or given as a file."""
+    network = NETWORKS.get(wildcards.network)
+    if network is None or network.arch is not None:
+        return []
+    return [network.file or f"<results>/export_student/{network.budget}/student.safetensors"]
+
+
+def supernet_to_diagnose(wildcards):
+    """The supernet, where the network is one of its subnets."""
+    network = NETWORKS.get(wildcards.network)
+    return [SUPERNET] if network is not None and network.arch is not None else []
+
+
+def images_of_supernet_to_diagnose(wildcards):
+    """The images that reset such a subnet's batch norm."""
+    return ["<results>/prepare_data/train.safetensors"] if supernet_to_diagnose(wildcards) else []
 
 
 def per_attempt(amount):

@@ -1,0 +1,221 @@
+"""Networks beside their teacher: figures and the page's section on bound, radii and alignment."""
+
+from __future__ import annotations
+
+from html import escape
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from proard.config import TEACHER
+from proard.report.svg import COLOURS, STYLE
+from proard.report.text import NORMS, count, percent, pixels
+from proard.report.view import Section, View, cell, head
+
+TERMS = {
+    "loss_gap": ("|l_S − l_T| at the image", COLOURS["navy"]),
+    "alignment": ("ε · gradient gap", COLOURS["blue"]),
+    "student_linearity": ("linearisation error, student", COLOURS["orange"]),
+    "teacher_linearity": ("linearisation error, teacher", COLOURS["gold"]),
+}
+LINES = [COLOURS[name] for name in ("blue", "orange", "sky", "navy", "gold", "dot")]
+DASHES = ["-", (0, (4, 2)), (0, (1, 1.5))]
+PERCENT = FuncFormatter(lambda share, _: f"{100 * share:g}")
+LONGEST = 2.5  # of a bar that is shown whole, in units of the panel's median
+LABEL = {"facecolor": COLOURS["paper"], "edgecolor": "none", "pad": 1.5}
+
+
+def bound_figure(summary: pd.DataFrame | None) -> Figure | None:
+    """The four terms stacked for every network and radius, with what was measured of the left side."""
+    if summary is None:
+        return None
+    rows = summary[(summary["network"] != TEACHER) & summary["eps"].notna()]
+    names = list(dict.fromkeys(rows["network"]))
+    if not names:
+        return None
+    radii = sorted(rows["eps"].unique())
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10.4, 1.5 + 0.42 * len(names)))
+        axes = figure.subplots(1, len(radii), sharey=True, squeeze=False)[0]
+        for axis, eps in zip(axes, radii, strict=True):
+            _draw_terms(axis, rows[rows["eps"] == eps], names)
+            norm = NORMS.get(rows["norm"].iloc[0], "")
+            axis.set_title(f"{norm} ≤ {pixels(eps)}")
+            axis.set_xlabel("nats, mean over images")
+        axes[0].set_yticks(range(len(names)), names)
+        axes[0].set_ylim(len(names) - 0.4, -0.6)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="lower center", ncols=3)
+        figure.tight_layout(rect=(0, 0.52 / figure.get_figheight(), 1, 1), w_pad=1.5)
+    return figure
+
+
+def _draw_terms(axis: Axes, rows: pd.DataFrame, names: list[str]) -> None:
+    """Stacked bars of one radius; one far longer than the others is cut and says what was measured of its length."""
+    table = rows.pivot_table(index="network", columns="quantity", values=["value", "low", "high"]).loc[names]
+    places, start = np.arange(len(names)), np.zeros(len(names))
+    for term, (label, colour) in TERMS.items():
+        width = table["value"][term].to_numpy()
+        axis.barh(places, width, left=start, height=0.62, color=colour, label=label)
+        start = start + width
+    left = table["value"]["left"].to_numpy()
+    reach = np.stack([left - table["low"]["left"].to_numpy(), table["high"]["left"].to_numpy() - left])
+    look = {"fmt": "D", "color": COLOURS["ink"], "ms": 4.5, "mec": COLOURS["paper"], "elinewidth": 1}
+    axis.errorbar(left, places, xerr=reach.clip(min=0), label="measured under attack, mean and 95 % interval", **look)
+    limit = 1.05 * min(start.max(), LONGEST * float(np.median(start)))
+    for place in np.flatnonzero(start > limit):
+        words = f"{left[place]:.3g} of {start[place]:.3g} →"
+        axis.text(0.98 * limit, place, words, ha="right", va="center", color=COLOURS["ink"], bbox=LABEL)
+    axis.set_xlim(0, limit)
+    axis.xaxis.set_major_locator(MaxNLocator(4))
+    axis.grid(visible=False, axis="y")
+
+
+def radius_figure(radii: pd.DataFrame | None) -> Figure | None:
+    """Share of images that are right with at least a radius, over the radius: a panel per method and noise."""
+    if radii is None or radii.empty:
+        return None
+    panels = list(radii.groupby(["method", "norm", "sigma"], dropna=False, sort=False))
+    names = list(dict.fromkeys(radii["network"]))
+    looks = _looks(names)
+    columns = min(len(panels), 4)
+    lines = -(-len(panels) // columns)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10.4, 3.1 * lines + 0.25 * -(-len(names) // 5)))
+        axes = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
+        for axis, ((method, norm, sigma), rows) in zip(axes, panels, strict=False):
+            for name in names:
+                of_network = rows[rows["network"] == name]
+                if not of_network.empty:
+                    grid, share = certified_curve(of_network)
+                    scale = 255 if norm == "linf" else 1
+                    axis.plot(scale * grid, share, drawstyle="steps-pre", label=name, **looks[name])
+            axis.set_title(f"CLEVER, {NORMS[norm]}" if method == "clever" else f"smoothing, σ {sigma:g}")
+            axis.set_xlabel(f"{NORMS[norm]} radius{' · 255' if norm == 'linf' else ''}")
+            axis.set_xlim(left=0)
+            axis.set_ylim(0, 1)
+            axis.xaxis.set_major_locator(MaxNLocator(4))
+            axis.yaxis.set_major_formatter(PERCENT)
+        for axis in axes[len(panels) :]:
+            axis.set_visible(False)
+        for axis in axes[::columns]:
+            axis.set_ylabel("right within the radius, %")
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="lower center", ncols=min(5, len(names)))
+        below = 0.3 + 0.25 * (-(-len(names) // 5) - 1)
+        figure.tight_layout(rect=(0, below / figure.get_figheight(), 1, 1))
+    return figure
+
+
+def certified_curve(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Radii in ascending order, from 0 to the method's limit, and the share of images right with at least that radius.
+
+    An image that is wrong, or at which smoothing abstains, counts at no radius.
+    """
+    found = np.sort(rows.loc[rows["correct"], "radius"].to_numpy(float))
+    grid = np.unique(np.concatenate([[0.0], found, [rows["limit"].max()]]))
+    share = (len(found) - np.searchsorted(found, grid, side="left")) / len(rows)
+    return grid, share
+
+
+def _looks(names: list[str]) -> dict[str, dict[str, object]]:
+    """Colour and dashes of every network; the teacher's is green."""
+    looks: dict[str, dict[str, object]] = {}
+    for place, name in enumerate(name for name in names if name != TEACHER):
+        dashes = DASHES[place // len(LINES) % len(DASHES)]
+        looks[name] = {"color": LINES[place % len(LINES)], "linestyle": dashes, "linewidth": 1.5}
+    return {TEACHER: {"color": COLOURS["green"], "linewidth": 1.5}, **looks}
+
+
+def diagnosis(view: View) -> Section | None:
+    """Terms of the bound, radii and pairs of networks."""
+    summary = view.results.get("diagnosis_summary")
+    if summary is None:
+        return None
+    body = ""
+    if "bound" in view.figures:
+        body += view.figure(
+            "bound",
+            "How far the student's loss can differ from the teacher's inside the ball: the four terms on the right "
+            "side of KDIGA's bound, and the largest difference that attacks found (diamond). Linearisation errors were "
+            "maximised by search, so the true ones may be larger: the bars bound every point that was searched.",
+        )
+    body += _network_table(summary)
+    if "radius" in view.figures:
+        body += view.figure(
+            "radius",
+            "Share of test images that are right and have at least that radius. CLEVER's radii are estimates for the "
+            "network itself; smoothing's are certificates, each wrong with a small stated probability, for the "
+            "majority vote under noise of that standard deviation, which is another classifier.",
+        )
+    return Section("diagnosis", "Diagnosis", "Students beside their teacher", body + _pair_table(view))
+
+
+def _network_table(summary: pd.DataFrame) -> str:
+    """One row per network: terms at the largest radius, alignment, accuracy, mean radii."""
+    eps = summary["eps"].max()
+    whole = summary[summary["eps"].isna() | (summary["eps"] == eps)]
+    radii = whole[whole["quantity"].isin(["clever_radius", "smoothing_radius"])]
+    kinds = list(radii[["quantity", "norm", "sigma"]].drop_duplicates().itertuples(index=False))
+    heads = [head("network"), head("MACs"), *(head(escape(label)) for label, _ in TERMS.values())]
+    heads += [head("bound"), head("measured"), head("cosine"), head("clean"), head("stands")]
+    heads += [head(escape(_radius_words(*kind))) for kind in kinds]
+    lines = []
+    for name, rows in whole.groupby("network", sort=False):
+        values = rows[rows["sigma"].isna()].set_index("quantity")["value"]
+        macs = rows["macs"].iloc[0]
+        cells = [cell(escape(str(name))), cell("–" if pd.isna(macs) else count(macs), "nowrap")]
+        cells += [cell(f"{values[term]:.3f}") for term in (*TERMS, "right", "left", "cosine")]
+        cells += [cell(percent(values[share])) for share in ("student_correct", "student_stands")]
+        cells += [cell(_radius_value(rows, *kind)) for kind in kinds]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    images = int(whole["num_images"].max())
+    return f"""<div class="scroll"><table><thead><tr>{"".join(heads)}</tr></thead>
+<tbody>{"".join(lines)}</tbody></table></div>
+<p class="caption">Means over {images:,} test images at the largest radius, {escape(pixels(eps))}; nats, and percent for
+clean accuracy and for the images that stand every point found. Radii: means over the images that were sampled, 0 where
+the class is wrong or smoothing abstains. Intervals and smaller radii: summary.parquet.</p>"""
+
+
+def _radius_words(quantity: str, norm: str, sigma: float) -> str:
+    """Heading of a radius."""
+    if quantity == "clever_radius":
+        return f"CLEVER {NORMS[norm]}{' · 255' if norm == 'linf' else ''}"
+    return f"smoothing σ {sigma:g}"
+
+
+def _radius_value(rows: pd.DataFrame, quantity: str, norm: str, sigma: float) -> str:
+    """Mean radius of one network."""
+    same_noise = rows["sigma"].isna() if pd.isna(sigma) else rows["sigma"] == sigma
+    found = rows[(rows["quantity"] == quantity) & (rows["norm"] == norm) & same_noise]["value"]
+    return "–" if found.empty else f"{found.iloc[0] * (255 if norm == 'linf' else 1):.3g}"
+
+
+def _pair_table(view: View) -> str:
+    """Which of two networks stands an image, and which is aligned better there."""
+    pairs = view.results.get("diagnosis_pairs")
+    if pairs is None:
+        return ""
+    rows = pairs[pairs["eps"] == pairs["eps"].max()]
+    names = ("first", "second", "only first", "only second", "p", "first nearer, %", "nearer one stands, %", "p")
+    lines = []
+    for _, row in rows.iterrows():
+        span = f"{percent(row['nearer_stands_low'])}–{percent(row['nearer_stands_high'])}"
+        known = not pd.isna(row["nearer_stands"])
+        stands = f'{percent(row["nearer_stands"])}<span class="rangy">{span}</span>' if known else "–"
+        cells = [cell(escape(row["first"])), cell(escape(row["second"]), "left")]
+        cells += [cell(str(int(row[only]))) for only in ("first_only", "second_only")]
+        cells += [cell(f"{row['mcnemar_p']:.2g}"), cell(percent(row["first_nearer"]))]
+        cells += [cell(stands), cell(f"{row['nearer_stands_p']:.2g}")]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    heads = "".join(head(name, "left") if name == "second" else head(name) for name in names)
+    return f"""<h3>Does the better aligned network stand?</h3>
+<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>
+<p class="caption">{int(rows["num_images"].iloc[0]):,} images, the same for both networks of a pair. Only first, only
+second: images that one of them stands, with McNemar's exact p. Of those images, the share at which the one that
+stands also has the input gradient nearer to the teacher's, with its 95 % Wilson interval and the exact p of one
+half.</p>"""
