@@ -1,4 +1,4 @@
-"""The command `proard`: look at a run's tables in the terminal."""
+"""The command `proard`: look at a run's tables in the terminal, and at the machine before a run."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from rich.text import Text
 
 from proard import __version__, artifacts
 from proard.config import UserError
+from proard.doctor.command import add_doctor, doctor
 
 SHORT_LISTS, SHORT_TEXT = 6, 28
 PIPE_WIDTH = 2000  # characters of a line where no terminal sets a limit
@@ -31,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.command == "show":
             columns = arguments.columns.split(",") if arguments.columns else None
             show(arguments.file, console, rows=arguments.rows, columns=columns)
+        elif arguments.command == "doctor":
+            doctor(arguments, console)
         else:
             students(arguments.run_folder, console)
     except UserError as error:
@@ -42,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
-    parser = argparse.ArgumentParser(prog="proard", description="Look at the results of a run.")
+    parser = argparse.ArgumentParser(prog="proard", description="Look at a run's results; check a machine before.")
     parser.add_argument("--version", action="version", version=f"proard {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     table = commands.add_parser("show", help="a result table with its units and provenance")
@@ -51,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("--columns", metavar="A,B", help="only these columns")
     run = commands.add_parser("students", help="the exported students of a run")
     run.add_argument("run_folder", metavar="results/RUN")
+    add_doctor(commands)
     return parser
 
 

@@ -1,7 +1,7 @@
 """A real SLURM on this machine for the tests: munge, one controller, two nodes with two pretended GPUs each.
 
 All of it lies in one folder, runs under the user who starts it, listens on loopback, and ends with the context manager.
-By hand, a shell in which sbatch works: `python tests/slurm.py bash`.
+By hand, a shell in which sbatch works: `python tests/mini_slurm.py bash`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SlurmctldPort={ports[0]}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool.%n
@@ -138,10 +138,22 @@ class Slurm:
         return done.stdout
 
     def jobs(self, comment: str = "", *, states: str = "all") -> dict[str, dict[str, str]]:
-        """Facts of the jobs whose comment, rule and wildcards, contains a text, oldest first, by id."""
-        listed = self("squeue", "--noheader", f"--states={states}", "--sort=i", "--array", "--format=%i|%T|%k|%N|%b|%C|%m|%l|%P")
-        names = ("id", "state", "comment", "nodes", "gres", "cpus", "memory", "limit", "partition")
-        rows = [dict(zip(names, line.split("|"), strict=True)) for line in listed.splitlines()]
+        """Facts of the jobs whose comment, rule and wildcards, contains a text; oldest first, by their id."""
+        columns = {
+            "id": "JobArrayID",
+            "state": "State",
+            "comment": "Comment",
+            "nodes": "NodeList",
+            "gpus": "tres-per-job",
+            "cpus": "NumCPUs",
+            "memory": "MinMemory",
+            "limit": "TimeLimit",
+            "partition": "Partition",
+        }
+        wanted = ",".join(f"{name}:200|" for name in columns.values())
+        listed = self("squeue", "--noheader", f"--states={states}", "--sort=i", "--array", f"--Format={wanted}")
+        cells = [[cell.strip() for cell in line.split("|")] for line in listed.splitlines()]
+        rows = [dict(zip(columns, row, strict=False)) for row in cells]
         return {row["id"]: row for row in rows if comment in row["comment"]}
 
     def _daemon(self, name: str, *arguments: str) -> None:
@@ -164,8 +176,8 @@ class Slurm:
         while not ready():
             ended = [process.args[0] for process in self.processes if process.poll() is not None]
             if ended or time.monotonic() > deadline:
-                logs = [path.read_text(errors="replace")[-2000:] for path in sorted(self.folder.glob("*.[lo][ou][gt]"))]
-                raise RuntimeError(f"{what} did not come up{', ended: ' if ended else ''}{ended or ''}\n" + "\n".join(logs))
+                logs = [path.read_text(errors="replace")[-2000:] for path in sorted(self.folder.glob("slurm*.log"))]
+                raise RuntimeError("\n".join([f"{what} did not come up; ended: {ended}", *logs]))
             time.sleep(0.1)
 
 
