@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pandas as pd
 import yaml
+from mini_slurm import Slurm
 from test_pipeline import SHORT, SMALL
 
 from proard.artifacts import read_header, read_table
-from mini_slurm import Slurm
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {
@@ -80,9 +80,7 @@ class Run:
             os.killpg(process.pid, signal.SIGKILL)
             output, _ = process.communicate()
             jobs = self.slurm.jobs() if self.slurm else ""
-            raise AssertionError(f"Snakemake did not end
-{output[-6000:]}
-{jobs}") from None
+            raise AssertionError(f"Snakemake did not end\n{output[-6000:]}\n{jobs}") from None
         assert process.returncode == status, output[-6000:]
         return output
 
