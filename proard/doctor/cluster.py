@@ -21,6 +21,7 @@ from proard.doctor.finding import Finding, ask, failure, listing
 from proard.doctor.probe import HELD, TOKEN
 
 MIN_JOB_AGE = 120  # seconds: thrice the plugin's first look at its jobs
+MAX_ARRAY = 50  # tasks: each adds 2.1 kB to an argument, of which Linux takes 128 KiB
 PLACEHOLDER = "YOUR_"
 
 
@@ -113,10 +114,9 @@ def arrays(profile: Mapping[str, Any], run: RunConfig | None, where: Path) -> Fi
     if not wanted:
         return None
     jobs, limit = int(profile.get("jobs", 0)), int(profile.get("slurm-array-limit", 1000))
-    if limit > 50:
-        return failure(
-            "job arrays", f"slurm-array-limit is {limit}", f"write 50 into {where}: more outgrow a command line"
-        )
+    if limit > MAX_ARRAY:
+        mend = f"write slurm-array-limit: {MAX_ARRAY} into {where}: longer arrays outgrow a command line"
+        return failure("job arrays", f"up to {limit} shards in one array", mend)
     if run is None:
         return Finding("job arrays", f"of {wanted}, up to {jobs} shards; name --configfile to compare")
     shards = math.ceil(run.sample_archs.num_archs / run.evaluate_archs.archs_per_shard)
