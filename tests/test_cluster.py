@@ -16,12 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 from cluster_runs import FROM_PHASE, ROOT, Run, copy_of, made_once, same, wait_until
 from mini_slurm import Slurm, missing, slurm_cluster
+from profiles import edited_profile
 
 pytestmark = pytest.mark.cluster
-SHARDS = ["sample_archs", "evaluate_archs", "merge_table", "cache"]  # what the shards' table is made of
 
 
 @pytest.fixture(scope="session")
@@ -175,18 +174,9 @@ def test_a_damaged_shard_is_named_and_measured_again(undisturbed, slurm, tmp_pat
 
 
 def test_an_edited_profile_sends_shards_to_its_gpus_as_one_array(undisturbed, slurm, tmp_path):
-    run = copy_of(
-        undisturbed, tmp_path / "run", slurm, without=["sample_archs", "evaluate_archs", "merge_table", "cache"]
-    )
-    run.profile[1] = tmp_path / "site"
-    text = (ROOT / "slurm" / "profile.yaml").read_text()
-    text = re.sub(r"(?m)^# (set-resources:|  |slurm-array|slurm-no-account)", r"\1", text)
-    text = text.replace("YOUR_GPU_PARTITION", "gpu").replace(
-        "  # slurm_partition: YOUR_CPU_PARTITION", "  slurm_partition: work"
-    )
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "profile.yaml").write_text(text)
-    assert yaml.safe_load(text)["slurm-array-jobs"] == "evaluate_archs"
+    shards = ["sample_archs", "evaluate_archs", "merge_table", "cache"]
+    run = copy_of(undisturbed, tmp_path / "run", slurm, without=shards)
+    run.profile[1] = edited_profile(tmp_path / "site", partition="work", gpu_partition="gpu")
     run("merge_table", "--jobs", "5")
     shards = run.jobs("evaluate_archs")
     assert len(shards) == 4
