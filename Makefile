@@ -22,7 +22,8 @@ test: .venv/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/snakefmt --check workflow
 	$(BIN)/snakemake --lint --configfile config/quickstart.yaml
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m "not cluster"
+	$(BIN)/python -m pytest -n 4 --maxschedchunk 1 -m cluster # they mostly wait
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/run_all.py $(BENCH)

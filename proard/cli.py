@@ -1,4 +1,4 @@
-"""The command `proard`: look at a run's tables and costs in the terminal."""
+"""The command `proard`: look at a run's tables and costs in the terminal, and at the machine before a run."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from rich.text import Text
 
 from proard import __version__, artifacts
 from proard.config import UserError
+from proard.doctor.command import add_doctor, doctor
 
 SHORT_LISTS, SHORT_TEXT = 6, 28
 PIPE_WIDTH = 2000  # characters of a line where no terminal sets a limit
@@ -35,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             cost(arguments.run_folder, console, numbers=arguments.students, country=arguments.country)
         elif arguments.command == "fronts":
             fronts(arguments.first, arguments.second, console)
+        elif arguments.command == "doctor":
+            doctor(arguments, console)
         else:
             students(arguments.run_folder, console)
     except UserError as error:
@@ -46,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
-    parser = argparse.ArgumentParser(prog="proard", description="Look at the results of a run.")
+    parser = argparse.ArgumentParser(prog="proard", description="Look at a run's results; check a machine before.")
     parser.add_argument("--version", action="version", version=f"proard {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     table = commands.add_parser("show", help="a result table with its units and provenance")
@@ -64,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     both = commands.add_parser("fronts", help="the measured fronts of two runs: hypervolumes and their difference")
     both.add_argument("first", metavar="results/RUN")
     both.add_argument("second", metavar="results/OTHER")
+    add_doctor(commands)
     return parser
 
 

@@ -24,6 +24,7 @@ FLOORS = {
     "evaluation": 3,
     "predictor": 3,
     "search": 3,
+    "doctor": 4,
     "export": 4,
     "report": 4,
     "cli": 5,
@@ -37,7 +38,8 @@ ONLY = {  # rooms that know less than their floor allows
     "nets": {"config", "artifacts", "space", "progress", "kernels"},
     "predictor": {"config", "artifacts", "space", "progress"},
     "search": {"config", "artifacts", "space", "progress"},
-    "cli": {"config", "artifacts", "report"},
+    "cli": {"config", "artifacts", "report", "doctor"},
+    "doctor": {"config", "space"},
 }
 WITHOUT_TORCH = ("config", "progress", "space", "search", "cli")
 FILES = sorted(ROOT.rglob("*.py"))

@@ -17,6 +17,7 @@ from proard.space.sampling import (
     enumerate_genotypes,
     genotype_blocks,
     identity_columns,
+    shard_names,
     stratified_sample,
 )
 from proard.stages import merge_table, sample_archs
@@ -134,6 +135,21 @@ def test_merge_refuses_shards_of_two_supernets_or_runs(tmp_path):
         run_merge(tmp_path, shards, inputs=[one, two])
     with pytest.raises(ArtifactError, match="of run 'other'"):
         run_merge(tmp_path, shards, run="other")
+
+
+def test_shards_of_a_folder_are_found_by_their_rows(tmp_path):
+    archs = run_sample(tmp_path)
+    for name, rows in zip(shard_names(len(archs), 25), (archs.iloc[:25], archs.iloc[25:]), strict=True):
+        path = tmp_path / "evaluate_archs" / name / "table.parquet"
+        artifacts.write_table(path, measured(rows), MEASURED, Provenance("test", "evaluate_archs"))
+    files = ["--archs", str(tmp_path / "archs.parquet"), "--table", str(tmp_path / "table.parquet")]
+    command = ["--settings", job_settings(load(CONFIG), "merge_table"), *files, "--shards", str(path.parents[1])]
+    merge_table.main([*command, "--per-shard", "25"])
+    assert set(artifacts.read_table(tmp_path / "table.parquet")["arch_id"]) == set(archs["arch_id"])
+    with pytest.raises(UserError, match="--per-shard says"):
+        merge_table.main(command)
+    with pytest.raises(ArtifactError, match=r"0000-0019/table\.parquet is no readable"):
+        merge_table.main([*command, "--per-shard", "20"])
 
 
 def run_sample(folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -20,13 +21,20 @@ class ArtifactError(UserError):
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success flush it to disk and rename it, on failure remove it."""
+    """Yield a temporary path beside `path`; on success flush it to disk and rename it, on failure remove it.
+
+    Raises
+    ------
+    ArtifactError
+        The disk is full. Libraries say so in their own ways: by an error number, or in words.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
@@ -34,8 +42,22 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
+    except Exception as error:
+        if not _is_full(error):
+            raise
+        said = f"no space left to write {path.name} in {path.parent}, or the quota is reached"
+        raise ArtifactError(f"{said}; free some, then the same command continues") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether an error says that a disk or a quota is full."""
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError) and error.errno in numbers:
+        return True
+    return any(f"os error {number}" in str(error) for number in numbers)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -261,7 +261,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     try:
         schema = pq.read_schema(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise ArtifactError(f"{path} is no readable Parquet table ({str(error).splitlines()[0]})") from None
+        reason = str(error).splitlines()[0]
+        raise ArtifactError(f"{path} is no readable Parquet table ({reason}); delete it and rerun its stage") from None
     metadata = json.loads((schema.metadata or {}).get(b"proard", b"{}"))
     units = {entry.name: (entry.metadata or {}).get(b"unit", b"").decode() for entry in schema}
     return {**metadata, "units": units}

@@ -66,6 +66,11 @@ def stratified_sample(space: SearchSpace, num_archs: int, *, strata: int, seed: 
     return pool[kept], stratum[kept]
 
 
+def shard_names(total: int, size: int) -> list[str]:
+    """Ranges of rows that are measured together, first and last of each: 0000-0049, 0050-0099, ..."""
+    return [f"{first:04d}-{min(first + size, total) - 1:04d}" for first in range(0, total, size)]
+
+
 def anchor_archs(space: SearchSpace) -> list[Any]:
     """The smallest, the largest and the diagonal, each once."""
     return list(dict.fromkeys([space.smallest, space.largest, *space.diagonal()]))

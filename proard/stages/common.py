@@ -11,6 +11,7 @@ from typing import Any
 
 from proard.artifacts import Provenance
 from proard.config import NEEDS, RunConfig, UserError, parse
+from proard.stages.gpus import claim_gpu
 from proard.stages.launch import become_several, fail, follow_launcher, processes
 from proard.stages.ledger import Ledger
 
@@ -111,6 +112,8 @@ def _prepare_device(name: str, threads: int) -> str:
 
     keep_heap()
     torch.set_num_threads(threads)
+    if name == "auto" and torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
+        torch.cuda.set_device(claim_gpu(torch.cuda.device_count()))
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():

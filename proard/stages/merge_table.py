@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 
 from proard import artifacts
 from proard.artifacts import MEASURED, ArtifactError
+from proard.config import UserError
+from proard.space.sampling import shard_names
 from proard.stages.common import parse_arguments, run
 
 SHARED_INPUTS = ("supernet.safetensors", "train.safetensors", "val.safetensors")  # the same files for every shard
@@ -18,18 +21,42 @@ ACCURACIES = ("clean_acc", "robust_acc")
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage."""
-    job = parse_arguments(__doc__, argv, stage="merge_table", reads=["archs"], lists=["shards"], writes=["table"])
-    check_origin(job.files.shards, job.config.run)
-    shards = [artifacts.read_table(path, columns=MEASURED) for path in job.files.shards]
+    job = parse_arguments(
+        __doc__,
+        argv,
+        stage="merge_table",
+        reads=["archs"],
+        lists=["shards"],
+        writes=["table"],
+        optional=["per_shard"],
+    )
     archs = artifacts.read_table(job.files.archs, columns=["arch_id"])
+    paths = shard_files(job.files.shards, job.files.per_shard, len(archs))
+    check_origin(paths, job.config.run)
+    shards = [artifacts.read_table(path, columns=MEASURED) for path in paths]
     table = merge(shards, list(archs["arch_id"]))
-    inputs = {path: artifacts.sha256(path) for path in job.files.shards}  # by path: all shards have one file name
+    inputs = {path: artifacts.sha256(path) for path in paths}  # by path: all shards have one file name
     provenance = job.provenance(job.files.archs)
     provenance = replace(provenance, inputs={**provenance.inputs, **inputs})
     artifacts.write_table(job.files.table, table, MEASURED, provenance)
     accuracy = [f"{name} {100 * table[name].min():.1f} to {100 * table[name].max():.1f} %" for name in ACCURACIES]
     print(f"{len(table)} rows of {len(archs)} archs from {len(shards)} shards; " + ", ".join(accuracy))
     job.record_costs()
+
+
+def shard_files(named: Sequence[str], per_shard: str | None, num_archs: int) -> list[str]:
+    """The shards' tables: those that were named, or those in one folder, of `per_shard` archs each.
+
+    Raises
+    ------
+    UserError
+        A folder was named without `per_shard`.
+    """
+    if len(named) != 1 or not Path(named[0]).is_dir():
+        return list(named)
+    if per_shard is None or not per_shard.isdigit() or per_shard == "0":
+        raise UserError(f"--shards {named[0]} is a folder; --per-shard says how many archs each shard in it has")
+    return [f"{named[0]}/{name}/table.parquet" for name in shard_names(num_archs, int(per_shard))]
 
 
 def merge(shards: Sequence[pd.DataFrame], arch_ids: Sequence[str]) -> pd.DataFrame:

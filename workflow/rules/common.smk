@@ -11,6 +11,7 @@ try:
     import proard.config
     from proard.space import SearchSpace, parse_budget
     from proard.space.cost import human
+    from proard.space.sampling import shard_names
     from proard.space.twins import twin_students
 except ImportError as error:
     sys.exit(
@@ -59,9 +60,8 @@ def archive_to_choose_from(wildcards):
 
 
 def shards():
-    """Row ranges of archs.parquet, one per evaluation job: 0000-0049, 0050-0099, ..."""
-    total, size = run.sample_archs.num_archs, run.evaluate_archs.archs_per_shard
-    return [f"{first:04d}-{min(first + size, total) - 1:04d}" for first in range(0, total, size)]
+    """Row ranges of archs.parquet, one per evaluation job."""
+    return shard_names(run.sample_archs.num_archs, run.evaluate_archs.archs_per_shard)
 
 
 def settings(stage):

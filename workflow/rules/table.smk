@@ -72,10 +72,12 @@ rule merge_table:
     params:
         settings=settings("merge_table"),
         seed=run.seed,
+        shards=f"results/{run.run}/evaluate_archs",  # the folder: thousands of paths are no command line
+        per_shard=run.evaluate_archs.archs_per_shard,
     shell:
         "python -m proard.stages.merge_table --settings {params.settings:q} --seed {params.seed}"
-        " --threads {threads} --device cpu --shards {input.shards:q} --archs {input.archs:q}"
-        " --table {output.table:q} 2>&1 | tee {log:q}"
+        " --threads {threads} --device cpu --shards {params.shards:q} --per-shard {params.per_shard}"
+        " --archs {input.archs:q} --table {output.table:q} 2>&1 | tee {log:q}"
 
 
 rule fit_predictor:

@@ -1,0 +1,164 @@
+"""Large runs: planning, submitting and merging thousands of evaluation shards. Nothing is trained or measured.
+
+    python benchmarks/bench_scale.py plan --shards 10000     # Snakemake's dry run
+    python benchmarks/bench_scale.py merge --shards 10000    # merge_table on that many tables
+    python benchmarks/bench_scale.py submit --shards 1000    # the profile, with an sbatch whose jobs are done at once
+
+What `submit` measures is Snakemake and its plugin on the login node, against a scheduler that takes no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from common import machine, table, write_rows
+
+from proard.artifacts import MEASURED, Provenance, write_table
+from proard.config import job_settings, load
+from proard.space import SearchSpace
+from proard.space.sampling import identity_columns, shard_names
+from proard.stages import merge_table
+
+ROOT = Path(__file__).parents[1]
+PER_SHARD = 10
+COMMANDS = {  # a scheduler in three lines: a job is done, with all its files, when it is submitted
+    "sbatch": """
+case $1 in --version) echo slurm 24.05; exit;; esac
+for word; do case $word in rule_evaluate_archs_wildcards_*) shard=${word##*_};; esac; done
+mkdir -p results/scale/evaluate_archs/$shard
+echo table > results/scale/evaluate_archs/$shard/table.parquet
+echo seconds > results/scale/benchmarks/evaluate_archs/$shard.tsv
+number=$(echo ${shard%-*} | sed 's/^0*//'); number=$((number + 1))
+echo "$number|COMPLETED" >> jobs
+echo $number
+""",
+    "squeue": "cat jobs",
+    "scontrol": "echo MinJobAge = 300 sec",
+    "sinfo": "echo 'work*'",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure one of them."""
+    args = parse(argv)
+    with tempfile.TemporaryDirectory(prefix="scale-") as folder:
+        row = {"plan": plan, "merge": merge, "submit": submit}[args.what](Path(folder), args.shards)
+    row = {"benchmark": "scale", "row": args.what, "shards": args.shards, **row, "machine": machine()}
+    if args.json:
+        write_rows(args.json, [row])
+    cells = [
+        (key, f"{value:,.3g}" if isinstance(value, float) else f"{value:,}")
+        for key, value in row.items()
+        if isinstance(value, (int, float))
+    ]
+    print(table(("", args.what), cells))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", default="plan", choices=("plan", "merge", "submit"))
+    parser.add_argument("--shards", type=int, default=1000, help=f"of {PER_SHARD} archs each (default 1000)")
+    parser.add_argument("--json", metavar="FILE", help="write the row here")
+    return parser.parse_args(argv)
+
+
+def config(folder: Path, shards: int) -> tuple[dict[str, Any], Path]:
+    """Settings of a run with so many shards, and their file."""
+    sections = {
+        "run": "scale",
+        "sample_archs": {"num_archs": shards * PER_SHARD},
+        "evaluate_archs": {"archs_per_shard": PER_SHARD},
+        "space": "resnet_cifar",
+        "select_student": {"budgets": ["macs=500M"]},
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(sections))
+    return sections, path
+
+
+def snakemake(folder: Path, *arguments: str, path: Path, **options: Any) -> tuple[float, str]:
+    """Seconds of a call that succeeds, and what it printed."""
+    command = [sys.executable, "-m", "snakemake", *arguments, "--directory", folder, "--configfile", path]
+    started = time.perf_counter()
+    pipe = subprocess.PIPE
+    options |= {"cwd": ROOT, "stdout": pipe, "stderr": subprocess.STDOUT, "text": True, "check": False}
+    done = subprocess.run(list(map(str, command)), **options)
+    seconds = time.perf_counter() - started
+    if done.returncode:
+        raise SystemExit(f"snakemake failed:\n{done.stdout[-3000:]}")
+    return seconds, done.stdout
+
+
+def plan(folder: Path, shards: int) -> dict[str, Any]:
+    """A dry run of everything."""
+    _, path = config(folder, shards)
+    seconds, output = snakemake(folder, "--dry-run", "--quiet", "reason", path=path)
+    total = next(line.split()[1] for line in output.splitlines() if line.startswith("total"))
+    return {"jobs": int(total), "seconds": seconds}
+
+
+def merge(folder: Path, shards: int) -> dict[str, Any]:
+    """The stage on synthetic tables."""
+    sections, _ = config(folder, shards)
+    run = load(sections)
+    space, total = SearchSpace(run.space), shards * PER_SHARD
+    rng = np.random.default_rng(0)
+    genotypes = np.unique(space.sample(int(total * 1.01), rng), axis=0)[:total]
+    identity = identity_columns(space, genotypes)
+    origin = Provenance("scale", "evaluate_archs", inputs={name: "0" * 64 for name in merge_table.SHARED_INPUTS})
+    archs = folder / "archs.parquet"
+    write_table(archs, identity_rows(identity, 0, total), {name: MEASURED[name] for name in identity}, origin)
+    same = {"clean_acc": 0.5, "robust_acc": 0.3, "norm": "linf", "eps": 8 / 255, "split": "val", "attack": "pgd20"}
+    for number, name in enumerate(shard_names(total, PER_SHARD)):
+        rows = [{**row, **same} for row in identity_rows(identity, number * PER_SHARD, PER_SHARD)]
+        write_table(folder / "shards" / name / "table.parquet", rows, MEASURED, origin)
+    files = ["--archs", str(archs), "--table", str(folder / "table.parquet")]
+    command = ["--settings", job_settings(run, "merge_table"), "--shards", str(folder / "shards"), *files]
+    started = time.perf_counter()
+    merge_table.main([*command, "--per-shard", str(PER_SHARD)])
+    seconds = time.perf_counter() - started
+    shard = next((folder / "shards").rglob("*.parquet")).stat().st_size
+    return {"seconds": seconds, "bytes_of_a_shard": shard, "bytes_merged": (folder / "table.parquet").stat().st_size}
+
+
+def identity_rows(identity: dict[str, list[Any]], first: int, count: int) -> list[dict[str, Any]]:
+    """Some rows of columns."""
+    return [{name: values[index] for name, values in identity.items()} for index in range(first, first + count)]
+
+
+def submit(folder: Path, shards: int) -> dict[str, Any]:
+    """All shards through the profile and its plugin."""
+    _, path = config(folder, shards)
+    programs = folder / "bin"
+    programs.mkdir()
+    for name, line in COMMANDS.items():
+        (programs / name).write_text(f"#!/bin/sh\n{line}\n")
+        (programs / name).chmod(0o755)
+    needed = ["train_phase/all/supernet.safetensors", "sample_archs/archs.parquet"]
+    needed += [f"prepare_data/{split}.safetensors" for split in ("train", "val")]
+    for name in needed:
+        file = folder / "results" / "scale" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(name)
+    (folder / "results" / "scale" / "benchmarks" / "evaluate_archs").mkdir(parents=True)
+    (folder / "jobs").touch()
+    environment = {**os.environ, "PATH": os.pathsep.join([str(programs), *os.get_exec_path()])}
+    rules = ["--allowed-rules", "evaluate", "evaluate_archs"]
+    quick = ["--profile", "slurm", "--slurm-no-account", "--slurm-init-seconds-before-status-checks", "1"]
+    seconds, _ = snakemake(folder, "evaluate", *rules, *quick, path=path, env=environment)
+    return {"seconds": seconds, "jobs_per_second": shards / seconds}
+
+
+if __name__ == "__main__":
+    main()

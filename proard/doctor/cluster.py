@@ -1,0 +1,219 @@
+"""Checks of a SLURM cluster against the profile: commands, account, partitions, status of jobs, and jobs themselves."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import re
+import secrets
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from proard import __version__
+from proard.config import RunConfig
+from proard.doctor.finding import Finding, ask, failure, listing
+from proard.doctor.probe import HELD, TOKEN
+
+MIN_JOB_AGE = 120  # seconds: thrice the plugin's first look at its jobs
+MAX_ARRAY = 50  # tasks: each adds 2.1 kB to an argument, of which Linux takes 128 KiB
+PLACEHOLDER = "YOUR_"
+
+
+def controller() -> Finding:
+    """Whether the commands are there and the controller answers."""
+    for command in ("sbatch", "squeue", "scontrol", "scancel", "srun"):
+        answered, said = ask(command, "--version")
+        if not answered:
+            return failure(command, said, "run this where you submit jobs; often: module load slurm")
+    answered, partitions = ask("sinfo", "--noheader", "--format=%P")
+    if not answered:
+        return failure("SLURM", f"the controller does not answer: {partitions}", "ask the site, or try again later")
+    return Finding("SLURM", f"{said}; partitions {listing(partitions.split())}")
+
+
+def asked_resources(profile: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the profile asks for: `a CPU job`, and each different kind of job with a GPU, by its first rule."""
+    common = dict(profile.get("default-resources") or {})
+    kinds = {"a CPU job": common}
+    seen = []
+    for rule, own in (profile.get("set-resources") or {}).items():
+        asked = {"gpu": 1, **common, **own}
+        if asked not in seen:
+            seen.append(asked)
+            kinds[f"a job of {rule}"] = asked
+    if not seen:
+        kinds["a GPU job"] = {**common, "gpu": 1}
+    return kinds
+
+
+def flags(asked: Mapping[str, Any]) -> list[str]:
+    """Flags of sbatch for what a job asks."""
+    names = {
+        "slurm_account": "--account",
+        "slurm_partition": "--partition",
+        "constraint": "--constraint",
+        "qos": "--qos",
+    }
+    found = [f"{flag}={asked[name]}" for name, flag in names.items() if asked.get(name)]
+    if asked.get("gres"):
+        found.append("--gres=" + str(asked["gres"]).strip("'\""))
+    if asked.get("gpu"):
+        model = f"{asked['gpu_model']}:" if asked.get("gpu_model") else ""
+        found.append(f"--gpus={model}{asked['gpu']}")
+    if asked.get("slurm_extra"):
+        found += shlex.split(str(asked["slurm_extra"]).strip("'\""))
+    return found
+
+
+def acceptance(kind: str, asked: Mapping[str, Any], where: Path) -> Finding:
+    """Whether SLURM would take such a job: account, partition, GPU model and limits, judged by itself."""
+    for name, value in asked.items():
+        if PLACEHOLDER in str(value):
+            return failure(kind, f"{name} is still {value}", f"write your site's into {where}")
+    words = flags(asked)
+    accepted, said = ask("sbatch", "--test-only", *words, "--time=10", "--wrap=true")
+    if accepted:
+        return Finding(kind, f"sbatch {' '.join(words)} is accepted")
+    _, partitions = ask("sinfo", "--noheader", "--format=%P %G")
+    mend = f"correct it in {where}; partitions and their GPUs: {listing(partitions.splitlines())}"
+    if "gpu" in str(said).lower() or asked.get("gpu") or asked.get("gres"):
+        mend += "; no GPU at all: nothing to correct, but trainings will not be accepted with gpu: 1"
+    return failure(kind, f"sbatch {' '.join(words)}: {said}", mend)
+
+
+def status_of_jobs(profile: Mapping[str, Any], where: Path) -> Finding:
+    """Whether Snakemake will hear of its jobs' ends."""
+    command = profile.get("slurm-status-command", "sacct")
+    recorded, said = ask("sacct", "--noheader", "--allocations", "--format=JobID", "--starttime=now")
+    if command == "sacct":
+        if recorded:
+            return Finding("status of jobs", "sacct answers")
+        return failure("status of jobs", f"sacct: {said}", f"write slurm-status-command: squeue into {where}")
+    _, configuration = ask("scontrol", "show", "config")
+    match = re.search(r"MinJobAge\s*=\s*(\d+)", configuration)
+    age = int(match[1]) if match else 0
+    if age >= MIN_JOB_AGE:
+        return Finding("status of jobs", f"squeue remembers finished jobs for {age} s (MinJobAge)")
+    remembers = f"squeue forgets finished jobs after {age} s (MinJobAge), sooner than Snakemake looks"
+    if recorded:
+        return Finding("status of jobs", f"{remembers}; sacct is asked instead, and answers")
+    return failure(
+        "status of jobs", f"{remembers}, and sacct: {said}", "ask the site for MinJobAge=300 or for accounting"
+    )
+
+
+def arrays(profile: Mapping[str, Any], run: RunConfig | None, where: Path) -> Finding | None:
+    """Whether job arrays, where wanted, can take all shards at once."""
+    wanted = profile.get("slurm-array-jobs")
+    if not wanted:
+        return None
+    jobs, limit = int(profile.get("jobs", 0)), int(profile.get("slurm-array-limit", 1000))
+    if limit > MAX_ARRAY:
+        mend = f"write slurm-array-limit: {MAX_ARRAY} into {where}: longer arrays outgrow a command line"
+        return failure("job arrays", f"up to {limit} shards in one array", mend)
+    if run is None:
+        return Finding("job arrays", f"of {wanted}, up to {jobs} shards; name --configfile to compare")
+    shards = math.ceil(run.sample_archs.num_archs / run.evaluate_archs.archs_per_shard)
+    if shards > jobs:
+        mend = f"write jobs: {shards} or more into {where}, or leave slurm-array-jobs out"
+        return failure("job arrays", f"{shards} shards, but jobs: {jobs}; the plugin would lose some", mend)
+    return Finding("job arrays", f"{shards} shards, jobs: {jobs}")
+
+
+def job(kind: str, asked: Mapping[str, Any], folder: Path, *, patience: float) -> Iterator[Finding]:
+    """Run a job that looks around where it runs, as the plugin does it: srun inside sbatch.
+
+    Parameters
+    ----------
+    patience : float
+        Seconds to wait for its end; a job that still waits for its turn is cancelled and no failure.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as scratch, open(Path(scratch) / HELD, "w") as held:
+        place = Path(scratch).resolve()
+        token = secrets.token_hex(8)
+        (place / TOKEN).write_text(token)
+        fcntl.flock(held, fcntl.LOCK_EX)
+        step = ["srun", "-n1", "--cpu-bind=q", sys.executable, "-m", "proard.doctor.probe", str(place)]
+        script = f"#!/bin/sh\nunset SLURM_CONF SLURM_CPU_BIND\nexec {shlex.join(step)}\n"
+        words = [
+            *flags(asked),
+            "--time=10",
+            "--mem=4000",
+            "--job-name=doctor",
+            f"--output={place}/said",
+            "--export=ALL",
+        ]
+        submitted, said = ask("sbatch", "--parsable", *words, stdin=script)
+        if not submitted:
+            yield failure(f"{kind} runs", said, "see above")
+            return
+        number = said.split(";")[0]
+        state = _wait(number, place, patience)
+        answer = place / "answer.json"
+        if not answer.exists():
+            if state in ("PENDING", "CONFIGURING"):
+                _, reason = ask("squeue", "--noheader", f"--jobs={number}", "--format=%r")
+                ask("scancel", number)
+                mend = "try again with a longer --patience when the cluster is less busy"
+                yield Finding(
+                    f"{kind} runs", f"job {number} still waits ({reason}) after {patience:.0f} s; cancelled", mend
+                )
+                return
+            ask("scancel", number)
+            log = place / "said"
+            last = [line for line in log.read_text(errors="replace").splitlines() if line] if log.exists() else []
+            mend = f"{place.parent} has to be on a disk that all nodes share"
+            if last:
+                mend = "make what it says work in a job: sbatch --wrap '...'"
+            yield failure(f"{kind} runs", f"job {number} ended without an answer: {last[-1] if last else state}", mend)
+            return
+        yield from _judge(kind, asked, json.loads(answer.read_text()), token, place.parent)
+
+
+def _wait(number: str, place: Path, patience: float) -> str:
+    """Wait until a job has answered or ended; its last known state."""
+    deadline, state = time.monotonic() + patience, ""
+    while time.monotonic() < deadline:
+        if (place / "answer.json").exists():
+            return "COMPLETED"
+        answered, state = ask("squeue", "--noheader", "--states=all", f"--jobs={number}", "--format=%T")
+        if not answered or state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):
+            time.sleep(2)  # its files may still be on their way
+            return state
+        time.sleep(1)
+    return state
+
+
+def _judge(kind: str, asked: Mapping[str, Any], seen: Mapping[str, Any], token: str, shared: Path) -> Iterator[Finding]:
+    """What the job saw, against what is seen here."""
+    host = seen["host"]
+    if seen["token"] != token:
+        yield failure(f"{kind}: files", f"{shared} on {host} is not the folder of this name here", "use a shared disk")
+    elif not seen["respects_locks"]:
+        mend = "mount it with locks (NFS: without nolock; Lustre: flock) or run from another disk"
+        yield failure(f"{kind}: files", f"{host} takes locks in {shared} that are held here", mend)
+    else:
+        yield Finding(f"{kind}: files", f"{host} reads, writes and respects locks in {shared}")
+    here = (sys.executable, __version__)
+    if (seen["python"], seen["proard"]) != here:
+        said = f"{seen['python']} with proard {seen['proard']} on {host}, {here[0]} with {here[1]} here"
+        yield failure(
+            f"{kind}: python", said, "activate the environment before snakemake, and have it on a shared disk"
+        )
+    else:
+        yield Finding(f"{kind}: python", f"{seen['python']} on {host}, torch {seen['torch']}")
+    if asked.get("gpu") or asked.get("gres"):
+        if seen["gpus"]:
+            yield Finding(f"{kind}: GPU", f"torch sees {', '.join(seen['gpus'])} on {host}")
+        else:
+            said = f"torch {seen['torch']} sees none on {host} (CUDA_VISIBLE_DEVICES={seen['visible']})"
+            yield failure(
+                f"{kind}: GPU", said, "a torch built for CUDA and the node's driver: compare nvidia-smi in a job"
+            )

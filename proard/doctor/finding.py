@@ -1,0 +1,64 @@
+"""One thing that was checked."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SECONDS = 60  # that a command of the cluster may take to answer
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found.
+
+    Attributes
+    ----------
+    name : str
+        What was checked.
+    said : str
+        What was found.
+    mend : str
+        What to do about it; empty where there is nothing to do.
+    fails : bool
+        Whether a run would fail for it; False with something to mend is a remark.
+    """
+
+    name: str
+    said: str
+    mend: str = ""
+    fails: bool = False
+
+
+def failure(name: str, said: str, mend: str) -> Finding:
+    """Something that a run would fail for."""
+    return Finding(name, said, mend, fails=True)
+
+
+def ask(*command: str, stdin: str | None = None) -> tuple[bool, str]:
+    """Run a command; whether it succeeded, and what it said: its output, or the first line of its error."""
+    if shutil.which(command[0]) is None:
+        return False, f"there is no command {command[0]}"
+    try:
+        done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return False, f"{command[0]} did not answer within {SECONDS} s"
+    except OSError as error:
+        return False, f"{command[0]} cannot be run ({error.strerror})"
+    if done.returncode == 0:
+        return True, done.stdout.strip()
+    return False, in_a_line(done.stderr or done.stdout) or f"{command[0]} ended with status {done.returncode}"
+
+
+def in_a_line(text: str) -> str:
+    """All that an error says, without the command's name before each line."""
+    lines = [re.sub(r"^\w+: ((error|fatal): )?", "", line.strip()) for line in text.splitlines()]
+    return "; ".join(dict.fromkeys(line for line in lines if line))[-400:]
+
+
+def listing(names: Sequence[str]) -> str:
+    """Names as a person lists them; `none` where there are none."""
+    return ", ".join(names) or "none"

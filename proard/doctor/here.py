@@ -1,0 +1,142 @@
+"""Checks of this machine: python and packages, the results' file system, the room on it, the GPU."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+from proard import __version__
+from proard.config import RunConfig
+from proard.doctor.finding import Finding, ask, failure
+from proard.space import SearchSpace
+
+INSTALL = "pip install -e . in the environment that runs snakemake"
+WATCHED = ("snakemake", "snakemake-executor-plugin-slurm", "torch")  # packages whose version decides most
+LOCK = "import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+
+
+def python() -> Finding:
+    """The interpreter and the package in it."""
+    place = Path(__file__).parents[1]
+    return Finding("python", f"{sys.version.split()[0]} at {sys.executable}, proard {__version__} from {place}")
+
+
+def packages() -> Iterator[Finding]:
+    """Versions of what the workflow needs, against what the package asks for."""
+    bounds = {}
+    for text in metadata.requires("proard") or ():
+        match = re.match(r"([A-Za-z0-9_.-]+)\s*([^;]*)", text)
+        if match and "extra" not in text:
+            bounds[match[1]] = match[2].strip()
+    for name in WATCHED:
+        try:
+            found = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            yield failure(name, f"not installed beside {sys.executable}", INSTALL)
+            continue
+        if within(found, bounds.get(name, "")):
+            yield Finding(name, found)
+        else:
+            yield failure(name, f"{found} is installed, {bounds[name]} is needed", INSTALL)
+
+
+def within(version: str, bounds: str) -> bool:
+    """Whether a version such as 9.27.1 meets bounds such as >=9.19,<10."""
+    found = _numbers(version)
+    for bound in filter(None, bounds.split(",")):
+        sign, limit = re.match(r"\s*(>=|<=|==|<|>)\s*(.+)", bound).groups()
+        wanted = _numbers(limit)
+        here = found[: len(wanted)] if sign in ("==", "<=") else found
+        met = {">=": here >= wanted, "<=": here <= wanted, "==": here == wanted, "<": here < wanted, ">": here > wanted}
+        if not met[sign]:
+            return False
+    return True
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version."""
+    return tuple(int(part) for part in re.match(r"\d+(?:\.\d+)*", version)[0].split("."))
+
+
+def torch_and_gpu() -> Finding:
+    """Whether torch loads and what it sees; a login node need not have a GPU."""
+    answered, said = ask(sys.executable, "-m", "proard.doctor.probe")
+    if not answered:
+        return failure("torch", f"it does not load: {said}", INSTALL)
+    facts = json.loads(said.splitlines()[-1])
+    if facts["gpus"]:
+        return Finding("torch", f"{facts['torch']} sees {', '.join(facts['gpus'])}")
+    return Finding("torch", f"{facts['torch']} sees no GPU here: jobs here run on the CPU, whole trainings take days")
+
+
+def file_system(folder: Path) -> Finding:
+    """Whether files can be written, renamed over each other and locked where results will lie."""
+    name, place = "file system", folder.resolve()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as scratch:
+            old, new = Path(scratch) / "old", Path(scratch) / "new"
+            old.write_text("old")
+            new.write_text("new")
+            new.replace(old)
+            if old.read_text() != "new" or new.exists():
+                return failure(name, f"a renamed file in {place} is not there at once", "put the clone on another disk")
+            with old.open("r+") as held:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                other = subprocess.run([sys.executable, "-c", LOCK, str(old)], capture_output=True, check=False)
+            if other.returncode == 0:
+                mend = "mount it with locks (NFS: without nolock; Lustre: flock) or put the clone on another disk"
+                return failure(name, f"two processes hold one lock in {place}", mend)
+    except OSError as error:
+        mend = "run from a folder that you may write to, on a disk that all nodes share"
+        return failure(name, f"{place}: {error.strerror or error}", mend)
+    return Finding(name, f"{place} can be written, renaming is atomic, locks hold")
+
+
+def room(folder: Path, run: RunConfig | None) -> Finding:
+    """Free space against what a run leaves behind."""
+    free = shutil.disk_usage(folder if folder.exists() else folder.absolute().parent).free
+    if run is None:
+        return Finding("disk", f"{_size(free)} free; name --configfile to compare with what a run takes")
+    needed = disk_of(run)
+    said = (
+        f"run {run.run} leaves about {_size(needed)} without its images, {_size(free)} are free in {folder.resolve()}"
+    )
+    if needed > free:
+        return failure("disk", said, "free some, or run from another disk: snakemake --directory FOLDER")
+    return Finding("disk", said)
+
+
+def disk_of(run: RunConfig) -> int:
+    """About how many bytes the weights and tables of a run take.
+
+    A training state holds weights, momentum and two averages, and twice that while it is being replaced; every network
+    is kept; a measured arch takes a cached record and its rows; a student leaves three files of its size.
+    """
+    space = SearchSpace(run.space)
+    network = 4 * space.spec(space.largest).params
+    networks = len(run.train_phase.phases) + 2
+    archs = run.sample_archs.num_archs * 8192
+    return network * (networks + 8) + archs + len(run.select_student.budgets) * 3 * network
+
+
+def _size(count: int) -> str:
+    """Bytes as people say them."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def environment() -> Finding | None:
+    """A SLURM whose configuration is named by a variable, which the executor's plugin drops inside jobs."""
+    if not os.environ.get("SLURM_CONF") or Path("/etc/slurm/slurm.conf").exists():
+        return None
+    said = f"SLURM_CONF={os.environ['SLURM_CONF']}; the plugin drops SLURM_ variables before srun inside a job"
+    return Finding("SLURM_CONF", said, "the job below shows whether srun finds its controller all the same")

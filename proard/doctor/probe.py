@@ -1,0 +1,59 @@
+"""What a process sees where it runs, as one line of JSON: `python -m proard.doctor.probe [FOLDER]`."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from proard import __version__
+
+TOKEN, HELD = "token", "held"  # files that the asking process made: one to read, one that it keeps locked
+
+
+def facts(folder: Path | None) -> dict[str, Any]:
+    """Python, package, torch and its GPUs; whether a folder that the asker made can be read, written and locked."""
+    import torch
+
+    found: dict[str, Any] = {
+        "host": os.uname().nodename,
+        "python": sys.executable,
+        "proard": __version__,
+        "package": str(Path(__file__).parents[1]),
+        "torch": torch.__version__,
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "visible": os.environ.get("CUDA_VISIBLE_DEVICES"),
+    }
+    if folder is not None:
+        found["token"] = (folder / TOKEN).read_text() if (folder / TOKEN).exists() else None
+        found["respects_locks"] = not _lockable(folder / HELD)
+    return found
+
+
+def _lockable(path: Path) -> bool:
+    """Whether this process gets a lock that another one holds."""
+    if not path.exists():
+        return False
+    with path.open("r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
+
+
+def main() -> None:
+    """Print the facts; into FOLDER too, so that writing there is tried."""
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+    line = json.dumps(facts(folder))
+    if folder is not None:
+        (folder / "answer.part").write_text(line)
+        (folder / "answer.part").replace(folder / "answer.json")
+    print(line)
+
+
+if __name__ == "__main__":
+    main()

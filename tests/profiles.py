@@ -1,0 +1,21 @@
+"""The SLURM profile as a site edits it: what is commented out there, filled in."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def edited_profile(folder: Path, *, partition: str, gpu_partition: str) -> Path:
+    """Write the profile with partitions, GPU model and job arrays uncommented; the folder to name it by."""
+    text = (ROOT / "slurm" / "profile.yaml").read_text("utf-8")
+    block = re.search(r"(?m)^# set-resources:\n(#   .*\n)+", text)[0]
+    text = text.replace(block, re.sub(r"(?m)^# ", "", block))
+    text = re.sub(r"(?m)^# (slurm-array-|slurm-no-account)", r"\1", text)
+    text = text.replace("# slurm_partition: YOUR_CPU_PARTITION", f"slurm_partition: {partition}")
+    text = text.replace("YOUR_GPU_PARTITION", gpu_partition)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "profile.yaml").write_text(text, "utf-8")
+    return folder

@@ -1,0 +1,67 @@
+"""Jobs on a workstation with several GPUs take different ones, and share only where there are more jobs than GPUs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CLAIM = """
+import sys
+from pathlib import Path
+from proard.stages.gpus import claim_gpu
+print(claim_gpu(int(sys.argv[1]), folder=Path(sys.argv[2])), flush=True)
+sys.stdin.read()
+"""
+
+
+class Claims:
+    """Processes that each hold a GPU until told to end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.processes = folder, []
+
+    def __call__(self, gpus: int, *, visible: str | None = None) -> int:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment.pop("CUDA_VISIBLE_DEVICES", None)
+        if visible is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = visible
+        command = [sys.executable, "-c", CLAIM, str(gpus), str(self.folder)]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
+        self.processes.append(process)
+        return int(process.stdout.readline())
+
+    def end(self, number: int) -> None:
+        self.processes[number].kill()
+        self.processes[number].wait()
+
+
+@pytest.fixture
+def claim(tmp_path):
+    claims = Claims(tmp_path)
+    yield claims
+    for process in claims.processes:
+        process.kill()
+        process.communicate()
+
+
+def test_jobs_side_by_side_hold_different_gpus_until_they_end(claim):
+    assert sorted([claim(3), claim(3), claim(3)]) == [0, 1, 2]
+    claim.end(1)
+    assert claim(3) == 1
+
+
+def test_more_jobs_than_gpus_share_evenly(claim):
+    assert sorted([claim(2) for _ in range(4)]) == [0, 0, 1, 1]
+
+
+def test_gpus_are_told_apart_by_their_number_on_the_machine(claim):
+    assert claim(2, visible="2,3") == 0
+    assert claim(2, visible="3,2") == 0  # the machine's number 3
+    assert claim(4, visible="0,1,2,3") == 0
+    assert claim(3, visible="2,3,1") == 2
