@@ -33,6 +33,9 @@ def maps_library() -> ctypes.CDLL | None:
     )
     library.mask_gradient.argtypes = [number] + [pointer] * 3 + [size, number]
     library.mask_gradient.restype = None
+    library.depthwise_filter_gradient.argtypes = (
+        [number] + [pointer] * 2 + [size] * 6 + [number] * 2 + [pointer, number]
+    )
     return library
 
 

@@ -268,3 +268,61 @@ void mask_gradient(int type, void *gradient, const void *side, const void *out, 
         if (type == FLOAT) { FOR_TYPE(FLOAT) } else { FOR_TYPE(BFLOAT16) }
     }
 }
+
+/* Gradient of a depthwise convolution with respect to its filters: for every tap the sum over output pixels of
+ * dy * x at that tap. `dw` is channels by taps; sums are float within an image, double over images.
+ */
+
+INLINE void gather(int type, const void *dy, const void *x, int64_t image, int64_t channels, int64_t height,
+                   int64_t width, int64_t out_height, int64_t out_width, int kernel, int stride, float *taps) {
+    int64_t margin = kernel / 2;
+    for (int64_t row = 0; row < out_height; row++)
+        for (int64_t column = 0; column < out_width; column++) {
+            int64_t from = ((image * out_height + row) * out_width + column) * channels;
+            for (int i = 0; i < kernel; i++) {
+                int64_t y = row * stride + i - margin;
+                if (y < 0 || y >= height) continue;
+                for (int j = 0; j < kernel; j++) {
+                    int64_t z = column * stride + j - margin;
+                    if (z < 0 || z >= width) continue;
+                    int64_t at = ((image * height + y) * width + z) * channels;
+                    float *tap = taps + (i * kernel + j) * channels;
+#pragma omp simd
+                    for (int64_t c = 0; c < channels; c++) tap[c] += load(type, dy, from + c) * load(type, x, at + c);
+                }
+            }
+        }
+}
+
+int depthwise_filter_gradient(int type, const void *dy, const void *x, int64_t images, int64_t channels, int64_t height,
+                              int64_t width, int64_t out_height, int64_t out_width, int kernel, int stride, float *dw,
+                              int threads) {
+    int64_t size = (int64_t)kernel * kernel * channels;
+    double *sums = calloc(size * threads, sizeof(double));
+    float *parts = malloc(size * threads * sizeof(float));
+    int failed = sums == NULL || parts == NULL;
+    if (!failed) {
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+        for (int t = 0; t < threads; t++) {
+            float *taps = parts + size * t;
+            double *total = sums + size * t;
+            for (int64_t image = images * t / threads; image < images * (t + 1) / threads; image++) {
+                memset(taps, 0, size * sizeof(float)); /* float within an image, double over images */
+                if (type == FLOAT)
+                    gather(FLOAT, dy, x, image, channels, height, width, out_height, out_width, kernel, stride, taps);
+                else
+                    gather(BFLOAT16, dy, x, image, channels, height, width, out_height, out_width, kernel, stride, taps);
+                for (int64_t i = 0; i < size; i++) total[i] += taps[i];
+            }
+        }
+        for (int64_t c = 0; c < channels; c++)
+            for (int64_t tap = 0; tap < (int64_t)kernel * kernel; tap++) {
+                double sum = 0;
+                for (int t = 0; t < threads; t++) sum += sums[size * t + tap * channels + c];
+                dw[c * kernel * kernel + tap] = sum;
+            }
+    }
+    free(sums);
+    free(parts);
+    return failed;
+}

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
+from proard.kernels import depthwise_convolution
 from proard.space import Activation, ConvSpec, GateSpec, NetSpec, PoolSpec, Step
 
 Conv = Callable[[ConvSpec, Tensor], Tensor]
@@ -86,4 +87,6 @@ def pool(step: PoolSpec, x: Tensor) -> Tensor:
 
 def convolve(layer: ConvSpec, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The bare convolution of a layer with given weights."""
+    if layer.depthwise and layer.kernel > 1:
+        return depthwise_convolution(x, weight, bias, layer.stride)
     return F.conv2d(x, weight, bias, layer.stride, layer.kernel // 2, 1, layer.groups)

@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ):
         write_text(path, placeholder(title) if figure is None else to_svg(figure, title))
     print(f"diagnoses: {files.summary} ({bound['network'].nunique()} networks, {len(pairs)} pairs)")
+    job.record_costs()
 
 
 def same_images(paths: Sequence[str]) -> None:

@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     figure = variants_figure(table)
     artifacts.write_text(files.figure, to_svg(figure, "Accuracy of each variant with 95 % intervals"))
     say(table)
+    job.record_costs()
 
 
 def stacked(outcomes: Mapping[Key, Mapping[str, Tensor]], variant: str, seeds: Sequence[int], which: str) -> np.ndarray:

@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     summary = summary_rows(bound, radii, seed=job.seed)
     write_table(files.summary, summary, SUMMARY, provenance)
     print(_words(name, bound, radii))
+    job.record_costs()
 
 
 @dataclass(frozen=True)

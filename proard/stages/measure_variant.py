@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tensors = {name: torch.from_numpy(np.stack(masks)) for name, masks in outcomes.items()}
     save_tensors(files.outcomes, tensors, kind="outcomes", provenance=provenance)
     write_table(files.table, rows, VARIANT_MEASURED, provenance)
+    job.record_costs()
 
 
 def spread(archs: pd.DataFrame, number: int) -> list[str]:

@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     (phase,) = job.config.train_phase.phases
     train(job, phase)
+    job.record_costs()
 
 
 def train(job: Job, phase: Phase) -> None:
@@ -59,7 +60,6 @@ def train(job: Job, phase: Phase) -> None:
         training.write_history(files.history, rows)
         save_supernet(files.supernet, net, training.provenance, phase=phase.name, opened=opened)
         training.state.finish()
-    job.record_costs()
 
 
 def trained_widths(space: SearchSpace, opened: list[dict[str, Any]]) -> dict[str, set[int]]:

@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     (variant,) = job.config.train_variant.variants.values()
     (phase,) = variant.phases
     train(job, phase)
+    job.record_costs()
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ class Trainer:
         torch._foreach_zero_([parameter.grad for parameter in self.parameters.values()])
         statistics = flat(self.statistics)
         asked = any(subnet.objective.needs_target or subnet.rivals for subnet in drawn)
-        frozen, work = self._ask_teacher(images, views) if asked else (None, 0)
+        frozen, work = self._ask_teacher(images, views) if asked else (None, Work())
         losses, clean_right = [], torch.zeros((), dtype=torch.float64, device=images.device)
         adv_right = clean_right
         prices = {"teacher_price": self.teacher_price, "control_price": self.control_price}

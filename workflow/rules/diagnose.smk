@@ -26,7 +26,7 @@ rule diagnose:
     params:
         settings=diagnose_settings,
         seed=run.seed,
-        weights=lambda wildcards, input: f"--weights {quote(input.weights)}" if input.weights else "",
+        weights=lambda wildcards, input: f"--weights {quote(str(input.weights))}" if input.weights else "",
         supernet=lambda wildcards, input: (
             f"--supernet {input.supernet} --train {input.train}" if input.supernet else ""
         ),
