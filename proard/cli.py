@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from proard import __version__, artifacts
 from proard.config import UserError
 from proard.doctor.command import add_doctor, doctor
 
-SHORT_LISTS, SHORT_TEXT = 6, 28
+SHORT_LISTS, SHORT_TEXT, FEW_INPUTS = 6, 28, 8
 PIPE_WIDTH = 2000  # characters of a line where no terminal sets a limit
 
 
@@ -137,8 +138,11 @@ def _print_provenance(metadata: Mapping[str, Any], console: Console) -> None:
         return
     parts = (f"{key} {metadata.get(key)}" for key in ("run", "stage", "seed"))
     console.print(escape(" · ".join([*parts, f"proard {metadata.get('version')}"])))
-    for name, checksum in metadata.get("inputs", {}).items():
+    inputs = metadata.get("inputs", {})
+    for name, checksum in islice(inputs.items(), FEW_INPUTS):
         console.print(f"[dim]input {escape(name)} sha256 {checksum[:12]}[/]")
+    if len(inputs) > FEW_INPUTS:
+        console.print(f"[dim]and {len(inputs) - FEW_INPUTS:,} inputs more[/]")
 
 
 def _print_shared(shared: Mapping[str, str], units: Mapping[str, str], console: Console) -> None:

@@ -6,6 +6,7 @@ By hand, a shell in which sbatch works: `python tests/mini_slurm.py bash`.
 
 from __future__ import annotations
 
+import ctypes
 import getpass
 import os
 import secrets
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+PDEATHSIG = 1  # linux/prctl.h
 NODES, CPUS, MEMORY_MB = ("n1", "n2"), 8, 64000
 DAEMONS = ("munged", "slurmctld", "slurmd")
 COMMANDS = ("sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo", "munge")
@@ -117,8 +119,10 @@ class Slurm:
 
     def stop(self) -> None:
         """Cancel all jobs and end the daemons."""
-        self("scancel", "--full", "--signal=KILL", f"--user={getpass.getuser()}", check=False)
-        self("scancel", f"--user={getpass.getuser()}", check=False)
+        self("scancel", "--quiet", f"--user={getpass.getuser()}", check=False)
+        deadline = time.monotonic() + 20
+        while self("squeue", "--noheader", check=False) and time.monotonic() < deadline:
+            time.sleep(0.2)  # a job's shepherd that finds no controller would stay
         for process in reversed(self.processes):
             process.terminate()
         for process in reversed(self.processes):
@@ -167,6 +171,7 @@ class Slurm:
                     stdout=said,
                     stderr=said,
                     start_new_session=True,
+                    preexec_fn=_die_with_parent,
                 )
             )
 
@@ -179,6 +184,11 @@ class Slurm:
                 logs = [path.read_text(errors="replace")[-2000:] for path in sorted(self.folder.glob("slurm*.log"))]
                 raise RuntimeError("\n".join([f"{what} did not come up; ended: {ended}", *logs]))
             time.sleep(0.1)
+
+
+def _die_with_parent() -> None:
+    """In a daemon to be: end when the tests do, even when these are killed."""
+    ctypes.CDLL(None).prctl(PDEATHSIG, signal.SIGTERM)
 
 
 def _free_ports(count: int) -> int:

@@ -47,6 +47,16 @@ def test_show_prints_units_and_provenance(run: SyntheticRun, capsys: pytest.Capt
     assert "clean_acc_half_a" not in text  # empty here
 
 
+def test_a_table_of_many_shards_names_a_few_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    inputs = {f"shard{number}": f"{number:064d}" for number in range(1000)}
+    write_table(
+        tmp_path / "t.parquet", [{"macs": 1}], {"macs": (INT, "")}, Provenance("demo", "merge_table", inputs=inputs)
+    )
+    text = output(capsys, "show", tmp_path / "t.parquet")
+    assert text.count("input shard") == 8
+    assert "and 992 inputs more" in text
+
+
 def test_show_prints_every_row_and_only_the_asked_columns(run: SyntheticRun, capsys: pytest.CaptureFixture[str]):
     path = run.path("merge_table", "table.parquet")
     lines = output(capsys, "show", path, "--rows", "0", "--columns", "arch_id,robust_acc").splitlines()

@@ -9,7 +9,7 @@ from scipy import stats
 from proard import artifacts, predictor
 from proard.artifacts import MEASURED, ArtifactError, Provenance
 from proard.config import PRESETS, FitPredictor, UserError, job_settings, load
-from proard.predictor.estimators import build
+from proard.predictor.estimators import GaussianProcess, build
 from proard.predictor.quality import bootstrap_interval, spearman
 from proard.space import SearchSpace
 from proard.space.sampling import identity_columns, stratified_sample
@@ -194,3 +194,13 @@ def run_stage(folder, space="resnet_digits"):
     flags = [part for name, path in files.items() for part in (f"--{name}", path)]
     fit_predictor.main(["--settings", job_settings(config, "fit_predictor"), "--threads", "1", *flags])
     return artifacts.read_table(files["quality"]), artifacts.read_table(files["held-out"])
+
+
+def test_a_gaussian_process_of_many_rows_is_conditioned_on_a_part_of_them():
+    rng = np.random.default_rng(0)
+    X = rng.uniform(size=(120, 2))
+    y = X @ [1.0, -2.0]
+    whole, part = (GaussianProcess(optimise_on=30, condition_on=rows).fit(X, y) for rows in (120, 60))
+    assert (len(whole.model_.X_train_), len(part.model_.X_train_)) == (120, 60)
+    assert np.unique(part.model_.X_train_, axis=0).shape == (60, 2)
+    np.testing.assert_allclose(part.predict(X), y, atol=0.05)
