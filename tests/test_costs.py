@@ -58,8 +58,8 @@ def test_work_adds_up_and_multiplies():
     ("changes", "own", "asked"),
     [
         ({"loss": "rslad"}, 3 + 2 * 2 + 3, 1),
-        ({"loss": "adaad"}, 3 + 2 * 2 + 3, 1 + 2 * 2 + 1),
-        ({"loss": "mtard"}, 3 + 2 * 2 + 3, 1 + 2),
+        ({"loss": "adaad"}, 1 + 2 * 2 + 3, 2 * 2 + 1),  # a clean pass for batch norm alone
+        ({"loss": "mtard"}, 3 + 2 * 2 + 3, 2),
         ({"loss": "rslad", "awp_gamma": 0.01}, 3 + 2 * 2 + 3 + 6, 1),
     ],
 )
@@ -128,12 +128,16 @@ def test_measurements_are_spent_once_and_cached_afterwards(sets, tmp_path):
     made = meter(sets, tmp_path, first)
     rows = made.rows(arch, sets["val"], attacks)
     gradients = sum(row["gradients"] for row in rows)
-    assert made.seen.images == 30 + gradients  # what really went through: the clean pass, and forwards of the attacks
-    assert first.spent == (20 + 30 + 2 * gradients) * one_pass(macs(arch))
+    last = sum(round(row["robust_acc"] * 30) for row in rows)  # at least these were looked at without a gradient
+    forwards = (
+        made.seen.images - 30 - gradients
+    )  # what really went through: the clean pass, and forwards of the attacks
+    assert last <= forwards <= 60
+    assert first.spent == (20 + 30 + 2 * gradients + forwards) * one_pass(macs(arch))
     assert first.cached == Work()
     meter(sets, tmp_path, second).rows(arch, sets["val"], attacks)
     assert second.spent == Work()
-    assert second.cached == (30 + 2 * gradients) * one_pass(macs(arch))
+    assert second.cached == (30 + 2 * gradients + forwards) * one_pass(macs(arch))
     assert second.cached_seconds == pytest.approx(sum(row["seconds"] for row in rows))
 
 
@@ -212,7 +216,7 @@ def test_passes_of_a_student_alone():
     found = passes_alone(SPACE, phase_of(loss="rslad"), "rslad")
     assert (found.own, found.others) == (3 + 2 * 2 + 3, 1)
     found = passes_alone(SPACE, phase_of(loss="adaad", attack__num_steps=3), "adaad")
-    assert (found.own, found.others) == (3 + 2 * 3 + 3, 1 + 2 * 3 + 1)
+    assert (found.own, found.others) == (1 + 2 * 3 + 3, 2 * 3 + 1)
     attack = {"num_steps": 3, "curriculum": {"first_steps": 1}}
     assert passes_alone(SPACE, phase_of(attack=attack), "rslad").own == 3 + 2 * 2 + 3  # 1, 2, 3 steps
 

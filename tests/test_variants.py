@@ -361,7 +361,8 @@ def test_a_killed_training_continues_to_the_same_weights(files, tmp_path):
             assert not (tmp_path / name / "supernet.safetensors").exists()
         train_variant.main(flags)
         weights.append(read_header(tmp_path / name / "supernet.safetensors")["checksum"])
-        assert {path.name for path in (tmp_path / name).iterdir()} == {"supernet.safetensors", "history.parquet"}
+        names = {path.name for path in (tmp_path / name).iterdir()}
+        assert names == {"supernet.safetensors", "history.parquet", "costs.parquet"}
     assert weights[0] == weights[1]
 
 

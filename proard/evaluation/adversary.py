@@ -32,10 +32,13 @@ class Outcome:
         bool: classified correctly, clean and under the attack.
     gradients : int
         Input gradients of one image that the attack took.
+    forwards : int
+        Passes of one image without a gradient: its last iterate's.
     """
 
     robust: Tensor
     gradients: int
+    forwards: int
 
 
 @torch.no_grad()
@@ -86,17 +89,17 @@ def attack_images(
     -----
     The start point counts as an iterate. An image lost in one restart is not attacked again.
     """
-    robust, gradients = correct.clone(), 0
+    robust, gradients, forwards = correct.clone(), 0, 0
     for restart in range(attack.restarts):
         generator = keyed_generator(seed, restart)
         noise = torch.empty(images.shape)
         start_noise_(noise, eps=eps, start=attack.start, norm=norm, generator=generator)
         noise = noise.to(images.device)
         options = {"attack": attack, "ball": {"eps": eps, "norm": norm}, "accounting": accounting}
-        lost, spent = _one_restart(predict, images, labels, robust, noise, **options, batch_size=batch_size)
+        lost, spent, last = _one_restart(predict, images, labels, robust, noise, **options, batch_size=batch_size)
         robust &= ~lost
-        gradients += spent
-    return Outcome(robust.cpu(), gradients)
+        gradients, forwards = gradients + spent, forwards + last
+    return Outcome(robust.cpu(), gradients, forwards)
 
 
 def stands_training_attack(
@@ -131,9 +134,9 @@ def _one_restart(
     ball: Mapping[str, Any],
     accounting: str,
     batch_size: int,
-) -> tuple[Tensor, int]:
-    """Which of the standing images fall, and the gradients spent."""
-    lost, spent = torch.zeros_like(standing), 0
+) -> tuple[Tensor, int, int]:
+    """Which of the standing images fall, the gradients spent, and the last iterates looked at."""
+    lost, spent, last = torch.zeros_like(standing), 0, 0
     gradient_at = differentiate(predict)
     queue = standing.nonzero()[:, 0]
     index = queue[:0]
@@ -151,6 +154,7 @@ def _one_restart(
             ended = index[~stay]
             with torch.no_grad():
                 lost[ended] = predict(adv[~stay]).argmax(1) != labels[ended]
+            last += len(ended)
             index, age, adv = index[stay], age[stay], adv[stay]
             continue
         truth = labels[index]
@@ -163,4 +167,4 @@ def _one_restart(
             if not bool(stay.all()):
                 lost[index[~stay]] = True
                 index, age, adv = index[stay], age[stay], adv[stay]
-    return lost, spent
+    return lost, spent, last

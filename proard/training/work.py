@@ -55,7 +55,8 @@ def subnet_work(subnet: Drawn, phase: Phase, *, num_steps: int) -> tuple[int, in
 def step_work(space: SearchSpace, phase: Phase, drawn: list[Drawn], *, num_steps: int, teacher_macs: int) -> Work:
     """Work of one step for one image; `teacher_macs` is the size of whoever teaches."""
     costs = [space.spec(subnet.arch).macs for subnet in drawn]
-    asks_frozen = phase.teacher != "dynamic"
+    read = any(subnet.objective.needs_target or subnet.rivals for subnet in drawn)
+    asks_frozen = phase.teacher != "dynamic" and read
     work, macs = float(asks_frozen), float(asks_frozen * teacher_macs)
     crafts = _crafting(phase, drawn, costs)
     for subnet, cost, in_full in zip(drawn, costs, crafts, strict=True):
