@@ -3,8 +3,8 @@
  *
  * A map is a matrix of `rows` pixels by `channels`, without gaps. Several pixels are taken as one long row, so that few
  * channels fill the vector unit too; coefficients are repeated to that length. Sums are kept in float for BLOCK long
- * rows, then in double. Every thread takes an equal part of the long rows: results depend on the number of threads,
- * never on their timing. Values are float or bfloat16, all coefficients float.
+ * rows, then in double. Every thread takes an equal part of the long rows, small maps are one thread's: results depend
+ * on the number of threads, never on their timing. Values are float or bfloat16, all coefficients float.
  */
 #include <math.h>
 #include <stdint.h>
@@ -13,9 +13,15 @@
 
 enum { NONE, RELU, RELU6, H_SWISH }; /* activations */
 enum { FLOAT, BFLOAT16 };            /* types of maps */
-enum { LANES = 16, SHORTEST = 64, BLOCK = 64 };
+enum { LANES = 16, SHORTEST = 64, BLOCK = 64, GRAIN = 32768 };
 
 #define INLINE static inline __attribute__((always_inline))
+
+/* Threads that are worth waking for so many numbers, each of which costs `weight` operations. */
+static int worth(int threads, int64_t size, int64_t weight) {
+    int64_t most = 1 + size * weight / GRAIN;
+    return most < threads ? (int)most : threads;
+}
 
 /* Values: `type` and `kind` are constants wherever these are inlined. */
 
@@ -199,6 +205,7 @@ static void end(Work *w, int threads) { /* without threads: only free */
 int norm_forward(int type, int kind, const void *x, const float *scale, const float *shift, double eps, int64_t rows,
                  int64_t channels, void *y, float *mean, float *var, int threads) {
     Work w = {.x = x, .out = y};
+    threads = worth(threads, rows * channels, 1);
     if (!begin(&w, rows, channels, threads)) return 1;
     for (int64_t c = 0; c < channels; c++) w.mean[c] = load(type, x, c); /* the first pixel as pivot */
     repeat(w.mean, &w);
@@ -223,6 +230,7 @@ int norm_backward(int type, int kind, const void *dy, const void *x, const float
                   const float *mean, const float *var, int64_t rows, int64_t channels, void *dx, float *dscale,
                   float *dshift, int threads) {
     Work w = {.x = x, .dy = dy, .out = dx};
+    threads = worth(threads, rows * channels, 1);
     if (!begin(&w, rows, channels, threads)) return 1;
     for (int64_t c = 0; c < channels; c++) {
         double factor = scale[c] / sqrt(var[c] + eps);
@@ -257,6 +265,7 @@ INLINE void join(int type, int adds, int masks, void *gradient, const void *side
 }
 
 void mask_gradient(int type, void *gradient, const void *side, const void *out, int64_t size, int threads) {
+    threads = worth(threads, size, 1);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int t = 0; t < threads; t++) {
         int64_t first = size * t / threads, last = size * (t + 1) / threads;
@@ -298,6 +307,7 @@ int depthwise_filter_gradient(int type, const void *dy, const void *x, int64_t i
                               int64_t width, int64_t out_height, int64_t out_width, int kernel, int stride, float *dw,
                               int threads) {
     int64_t size = (int64_t)kernel * kernel * channels;
+    threads = worth(threads, images * out_height * out_width * channels, (int64_t)kernel * kernel);
     double *sums = calloc(size * threads, sizeof(double));
     float *parts = malloc(size * threads * sizeof(float));
     int failed = sums == NULL || parts == NULL;
