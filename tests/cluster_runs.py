@@ -37,7 +37,7 @@ FROM_PHASE += ["select_student", "export_student", "report", "cache"]
 THREADS = ["prepare_data", "train_teacher", "train_control", "train_phase", "fit_predictor", "search_front"]
 THREADS += ["verify_front"]
 ONE_THREAD = ["--set-threads", *(f"{rule}=1" for rule in THREADS)]
-IMPATIENT = ["--slurm-init-seconds-before-status-checks", "1", "--latency-wait", "5", "--slurm-no-account"]
+IMPATIENT = ["--slurm-init-seconds-before-status-checks", "1", "--latency-wait", "5"]
 
 
 class Run:
