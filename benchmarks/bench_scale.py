@@ -155,7 +155,7 @@ def submit(folder: Path, shards: int) -> dict[str, Any]:
     (folder / "jobs").touch()
     environment = {**os.environ, "PATH": os.pathsep.join([str(programs), *os.get_exec_path()])}
     rules = ["--allowed-rules", "evaluate", "evaluate_archs"]
-    quick = ["--profile", "slurm", "--slurm-no-account", "--slurm-init-seconds-before-status-checks", "1"]
+    quick = ["--profile", "slurm", "--slurm-init-seconds-before-status-checks", "1"]
     seconds, _ = snakemake(folder, "evaluate", *rules, *quick, path=path, env=environment)
     return {"seconds": seconds, "jobs_per_second": shards / seconds}
 

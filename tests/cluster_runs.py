@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import yaml
-from mini_slurm import Slurm
+from mini_slurm import Slurm, die_with_parent
 from test_pipeline import SHORT, SMALL
 
 from proard.artifacts import read_header, read_table
@@ -37,14 +37,14 @@ FROM_PHASE += ["select_student", "export_student", "report", "cache"]
 THREADS = ["prepare_data", "train_teacher", "train_control", "train_phase", "fit_predictor", "search_front"]
 THREADS += ["verify_front"]
 ONE_THREAD = ["--set-threads", *(f"{rule}=1" for rule in THREADS)]
-IMPATIENT = ["--slurm-init-seconds-before-status-checks", "1", "--latency-wait", "5", "--slurm-no-account"]
+IMPATIENT = ["--slurm-init-seconds-before-status-checks", "1", "--latency-wait", "5"]
 
 
 class Run:
     """A run in a folder of its own; commands start in the repository's root, where the profile's link lies."""
 
     def __init__(self, folder: Path, slurm: Slurm | None = None, *, config: dict | None = CONFIG) -> None:
-        self.folder, self.slurm = folder, slurm
+        self.folder, self.slurm, self.started = folder, slurm, []
         self.name = config["run"] if config else "quickstart"
         self.results, self.logs = folder / "results" / self.name, folder / "logs" / self.name
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ class Run:
     def start(self, *arguments: str | Path) -> subprocess.Popen:
         """Start Snakemake in a process group of its own."""
         command = [sys.executable, "-m", "snakemake", *arguments, *self.profile, *self.options]
-        return subprocess.Popen(
+        process = subprocess.Popen(
             list(map(str, command)),
             cwd=ROOT,
             env=self.slurm.environment if self.slurm else None,
@@ -66,7 +66,10 @@ class Run:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            preexec_fn=die_with_parent,
         )
+        self.started.append(process)
+        return process
 
     def __call__(self, *arguments: str | Path, status: int = 0) -> str:
         """Run to the end; what Snakemake printed."""
@@ -83,6 +86,14 @@ class Run:
             raise AssertionError(f"Snakemake did not end\n{output[-6000:]}\n{jobs}") from None
         assert process.returncode == status, output[-6000:]
         return output
+
+    def stop(self) -> None:
+        """Kill what still runs, here and in the queue."""
+        for process in self.started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+        self.slurm("scancel", *self.slurm.jobs(states="pending,running"), check=False)
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove results, as if they had never been made."""

@@ -171,7 +171,7 @@ class Slurm:
                     stdout=said,
                     stderr=said,
                     start_new_session=True,
-                    preexec_fn=_die_with_parent,
+                    preexec_fn=die_with_parent,
                 )
             )
 
@@ -186,8 +186,8 @@ class Slurm:
             time.sleep(0.1)
 
 
-def _die_with_parent() -> None:
-    """In a daemon to be: end when the tests do, even when these are killed."""
+def die_with_parent() -> None:
+    """In a process to be: end when the tests do, even when these are killed."""
     ctypes.CDLL(None).prctl(PDEATHSIG, signal.SIGTERM)
 
 

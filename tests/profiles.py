@@ -13,7 +13,7 @@ def edited_profile(folder: Path, *, partition: str, gpu_partition: str) -> Path:
     text = (ROOT / "slurm" / "profile.yaml").read_text("utf-8")
     block = re.search(r"(?m)^# set-resources:\n(#   .*\n)+", text)[0]
     text = text.replace(block, re.sub(r"(?m)^# ", "", block))
-    text = re.sub(r"(?m)^# (slurm-array-|slurm-no-account)", r"\1", text)
+    text = re.sub(r"(?m)^# slurm-array-", "slurm-array-", text)
     text = text.replace("# slurm_partition: YOUR_CPU_PARTITION", f"slurm_partition: {partition}")
     text = text.replace("YOUR_GPU_PARTITION", gpu_partition)
     folder.mkdir(parents=True, exist_ok=True)
