@@ -21,7 +21,7 @@ from proard.artifacts import read_header
 
 LONG = {"epochs": 3, "archs_per_step": 2, "save_every_minutes": 0.0005}  # 18 steps, saved after nearly every one
 TOLERANCE = {"rtol": 1e-3, "atol": 1e-5}  # float32 sums in another order, a few steps on
-SECONDS = 30  # far below the half minute that torchrun gives processes before it kills them, and its start
+PATIENCE = 60  # seconds to wait for processes that have been told to end
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def gone(pid):
 
 def all_gone(pids):
     """Wait a little until none of these processes runs."""
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + PATIENCE
     while not all(map(gone, pids)):
         if time.monotonic() > deadline:
             return False
@@ -115,11 +115,10 @@ def test_a_killed_process_ends_the_job_and_the_same_command_continues(inputs, wh
     stage.wait_until_step(process, 4)
     workers = children(process.pid)
     assert len(workers) == 2
-    killed = time.monotonic()
     os.kill(workers[victim], signal.SIGKILL)
     _, err = process.communicate()
-    assert time.monotonic() - killed < SECONDS
     assert process.returncode != 0
+    assert "forcefully" not in err, "the survivor was not stuck until torchrun lost its patience"
     assert re.search(r"^error: another process of this training is gone; the same command continues ", err, re.M), err
     assert all_gone(workers)
     assert stage.nothing_declared_is_there()

@@ -19,7 +19,7 @@ from proard.config import UserError
 PROCESSES = "PROARD_PROCESSES"  # {"train_phase": 4}
 SAVE_EVERY_MINUTES = "PROARD_SAVE_EVERY_MINUTES"  # {"train_teacher": 2, "train_phase": {"all": 2}}
 FIRST_SPEAKS = 3.0  # seconds that other processes leave the first one to say what ends them all
-LAST_WORDS = 2  # seconds that a process has once the launcher ends it, as it does as soon as one process has ended
+LAST_WORDS = 10  # seconds that a process has once the launcher ends it, as it does as soon as one process has ended
 PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -75,6 +75,9 @@ def fail(error: UserError) -> NoReturn:
     from proard.training.ranks import Gone  # not what a stage that does not train needs
 
     if rank() > 0 and not isinstance(error, Gone):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if signal.alarm(0):  # the launcher ends this process already: another one has failed before
+            os._exit(1)
         time.sleep(FIRST_SPEAKS)
     print(f"error: {error}", file=sys.stderr, flush=True)
     if "LOCAL_RANK" in os.environ:  # taking down a group that has lost a member may wait for it
