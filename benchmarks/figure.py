@@ -21,7 +21,7 @@ def ladder_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
         return None
     steps = [row for row in steps if _run(row) == _run(steps[0])]
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(8.6, 0.42 * len(steps) + 1.25))
+        figure = Figure(figsize=(8.6, 0.42 * len(steps) + 1.55))
         axis = figure.subplots()
         looks = (("ratio_total", "released", "blue", -0.18), ("ratio_plain", "plain", "orange", 0.18))
         for key, name, colour, offset in looks:
@@ -37,13 +37,16 @@ def ladder_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
         axis.tick_params(axis="y", length=0)
         axis.set_xlim(0, 1.12 * max(max(row["ratio_total"], row["ratio_plain"]) for row in steps))
         first = steps[0]
-        axis.set_title(
+        figure.suptitle(
             f"Training step, {first['space']} at width {first['width_scale']:g}, batch {first['batch']}, "
             f"PGD-{first['num_steps']}" + (" (noisy run)" if first.get("noisy") else ""),
-            x=-0.02,
+            x=0.01,
+            ha="left",
+            size=12,
+            weight="bold",
         )
-        axis.legend(loc="lower right")
-        figure.tight_layout()
+        figure.tight_layout(rect=(0, 0.06, 1, 1))
+        figure.legend(loc="lower right", ncols=2)
     return figure
 
 

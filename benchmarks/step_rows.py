@@ -31,7 +31,7 @@ LEVERS = {
     "V5": "closed-form logit gradient, update in place",
     "V6": "input gradient written out, without autograd",
     "V7": "one view for all passes, gradients scattered, folded teacher",
-    "V8": "fused SGD, C kernels for batch norm, sums and masks: the package's step",
+    "V8": "fused SGD, C kernels: the package's step",
     "V9": "bfloat16 attack",
     "V10": "bfloat16 training passes",
 }
