@@ -196,7 +196,7 @@ def _together(collective: Callable[..., Any], *args: Any, **options: Any) -> Non
     try:
         collective(*args, **options)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].split(". ")[0]
         raise Gone(
             "another process of this training is gone; the same command continues from the newest state, where one was "
             f"saved ({reason})"
