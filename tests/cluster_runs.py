@@ -93,7 +93,7 @@ class Run:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.communicate()
-        self.slurm("scancel", *self.slurm.jobs(states="pending,running"), check=False)
+        self.slurm("scancel", *self.jobs("", states="pending,running"), check=False)
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove results, as if they had never been made."""
@@ -110,8 +110,9 @@ class Run:
         return job
 
     def jobs(self, rule: str, *, states: str = "all") -> dict[str, dict[str, str]]:
-        """The jobs of a rule, by id."""
-        return self.slurm.jobs(f"rule_{rule}", states=states)
+        """The jobs of a rule in this run, by id; other runs may have used the same cluster."""
+        found = self.slurm.jobs(f"rule_{rule}", states=states)
+        return {number: job for number, job in found.items() if job["folder"] == str(self.folder)}
 
     def states(self, rule: str) -> list[str]:
         """How the jobs of a rule ended, in the order of their submission."""
@@ -145,8 +146,8 @@ class Run:
         return {str(path.relative_to(self.results)): read_header(path).get("checksum") for path in files}
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """All tables, without the times of the wall clock."""
-        files = sorted(self.results.rglob("*.parquet"))
+        """All tables but the ledgers of what it cost, without the times of the wall clock."""
+        files = [path for path in sorted(self.results.rglob("*.parquet")) if path.name != "costs.parquet"]
         return {
             str(path.relative_to(self.results)): read_table(path).drop(columns="seconds", errors="ignore")
             for path in files

@@ -153,8 +153,9 @@ class Slurm:
             "memory": "MinMemory",
             "limit": "TimeLimit",
             "partition": "Partition",
+            "folder": "WorkDir",
         }
-        wanted = ",".join(f"{name}:200|" for name in columns.values())
+        wanted = ",".join(f"{name}:400|" for name in columns.values())
         listed = self("squeue", "--noheader", f"--states={states}", "--sort=i", "--array", f"--Format={wanted}")
         cells = [[cell.strip() for cell in line.split("|")] for line in listed.splitlines()]
         rows = [dict(zip(columns, row, strict=False)) for row in cells]

@@ -1,4 +1,4 @@
-"""The SLURM profile as a site edits it: what is commented out there, filled in."""
+"""The SLURM profile as a site edits it, what is commented out there filled in; and which rules its GPUs are for."""
 
 from __future__ import annotations
 
@@ -19,3 +19,13 @@ def edited_profile(folder: Path, *, partition: str, gpu_partition: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "profile.yaml").write_text(text, "utf-8")
     return folder
+
+
+def rules_with_a_gpu() -> set[str]:
+    """Rules that ask for one."""
+    found = set()
+    for path in (ROOT / "workflow" / "rules").glob("*.smk"):
+        for rule in re.split(r"(?m)^rule ", path.read_text("utf-8"))[1:]:
+            if re.search(r"(?m)^        gpu=", rule):
+                found.add(rule.split(":")[0])
+    return found

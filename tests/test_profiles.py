@@ -7,20 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from profiles import ROOT, edited_profile
+from profiles import ROOT, edited_profile, rules_with_a_gpu
 from test_workflow import planned, snakemake
 
 QUICKSTART = ["--dry-run", "--configfile", "config/quickstart.yaml"]
-
-
-def rules_with_a_gpu() -> set[str]:
-    """Rules that ask for one."""
-    found = set()
-    for path in (ROOT / "workflow" / "rules").glob("*.smk"):
-        for rule in re.split(r"(?m)^rule ", path.read_text("utf-8"))[1:]:
-            if re.search(r"(?m)^        gpu=", rule):
-                found.add(rule.split(":")[0])
-    return found
 
 
 def resources(output: str) -> dict[str, str]:
