@@ -27,7 +27,7 @@ except proard.config.UserError as error:
 
 # How often a training saves its state changes no result and repeats nothing: it reaches jobs beside their settings.
 run, often = proard.config.without_rhythm(run)
-os.environ["PROARD_SAVE_EVERY_MINUTES"] = json.dumps(often)
+os.environ.update(PROARD_SAVE_EVERY_MINUTES=json.dumps(often))
 
 # Jobs use the python and the package of this process, in an environment that was never activated too.
 os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()]))
@@ -198,7 +198,7 @@ def gpus_of(rule):
 def start_several_processes():
     """Tell trainings that get several GPUs to start a process for each; their shell lines stay as they are."""
     wanted = {each.name: gpus_of(each) for each in workflow.rules if each.name.startswith("train_")}
-    os.environ["PROARD_PROCESSES"] = json.dumps({name: gpus for name, gpus in wanted.items() if gpus > 1})
+    os.environ.update(PROARD_PROCESSES=json.dumps({name: gpus for name, gpus in wanted.items() if gpus > 1}))
 
 
 def squeeze_shell_lines():

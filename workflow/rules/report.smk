@@ -37,7 +37,7 @@ rule report:
         settings=settings("report"),
         seed=run.seed,
         benchmarks=f"results/{run.run}/benchmarks",
-        ledgers=f"results/{run.run}",
+        ledgers=lambda wildcards, output: str(Path(output.html).parents[1]),
         diagnosis=lambda wildcards, input: (
             f"--diagnosis-summary {input.diagnosis_summary} --diagnosis-radii {input.diagnosis_radii}"
             f" --diagnosis-pairs {input.diagnosis_pairs}"

@@ -72,7 +72,7 @@ rule merge_table:
     params:
         settings=settings("merge_table"),
         seed=run.seed,
-        shards=f"results/{run.run}/evaluate_archs",  # the folder: thousands of paths are no command line
+        shards=lambda wildcards, input: str(Path(input.shards[0]).parents[1]),  # thousands of paths are no command line
         per_shard=run.evaluate_archs.archs_per_shard,
     shell:
         "python -m proard.stages.merge_table --settings {params.settings:q} --seed {params.seed}"
