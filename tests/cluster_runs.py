@@ -26,7 +26,7 @@ CONFIG = {
     "train_phase": {
         "phases": [
             {"name": "depth", "width": [1.0], **SHORT},
-            {"name": "all", **SHORT, "epochs": 8, "save_every_minutes": 0.005},
+            {"name": "all", **SHORT, "epochs": 24, "save_every_minutes": 0.005},
         ]
     },
     "evaluate_archs": {**SMALL["evaluate_archs"], "archs_per_shard": 4},
@@ -75,10 +75,10 @@ class Run:
         """Run to the end; what Snakemake printed."""
         return self.end(self.start(*arguments), status=status)
 
-    def end(self, process: subprocess.Popen, *, status: int = 0) -> str:
+    def end(self, process: subprocess.Popen, *, status: int = 0, seconds: float = 400) -> str:
         """Wait for a started run; what it printed. A wrong exit status shows it."""
         try:
-            output, _ = process.communicate(timeout=400)
+            output, _ = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             output, _ = process.communicate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import signal
@@ -13,7 +14,7 @@ from stage_runs import LONG, STARTED, Stage
 
 from proard.artifacts import read_header
 from proard.config import RunConfig, UserError, at_any_rhythm, without_rhythm
-from proard.training import fingerprint
+from proard.training import ResumeState, fingerprint
 from proard.training.budget import Budget, end_of_job
 
 
@@ -188,3 +189,21 @@ def test_a_state_saved_at_another_rhythm_counts(inputs, whole, tmp_path, capsys)
     Stage("train_teacher", inputs, tmp_path, **{**LONG, "save_every_minutes": 7}).run()
     assert "resumed after step" in capsys.readouterr().out
     assert stage.equals(whole)
+
+
+def test_the_workflow_says_how_often_a_training_saves(inputs, tmp_path, monkeypatch):
+    steps: list[int] = []
+
+    def save(state, tensors, facts):
+        steps.append(facts["done"]["step"])
+        original(state, tensors, facts)
+
+    original = ResumeState.save
+    monkeypatch.setattr(ResumeState, "save", save)
+    told = {"train_teacher": 1e-6, "train_phase": {"all": 1e-6}}
+    monkeypatch.setenv("PROARD_SAVE_EVERY_MINUTES", json.dumps(told))
+    short = {"epochs": 1, "save_every_minutes": 5}
+    Stage("train_teacher", inputs, tmp_path, **short).run()
+    Stage("train_phase", inputs, tmp_path, teacher=tmp_path / "teacher.safetensors", **short).run()
+    # one more at each end, for what follows may take long
+    assert steps == 2 * [1, 2, 3, 4, 5, 6, 6]

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 SHORT = {"epochs": 2, "warmup_epochs": 0, "validation": {"every_epochs": 2, "num_images": 60, "num_steps": 2}}
 SMALL = {
     "run": "small",
+    "prepare_data": {"max_train_images": 320},
     "train_teacher": {**SHORT, "epochs": 12, "save_every_minutes": 0.001},
     "train_control": SHORT,
     "train_phase": {"phases": [{"name": "depth", "width": [1.0], **SHORT}, {"name": "all", **SHORT}]},
@@ -45,7 +46,7 @@ class Run:
             "--directory",
             folder,
             "--cores",
-            "2",
+            "1",  # beside other tests, trainings of two threads wait for each other
             "--configfile",
             quickstart,
             config,
