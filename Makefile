@@ -22,8 +22,8 @@ test: .venv/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/snakefmt --check workflow
 	$(BIN)/snakemake --lint --configfile config/quickstart.yaml
-	$(BIN)/python -m pytest -n 2 -m "not cluster"
-	$(BIN)/python -m pytest -n 4 --maxschedchunk 1 -m cluster # they mostly wait
+	$(BIN)/python -m pytest -n 2 --durations=8 -m "not cluster"
+	$(BIN)/python -m pytest -n 4 --dist worksteal -m cluster # they mostly wait
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/run_all.py $(BENCH)

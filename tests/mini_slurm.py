@@ -55,9 +55,9 @@ JobCompType=jobcomp/none
 JobAcctGatherType=jobacct_gather/none
 JobRequeue=1
 KillWait=5
-MinJobAge=600
+MinJobAge=3600
 InactiveLimit=0
-ReturnToService=2
+ReturnToService=1
 MailProg=/bin/true
 GresTypes=gpu
 NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[2]}] CPUs={cpus} RealMemory={memory} \

