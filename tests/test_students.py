@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 from helpers import CONFIG, TINY, save_stripes, tiny_space
+from synthetic_run import SyntheticRun
 from training_runs import plain_network, same
 
 from proard.artifacts import STUDENT, Provenance, read_header, read_table, write_table
@@ -25,8 +27,10 @@ from proard.losses import Batch, fast_edge_loss
 from proard.nets import load_static, save_static
 from proard.nets.elastic import Supernet
 from proard.nets.subnet import extract
-from proard.report.students import FIGURES
+from proard.report.students import FIGURES, nearest
+from proard.report.text import percent
 from proard.stages import compare_students, evaluate_student, export_trained, train_student
+from proard.stages import report as report_stage
 from proard.stages.train_teacher import fitted_space
 from proard.training import Interrupted, single_plan
 from proard.training import trainer as trainer_module
@@ -481,6 +485,18 @@ def test_students_are_compared_in_one_table_with_figures(files, tmp_path):
         assert "</svg>" in text
         assert "Students trained one by one" in text
     assert ">ard</text>" in figures["accuracy_figure"].read_text("utf-8")
+
+    run = SyntheticRun(tmp_path / "run")
+    page = run.path("report", "report.html")
+    report_stage.main(run.flags())
+    assert 'id="trained"' not in page.read_text()
+    report_stage.main([*run.flags(), "--trained-students", str(flags["table"])])
+    section = re.search(r'<section id="trained">.*?</section>', page.read_text(), re.DOTALL).group()
+    assert section.count("<svg") == 1
+    assert section.count("<tr>") == 1 + 3
+    at = nearest(summary, 8 / 255)  # the synthetic run's threat
+    worst = summary[(summary["group"] == "plain") & (summary["attack"] == "worst") & (summary["eps"] == at)].iloc[0]
+    assert f">{percent(worst['robust_acc'])}<" in section
 
 
 @pytest.mark.parametrize("net", ["vit", "wide_resnet", "resnet20_micro"])

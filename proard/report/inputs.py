@@ -16,26 +16,27 @@ from proard.report.costs import read_ledgers
 
 EVALUATED = ("arch_id", "macs", "params", "split", "attack", "num_images", "clean_acc", "robust_acc")
 PREDICTIONS = ("arch_id", "macs", "predicted_clean_acc", "predicted_robust_acc", "found_by")
-TRAINED = ("phase", "epoch", "loss", "arch", "val_clean_acc", "val_robust_acc", "best")
+HISTORY = ("phase", "epoch", "loss", "arch", "val_clean_acc", "val_robust_acc", "best")
 
 # flag of the stage: columns that the page needs of that table
 TABLES: dict[str, tuple[str, ...]] = {
     "table": EVALUATED,
-    "teacher_history": TRAINED,
+    "teacher_history": HISTORY,
     "control_table": EVALUATED,
-    "control_history": TRAINED,
+    "control_history": HISTORY,
     "quality": ("model", "chosen", "target", "num_held_out", "kendall_tau", "noise_ceiling"),
     "held_out": ("macs", "clean_acc", "robust_acc", "predicted_clean_acc", "predicted_robust_acc"),
     "archive": PREDICTIONS,
     "front": PREDICTIONS,
     "search_history": ("search", "evaluations", "hypervolume"),
     "verified": (*EVALUATED, "found_by", "predicted_clean_acc", "predicted_robust_acc"),
+    "trained_students": (*EVALUATED, "group", "net", "loss", "eps", "train_steps", "train_gradients", "peak_memory"),
     "diagnosis_summary": ("network", "quantity", "norm", "eps", "sigma", "value", "low", "high"),
     "diagnosis_radii": ("network", "method", "norm", "sigma", "radius", "limit", "correct"),
     "diagnosis_pairs": ("first", "second", "eps", "num_images", "mcnemar_p", "first_nearer", "nearer_stands"),
 }
 LISTS: dict[str, tuple[str, ...]] = {
-    "phase_histories": TRAINED,
+    "phase_histories": HISTORY,
     "students": (*EVALUATED, "budget", "role", "chosen", "predicted_clean_acc", "predicted_robust_acc"),
 }
 MANIFEST_KEYS = ("source", "classes", "splits")

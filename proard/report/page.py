@@ -19,6 +19,7 @@ from proard.report.facts import compare_searches, durations, exported_students
 from proard.report.figures import front_figure, predictor_figure, search_figure, training_figure
 from proard.report.inputs import Results
 from proard.report.sections import Section, View
+from proard.report.students import accuracy_figure, nearest, summary_of
 from proard.report.style import STYLE_SHEET
 from proard.report.svg import to_svg
 from proard.report.text import count, decimal, percent, plural, threat_words
@@ -63,7 +64,7 @@ def render(
     comparison = None
     if verified is not None:
         comparison = compare_searches(verified, cost=cost, bootstraps=bootstraps, seed=results.seed)
-    figures = _figures(results, students)
+    figures = _figures(results, students, eps)
     costs = "" if results.ledgers is None else compare(results.folder, results.ledgers)
     if isinstance(costs, Comparison):
         figures["costs"] = to_svg(cost_figure(costs), "Cost of students one by one over that of the supernet")
@@ -84,7 +85,7 @@ def render(
     return Report(_document(view, title, found), figures)
 
 
-def _figures(results: Results, students: list[Any]) -> dict[str, str]:
+def _figures(results: Results, students: list[Any], eps: float) -> dict[str, str]:
     """The standalone SVG of every figure that has data."""
     found: dict[str, str] = {}
     front = front_figure(results, students)
@@ -93,6 +94,11 @@ def _figures(results: Results, students: list[Any]) -> dict[str, str]:
         found["front"] = to_svg(
             figure, "Clean and robust accuracy of every measured subnet over MACs", tooltips=tooltips
         )
+    trained = results.get("trained_students")
+    if trained is not None:
+        rows = summary_of(trained)
+        figure = accuracy_figure(rows[rows["eps"] == nearest(rows, eps)])
+        found["trained"] = to_svg(figure, "Clean and robust accuracy of students trained one by one")
     summary, radii = results.get("diagnosis_summary"), results.get("diagnosis_radii")
     for name, figure, title in (
         ("training", training_figure(results), "Accuracy on val and loss over the epochs of every training"),

@@ -11,6 +11,7 @@ from proard.report.cost_page import costs
 from proard.report.diagnosis import diagnosis
 from proard.report.facts import Student, rows_by_attack
 from proard.report.setup import provenance, setup, time
+from proard.report.students import trained_students
 from proard.report.text import SEARCH_NAMES, attack_words, count, percent, plural
 from proard.report.view import Section, View, accuracy, cell, head
 
@@ -299,6 +300,7 @@ ORDER: tuple[Callable[[View], Section | None], ...] = (
     search,
     predictor,
     training,
+    trained_students,
     diagnosis,
     setup,
     time,

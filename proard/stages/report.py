@@ -19,6 +19,7 @@ TABLES = (
     "front",
     "search_history",
     "verified",
+    "trained_students",
     "diagnosis_summary",
     "diagnosis_radii",
     "diagnosis_pairs",

@@ -14,6 +14,7 @@ rule report:
         verified=rules.verify_front.output.table,
         students=collect("<results>/select_student/{budget}/student.parquet", budget=BUDGETS),
         cards=collect("<results>/export_student/{budget}/parity.json", budget=BUDGETS),
+        trained=rules.compare_students.output.table if STUDENTS else [],
         diagnosis_summary=rules.compare_diagnoses.output.summary if NETWORKS else [],
         diagnosis_radii=rules.compare_diagnoses.output.radii if NETWORKS else [],
         diagnosis_pairs=rules.compare_diagnoses.output.pairs if NETWORKS else [],
@@ -38,6 +39,7 @@ rule report:
         seed=run.seed,
         benchmarks=f"results/{run.run}/benchmarks",
         ledgers=lambda wildcards, output: str(Path(output.html).parents[1]),
+        trained=lambda wildcards, input: f"--trained-students {input.trained}" if input.trained else "",
         diagnosis=lambda wildcards, input: (
             f"--diagnosis-summary {input.diagnosis_summary} --diagnosis-radii {input.diagnosis_radii}"
             f" --diagnosis-pairs {input.diagnosis_pairs}"
@@ -52,7 +54,7 @@ rule report:
         " --table {input.table:q} --quality {input.quality:q} --held-out {input.held_out:q}"
         " --archive {input.archive:q} --front {input.front:q} --search-history {input.search_history:q}"
         " --verified {input.verified:q} --students {input.students:q} --cards {input.cards:q}"
-        " {params.diagnosis}"
+        " {params.trained} {params.diagnosis}"
         " --benchmarks {params.benchmarks:q} --ledgers {params.ledgers:q} --html {output.html:q}"
         " --front-figure {output.front_figure:q} --training-figure {output.training_figure:q} --predictor-figure {output.predictor_figure:q}"
         " --search-figure {output.search_figure:q} --costs-figure {output.costs_figure:q} 2>&1 | tee {log:q}"
