@@ -192,7 +192,7 @@ def test_white_space_in_a_shell_line_repeats_nothing(finished):
 
 
 def test_all_stages_are_planned_and_profiles_are_found_in_both_spellings():
-    quickstart = ["--dry-run", "--configfile", "config/quickstart.yaml"]
+    quickstart = ["--dry-run", "--forceall", "--configfile", "config/quickstart.yaml"]  # it may have been run
     plans = [planned(snakemake(*quickstart, flag, "slurm")) for flag in ("--profile", "--workflow-profile")]
     assert set(plans[0]) == {*NEEDS, "all"} - ON_REQUEST - set(EXPERIMENTS)
     assert plans[0] == plans[1]
@@ -200,8 +200,8 @@ def test_all_stages_are_planned_and_profiles_are_found_in_both_spellings():
 
 
 def test_the_full_run_is_the_default_and_no_other_file_inherits_from_it(tmp_path):
-    full = planned(snakemake("--dry-run"))
-    assert full == planned(snakemake("--dry-run", "--configfile", "config/cifar10_resnet.yaml"))
+    full = planned(snakemake("--dry-run", "--forceall"))
+    assert full == planned(snakemake("--dry-run", "--forceall", "--configfile", "config/cifar10_resnet.yaml"))
     assert (full["train_phase"], full["evaluate_archs"]) == (5, 40)
     small = tmp_path / "small.yaml"
     small.write_text("run: small\n")

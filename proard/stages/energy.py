@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from threading import Thread
+from threading import Thread, current_thread
 from typing import Any
 
 COUNTRY = "USA"  # the tracker asks for one; only energy is kept, and the report converts it for the country it is told
@@ -107,7 +107,8 @@ def _start(reading: _Reading) -> None:
 
 def _stop(reading: _Reading, starting: Thread) -> None:
     """End the tracker's threads."""
-    starting.join()
+    if starting is not current_thread():  # which may be the one that lets go of the meter last
+        starting.join()
     try:
         reading.tracker.stop()
     except Exception:  # it never started
