@@ -205,8 +205,8 @@ def test_energy_grows_in_silence(capfd):
 
 def test_emissions_follow_the_country():
     assert emissions(1000, "SWE") < emissions(1000, "USA")
-    with pytest.raises(UserError, match="country 'XXX' is not known; expected three letters"):
-        emissions(1000, "XXX")
+    with pytest.raises(UserError, match="country 'QQQ' is not known; expected three letters"):
+        emissions(1000, "QQQ")
 
 
 # Counting again, and students alone.
