@@ -6,6 +6,7 @@ import json
 import os
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -221,6 +222,32 @@ def test_damaged_and_missing_tables_are_named(tmp_path):
         with pytest.raises(ArtifactError, match=r"table.parquet is no readable Parquet table .*delete it") as caught:
             read_table(path)
         assert "\n" not in str(caught.value)
+
+
+def test_a_flipped_bit_in_a_table_is_noticed_or_changes_nothing(tmp_path):
+    """Data, page headers, statistics and footer: what is read is what was written, or an error of the one kind."""
+    path = tmp_path / "table.parquet"
+    write_table(path, [row(epoch=index, loss=index / 7) for index in range(9)], HISTORY, provenance())
+    intact, frame = path.read_bytes(), read_table(path)
+    refused = 0
+    for position in range(0, len(intact), 3):
+        path.write_bytes(intact[:position] + bytes([intact[position] ^ 0x04]) + intact[position + 1 :])
+        try:
+            found = read_table(path)
+        except ArtifactError:
+            refused += 1
+        else:
+            pd.testing.assert_frame_equal(found, frame)
+    assert refused > len(intact) / 6
+
+
+def test_tables_of_earlier_versions_have_no_checksum(tmp_path):
+    path = tmp_path / "table.parquet"
+    write_table(path, [row()], HISTORY, provenance())
+    frame, table = read_table(path), pq.read_table(path)
+    metadata = {name: value for name, value in table.schema.metadata.items() if name != b"checksum"}
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+    pd.testing.assert_frame_equal(read_table(path), frame)
 
 
 def test_table_of_another_kind_lacks_columns(tmp_path):

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from cluster_runs import FROM_PHASE, ROOT, Run, copy_of, made_once, same, wait_until
 from mini_slurm import Slurm, missing, slurm_cluster
@@ -164,8 +165,10 @@ def test_a_full_disk_is_said_and_mended(run, undisturbed):
 def test_a_damaged_shard_is_named_and_measured_again(undisturbed, slurm, tmp_path):
     run = copy_of(undisturbed, tmp_path / "run", slurm, without=["merge_table"])
     shard = run.results / "evaluate_archs" / "0004-0007" / "table.parquet"
-    content = shard.read_bytes()
-    shard.write_bytes(content[: len(content) // 2])
+    content = bytearray(shard.read_bytes())
+    column = pq.ParquetFile(shard).metadata.row_group(0).column(0)
+    content[column.data_page_offset + column.total_compressed_size // 2] ^= 1
+    shard.write_bytes(content)
     run("merge_table", "--retries", "1", status=1)
     attempts = run.jobs("merge_table").values()
     assert [(job["state"], job["memory"]) for job in attempts] == [("FAILED", "4000M"), ("FAILED", "8000M")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -226,8 +227,19 @@ def write_table(
     schema = table_schema(columns).with_metadata({"proard": provenance.to_json()})
     data = frame.reindex(columns=list(columns)).to_dict("list")
     arrays = [pa.array([_null_if_missing(value) for value in data[entry.name]], type=entry.type) for entry in schema]
+    table = pa.Table.from_arrays(arrays, schema=schema)
+    table = table.replace_schema_metadata({**schema.metadata, "checksum": _checksum(table)})
     with atomic_path(path) as temporary:
-        pq.write_table(pa.Table.from_arrays(arrays, schema=schema), temporary, write_page_checksum=True)
+        pq.write_table(table, temporary, write_page_checksum=True)
+
+
+def _checksum(table: pa.Table) -> str:
+    """SHA-256 of names, types, values and provenance: Parquet's own covers the pages of data, not their headers."""
+    digest = hashlib.sha256((table.schema.metadata or {}).get(b"proard", b""))
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        kind = getattr(column.type, "value_type", column.type)  # a list calls its entries differently once it is read
+        digest.update(f"{name}{kind}{column.to_pylist()}".encode())
+    return digest.hexdigest()
 
 
 def _null_if_missing(value: Any) -> Any:
@@ -244,10 +256,14 @@ def read_table(path: str | Path, *, columns: Iterable[str] = ()) -> pd.DataFrame
         The file is missing, damaged, or lacks one of `columns`.
     """
     try:
-        frame = pq.read_table(path, page_checksum_verification=True).to_pandas()
+        table = pq.read_table(path, page_checksum_verification=True)
+        said = (table.schema.metadata or {}).get(b"checksum")  # tables of earlier versions have none
+        if said is not None and said.decode() != _checksum(table):
+            raise ValueError("its contents do not match their checksum")
+        frame = table.to_pandas()
     except FileNotFoundError:
         raise ArtifactError(f"{path} does not exist; rerun the stage that writes it") from None
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ArtifactError(f"{path} is no readable Parquet table ({reason}); delete it and rerun its stage") from None
     missing = set(columns) - set(frame.columns)
