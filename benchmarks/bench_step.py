@@ -1,4 +1,4 @@
-"""One training step: the released code's, lever by lever, up to this package's, in one run.
+"""One training step: the released code's, lever by lever, up to this package's, in one run per search space.
 
 There are two baselines. Row V0 is the released ProARD step rewritten from its description (`plain_step.py`), V1 a fair
 textbook step. V2 to V6 add levers to it, V7 and V8 are `proard.training`'s own step with a loop and with the fused
@@ -26,6 +26,7 @@ from step_rows import LEVERS, OFFICIAL, PLAIN, Problem, build, laid_out, make_pr
 from proard.config import PRESETS
 
 RESULTS = Path(__file__).parent / "results" / "bench_step.json"
+DEFAULT_SCALES = {"resnet_cifar": 0.125}
 
 
 def timed_calls(problem: Problem, official: OfficialStep | None = None) -> dict[str, Callable[[int], None]]:
@@ -50,27 +51,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Check, time, print, and write one JSON line per row where asked."""
     args = parse(argv)
     torch.set_num_threads(args.threads)
+    rows = []
+    for name in args.space:
+        rows += ladder(name, args)
+    if args.json:
+        write_rows(args.json, rows)
+
+
+def ladder(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Check, time and print the ladder of one space; return its rows."""
+    scale = args.width_scale or DEFAULT_SCALES.get(name, 1.0)
     try:
-        space = scaled_space(args.space, args.width_scale)
+        space = scaled_space(name, scale)
     except ValueError as error:
         raise SystemExit(str(error)) from None
     recipe = Recipe(num_steps=args.steps)
-    official = load_official(args.official, args.space) if args.official else None
+    official = load_official(args.official, name) if args.official else None
     common = {"num_archs": args.archs, "seed": args.seed}
     small = make_problem(
         space, recipe=Recipe(num_steps=min(args.steps, 3)), batch_size=min(args.batch, 8), dtype=torch.float64, **common
     )
     largest_difference = require_equal(equality(small))
-    print(f"V0 to V8 agree in float64: largest relative difference {largest_difference:.1e}", flush=True)
+    print(f"{name}: V0 to V8 agree in float64, largest relative difference {largest_difference:.1e}", flush=True)
     problem = make_problem(space, recipe=recipe, batch_size=args.batch, dtype=torch.float32, **common)
     agreement = reduced_precision(problem)
     facts = machine()
-    step = OfficialStep(official, problem, args.width_scale) if official else None
+    step = OfficialStep(official, problem, scale) if official else None
     timings, spread = time_interleaved(timed_calls(problem, step), rounds=args.rounds, label="steps", plain=PLAIN)
     macs = [space.spec(arch).macs for arch in problem.archs]
     run = {
-        "space": args.space,
-        "width_scale": args.width_scale,
+        "space": name,
+        "width_scale": scale,
         "archs": [{"arch_id": arch.arch_id, "macs": cost} for arch, cost in zip(problem.archs, macs, strict=True)],
         "batch": args.batch,
         "rounds": args.rounds,
@@ -81,16 +92,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "largest_difference": largest_difference,
         "machine": facts,
     }
-    if args.json:
-        rows = [_json_row(row, timing, args, agreement.get(row)) | run for row, timing in timings.items()]
-        write_rows(args.json, rows)
-    print(_report(timings, args, run, agreement))
+    print(_report(timings, args, run, agreement), flush=True)
+    return [_json_row(row, timing, args, agreement.get(row)) | run for row, timing in timings.items()]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--space", choices=sorted(PRESETS), default="resnet_cifar")
+    both = ["resnet_cifar", "mobilenet_micro"]
+    parser.add_argument("--space", choices=sorted(PRESETS), nargs="+", default=both, help="one ladder each")
     parser.add_argument("--width-scale", type=float, help="times all channels; 0.125 for resnet_cifar, else 1")
     parser.add_argument("--batch", type=int, default=64, help="images per step")
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count; medians are over them")
@@ -104,8 +114,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.quick:
         args.batch, args.steps, args.archs, args.rounds = 8, 2, 1, 2
-    if args.width_scale is None:
-        args.width_scale = 0.125 if args.space == "resnet_cifar" else 1.0
+    if args.official and args.space == both:
+        args.space = both[:1]  # the only one with an official counterpart
     for name in ("batch", "rounds", "steps", "archs", "threads"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}; expected at least 1")
@@ -125,7 +135,7 @@ def _report(
     lines = [
         table(("row", "/released", "/plain", "/previous", "ms/step", "images/s", "lever"), cells),
         "",
-        f"{args.space} at width scale {args.width_scale:g}, "
+        f"{run['space']} at width scale {run['width_scale']:g}, "
         f"subnets of {macs} MACs, "
         f"batch {args.batch}, PGD-{args.steps}, medians of {args.rounds} rounds",
         ", ".join(f"{key} {value}" for key, value in run["machine"].items()),

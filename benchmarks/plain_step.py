@@ -147,9 +147,13 @@ def sliced_forward(net: Supernet, arch: Arch, images: Tensor, *, training: bool,
 
     def conv(layer: ConvSpec, x: Tensor) -> Tensor:
         elastic, out = net.layers[key_of(layer)], layer.out_channels
-        weight = elastic.weight[:out, : layer.in_channels].contiguous(memory_format=layout)
-        bn = elastic.bn
-        x = F.conv2d(x, weight, None, layer.stride, layer.kernel // 2)
+        weight = elastic.filters(out, layer.in_channels, layer.kernel).contiguous(memory_format=layout)
+        bias, bn = elastic.bias, elastic.bn
+        x = F.conv2d(
+            x, weight, None if bias is None else bias[:out], layer.stride, layer.kernel // 2, groups=layer.groups
+        )
+        if bn is None:
+            return x
         mean, var, scale, shift = bn.running_mean[:out], bn.running_var[:out], bn.weight[:out], bn.bias[:out]
         return F.batch_norm(x, mean, var, scale, shift, training=training, momentum=BN_MOMENTUM, eps=BN_EPS)
 
@@ -166,9 +170,11 @@ def unfolded(view: SubnetView) -> Callable[[Tensor], Tensor]:
     head = (view.head_weight.detach(), view.head_bias.detach())
 
     def conv(layer: ConvSpec, x: Tensor) -> Tensor:
-        weight, scale, shift = leaves[layer.name]
-        x = F.conv2d(x, weight, None, layer.stride, layer.kernel // 2)
-        return F.batch_norm(x, *statistics[layer.name], scale, shift, training=False, eps=BN_EPS)
+        weight, *others = leaves[layer.name]
+        if not layer.norm:
+            return F.conv2d(x, weight, *others, layer.stride, layer.kernel // 2, groups=layer.groups)
+        x = F.conv2d(x, weight, None, layer.stride, layer.kernel // 2, groups=layer.groups)
+        return F.batch_norm(x, *statistics[layer.name], *others, training=False, eps=BN_EPS)
 
     def predict(images: Tensor) -> Tensor:
         return run_network(view.spec, images, conv, lambda features: F.linear(features, *head))
@@ -201,9 +207,10 @@ def chained_pgd(
 
 
 def parameter_groups(net: Supernet, recipe: Recipe) -> list[dict[str, object]]:
-    """Weights with decay; norms and biases without."""
-    decayed = [p for p in net.parameters() if p.ndim > 1]
-    plain = [p for p in net.parameters() if p.ndim == 1]
+    """Weights with decay; norms, biases and kernel transforms without."""
+    spared = {name: p.ndim == 1 or ".transforms." in name for name, p in net.named_parameters()}
+    decayed = [p for name, p in net.named_parameters() if not spared[name]]
+    plain = [p for name, p in net.named_parameters() if spared[name]]
     return [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 

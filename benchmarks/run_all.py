@@ -104,7 +104,7 @@ def summary(rows: Sequence[Row]) -> str:
             str(row.get("row", "")),
             *(_ratio(row.get(key)) for key in ("ratio_total", "ratio_plain", "ratio_previous")),
             "noisy" if row.get("noisy") else "",
-            str(row.get("lever", "")),
+            ": ".join(filter(None, (row.get("space"), row.get("lever")))),
         )
         for row in rows
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import numpy as np
@@ -62,7 +62,10 @@ class Problem:
 
 
 class PackageStep:
-    """`proard.training`'s step on one given arch, with attack statistics `running` as in the released code."""
+    """`proard.training`'s step on given archs, with attack statistics `running` as in the released code.
+
+    `shared`: which of a step's subnets crafts for all; every other one takes one step of its own from there.
+    """
 
     moves = ("clean",)
 
@@ -75,6 +78,7 @@ class PackageStep:
         fused: bool = True,
         attack_dtype: str = "float32",
         dtype: str = "float32",
+        shared: Literal["smallest", "largest"] | None = None,
     ) -> None:
         attack = TrainingAttack(
             num_steps=recipe.num_steps,
@@ -82,6 +86,7 @@ class PackageStep:
             start="gaussian",
             bn_mode="running",
             dtype=attack_dtype,
+            shared=shared,
         )
         phase = Phase(
             sampling="uniform",
@@ -95,7 +100,7 @@ class PackageStep:
         )
         self.net, self.recipe = student, recipe
         objective = bind(phase.loss, phase)
-        plan = Plan(lambda seed, step, data_pass: [Drawn(self.arch, *objective)])
+        plan = Plan(lambda seed, step, data_pass: [Drawn(arch, *objective) for arch in self.archs])
         folded_teacher = fold(extract(teacher, teacher.space.largest), dtype=teacher.mean.dtype)
         self.trainer = _Recorded(student, phase, plan, recipe.eps, folded_teacher, 0)
         if attack_dtype == "float32":
@@ -106,7 +111,11 @@ class PackageStep:
 
     def __call__(self, arch: Arch, images: Tensor, labels: Tensor, generator: torch.Generator) -> Outcome:
         """Train `arch` on one batch."""
-        self.arch = arch
+        return self.together([arch], images, labels, generator)
+
+    def together(self, archs: list[Arch], images: Tensor, labels: Tensor, generator: torch.Generator) -> Outcome:
+        """Train several archs in one step; the outcome is that of the last."""
+        self.archs = archs
         self.trainer.step(images, labels, 0, 0, self.recipe.lr, generator)
         batch = self.trainer.batch
         return Outcome(self.trainer.adv, batch.clean.detach(), batch.adv.detach())
@@ -193,16 +202,17 @@ def make_problem(
     nets = []
     for among in (archs, []):
         net = Supernet(space, mean=[0.0] * channels, std=[1.0] * channels, generator=generator).to(dtype)
-        for layer in net.layers.values():
-            layer.bn.weight.data.uniform_(0.8, 1.2, generator=generator)
-            layer.bn.bias.data.normal_(0, 0.1, generator=generator)
+        norms = [layer.bn for layer in net.layers.values() if layer.bn is not None]
+        for norm in norms:
+            norm.weight.data.uniform_(0.8, 1.2, generator=generator)
+            norm.bias.data.normal_(0, 0.1, generator=generator)
         for block in space.spec(space.largest).blocks:
             if block.shortcut is not None:  # small residual branches: gradients as smooth as trained networks' are
                 net.layers[key_of(block.steps[-1])].bn.weight.data.mul_(0.2)
         for arch in (space.largest, *among):
             _settle_statistics(net, arch, images)
-        for layer in net.layers.values():
-            layer.bn.running_var.mul_(torch.empty_like(layer.bn.running_var).uniform_(0.8, 1.2, generator=generator))
+        for norm in norms:
+            norm.running_var.mul_(torch.empty_like(norm.running_var).uniform_(0.8, 1.2, generator=generator))
         nets.append(net)
     return Problem(archs, images, labels, *nets, recipe)
 
@@ -213,6 +223,8 @@ def _settle_statistics(net: Supernet, arch: Arch, images: Tensor) -> None:
     statistics: Statistics = {}
     SubnetView(net, arch)(images, record=statistics)
     for conv in net.space.spec(arch).convs:
+        if not conv.norm:
+            continue
         bn = net.layers[key_of(conv)].bn
         for running, seen in zip((bn.running_mean, bn.running_var), statistics[conv.name], strict=True):
             running[: conv.out_channels].copy_(seen)

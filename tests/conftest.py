@@ -6,8 +6,18 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton, whose own functions heed it too
+
+
+@pytest.fixture(autouse=True)
+def threads_stay_as_they_are():
+    """What a test sets, through a stage or a benchmark, is taken back after it."""
+    threads = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)

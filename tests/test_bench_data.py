@@ -1,16 +1,7 @@
-from pathlib import Path
-
 import pytest
 import torch
 
 from proard.data import Augmenter
-
-BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
-
-
-@pytest.fixture(autouse=True)
-def benchmarks_on_the_path(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
 
 
 @pytest.mark.parametrize("shape", [{}, {"side": 8, "channels": 1}])

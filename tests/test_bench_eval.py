@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 import torch
 from helpers import image_sets, random_archs, random_supernet, tiny_space
@@ -7,13 +5,7 @@ from helpers import image_sets, random_archs, random_supernet, tiny_space
 import proard.nets.subnet
 from proard.config import Attack
 
-BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
 EPS = 0.1
-
-
-@pytest.fixture(autouse=True)
-def benchmarks_on_the_path(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
 
 
 @pytest.fixture

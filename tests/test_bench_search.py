@@ -1,18 +1,9 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from proard.config import PRESETS
 from proard.search import nsga2
 from proard.space import SearchSpace
-
-BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
-
-
-@pytest.fixture(autouse=True)
-def benchmarks_on_the_path(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
 
 
 def differences(preset="resnet_cifar", predictor="package"):

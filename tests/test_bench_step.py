@@ -1,30 +1,17 @@
-from pathlib import Path
-
 import pytest
 import torch
 
 import proard.nets.view
 from proard.nets.subnet import folded_layer
 
-BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
 
-
-@pytest.fixture(autouse=True)
-def benchmarks_on_the_path(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def differences(rows=None):
+def differences(rows=None, *, space="resnet_digits", scale=0.5):
     import plain_step
     import step_checks
     import step_rows
 
     problem = step_rows.make_problem(
-        step_rows.scaled_space("resnet_digits", 0.5),
+        step_rows.scaled_space(space, scale),
         recipe=plain_step.Recipe(num_steps=2),
         num_archs=1,
         batch_size=4,
@@ -33,10 +20,11 @@ def differences(rows=None):
     return step_checks.equality(problem, rows or step_checks.EXACT)
 
 
-def test_every_float_row_takes_the_released_step_in_float64():
+@pytest.mark.parametrize("space", [{}, {"space": "mobilenet_micro", "scale": 1.0}], ids=["resnet", "mobilenet"])
+def test_every_float_row_takes_the_released_step_in_float64(space):
     import step_checks
 
-    found = differences()
+    found = differences(**space)
     assert list(found) == [f"V{number}" for number in range(9)]
     assert all(set(row) == {"adv", "logits", "gradients", "parameters", "statistics"} for row in found.values())
     assert step_checks.require_equal(found) <= 1e-10

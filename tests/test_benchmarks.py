@@ -9,18 +9,9 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from helpers import TINY, image_sets, random_images, random_supernet, tiny_config, tiny_space
-from test_bench_step import BENCHMARKS
 
 from proard.losses import CrossEntropy
 from proard.nets import SubnetView, gradient
-
-
-@pytest.fixture(autouse=True)
-def benchmarks_on_the_path(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_attacks_agree_before_they_are_timed_and_a_wrong_one_stops_the_run(capsys):

@@ -60,6 +60,13 @@ def test_loss_falls_and_images_are_learnt(train_set, tmp_path):
     assert run.rows[-1]["train_robust_acc"] <= run.rows[-1]["train_clean_acc"]
 
 
+def test_without_a_clean_pass_clean_training_accuracy_is_unknown(train_set, tmp_path):
+    attack = {"num_steps": 1, "bn_mode": "running"}
+    run = teacher_run(train_set, tmp_path, objective="pgd_at", epochs=1, attack=attack)
+    assert math.isnan(run.rows[-1]["train_clean_acc"])
+    assert 0 < run.rows[-1]["train_robust_acc"] <= 1
+
+
 def test_history_counts_steps_images_and_work(train_set, tmp_path):
     run = teacher_run(train_set, tmp_path, epochs=2)
     assert [(row["epoch"], row["step"], row["images"]) for row in run.rows] == [(1, 3, 48), (2, 6, 96)]

@@ -99,7 +99,7 @@ HISTORY: dict[str, tuple[pa.DataType, str]] = {
     "step": (INT, "optimizer steps done"),
     "lr": (FLOAT, "learning rate at the epoch's end"),
     "loss": (FLOAT, "nats per image, mean over the epoch"),
-    "train_clean_acc": (FLOAT, "fraction of augmented training images, in training mode"),
+    "train_clean_acc": (FLOAT, "fraction of augmented training images, in training mode; NaN without a clean pass"),
     "train_robust_acc": (FLOAT, "fraction under the training attack, in training mode"),
     "arch": (TEXT, "validated subnet: largest, smallest or middle; empty where nothing was validated"),
     "macs": (INT, "multiply-accumulates of one image"),

@@ -374,5 +374,5 @@ def _price(network: object) -> Work:
 
 
 def _correct(logits: Tensor | None, labels: Tensor) -> Tensor | float:
-    """Number of correctly classified images, float64 of shape (); 0 where nothing was computed."""
-    return 0.0 if logits is None else (logits.detach().argmax(1) == labels).sum(dtype=torch.float64)
+    """Number of correctly classified images, float64 of shape (); not a number where nothing was computed."""
+    return float("nan") if logits is None else (logits.detach().argmax(1) == labels).sum(dtype=torch.float64)

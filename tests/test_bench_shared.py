@@ -1,0 +1,48 @@
+import pytest
+import torch
+
+
+def problem(dtype=torch.float64):
+    import plain_step
+    import step_rows
+
+    return step_rows.make_problem(
+        step_rows.scaled_space("resnet_digits", 0.5),
+        recipe=plain_step.Recipe(num_steps=3),
+        num_archs=3,
+        batch_size=4,
+        dtype=dtype,
+    )
+
+
+def test_one_step_on_several_subnets_has_the_mean_of_their_gradients():
+    import bench_shared
+
+    found = bench_shared.equality(problem())
+    assert list(found) == ["S1", "S2"]
+    assert bench_shared.require_equal(found) <= 1e-10
+
+
+def test_a_forgotten_subnet_is_noticed(monkeypatch):
+    import bench_shared
+
+    together = bench_shared.PackageStep.together
+    monkeypatch.setattr(
+        bench_shared.PackageStep, "together", lambda self, archs, *rest: together(self, archs[:-1], *rest)
+    )
+    with pytest.raises(SystemExit, match="S2"):
+        bench_shared.require_equal(bench_shared.equality(problem()))
+
+
+def test_every_row_trains_and_a_shared_attack_takes_fewer_gradients():
+    import bench_shared
+
+    given = problem(torch.float32)
+    for call in bench_shared.timed_calls(given).values():
+        call(0)
+    spent = {}
+    for row in ("S2", "S3"):
+        step = bench_shared.package_step(row, given)
+        step.together(given.archs, given.images, given.labels, torch.Generator().manual_seed(1))
+        spent[row] = step.trainer.gradients
+    assert spent == {"S2": 3 * (3 + 1), "S3": (3 + 1) + 2 * (1 + 1)}
