@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from common import NOISY, Timing, machine, table, time_interleaved, write_rows
 from plain_step import Recipe, chained_pgd, sliced_forward
-from step_rows import Problem, make_problem, scaled_space
+from step_rows import DEFAULT_SCALES, Problem, make_problem, scaled_space
 from torch import Tensor
 from trained import trained
 
@@ -209,35 +209,45 @@ def timed(problem: Problem, batch: int, rounds: int) -> tuple[dict[str, Timing],
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure the ceiling, check, time, print."""
+    """Measure the ceiling, then check, time and print network by network."""
     args = parse(argv)
     torch.set_num_threads(args.threads)
     ceilings = {name: ceiling(dtype, seconds=args.ceiling_seconds) for name, dtype in DTYPES.items()}
     rates = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in ceilings.items())
     print(f"convolution ceiling: {rates}", flush=True)
+    rows = []
+    for net in args.net:
+        rows += measured(net, ceilings, args)
+    if args.json:
+        write_rows(args.json, rows)
+
+
+def measured(net: str, ceilings: dict[str, float], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Check, time and print the attacks on one network; return their rows."""
+    name, _, largest = net.partition(":")
+    scale = args.width_scale or DEFAULT_SCALES.get(name, 1.0)
+    space = scaled_space(name, scale)
+    recipe = Recipe(num_steps=args.steps)
     problem = make_problem(
-        scaled_space(args.space, args.width_scale),
-        recipe=Recipe(num_steps=args.steps),
-        num_archs=1,
-        batch_size=max(args.batch),
-        seed=args.seed,
-        dtype=torch.float32,
+        space, recipe=recipe, num_archs=1, batch_size=max(args.batch), seed=args.seed, dtype=torch.float32
     )
+    if largest:
+        problem = replace(problem, archs=[space.largest])
     problem = trained(problem, num_steps=args.training_steps, seed=args.seed)
     found = agreement(problem)
     found.require()
-    facts, macs = machine(), problem.student.space.spec(problem.archs[0]).macs
+    facts, macs = machine(), space.spec(problem.archs[0]).macs
     cells, rows = [], []
     for batch in args.batch:
         timings, spread = timed(problem, batch, args.rounds)
-        for name, timing in timings.items():
+        for attack, timing in timings.items():
             images = batch * args.steps / timing.seconds
-            top = ceilings["float32" if name == "plain" else name]
+            top = ceilings["float32" if attack == "plain" else attack]
             share = 4 * macs * images / top  # a forward and an input gradient, two FLOP per MAC each
             rows.append(
                 {
                     "bench": "attack",
-                    "row": f"{name}, batch {batch}",
+                    "row": f"{attack}, batch {batch}",
                     "lever": f"{images:.0f} gradients/s, {share:.0%} of the convolution ceiling",
                     "ratio_plain": round(timing.ratio_plain, 4),
                     "ratio_previous": round(timing.ratio_previous, 4),
@@ -245,8 +255,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                     "ceiling_share": round(share, 4),
                     "ceiling_gflops": round(top / 1e9, 1),
                     "agreement": vars(found),
-                    "space": args.space,
-                    "width_scale": args.width_scale,
+                    "space": net,
+                    "width_scale": scale,
                     "macs": macs,
                     "batch": batch,
                     "num_steps": args.steps,
@@ -257,25 +267,25 @@ def main(argv: Sequence[str] | None = None) -> None:
                     "machine": facts,
                 }
             )
-            cells.append((name, str(batch), f"{timing.ratio_plain:.2f}", f"{images:.0f}", f"{share:.1%}"))
-    if args.json:
-        write_rows(args.json, rows)
+            cells.append((attack, str(batch), f"{timing.ratio_plain:.2f}", f"{images:.0f}", f"{share:.1%}"))
     print(table(("attack", "batch", "/plain", "gradients/s", "of ceiling"), cells))
-    print(describe(args, found, facts, macs, any(row["noisy"] for row in rows)))
+    print(describe(rows[0], found, any(row["noisy"] for row in rows)), flush=True)
+    return rows
 
 
-def describe(args: argparse.Namespace, found: Agreement, facts: dict[str, Any], macs: int, noisy: bool) -> str:
+def describe(row: dict[str, Any], found: Agreement, noisy: bool) -> str:
     """What the table was measured on, and how far the attacks agree."""
     accuracies = ", ".join(f"{name} {value:.3f}" for name, value in found.accuracies.items())
     return "\n".join(
         [
             "",
-            f"{args.space} at width scale {args.width_scale:g}, a subnet of {macs / 1e6:.1f} M MACs, PGD-{args.steps}, "
-            f"medians of {args.rounds} rounds" + (" - NOISY, do not quote these ratios" if noisy else ""),
+            f"{row['space']} at width scale {row['width_scale']:g}, a subnet of {row['macs'] / 1e6:.1f} M MACs, "
+            f"PGD-{row['num_steps']}, medians of {row['rounds']} rounds"
+            + (" - NOISY, do not quote these ratios" if noisy else ""),
             f"equal iterates: float64 {found.exact:.2%}, float32 {found.iterates:.2%}; bfloat16 has the signs of "
             f"{found.equal_signs:.2%} of the pixels, {found.signs:.2%} of the gradient; "
             f"robust accuracy under the attacks: {accuracies} (noise {found.noise:.3f})",
-            ", ".join(f"{key} {value}" for key, value in facts.items()),
+            ", ".join(f"{key} {value}" for key, value in row["machine"].items()),
         ]
     )
 
@@ -283,7 +293,9 @@ def describe(args: argparse.Namespace, found: Agreement, facts: dict[str, Any], 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--space", choices=sorted(PRESETS), default="resnet_cifar")
+    nets = [name + end for name in sorted(PRESETS) for end in ("", ":largest")]
+    default = ["resnet_cifar", "resnet_micro", "resnet_micro:largest"]
+    parser.add_argument("--net", choices=nets, nargs="+", default=default, help="a sampled subnet, or the largest")
     parser.add_argument("--width-scale", type=float, help="times all channels; 0.125 for resnet_cifar, else 1")
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 64, 128, 256], help="batch sizes")
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count; medians are over them")
@@ -298,8 +310,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.quick:
         args.batch, args.steps, args.rounds, args.ceiling_seconds = [8, 16], 2, 2, 0.01
         args.training_steps = 4
-    if args.width_scale is None:
-        args.width_scale = 0.125 if args.space == "resnet_cifar" else 1.0
     if min([*args.batch, args.rounds, args.steps, args.threads]) < 1:
         parser.error("--batch, --rounds, --steps and --threads are at least 1")
     return args

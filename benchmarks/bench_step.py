@@ -21,12 +21,11 @@ from common import NOISY, Timing, machine, table, time_interleaved, write_rows
 from official_step import OfficialStep, load_official
 from plain_step import Recipe
 from step_checks import equality, reduced_precision, require_equal
-from step_rows import LEVERS, OFFICIAL, PLAIN, Problem, build, laid_out, make_problem, scaled_space
+from step_rows import DEFAULT_SCALES, LEVERS, OFFICIAL, PLAIN, Problem, build, laid_out, make_problem, scaled_space
 
 from proard.config import PRESETS
 
 RESULTS = Path(__file__).parent / "results" / "bench_step.json"
-DEFAULT_SCALES = {"resnet_cifar": 0.125}
 
 
 def timed_calls(problem: Problem, official: OfficialStep | None = None) -> dict[str, Callable[[int], None]]:

@@ -15,9 +15,8 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(autouse=True)
-def threads_stay_as_they_are():
-    """What a test sets, through a stage or a benchmark, is taken back after it."""
-    threads = torch.get_num_threads()
+def one_thread():
+    """What a test sets, through a stage or a benchmark, is taken back before and after it."""
+    torch.set_num_threads(1)
     yield
-    if torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(1)

@@ -17,7 +17,7 @@ from proard.nets import SubnetView, gradient
 def test_attacks_agree_before_they_are_timed_and_a_wrong_one_stops_the_run(capsys):
     import bench_attack
 
-    bench_attack.main(["--space", "resnet_digits", "--quick", "--threads", "1"])
+    bench_attack.main(["--net", "resnet_digits", "--quick", "--threads", "1"])
     out = capsys.readouterr().out
     assert "convolution ceiling" in out
     assert re.search(r"bfloat16 +16 +[\d.]+ +\d+  [\d.]+%", out)
@@ -53,7 +53,7 @@ def test_the_share_of_the_ceiling_counts_a_forward_and_an_input_gradient(tmp_pat
 
     monkeypatch.setattr(bench_attack, "ceiling", lambda dtype, seconds: 1e12)
     path = tmp_path / "rows.json"
-    bench_attack.main(["--space", "resnet_digits", "--quick", "--threads", "1", "--json", str(path)])
+    bench_attack.main(["--net", "resnet_digits", "--quick", "--threads", "1", "--json", str(path)])
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["row"] for row in rows[:3]] == ["plain, batch 8", "float32, batch 8", "bfloat16, batch 8"]
     for row in rows:

@@ -21,11 +21,6 @@ from proard.stages.prepare_data import main
 SPLITS = ("train", "val", "test")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 def random_pixels(number, *, height=8, width=8, seed=0):
     shape = (number, height, width, 3)
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)

@@ -50,7 +50,6 @@ def config_of(name, **changes):
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, Path]:
     """A teacher, a supernet, an exported student, a network trained by itself, and images."""
-    torch.set_num_threads(1)
     folder, space = tmp_path_factory.mktemp("inputs"), tiny_space()
     paths = {name: folder / f"{name}.safetensors" for name in ("teacher", "supernet", "exported", "trained")}
     nets = [random_supernet(space, seed=seed, dtype=torch.float32) for seed in range(3)]

@@ -59,11 +59,6 @@ CONFIG = tiny_config(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> dict[str, Path]:
     """A random supernet, images, and a student selected from all of its subnets."""
