@@ -4,6 +4,7 @@
     python benchmarks/run_all.py --only step attack --threads 1
     python benchmarks/run_all.py --also pipeline
     python benchmarks/run_all.py --quick         # shows that they run; nothing is kept
+    python benchmarks/run_all.py --rows FILE     # runs none: keeps rows that benchmarks wrote with --json FILE
 
 Each runs in a process of its own, after the one before, and hands over its rows as JSON lines.
 """
@@ -32,9 +33,10 @@ Row = dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> None:
     """Run, print the table, write JSON and figure."""
     args = parse(argv)
-    rows: list[Row] = []
+    rows = [row for path in args.rows for row in rows_of(Path(path))]
     failed = []
-    for name, script in chosen(args.only, args.also).items():
+    scripts = {} if args.rows else chosen(args.only, args.also)
+    for name, script in scripts.items():
         print(f"== {script.name}", flush=True)
         found = run(script, quick=args.quick, threads=args.threads)
         if found is None:
@@ -54,6 +56,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these alone, as in step for bench_step.py")
     parser.add_argument("--also", nargs="+", metavar="NAME", default=[], help=f"of {', '.join(LEFT_OUT)}")
+    parser.add_argument("--rows", nargs="+", metavar="FILE", default=[], help="JSON lines of earlier runs; run none")
     parser.add_argument("--threads", type=int, help="threads of every benchmark that has the option")
     parser.add_argument("--machine", metavar="NAME", help="name of the results instead of the processor's")
     parser.add_argument("--results", metavar="FOLDER", default=str(FOLDER / "results"))
@@ -91,9 +94,13 @@ def run(script: Path, *, quick: bool, threads: int | None) -> list[Row] | None:
         done = subprocess.run(command, env={**os.environ, "PYTHONPATH": search}, check=False)
         if done.returncode:
             return None
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-    name = script.stem.removeprefix("bench_")
-    return [{"bench": name, **json.loads(line)} for line in text.splitlines() if line.strip()]
+        return rows_of(path, script.stem.removeprefix("bench_")) if path.exists() else []
+
+
+def rows_of(path: Path, name: str = "") -> list[Row]:
+    """The rows of a benchmark's JSON lines; `name` stands in those that do not say which benchmark they are of."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [{"bench": name, **json.loads(line)} for line in lines if line.strip()]
 
 
 def summary(rows: Sequence[Row]) -> str:

@@ -105,6 +105,18 @@ def test_results_are_one_table_a_json_file_and_a_figure_and_keep_what_was_not_re
     assert all(part in words for part in ("package", "2.50", "2.00", "resnet_cifar at width 0.125"))
 
 
+def test_rows_that_a_benchmark_wrote_by_itself_are_kept_without_running_any(tmp_path, monkeypatch, capsys):
+    import run_all
+
+    monkeypatch.setattr(run_all, "run", lambda *_, **__: pytest.fail("a benchmark was run"))
+    rows = tmp_path / "rows.json"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ladder()))
+    run_all.main(["--rows", str(rows), "--results", str(tmp_path), "--machine", "here"])
+    kept = json.loads((tmp_path / "here.json").read_text())["rows"]
+    assert [row["row"] for row in kept] == [row["row"] for row in ladder()]
+    assert "V8" in capsys.readouterr().out
+
+
 def test_the_figure_draws_one_run_of_the_ladder():
     import figure
 
