@@ -38,6 +38,7 @@ rule verify_front:
         "<logs>/verify_front.log",
     benchmark:
         "<benchmarks>/verify_front.tsv"
+    priority: 1  # longer than any selection, and before all of them
     conda:
         "../../environment.yml"
     threads: 8

@@ -5,6 +5,7 @@ rule sample_archs:
         "<logs>/sample_archs.log",
     benchmark:
         "<benchmarks>/sample_archs.tsv"
+    priority: 2
     conda:
         "../../environment.yml"
     resources:
@@ -31,6 +32,7 @@ rule evaluate_archs:
         "<logs>/evaluate_archs/{shard}.log",
     benchmark:
         "<benchmarks>/evaluate_archs/{shard}.tsv"
+    priority: 2
     conda:
         "../../environment.yml"
     threads: 1

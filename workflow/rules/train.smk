@@ -1,5 +1,6 @@
 # A training keeps its resume state beside its outputs, under names that no rule declares: Snakemake deletes declared
 # outputs of a job that starts or fails. Run time is therefore no matter of luck: the next attempt continues.
+# Priorities: first the chain that everything waits for; the control fills cores that it leaves idle.
 
 
 rule train_teacher:
@@ -14,6 +15,7 @@ rule train_teacher:
         "<logs>/train_teacher.log",
     benchmark:
         "<benchmarks>/train_teacher.tsv"
+    priority: 2
     conda:
         "../../environment.yml"
     threads: 8
@@ -74,6 +76,7 @@ rule train_phase:
         "<logs>/train_phase/{phase}.log",
     benchmark:
         "<benchmarks>/train_phase/{phase}.tsv"
+    priority: 2
     conda:
         "../../environment.yml"
     threads: 8
