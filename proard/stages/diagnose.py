@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from proard.artifacts import ArtifactError, read_header, write_table
-from proard.config import TEACHER, ConfigError, Diagnosed
+from proard.config import TEACHER, ConfigError
 from proard.data import ImageSet, keyed_generator, to_float
 from proard.evaluation.certify import certify, clever, largest_radius
 from proard.evaluation.diagnosis import measure_bound, search_points
@@ -29,9 +29,10 @@ from proard.evaluation.tables import (
 from proard.export import load_student
 from proard.nets import FoldedNet, StaticNet, fold, load_static
 from proard.progress import Progress
-from proard.space import Arch, SearchSpace
+from proard.space import Arch
 from proard.stages.common import Job, parse_arguments, run
 from proard.stages.measuring import load_images, subnet_meter
+from proard.stages.train_teacher import named_arch
 
 KINDS = ("teacher", "control", "trained_student")  # of files that `load_static` reads
 AT_ONCE = 50  # images in one search of the bound's points
@@ -117,24 +118,8 @@ def chosen_network(job: Job, teacher: Network) -> tuple[str, Network]:
     if not (files.supernet and files.train):
         raise ConfigError(f"diagnose.{entry.name} is cut from the supernet: give --supernet and --train")
     meter = subnet_meter(job, cache=None)
-    arch = listed_arch(entry, meter.supernet.space)
+    arch = named_arch(entry.arch, meter.supernet.space, where=f"diagnose.{entry.name}")
     return entry.name, Network.of(meter.student(arch), arch, job.device)
-
-
-def listed_arch(entry: Diagnosed, space: SearchSpace) -> Arch:
-    """The arch that an entry names: an end of the space, or dims written out.
-
-    Raises
-    ------
-    ConfigError
-        The dims are no arch of the space.
-    """
-    if isinstance(entry.arch, str):
-        return getattr(space, entry.arch)
-    try:
-        return space.arch(space.genotype(Arch.from_dims(entry.arch or {})))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"diagnose.{entry.name}.arch: {error}") from None
 
 
 def check_shape(network: Network, images: ImageSet, path: str) -> None:
