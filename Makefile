@@ -2,7 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 REPORT := results/quickstart/report/report.html
-ASIDE := train_control=1 verify_front=1 # networks this small run better side by side than on many threads
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help quickstart test bench bench-gpu
@@ -13,7 +12,7 @@ help:
 	@echo "make bench-gpu    check and time the training step on a GPU, under 10 minutes"
 
 quickstart: .venv/installed
-	@$(BIN)/snakemake --configfile config/quickstart.yaml --cores all --set-threads $(ASIDE) --quiet host rules reason
+	@$(BIN)/snakemake --configfile config/quickstart.yaml --cores all --quiet host rules reason
 	@echo
 	@$(BIN)/proard students results/quickstart
 	@echo "Report: $(REPORT)"

@@ -152,6 +152,13 @@ def test_resources_and_the_rhythm_of_saving_repeat_nothing(finished):
     assert finished.plan_after(train_teacher={"save_every_minutes": 2}, train_phase={"phases": phases}) == {}
 
 
+@pytest.mark.parametrize(("cores", "threads"), [(2, 1), (6, 3), (32, 8)])
+def test_the_control_leaves_half_of_the_cores_to_others(finished, cores, threads):
+    plan = finished("-n", "--printshellcmds", "--forcerun", "train_control", "--cores", cores).stdout
+    (command,) = (line for line in plan.splitlines() if "proard.stages.train_control " in line)
+    assert f"--threads {threads} " in command
+
+
 def test_listed_networks_are_diagnosed_beside_the_teacher_and_shown(finished):
     listed = [{"name": "small", "budget": "macs=100K"}, {"name": "cut", "arch": "smallest"}]
     listed += [{"name": "control", "file": "results/fake/train_control/control.safetensors"}]

@@ -184,6 +184,16 @@ def per_attempt(amount):
     return lambda wildcards, attempt: amount * attempt
 
 
+def beside_others(most):
+    """Threads of a job that others run beside: half of this machine's cores; on a cluster, all that it asks for."""
+
+    def threads(wildcards):
+        alone = workflow.remote_exec or not workflow.cores
+        return most if alone else max(1, min(most, workflow.cores // 2))
+
+    return threads
+
+
 def gpus_of(rule):
     """GPUs of a rule's jobs: its `gpu`, at most those of the workstation, or what a site's `gres` asks for."""
     gpu, limit, gres = (

@@ -41,7 +41,7 @@ rule verify_front:
     priority: 1  # longer than any selection, and before all of them
     conda:
         "../../environment.yml"
-    threads: 8
+    threads: beside_others(8)
     resources:
         mem_mb=per_attempt(8000),
         runtime=per_attempt(720),

@@ -48,7 +48,7 @@ rule train_control:
         "<benchmarks>/train_control.tsv"
     conda:
         "../../environment.yml"
-    threads: 8
+    threads: beside_others(8)
     resources:
         mem_mb=per_attempt(16000),
         runtime=1440,
