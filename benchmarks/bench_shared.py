@@ -2,10 +2,10 @@
 
 The released step and the plain step (`plain_step.py`) train one subnet, so they are called once per subnet. The package
 trains all four in one step: S2 attacks each of them in full; S3 attacks the smallest in full and lets every other one
-take one step from there; S4 does the same in bfloat16.
+take three steps from there, S4 one; S5 and S6 do the same in bfloat16.
 
 Before anything is timed, S0 to S2 must agree in float64: the gradients of one step on four subnets are the mean of
-theirs. A shared attack trains on other images, so S3 and S4 cannot agree: what they cost in robust accuracy is
+theirs. A shared attack trains on other images, so S3 to S6 cannot agree: what they cost in robust accuracy is
 measured by training (`config/experiments/shared_attack.yaml`), not here.
 
     python benchmarks/bench_shared.py --help
@@ -38,17 +38,20 @@ LEVERS = {
     "S0": "released step, once per subnet",
     "S1": "plain step, once per subnet",
     "S2": "one step, every subnet attacked in full",
-    "S3": "one attack, on the smallest; one step of their own for the others",
-    "S4": "all of it in bfloat16",
+    "S3": "one attack, on the smallest; three steps of their own for the others",
+    "S4": "one step of their own for the others",
+    "S5": "as S3, in bfloat16",
+    "S6": "as S4, in bfloat16",
 }
 ONE_BY_ONE = {"S0": RELEASED, "S1": PLAIN}
-SHARED = ("S3", "S4")
+OWN_STEPS = {"S3": 3, "S4": 1, "S5": 3, "S6": 1}  # after a shared attack
+HALVED = ("S5", "S6")
 
 
 def package_step(row: str, problem: Problem) -> PackageStep:
     """The package's step of a row, on its own copies of student and teacher."""
-    dtype = "bfloat16" if row == "S4" else "float32"
-    shared = "smallest" if row in SHARED else None
+    dtype = "bfloat16" if row in HALVED else "float32"
+    shared = {"shared": "smallest", "own_steps": OWN_STEPS[row]} if row in OWN_STEPS else {}
     nets = (copy.deepcopy(problem.student), copy.deepcopy(problem.teacher))
     return PackageStep(*nets, problem.recipe, attack_dtype=dtype, dtype=dtype, shared=shared)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -65,7 +66,7 @@ class Problem:
 class PackageStep:
     """`proard.training`'s step on given archs, with attack statistics `running` as in the released code.
 
-    `shared`: which of a step's subnets crafts for all; every other one takes one step of its own from there.
+    `shared`: keys of the attack that say whether, and how, several subnets share one.
     """
 
     moves = ("clean",)
@@ -79,7 +80,7 @@ class PackageStep:
         fused: bool = True,
         attack_dtype: str = "float32",
         dtype: str = "float32",
-        shared: Literal["smallest", "largest"] | None = None,
+        shared: Mapping[str, Any] | None = None,
     ) -> None:
         attack = TrainingAttack(
             num_steps=recipe.num_steps,
@@ -87,7 +88,7 @@ class PackageStep:
             start="gaussian",
             bn_mode="running",
             dtype=attack_dtype,
-            shared=shared,
+            **(shared or {}),
         )
         phase = Phase(
             sampling="uniform",

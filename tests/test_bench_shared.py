@@ -8,7 +8,7 @@ def problem(dtype=torch.float64):
 
     return step_rows.make_problem(
         step_rows.scaled_space("resnet_digits", 0.5),
-        recipe=plain_step.Recipe(num_steps=3),
+        recipe=plain_step.Recipe(num_steps=5),
         num_archs=3,
         batch_size=4,
         dtype=dtype,
@@ -41,8 +41,8 @@ def test_every_row_trains_and_a_shared_attack_takes_fewer_gradients():
     for call in bench_shared.timed_calls(given).values():
         call(0)
     spent = {}
-    for row in ("S2", "S3"):
+    for row in ("S2", "S3", "S4"):
         step = bench_shared.package_step(row, given)
         step.together(given.archs, given.images, given.labels, torch.Generator().manual_seed(1))
         spent[row] = step.trainer.gradients
-    assert spent == {"S2": 3 * (3 + 1), "S3": (3 + 1) + 2 * (1 + 1)}
+    assert spent == {"S2": 3 * (5 + 1), "S3": (5 + 1) + 2 * (3 + 1), "S4": (5 + 1) + 2 * (1 + 1)}
