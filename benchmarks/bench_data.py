@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import NOISY, Timing, machine, table, time_interleaved, write_rows
+from common import NOISY, Timing, machine, require_positive, table, time_interleaved, write_rows
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -160,9 +160,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.quick:
         args.images, args.rounds = 500, 2
-    for name in ("images", "batch", "workers", "rounds", "threads"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}; expected at least 1")
+    require_positive(parser, args, "images", "batch", "workers", "rounds", "threads")
     return args
 
 

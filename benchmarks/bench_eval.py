@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import NOISY, Timing, machine, table, time_interleaved, write_rows
+from common import NOISY, Timing, machine, require_positive, table, time_interleaved, write_rows
 from eval_rows import LEVERS, ROWS, Label, Problem, equality, make_problem, read, require_equal, train_small
 
 from proard.config import Attack
@@ -235,9 +235,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.quick:
         args.epochs, args.images, args.recalibration, args.timed_archs, args.rounds = 1, 60, 120, 1, 2
         args.archs, args.sweep_steps, args.sweep_images, args.sweep_recalibration = 6, [5], [40], [120]
-    for name in ("images", "recalibration", "timed_archs", "rounds", "threads", "epochs"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected at least 1")
+    require_positive(parser, args, "images", "recalibration", "timed_archs", "rounds", "threads", "epochs")
     return args
 
 

@@ -21,7 +21,7 @@ from unittest import mock
 import gpu_checks as checks
 import torch
 import torch.nn.functional as F
-from common import NOISY, Timing, machine, table, time_interleaved, write_rows
+from common import NOISY, Timing, machine, require_positive, table, time_interleaved, write_rows
 from plain_step import Levers, PlainStep, Recipe
 from step_rows import PackageStep, Problem, make_problem, scaled_space
 
@@ -256,9 +256,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.quick:
         args.space, args.batch, args.steps, args.archs, args.rounds = "resnet_digits", 8, 2, 1, 1
-    for name in ("batch", "rounds", "steps", "archs"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}; expected at least 1")
+    require_positive(parser, args, "batch", "rounds", "steps", "archs")
     return args
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import NOISY, Timing, machine, table, time_interleaved, write_rows
+from common import NOISY, Timing, machine, require_positive, table, time_interleaved, write_rows
 from plain_search import count_macs, encode, loop_nsga2, object_nsga2
 from torch import nn
 
@@ -282,9 +282,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.quick:
         args.populations, args.generations, args.rounds = [20], 2, 2
         args.budgets, args.seeds = BUDGETS[:1], min(args.seeds, 1)
-    for name in ("generations", "rounds", "threads"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}; expected at least 1")
+    require_positive(parser, args, "generations", "rounds", "threads")
     if min(args.populations) < 4:
         parser.error(f"--populations is {min(args.populations)}; expected at least 4")
     return args

@@ -24,7 +24,7 @@ from unittest import mock
 
 import plain_step
 import torch
-from common import NOISY, machine, table, time_interleaved, write_rows
+from common import NOISY, machine, require_positive, table, time_interleaved, write_rows
 from plain_step import Recipe
 from step_checks import TOLERANCE
 from step_rows import PLAIN, RELEASED, PackageStep, Problem, build, laid_out, make_problem, scaled_space
@@ -200,9 +200,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.quick:
         args.batch, args.steps, args.rounds = 8, 2, 2
-    for name in ("batch", "rounds", "steps", "archs", "threads"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}; expected at least 1")
+    require_positive(parser, args, "batch", "rounds", "steps", "archs", "threads")
     return args
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import NOISY, Timing, machine, table, time_interleaved, write_rows
+from common import NOISY, Timing, machine, require_positive, table, time_interleaved, write_rows
 from official_step import OfficialStep, load_official
 from plain_step import Recipe
 from step_checks import equality, reduced_precision, require_equal
@@ -115,9 +115,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         args.batch, args.steps, args.archs, args.rounds = 8, 2, 1, 2
     if args.official and args.space == both:
         args.space = both[:1]  # the only one with an official counterpart
-    for name in ("batch", "rounds", "steps", "archs", "threads"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}; expected at least 1")
+    require_positive(parser, args, "batch", "rounds", "steps", "archs", "threads")
     return args
 
 

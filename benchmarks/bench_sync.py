@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from common import NOISY, Timing, machine, table, time_interleaved, write_rows
+from common import NOISY, Timing, machine, require_positive, table, time_interleaved, write_rows
 from step_rows import scaled_space
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -236,9 +236,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         args.space, args.archs, args.rounds = "resnet_digits", 1, 2
     if args.width_scale is None:
         args.width_scale = 0.5 if args.space == "resnet_cifar" else 1.0
-    for name in ("processes", "batch", "archs", "rounds", "threads"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}; expected at least 1")
+    require_positive(parser, args, "processes", "batch", "archs", "rounds", "threads")
     if args.backend == "nccl" and args.processes > gpus:
         parser.error(f"--processes is {args.processes}, but nccl needs a GPU each and there are {gpus}")
     return args

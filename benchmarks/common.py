@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -110,6 +111,13 @@ def summarise(
         )
     first, again = (statistics.median(clock[end][0] for clock in clocks) for end in (0, -1))
     return timings, abs(first - again) / min(first, again)
+
+
+def require_positive(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
+    """End with the usage where one of these counts is below 1."""
+    for name in names:
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected at least 1")
 
 
 def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
