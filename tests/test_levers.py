@@ -97,6 +97,16 @@ def test_own_steps_continue_the_same_attack_on_the_same_subnet():
     assert not torch.equal(inner.seen[0][2], longer.seen[0][2])
 
 
+def test_own_steps_may_be_longer_than_the_shared_ones():
+    drawn = [at(SPACE.largest), at(SPACE.smallest)]
+    _, inner = step_with(attack_of(shared="smallest", own_steps=2, own_step_size=0.1), drawn)
+    assert [options["step_size"] for _, options, _ in inner.seen] == [0.03, 0.1]
+    _, alike = step_with(attack_of(shared="smallest", own_steps=2, own_step_size=0.03), drawn)
+    _, unset = step_with(attack_of(shared="smallest", own_steps=2), drawn)
+    assert torch.equal(unset.seen[1][2], alike.seen[1][2])
+    assert not torch.equal(unset.seen[1][2], inner.seen[1][2])
+
+
 def test_one_subnet_alone_shares_with_nobody(train_set, tmp_path):
     changes = {"sampling": "uniform", "archs_per_step": 1, "epochs": 1}
     plain = phase_run(train_set, tmp_path, **changes)

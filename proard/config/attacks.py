@@ -49,16 +49,16 @@ class TrainingAttack(Extended):
     `start_scale` is the radius of the uniform start in units of eps; `clip_to_ball: false` leaves the pixel range as
     the only limit. One step of eps with `start_scale: 2` and `clip_to_ball: false` is N-FGSM.
     `shared` crafts the adversarial images of a step with several subnets once, on its `smallest` or `largest`;
-    every other subnet takes `own_steps` from there. A dynamic teacher, trained first, attacks for itself under
-    `smallest`. `carry_passes` lets an image's perturbation start where the previous pass over the data left it, drawn
-    anew every so many passes (ATTA): one byte per value of the padded training images, on the device and in the resume
-    state.
+    every other subnet takes `own_steps` of `own_step_size` (by default `step_size`) from there. A dynamic teacher,
+    trained first, attacks for itself under `smallest`.
+    `carry_passes` lets an image's perturbation start where the previous pass over the data left it, drawn anew every
+    so many passes (ATTA): one byte per value of the padded training images, on the device and in the resume state.
     `crafted_on: teacher` perturbs images against the frozen teacher instead of the network that is trained.
     `graph: auto` replays a captured CUDA graph for every linf attack step of a full batch, except under
     `bn_mode: batch`; it changes nothing on a CPU.
     """
 
-    gained = frozenset({"crafted_on"})
+    gained = frozenset({"crafted_on", "own_step_size"})
 
     objective: Literal["loss", "ce", "margin", "kl_clean", "kl_teacher", "kl_teacher_adv"] = "loss"
     num_steps: Natural = 10
@@ -71,6 +71,7 @@ class TrainingAttack(Extended):
     curriculum: Curriculum | None = None
     shared: Literal["smallest", "largest"] | None = None
     own_steps: Natural = 1
+    own_step_size: PixelLength | None = None
     carry_passes: Count | None = None
     graph: Literal["auto", "off"] = "off"
     crafted_on: Literal["student", "teacher"] = "student"

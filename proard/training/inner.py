@@ -110,7 +110,8 @@ class Inner:
         """Keyword arguments of `pgd` for the next subnet: in full, or its own steps from the shared iterate."""
         options = pgd_options(self.attack, eps=self.eps, norm=self.norm, num_steps=self.num_steps)
         if self.shared is not None:
-            own = {"num_steps": min(self.attack.own_steps, self.num_steps), "step_size": self.attack.step_size}
+            size = self.attack.step_size if self.attack.own_step_size is None else self.attack.own_step_size
+            own = {"num_steps": min(self.attack.own_steps, self.num_steps), "step_size": size}
             return {**options, **own, "initial": self.shared}
         if self.carried is not None:
             return {**options, "initial": images + self.carried.read(self.views[self.share.part], *images.shape[2:])}
