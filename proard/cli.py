@@ -293,7 +293,9 @@ def cost(run_folder: str | Path, console: Console, *, numbers: Sequence[int], co
     ledgers = read_ledgers(run_folder)
     stages = by_stage(ledgers)
     names = {"seconds": "wall s", "device_seconds": "device s", "forward_equivalents": "passes", "work_macs": "MACs"}
-    names |= {"cached_macs": "cached MACs", "peak_rss_bytes": "peak bytes", "energy_wh": "Wh"}
+    names |= {"cached_macs": "cached MACs", "peak_rss_bytes": "peak bytes"}
+    names |= {"peak_cuda_bytes": "peak GPU bytes"} if stages["peak_cuda_bytes"].gt(0).any() else {}
+    names |= {"energy_wh": "Wh"}
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("stage")
     for name in ("jobs", *names.values()):

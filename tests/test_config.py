@@ -91,6 +91,16 @@ def test_space_takes_the_shape_of_the_data():
     assert (space.image_channels, space.image_size, space.classes) == (3, 48, 2)
 
 
+@pytest.mark.parametrize("source", ["imagefolder", "parquet"])
+def test_own_images_take_the_size_of_an_imagenet_preset(source):
+    data = {"source": source, "train": "train", "classes": 5}
+    of = lambda **more: load({"run": "r", "space": "mobilenet_v3_imagenet", "prepare_data": {**data, **more}})  # noqa: E731
+    assert (of().prepare_data.image_size, of().space.image_size) == (224, 224)
+    assert (of(image_size=64).prepare_data.image_size, of(image_size=64).space.image_size) == (64, 64)
+    small = load({"run": "r", "space": "mobilenet_v3_cifar", "prepare_data": data})
+    assert (small.prepare_data.image_size, small.space.image_size) == (None, 32)
+
+
 def test_phases_inherit_and_override_shared_keys():
     shared = {"lr": 0.2, "attack": {"num_steps": 3}}
     phases = [{"name": "a"}, {"name": "b", "lr": 0.1, "attack": {"start": "zero"}}]

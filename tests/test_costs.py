@@ -272,7 +272,7 @@ def job(folder, stage, name="", **costs):
 def test_a_run_is_summed_by_stage(tmp_path, capsys):
     job(tmp_path, "train_teacher", seconds=5.0, work_macs=3e12, forward_equivalents=10.0, peak_rss_bytes=7)
     job(tmp_path, "evaluate_archs", "0-1", work_macs=1e12, cached_macs=2e12, peak_rss_bytes=3, energy_wh=1.0)
-    job(tmp_path, "evaluate_archs", "2-3", work_macs=4e12, cached_macs=0.0, peak_rss_bytes=5, energy_wh=None)
+    job(tmp_path, "evaluate_archs", "2-3", work_macs=4e12, cached_macs=0.0, peak_rss_bytes=5, peak_cuda_bytes=3e9)
     ledgers = read_ledgers(tmp_path)
     table = by_stage(ledgers).set_index("stage")
     assert table.index.tolist() == ["train_teacher", "evaluate_archs"]
@@ -283,6 +283,8 @@ def test_a_run_is_summed_by_stage(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "5.00\u202fT" in printed
     assert "no comparison without" in printed
+    assert "peak GPU bytes" in printed
+    assert "3.00\u202fG" in printed
 
 
 def test_a_folder_without_a_run_is_an_error(tmp_path, capsys):
@@ -293,11 +295,13 @@ def test_a_folder_without_a_run_is_an_error(tmp_path, capsys):
 
 def test_the_page_tells_costs_and_the_comparison(tmp_path):
     run = SyntheticRun(tmp_path)
-    job(run.folder, "train_teacher", seconds=65.0, work_macs=3e12, peak_rss_bytes=2**30, energy_wh=2.0)
+    peaks = {"peak_rss_bytes": 2**30, "peak_cuda_bytes": 5 * 2**30}
+    job(run.folder, "train_teacher", seconds=65.0, work_macs=3e12, energy_wh=2.0, **peaks)
     report.main([*run.flags(), "--ledgers", str(run.folder)])
     page = run.path("report", "report.html").read_text("utf-8")
     section = page.split('<section id="costs">')[1].split("</section>")[0]
     assert "3.00\u202fT" in section
+    assert "1.0, GPU 5.0" in section
     assert "Energy 2 Wh" in section
     assert "no comparison without" in section
     assert "Jobs without a ledger were read from their table" in section

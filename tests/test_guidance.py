@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from helpers import image_sets, random_images, random_supernet, save_stripes, tiny_config, tiny_space
+from helpers import TINY_MOBILE, image_sets, random_images, random_supernet, save_stripes, tiny_config, tiny_space
 from training_runs import EPS, phase_run, plain_network, same, teacher_run
 
 from proard.artifacts import Provenance, read_header
@@ -375,6 +375,27 @@ def test_progressive_opens_width_then_depth_then_expand():
     expected = [[True, False, False], [True, True, False], [True, True, True]]
     assert varied == [row for row in expected for _ in range(2)]
     assert plan.passes_per_epoch == 1
+
+
+def test_progressive_opens_what_a_mobilenet_has_to_choose_kernel_first():
+    """ProARD opens kernels where a ResNet has widths; a single width has no part of its own."""
+    space = tiny_space(TINY_MOBILE | {"width": [1.0]})
+    plan = phase_plan(space, phase_of(sampling="progressive", epochs=3, archs_per_step=4))
+    varied = []
+    for data_pass in range(3):
+        archs = [one.arch for step in range(8) for one in plan.draw(0, 8 * data_pass + step, data_pass)]
+        deepest = [arch for arch in archs if arch.depth == space.largest.depth]
+        varied.append([len({getattr(arch, dim) for arch in deepest}) > 1 for dim in ("kernel", "expand")])
+        varied[-1].insert(1, len({arch.depth for arch in archs}) > 1)
+    assert varied == [[True, False, False], [True, True, False], [True, True, True]]
+
+
+def test_loss_scale_multiplies_the_gradient_of_a_phase():
+    batch, losses = Batch(torch.tensor([0, 1]), *torch.randn(3, 2, 4).double()), []
+    for scale in (1.0, 0.1):
+        (student, *_) = phase_plan(tiny_space(), phase_of(loss="rslad", loss_scale=scale)).draw(0, 0, 0)
+        losses.append(student.objective.loss(batch, **student.options))
+    torch.testing.assert_close(0.1 * losses[0], losses[1])
 
 
 def test_progressive_stays_inside_the_phase(train_set, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from helpers import image_sets, random_supernet, tiny_config, tiny_space
 from training_runs import EPS, phase_run, same, teacher_run
 
-from proard.config import ConfigError, TrainingAttack
+from proard.config import ConfigError, TrainingAttack, UserError
 from proard.data import Augmenter, Views
 from proard.losses import OBJECTIVES
 from proard.nets import extract, fold
@@ -375,6 +375,12 @@ def test_training_with_views_known_in_part_is_bit_equal(train_set, tmp_path):
     search = 48 + 16 + 32
     work = [run.rows[-1]["forward_equivalents"] for run in (plain, kept)]
     assert 16 <= work[0] - (work[1] - search) <= 96
+
+
+@pytest.mark.parametrize("loss", ["akd", "adaad", "mtard"])
+def test_logits_that_a_loss_does_not_read_are_not_kept(train_set, tmp_path, loss):
+    with pytest.raises(UserError, match=f"teacher_logits keeps logits at clean images; loss {loss} reads none there"):
+        phase_run(train_set, tmp_path, teacher_logits="float32", loss=loss)
 
 
 # Settings.

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from proard.config import Phase
 from proard.losses import (
@@ -17,10 +18,21 @@ from proard.losses import (
     KLBetweenNets,
     KLToTarget,
     Margin,
+    absld_loss,
+    adaad_loss,
+    alpha_loss,
+    fast_edge_loss,
+    hat_loss,
+    iad_loss,
+    kd_loss,
     kl_to_teacher,
+    mart_loss,
     mix_logits,
+    mtard_loss,
     rslad_loss,
+    sat_loss,
     trades_loss,
+    trust,
 )
 
 close = torch.testing.assert_close
@@ -53,6 +65,10 @@ def test_trades_has_its_hand_computed_value():
     clean, adv = of(0.5, 0.5), of(0.25, 0.75)
     expected = math.log(2) + 6 * HALF_KL
     assert float(trades_loss(clean, adv, torch.tensor([0]))) == pytest.approx(expected)
+
+
+def test_sat_has_its_hand_computed_value():
+    assert float(sat_loss(of(0.25, 0.75), torch.tensor([0]))) == pytest.approx(math.log(4))
 
 
 def test_losses_average_over_images():
@@ -217,6 +233,64 @@ def test_every_objective_computes_from_what_it_says_it_needs(name):
         known = Batch(LABELS, memory=batch.memory, **({fields: logits(1)} if fields else {}))
         both = torch.cat([logits(3), logits(4)], 1) if objective.inner == "kl_teacher_adv" else logits(3)
         assert INNER_OBJECTIVES[objective.inner](known)(both).shape == (4,)
+
+
+SOFT = {"soft_weight": 0.7, "temperature": 2.0}
+TRUSTING = {**SOFT, "trust_power": 0.1, "trust_after": 0.3}
+SHARES = {"adv_share": torch.full((1,), 0.3, dtype=torch.float64)}
+TEMPERATURES = {name: torch.tensor([1.0, 0.7, 2.0]) for name in ("clean_temperature", "adv_temperature")}
+RANGE = {"temperature_rate": 0.1, "temperature_min": 0.5, "temperature_max": 5.0}
+ALPHA = {"adv_weight": 0.3, "alpha_min": -1.0, "alpha_max": 0.5, "ratio_clip": 4.0}
+WRITTEN_OUT = {  # options, and what the objective is in the functions of the package, batch `b` by batch
+    "plain": ({}, lambda b: F.cross_entropy(b.clean, LABELS)),
+    "pgd_at": ({}, lambda b: sat_loss(b.adv, LABELS)),
+    "sat": ({}, lambda b: sat_loss(b.adv, LABELS)),
+    "trades": ({"beta": 3.0}, lambda b: trades_loss(b.clean, b.adv, LABELS, beta=3.0)),
+    "mart": ({"beta": 3.0}, lambda b: mart_loss(b.clean, b.adv, LABELS, beta=3.0)),
+    "hat": (
+        {"beta": 3.0, "helper_weight": 0.4},
+        lambda b: hat_loss(b.clean, b.adv, b.beyond, LABELS, b.control_adv, beta=3.0, helper_weight=0.4),
+    ),
+    "kd": (SOFT, lambda b: kd_loss(b.clean, b.clean, b.teacher, LABELS, **SOFT)),
+    "akd": (SOFT, lambda b: kd_loss(b.clean, b.adv, b.teacher_adv, LABELS, **SOFT)),
+    "ard": (SOFT, lambda b: kd_loss(b.clean, b.adv, b.teacher, LABELS, **SOFT)),
+    "iad": (
+        TRUSTING,
+        lambda b: iad_loss(b.clean, b.adv, b.teacher, LABELS, trust(b.teacher_adv, LABELS), **SOFT),
+    ),
+    "adaiad": (
+        TRUSTING,
+        lambda b: iad_loss(b.clean, b.adv, b.teacher_adv, LABELS, trust(b.teacher_adv, LABELS), **SOFT),
+    ),
+    "rslad": ({"adv_weight": 0.3}, lambda b: rslad_loss(b.clean, b.adv, b.teacher, adv_weight=0.3)),
+    "adaad": (
+        {"adv_weight": 0.3},
+        lambda b: adaad_loss(b.clean, b.adv, b.teacher, b.teacher_adv, adv_weight=0.3),
+    ),
+    "mtard": (
+        {"balance_rate": 0.025},
+        lambda b: mtard_loss(b.clean, b.adv, b.control, b.teacher_adv, adv_share=SHARES["adv_share"]),
+    ),
+    "absld": (
+        {"adv_weight": 0.3, **RANGE},
+        lambda b: absld_loss(b.clean, b.adv, b.teacher, LABELS, *TEMPERATURES.values(), adv_weight=0.3),
+    ),
+    "alpha": (ALPHA, lambda b: alpha_loss(b.clean, b.adv, b.teacher, **ALPHA)),
+    "fast_edge": ({"beta": 3.0}, lambda b: fast_edge_loss(b.clean, b.adv, b.teacher, LABELS, beta=3.0)),
+}
+LOGITS = ("clean", "adv", "teacher", "teacher_adv", "beyond", "control", "control_adv")
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_asks_every_network_where_it_should(name):
+    """All logits differ, so that no two of them can be taken for one another."""
+    options, expected = WRITTEN_OUT[name]
+    values = {field: logits(seed) for seed, field in enumerate(LOGITS)}
+    batch = Batch(LABELS, **values, progress=0.5, memory=SHARES | TEMPERATURES)
+    close(OBJECTIVES[name].loss(batch, **options), expected(batch))
+    for field in set(LOGITS) & OBJECTIVES[name].needs:
+        moved = replace(batch, **{field: values[field] + logits(20)})
+        assert float(OBJECTIVES[name].loss(moved, **options)) != pytest.approx(float(expected(batch))), field
 
 
 def test_divergence_grows_when_an_unsure_network_becomes_surer_of_the_truth():

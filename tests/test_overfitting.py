@@ -42,7 +42,9 @@ def test_the_monitor_tells_collapse_from_a_weak_attack():
     assert "start_scale 2 with clip_to_ball false" in text
     assert overfitting(history(*collapsed, (0.4, 0.3)), warn, attack) is None, "only the newest validation counts"
     assert overfitting(history((0.11, 0.03)), warn, attack) is None, "within the noise"
-    assert overfitting(history(*collapsed), Validation(), attack) is None
+    assert overfitting(history(*collapsed), Validation(), attack) == text, "one and two steps are watched by default"
+    assert overfitting(history(*collapsed), Validation(), TrainingAttack(num_steps=3)) is None
+    assert overfitting(history(*collapsed), Validation(overfitting="off"), attack) is None
     unwatched = [{"epoch": 1, "best": True, "val_robust_acc": 0.0}]
     assert overfitting(unwatched, warn, attack) is None
     stop = Validation(overfitting="stop")
@@ -103,7 +105,7 @@ def test_stage_trains_in_l2_and_watches_itself(tmp_path, monkeypatch):
 
     monkeypatch.setattr(trainer, "pgd", remember)
     attack = {"num_steps": 2, "step_size": 0.05, "curriculum": {}}
-    validation = {"num_images": 12, "num_steps": 4, "step_size": 0.05, "overfitting": "warn"}
+    validation = {"num_images": 12, "num_steps": 4, "step_size": 0.05}
     teacher = {"train_teacher__attack": attack, "train_teacher__validation": validation, "train_teacher__epochs": 1}
     config = tiny_config(threat={"norm": "l2", "eps": 0.07}, **teacher)
     files = {"train": paths["train"], "val": paths["val"]}

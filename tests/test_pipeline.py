@@ -14,7 +14,9 @@ import onnx
 import pytest
 import yaml
 
+from proard import cli
 from proard.artifacts import read_header, read_table
+from proard.report.costs import Comparison, compare, read_ledgers
 
 ROOT = Path(__file__).parents[1]
 SHORT = {"epochs": 2, "warmup_epochs": 0, "validation": {"every_epochs": 2, "num_images": 60, "num_steps": 2}}
@@ -31,6 +33,8 @@ SMALL = {
     "verify_front": {"num_archs": 2, "num_val_images": 60, "attacks": [{"name": "pgd3", "num_steps": 3}]},
     "select_student": {"budgets": ["macs=200K"], "candidates": 2, "num_images": 60, "attack": {"num_steps": 3}},
 }
+
+TRAININGS = ("train_teacher", "train_phase/depth", "train_phase/all")
 
 
 class Run:
@@ -101,6 +105,34 @@ def test_the_whole_dag_ends_in_checked_students(finished: Run):
     assert per_search["nsga2"] == per_search["random"]
     assert not list(finished.results.rglob("*.state"))
     assert not list(finished.results.rglob("*.part"))
+
+
+def test_the_ledger_compares_the_run_with_students_trained_one_by_one(finished: Run, capsys: pytest.CaptureFixture):
+    """The teacher was killed once and resumed: what it took twice is counted twice, what it trains on only once."""
+    folder, ledgers = finished.results, read_ledgers(finished.results)
+    found = compare(folder, ledgers)
+    assert isinstance(found, Comparison), found
+    images = {name: read_table(folder / name / "history.parquet")["images"].iloc[-1] for name in TRAININGS}
+    steps = images["train_phase/depth"] + images["train_phase/all"]
+    assert found.images == {"steps": steps, "path": steps + images["train_teacher"]}
+    assert (found.own, found.others) == (3 + 2 * 3 + 3, 1)  # rslad: clean and adversarial pass, three attack steps
+    assert found.teacher_macs == read_table(folder / "train_teacher" / "history.parquet")["macs"].iloc[-1]
+    costs = {path.parent: read_table(path) for path in folder.rglob("costs.parquet")}
+    paid = {parent: float(table[["work_macs", "cached_macs"]].sum().sum()) for parent, table in costs.items()}
+    stages = [path.relative_to(folder).parts[0] for path in paid]
+    of = lambda *names: sum(cost for cost, stage in zip(paid.values(), stages, strict=True) if stage in names)  # noqa: E731
+    assert found.shared == pytest.approx(of("prepare_data", "train_teacher"))
+    search = ("sample_archs", "evaluate_archs", "merge_table", "fit_predictor", "search_front", "verify_front")
+    assert found.once == pytest.approx(of("train_phase", *search))
+    assert 0 < found.training < found.once
+    students = stages.count("select_student")
+    assert found.each == pytest.approx(of("select_student", "export_student") / students)
+    assert len(found.students) == students
+    cli.main(["cost", str(folder)])
+    printed = capsys.readouterr().out
+    assert "break-even" in printed
+    assert "K=100" in printed
+    assert "12 passes of each image through itself, 1 through the teacher" in " ".join(printed.split())
 
 
 def test_a_second_run_does_nothing(finished: Run):

@@ -16,7 +16,6 @@ from proard.config import Phase
 from proard.nets import extract, load_supernet, save_static, save_supernet, sort_channels
 from proard.nets.elastic import key_of
 from proard.nets.sorting import links
-from proard.space import BlockSpec
 from proard.stages.train_phase import trained_widths
 
 closely = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
@@ -25,6 +24,7 @@ OPENED = {  # choices that earlier phases opened, and one that they did not
     "largest": ([], None),
     "expand": ([{"expand": [3, 1]}], {"expand": [2, 0.5]}),
     "width": ([{"width": [1], "expand": [3, 1]}, {"depth": [1]}], None),
+    "narrow": ([{"width": [0.5]}], None),
     "everything": ([{}], None),
 }
 
@@ -74,35 +74,59 @@ def test_importance_falls_between_the_trained_widths_and_no_weight_is_lost(setti
     assert all(torch.equal(after[name].flatten().sort().values, value) for name, value in before.items())
     assert any(not torch.equal(after[name], value) for name, value in moved.items())
     several = 0
-    for block in space.spec(space.largest).blocks:
-        for link in links(block):
-            weight = net.layers[key_of(link.readers[-1])].weight.detach()
-            sums = torch.stack([weight[:, channel].abs().sum() for channel in range(weight.shape[1])])
-            edges = sorted({0, len(sums)} | trained.get(link.carriers[0].name, set()))
-            several += len(edges) > 2
-            for start, end in pairwise(edges):
-                assert sums[start:end].tolist() == sorted(sums[start:end].tolist(), reverse=True)
+    for link in links(space.spec(space.largest)):
+        weights = [net.layers[key_of(conv)].weight.detach() for conv in link.readers]
+        weights += [net.head.weight.detach()] if link.head else []
+        sums = torch.stack([sum(w[:, channel].abs().sum() for w in weights) for channel in range(weights[0].shape[1])])
+        edges = sorted({0, len(sums)}.union(*(trained.get(conv.name, set()) for conv in link.carriers)))
+        several += len(edges) > 2
+        for start, end in pairwise(edges):
+            falling = sorted(sums[start:end].tolist(), reverse=True)
+            assert sums[start:end].tolist() == pytest.approx(falling, rel=1e-12)
     assert several
 
 
-def test_links_of_a_mobilenet_block_hold_depthwise_and_gate():
+def named(link):
+    """Names of a link's layers: those that yield, those that read, those that gate."""
+    layers = [" ".join(conv.name for conv in convs) for convs in (link.carriers, link.readers, link.gates)]
+    return (*layers, "head") if link.head else tuple(layers)
+
+
+def test_links_of_a_resnet_are_its_blocks_insides_and_its_residual_paths():
+    space = tiny_space()
+    first, second = "unit1.block1", "unit1.block2"
+    found = [named(link) for link in links(space.spec(space.largest))]
+    assert (f"{first}.conv1", f"{first}.conv2", "") in found
+    assert ("stem.out", f"{first}.conv1 {first}.shortcut", "") in found
+    reads = f"{second}.conv1 unit2.block1.conv1 unit2.block1.shortcut"
+    assert (f"{first}.shortcut {first}.conv2 {second}.conv2", reads, "") in found
+    last = "unit2.block1.shortcut unit2.block1.conv2 unit2.block2.conv2"
+    assert (last, "unit2.block2.conv1", "", "head") in found
+    assert len(found) == 4 + 3, "four blocks, the stem and two units"
+
+
+def test_links_of_a_mobilenet_hold_depthwise_and_gate():
     space = tiny_space(TINY_MOBILE)
-    named = [
-        ([conv.name.split(".")[-1] for conv in link.carriers], [conv.name.split(".")[-1] for conv in link.readers])
-        for link in links(space.spec(space.largest).blocks[2])
-    ]
-    assert named == [(["squeeze"], ["excite"]), (["expand", "depthwise", "excite"], ["squeeze", "project"])]
-    first: BlockSpec = space.spec(space.largest).blocks[1]
-    assert not list(links(first)), "its channels are the stem's and the unit's"
+    found = [named(link) for link in links(space.spec(space.largest))]
+    block = "unit2.block1"
+    inner = f"{block}.expand {block}.depthwise {block}.excite"
+    assert (inner, f"{block}.project", f"{block}.squeeze") in found
+    assert (f"{block}.squeeze", f"{block}.excite", "") in found
+    # unit1.block1 has no expansion and an identity beside it: one path from the stem to the second unit
+    path = "stem.out unit1.block1.depthwise unit1.block1.project"
+    assert (path, "unit1.block1.project unit2.block1.expand", "") in found
+    assert ("final.mix", "", "", "head") in found
+    carried = [conv.name for link in links(space.spec(space.largest)) for conv in link.carriers]
+    assert len(set(carried)) == len(carried) == len(space.spec(space.largest).convs)
 
 
 def test_layer_widths_are_those_of_the_archs():
     for settings in SMALL_SPACES:
         space, found = tiny_space(settings), {}
-        among = space.open_choices(width=[1], depth=[0, 1])
+        among = space.open_choices(depth=[0, 1])
         for row in space.sample(400, np.random.default_rng(0), among=among):
             for conv in space.spec(space.arch(row)).convs:
-                if conv.name.startswith("unit"):
+                if conv.name.startswith(("unit", "stem")):
                     found.setdefault(conv.name, set()).add(conv.out_channels)
         assert space.layer_widths(among) == found
 

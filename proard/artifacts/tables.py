@@ -106,7 +106,10 @@ HISTORY: dict[str, tuple[pa.DataType, str]] = {
     "val_clean_acc": (FLOAT, "fraction"),
     "val_robust_acc": (FLOAT, "fraction, PGD"),
     "val_num_images": (INT, "images"),
-    "val_train_attack_acc": (FLOAT, "fraction, under the training's own attack; where validation.overfitting is set"),
+    "val_train_attack_acc": (
+        FLOAT,
+        "fraction, under the training's attack, where overfitting is watched for",
+    ),
     "images": (INT, "training images seen"),
     "forward_equivalents": (INT, "image forward-equivalents of the training so far: forward 1, input gradient 1 more"),
     "work_macs": (FLOAT, "multiply-accumulates of the training so far: passes times the MACs of their network"),

@@ -60,6 +60,7 @@ class DistillationOptions(RobustOptions):
     to `temperature_rate` a pass between `temperature_min` and `temperature_max`. `alpha` takes the larger divergence of
     `alpha_min` and `alpha_max`, importance weights clipped at `ratio_clip`. Above 0, `igdm_weight` (the paper: 1 on
     CIFAR-10) and `kdiga_weight` add input-gradient matching, the latter in `kdiga_norm` at `kdiga_at` images.
+    `loss_scale` multiplies the sum: releases that average divergences over classes, too, have 1 / classes of ours.
     """
 
     adv_weight: Share = 5 / 6
@@ -78,3 +79,4 @@ class DistillationOptions(RobustOptions):
     kdiga_weight: NonNegative = 0.0
     kdiga_norm: Literal["l2", "l1", "l2_squared"] = "l2"
     kdiga_at: Literal["clean", "adv"] = "clean"
+    loss_scale: Positive = 1.0

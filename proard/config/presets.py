@@ -19,7 +19,8 @@ FIXED: dict[str, Any] = {"depth": (0,), "expand": (1.0,), "kernel": (3,)}  # a M
 PROXYLESS_WIDTHS = (24, 40, 80, 96, 192, 320)
 MOBILENET_V2_WIDTHS = (24, 32, 64, 96, 160, 320)
 STRIDES = {"cifar": (1, (1, 2, 2, 1, 2)), "imagenet": (2, (2, 2, 2, 1, 2))}
-IMAGES: dict[str, dict[str, Any]] = {"cifar": {}, "imagenet": {"image_size": 224, "classes": 1000}}
+IMAGENET_SIZE = 224
+IMAGES: dict[str, dict[str, Any]] = {"cifar": {}, "imagenet": {"image_size": IMAGENET_SIZE, "classes": 1000}}
 
 
 def mobilenet_v3(name: str, images: str) -> Space:

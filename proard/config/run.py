@@ -14,7 +14,7 @@ from proard.config.attacks import Threat
 from proard.config.diagnosis import Diagnose
 from proard.config.fields import NUMBER_SCHEMA, ConfigError, Natural, Settings
 from proard.config.nets import named_nets
-from proard.config.presets import PRESETS
+from proard.config.presets import IMAGENET_SIZE, PRESETS
 from proard.config.spaces import Space
 from proard.config.students import CompareStudents, EvaluateStudent, TrainStudent
 from proard.config.twins import CompareTwins, MeasureTwin
@@ -93,7 +93,10 @@ class RunConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def name_becomes_space(cls, value: Any) -> Any:
-        """Replace a preset's name by the preset, in the shape of the data source where one is given."""
+        """Replace a preset's name by the preset, in the shape of the data source where one is given.
+
+        Users' own images take the side of a named ImageNet-size preset where they have none of their own.
+        """
         if not isinstance(value, Mapping):
             return value
         value = dict(value)
@@ -102,6 +105,10 @@ class RunConfig(Settings):
             if space not in PRESETS:
                 raise ConfigError(unknown("space", space, PRESETS))
             space = PRESETS[space].model_dump()
+            data = value.get("prepare_data")
+            own = isinstance(data, Mapping) and data.get("source") in ("parquet", "imagefolder")
+            if own and data.get("image_size") is None and space["image_size"] == IMAGENET_SIZE:
+                value["prepare_data"] = {**data, "image_size": IMAGENET_SIZE}
         if isinstance(space, Mapping) and "prepare_data" in value:
             try:
                 channels, size, classes = s.PrepareData.model_validate(value["prepare_data"]).image_shape()

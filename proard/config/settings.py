@@ -89,14 +89,19 @@ class Validation(Settings):
     `overfitting` watches for catastrophic overfitting, the failure of training with one or two attack steps: the same
     images are also attacked as in training, and where PGD leaves less than `overfitting_ratio` of the accuracy that
     the training's attack leaves, `warn` says so and `stop` ends the training there, with its best weights so far.
+    Left out, it is `warn` for attacks of one or two steps and `off` for longer ones.
     """
 
     every_epochs: Count = 5
     num_images: Count = 500
     num_steps: Count = 10
     step_size: PixelLength = 2 / 255
-    overfitting: Literal["warn", "stop"] | None = None
+    overfitting: Literal["warn", "stop", "off"] | None = None
     overfitting_ratio: Share = 0.5
+
+    def watch(self, attack: TrainingAttack) -> Literal["warn", "stop", "off"]:
+        """What the monitor of catastrophic overfitting does in a training with this attack."""
+        return self.overfitting or ("warn" if 1 <= attack.num_steps <= 2 else "off")
 
 
 class Optimisation(Settings):
@@ -168,10 +173,10 @@ class Phase(Optimisation, DistillationOptions, Extended):
     `width`, `depth`, `expand`, `kernel` list the open choices; an omitted dim is fully open. `teacher` is `frozen` (a
     separate network), `dynamic` (the largest subnet, trained jointly on `teacher_objective`) or `both`, with
     `frozen_weight` as the frozen one's share. `warm_start` picks where the weights come from. `sort_channels` `l1`
-    first moves the channels inside blocks that weigh most to the front, among those that no trained subnet tells apart.
+    first moves the channels that weigh most to the front, among those that no trained subnet tells apart.
 
     `sampling`: `per_pass`, `uniform`, `sandwich`; `progressive` is uniform among choices that open with the training
-    (width, depth, expand, kernel, as far as the space has them, an equal part each); `pareto` is the sandwich whose
+    (width, kernel, depth, expand, as far as there is a choice, an equal part each); `pareto` is the sandwich whose
     inner subnets win a comparison of `pareto_candidates` at a drawn cost, the `best` or the `worst` by their loss on
     the batch (`pareto_pick`).
 
@@ -184,7 +189,7 @@ class Phase(Optimisation, DistillationOptions, Extended):
     the device: images * (2 crop_padding + 1)^2 * 2 if mirrored * classes numbers, 324 MB in float32 for CIFAR-10.
     """
 
-    gained = frozenset({"kernel", "sort_channels", "forward_equivalents", "complexity_decay"})
+    gained = frozenset({"kernel", "sort_channels", "forward_equivalents", "complexity_decay", "loss_scale"})
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = "phase"
     width: tuple[Positive, ...] | None = None

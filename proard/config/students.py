@@ -27,7 +27,7 @@ class Student(Optimisation, DistillationOptions):
     `net` is the name of a network or of a space, one of them written out with its `family`, or the run's own space
     where it is left out; images are the run's. `arch` is `largest`, `smallest` or a mapping of a space's elastic dims.
     `loss` is any loss of `train_phase` or `train_teacher`, or `plain` cross-entropy; where it asks a teacher, that is
-    the run's. `loss_scale` multiplies it. `clean_noise` moves the images of a loss without attack by uniform noise of
+    the run's. `clean_noise` moves the images of a loss without attack by uniform noise of
     so many eps (KDIGA's random start: 1). `teacher_logits` and `teacher_gradients` keep what a frozen teacher says of
     the views of clean images that have come up: a view's logits, its input gradient (as many numbers as it has pixels).
 
@@ -40,7 +40,6 @@ class Student(Optimisation, DistillationOptions):
     net: Annotated[Named, Field(discriminator="family")] | None = None
     arch: Literal["largest", "smallest"] | dict[str, tuple[Number, ...]] = "largest"
     loss: Loss = "rslad"
-    loss_scale: Positive = 1.0
     clean_noise: NonNegative = 0.0
     teacher_logits: Kept | None = None
     teacher_gradients: Kept | None = None

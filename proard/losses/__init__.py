@@ -29,7 +29,7 @@ from proard.losses.objectives import (
     with_igdm,
     with_kdiga,
 )
-from proard.losses.robust import hat_loss, mart_loss, trades_loss
+from proard.losses.robust import hat_loss, mart_loss, sat_loss, trades_loss
 
 __all__ = [
     "INNER_OBJECTIVES",
@@ -62,6 +62,7 @@ __all__ = [
     "mtard_loss",
     "next_temperatures",
     "rslad_loss",
+    "sat_loss",
     "scaled",
     "softened_kl",
     "trades_loss",

@@ -365,7 +365,8 @@ def alpha_loss(
 
     Notes
     -----
-    AlphaNet trains without an adversary; the adversarial term and its share are RSLAD's.
+    AlphaNet trains without an adversary; the adversarial term and its share are RSLAD's. It also clips gradients at 1,
+    which is the training's setting here (`clip_norm`), not the loss's.
 
     References
     ----------

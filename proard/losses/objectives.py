@@ -18,7 +18,7 @@ from proard.losses import distillation as d
 from proard.losses.alignment import igdm_term, kdiga_term
 from proard.losses.divergence import kl_to_teacher
 from proard.losses.inner import CrossEntropy, InnerObjective, KLBetweenNets, KLToTarget, Margin
-from proard.losses.robust import hat_loss, mart_loss, trades_loss
+from proard.losses.robust import hat_loss, mart_loss, sat_loss, trades_loss
 
 Memory = dict[str, Tensor]
 
@@ -225,7 +225,7 @@ SOFT = ("soft_weight", "temperature")
 TRUST = (*SOFT, "trust_power", "trust_after")
 OBJECTIVES: dict[str, Objective] = {
     "plain": Objective(None, lambda batch: F.cross_entropy(batch.clean, batch.labels), _needs("clean")),
-    "pgd_at": Objective("ce", lambda batch: F.cross_entropy(batch.adv, batch.labels), _needs("adv")),
+    "pgd_at": Objective("ce", lambda batch: sat_loss(batch.adv, batch.labels), _needs("adv")),
     "trades": Objective(
         "kl_clean",
         lambda batch, beta: trades_loss(batch.clean, batch.adv, batch.labels, beta=beta),

@@ -9,6 +9,28 @@ from torch import Tensor
 from proard.losses.divergence import kl_to_teacher
 
 
+def sat_loss(adv: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy on adversarial images: standard adversarial training (SAT), also called PGD-AT.
+
+    Parameters
+    ----------
+    adv : Tensor of shape (batch, classes)
+        The network's logits on adversarial images.
+    labels : Tensor of shape (batch,)
+        Class indices.
+
+    Returns
+    -------
+    Tensor of shape ()
+        -log p_y(x') in nats, averaged over images.
+
+    References
+    ----------
+    Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018, arXiv:1706.06083, eq. 2.1.
+    """
+    return F.cross_entropy(adv, labels)
+
+
 def trades_loss(clean: Tensor, adv: Tensor, labels: Tensor, *, beta: float = 6.0) -> Tensor:
     """Cross-entropy on clean images plus beta times the divergence between clean and adversarial outputs.
 

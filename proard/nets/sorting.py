@@ -1,9 +1,9 @@
-"""Channels inside blocks in the order of their importance, as far as that leaves trained subnets what they are."""
+"""Channels in the order of their importance, as far as that leaves trained subnets what they are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -11,24 +11,43 @@ from torch import Tensor
 
 from proard.nets.elastic import Supernet, key_of
 from proard.nets.subnet import NORM_TENSORS
-from proard.space import BlockSpec, ConvSpec, GateSpec
+from proard.space import ConvSpec, GateSpec, NetSpec, Step
 
 
-@dataclass(frozen=True)
+@dataclass
 class Link:
-    """Channels between two convolutions of a block: the layers whose outputs they are, and those that read them."""
+    """Channels that stand in one order in all its layers: inside a block, or along the residual path of a unit.
 
-    carriers: tuple[ConvSpec, ...]
-    readers: tuple[ConvSpec, ...]
+    Attributes
+    ----------
+    carriers : list of ConvSpec
+        Convolutions that yield the channels or pass each of them on, depthwise ones and gates' last ones included.
+    readers, gates : list of ConvSpec
+        Convolutions that mix the channels; those that only see their means to weigh them.
+    head : bool
+        Whether the linear layer reads them.
+    """
+
+    carriers: list[ConvSpec] = field(default_factory=list)
+    readers: list[ConvSpec] = field(default_factory=list)
+    gates: list[ConvSpec] = field(default_factory=list)
+    head: bool = False
+
+    def join(self, other: Link) -> None:
+        """Take in channels that are added to these, one by one."""
+        self.carriers += other.carriers
+        self.readers += other.readers
+        self.gates += other.gates
 
 
 @torch.no_grad()
 def sort_channels(net: Supernet, trained: Mapping[str, set[int]]) -> None:
-    """Reorder the channels inside every block, most important first, between the widths trained so far.
+    """Reorder all channels, most important first, between the widths trained so far.
 
     Narrow subnets use leading channels. Whoever opens narrower ones wants the important channels there; but the order
     may only change among channels that every trained subnet has all or none of. Then all trained subnets stay the same
-    functions, batch-norm statistics included; only the order of their sums differs.
+    functions, batch-norm statistics included; only the order of their sums differs. A depthwise kernel moves with its
+    channel; kernel sizes are nested by cropping, which has no order to choose.
 
     Parameters
     ----------
@@ -40,39 +59,57 @@ def sort_channels(net: Supernet, trained: Mapping[str, set[int]]) -> None:
 
     Notes
     -----
-    A channel's importance is the L1 norm of the weights that the convolution at the end of its link applies to it,
-    as in once-for-all; the released ProARD code sorts across the trained widths too, which scrambles narrow subnets.
+    A channel's importance is the L1 norm of the weights that the layers at the end of its link apply to it, as in
+    once-for-all inside blocks. The released ProARD code sorts across the trained widths too, which scrambles narrow
+    subnets, and never sorts the channels between blocks, which its width phase cuts.
 
     References
     ----------
     Cai et al., Once-for-All, ICLR 2020, arXiv:1908.09791, section 3.2.
     """
-    for block in net.space.spec(net.space.largest).blocks:
-        for link in links(block):
-            importance = net.layers[key_of(link.readers[-1])].weight.abs().sum((0, 2, 3))
-            edges = sorted(trained.get(link.carriers[0].name, set()) | {0, len(importance)})
-            parts = [importance[a:b].argsort(descending=True, stable=True) + a for a, b in pairwise(edges)]
-            _reorder(net, link, torch.cat(parts))
+    for link in links(net.space.spec(net.space.largest)):
+        weights = [net.layers[key_of(conv)].weight.abs().sum((0, 2, 3)) for conv in link.readers]
+        weights += [net.head.weight.abs().sum(0)] if link.head else []
+        importance = torch.stack(weights).sum(0)
+        widths = set().union(*(trained.get(conv.name, set()) for conv in link.carriers))
+        edges = sorted(widths | {0, len(importance)})
+        parts = [importance[a:b].argsort(descending=True, stable=True) + a for a, b in pairwise(edges)]
+        _reorder(net, link, torch.cat(parts))
 
 
-def links(block: BlockSpec) -> Iterator[Link]:
-    """The links of a block's main path; depthwise convolutions and gates carry a link on."""
-    carriers: list[ConvSpec] = []
-    readers: list[ConvSpec] = []
-    for step in block.steps:
-        if isinstance(step, GateSpec):
-            squeeze, excite = step.convs
-            yield Link((squeeze,), (excite,))
-            if carriers:
-                carriers.append(excite)
-                readers.append(squeeze)
-        elif isinstance(step, ConvSpec) and step.depthwise:
-            if carriers:  # else, without an expanding convolution, its channels are the block's input
-                carriers.append(step)
-        elif isinstance(step, ConvSpec):
-            if carriers:
-                yield Link(tuple(carriers), (*readers, step))
-            carriers, readers = [step], []
+def links(spec: NetSpec) -> list[Link]:
+    """All links of a network, but for the channels of its images, which nothing may reorder."""
+    found: list[Link] = []
+
+    def opened(carrier: ConvSpec) -> Link:
+        found.append(Link([carrier]))
+        return found[-1]
+
+    def through(steps: tuple[Step, ...], link: Link) -> Link:
+        for step in steps:
+            if isinstance(step, GateSpec):
+                squeeze, excite = step.convs
+                link.gates.append(squeeze)
+                opened(squeeze).readers.append(excite)
+                link.carriers.append(excite)
+            elif isinstance(step, ConvSpec) and step.depthwise:
+                link.carriers.append(step)
+            elif isinstance(step, ConvSpec):
+                link.readers.append(step)
+                link = opened(step)
+        return link
+
+    path = Link()  # of the images
+    for block in spec.blocks:
+        entered, path = path, through(block.steps, path)
+        if block.shortcut is not None:
+            beside = through(block.shortcut, entered)
+            beside.join(path)
+            found.remove(path)
+            path = beside
+    path = through(spec.mixer, path)
+    path.head = True
+    return found
 
 
 def _reorder(net: Supernet, link: Link, order: Tensor) -> None:
@@ -83,6 +120,6 @@ def _reorder(net: Supernet, link: Link, order: Tensor) -> None:
         tensors += [] if layer.bn is None else [getattr(layer.bn, name) for name in NORM_TENSORS]
         for tensor in tensors:
             tensor.copy_(tensor[order])
-    for conv in link.readers:
-        weight = net.layers[key_of(conv)].weight
+    reading = [net.layers[key_of(conv)].weight for conv in (*link.readers, *link.gates)]
+    for weight in [*reading, net.head.weight] if link.head else reading:
         weight.copy_(weight[:, order])

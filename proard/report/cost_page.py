@@ -80,7 +80,9 @@ def _row(entry: pd.Series) -> str:
 
     cells = [cell(f"<code>{escape(entry['stage'])}</code>", "nowrap"), cell(str(entry["jobs"]))]
     cells += [time("seconds"), time("device_seconds"), sum_of("forward_equivalents"), sum_of("work_macs")]
-    peak = cell(f"{known['peak_rss_bytes'] / 2**30:.1f}" if "peak_rss_bytes" in known else "–")
+    peaks = [f"{known['peak_rss_bytes'] / 2**30:.1f}" if "peak_rss_bytes" in known else "–"]
+    peaks += [f"GPU {known['peak_cuda_bytes'] / 2**30:.1f}"] if known.get("peak_cuda_bytes") else []
+    peak = cell(", ".join(peaks), "nowrap")
     return f"<tr>{''.join([*cells, sum_of('cached_macs'), peak, shown('energy_wh', '{:.3g}')])}</tr>"
 
 

@@ -203,13 +203,16 @@ class SearchSpace:
         return genes
 
     def layer_widths(self, among: list[np.ndarray]) -> dict[str, set[int]]:
-        """Per convolution of the units, every number of output channels that it has among the open choices."""
+        """Per convolution of stem and units, every number of output channels that it has among the open choices."""
         s, found = self.settings, defaultdict(set)
         widths, expands = (
             [[choices[i] for i in kept] for choices, kept in zip(self.options[dim], among[part], strict=True)]
             for dim, part in zip(("width", "expand"), self.sections[1:3], strict=True)
         )
-        del widths[: int(self.deep_stem)]  # of the stem, its output alone
+        for stem in product(*widths[: 1 + self.deep_stem]):
+            for conv in (conv for block in stem_blocks(s, stem, residual=self.deep_stem) for conv in block.convs):
+                found[conv.name].add(conv.out_channels)
+        del widths[: int(self.deep_stem)]  # the units follow the stem's output
         slots = [(unit, index) for unit, count in enumerate(self.slots) for index in range(count)]
         for (unit, index), inner in zip(slots, expands, strict=True):
             entered = unit if index == 0 else unit + 1

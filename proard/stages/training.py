@@ -126,7 +126,7 @@ class Training:
         val = self.val.first(rule.num_images)
         recalibration = self.recalibration_images()
         attacks = any(drawn.objective.inner for drawn in plan.draw(self.job.seed, 0, 0))
-        watched = rule.overfitting is not None and attacks
+        watched = rule.watch(settings.attack) != "off" and attacks
 
         def validate(averaged: Supernet) -> list[dict[str, Any]]:
             return self.ranks.divided(list(validated.items()), lambda named: row_of(averaged, *named))

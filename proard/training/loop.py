@@ -142,7 +142,8 @@ def fit(
     Raises
     ------
     UserError
-        A loss or its gradient is not finite: nothing has moved, the last good state is kept.
+        A loss or its gradient is not finite: nothing has moved, the last good state is kept. `teacher_logits` under a
+        loss that would not read them.
     Interrupted
         A signal, a successor or the end of the job's time asked to stop: the state is saved.
     """
@@ -161,6 +162,8 @@ def fit(
     for key, name in (("teacher_logits", "table"), ("teacher_gradients", "gradient_table")):
         dtype = getattr(settings, key, None)
         if dtype is not None:
+            if name == "table" and not plan.reads_target:
+                raise UserError(f"teacher_logits keeps logits at clean images; loss {settings.loss} reads none there")
             place = {"padding": settings.augment.crop_padding, "flip": settings.augment.flip, "device": net.mean.device}
             shape = net.space.settings
             numbers = shape.classes if name == "table" else shape.image_channels * shape.image_size**2
@@ -255,7 +258,7 @@ def fit(
                 warning = overfitting(history, settings.validation, settings.attack)
                 if warning:
                     progress.say(f"{label}: {warning}")
-                    done.overfitted = settings.validation.overfitting == "stop"
+                    done.overfitted = settings.validation.watch(settings.attack) == "stop"
             budget.step(ends_epoch=epoch_ends)
             due = time.monotonic() - saved > 60 * settings.save_every_minutes
             short = budget.is_short(ends_epoch=(done.step + 1) % steps_per_epoch == 0 or done.step + 1 == total)

@@ -39,7 +39,7 @@ def overfitting(rows: Sequence[Mapping[str, Any]], rule: Validation, attack: Tra
     arXiv:2007.02617.
     """
     newest = [row for row in rows if row["epoch"] == rows[-1]["epoch"] and "val_train_attack_acc" in row]
-    if rule.overfitting is None or not newest:
+    if rule.watch(attack) == "off" or not newest:
         return None
     own, pgd = (sum(row[name] for row in newest) / len(newest) for name in ("val_train_attack_acc", "val_robust_acc"))
     if pgd >= rule.overfitting_ratio * own or own - pgd < MARGIN:
@@ -49,7 +49,7 @@ def overfitting(rows: Sequence[Mapping[str, Any]], rule: Validation, attack: Tra
         f"catastrophic overfitting at epoch {newest[0]['epoch']}: {own:.1%} of the validation images stand the "
         f"training's own attack, {pgd:.1%} stand PGD-{rule.num_steps}"
     )
-    if rule.overfitting == "stop":
+    if rule.watch(attack) == "stop":
         return f"{text}; the training ends here, with its best weights, those of epoch {kept}"
     noise = "attack.start_scale 2 with clip_to_ball false, or " if attack.num_steps <= 2 else ""
     return f"{text}; {noise}more attack.num_steps would avoid it"

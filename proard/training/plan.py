@@ -15,7 +15,7 @@ from proard.losses import OBJECTIVES, Memory, Objective, scaled, with_igdm, with
 from proard.space import Arch, SearchSpace
 from proard.training.attentive import at_one_cost
 
-OPENED = ("width", "depth", "expand", "kernel")  # `progressive` opens dims in this order; ProARD's ResNet phases do
+OPENED = ("width", "kernel", "depth", "expand")  # `progressive` opens dims in this order, as ProARD's phases do
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,15 @@ class Plan:
     """`draw(seed, step, data_pass)` gives a step's subnets; an epoch makes `passes_per_epoch` passes over the data.
 
     `frozen_weight` is the frozen teacher's share of the target: 1 alone, 0 for the dynamic teacher alone.
-    `memory(classes)` is what the loss remembers before the first step, where it does.
+    `memory(classes)` is what the loss remembers before the first step, where it does. `reads_target` says whether any
+    step asks the frozen teacher at clean images.
     """
 
     draw: Callable[[int, int, int], list[Drawn]]
     passes_per_epoch: int = 1
     frozen_weight: float = 1.0
     memory: Callable[[int], Memory] | None = None
+    reads_target: bool = True
 
 
 def bind(name: str, settings: Any) -> tuple[Objective, dict[str, Any]]:
@@ -60,12 +62,12 @@ def bind(name: str, settings: Any) -> tuple[Objective, dict[str, Any]]:
 
 
 def with_terms(objective: Objective, phase: Phase | Student) -> Objective:
-    """A loss with the terms that a phase or a student adds to it."""
+    """A loss with the terms that a phase or a student adds to it, times its scale."""
     if phase.igdm_weight > 0:
         objective = with_igdm(objective, weight=phase.igdm_weight)
     if phase.kdiga_weight > 0:
         objective = with_kdiga(objective, weight=phase.kdiga_weight, norm=phase.kdiga_norm, at=phase.kdiga_at)
-    return objective
+    return objective if phase.loss_scale == 1 else scaled(objective, scale=phase.loss_scale)
 
 
 def single_plan(arch: Arch, objective: str, settings: Any) -> Plan:
@@ -73,11 +75,9 @@ def single_plan(arch: Arch, objective: str, settings: Any) -> Plan:
     found, options = bind(objective, settings)
     if isinstance(settings, (Phase, Student)):
         found = with_terms(found, settings)
-    if isinstance(settings, Student) and settings.loss_scale != 1:
-        found = scaled(found, scale=settings.loss_scale)
     drawn = [Drawn(arch, found, options)]
     memory = None if found.memory is None else partial(found.memory, **options)
-    return Plan(lambda seed, step, data_pass: drawn, memory=memory)
+    return Plan(lambda seed, step, data_pass: drawn, memory=memory, reads_target=found.needs_target)
 
 
 def phase_plan(space: SearchSpace, phase: Phase) -> Plan:
@@ -121,7 +121,7 @@ def phase_plan(space: SearchSpace, phase: Phase) -> Plan:
     passes = phase.archs_per_step if phase.sampling == "per_pass" else 1
     weight = {"frozen": 1.0, "dynamic": 0.0, "both": phase.frozen_weight}[phase.teacher]
     memory = None if objective.memory is None else partial(objective.memory, **options)
-    return Plan(draw, passes, weight, memory)
+    return Plan(draw, passes, weight, memory, reads_target=objective.needs_target or phase.sampling == "pareto")
 
 
 def pace(space: SearchSpace, arch: Arch, *, progress: float, decay: float) -> float:
@@ -152,10 +152,13 @@ def pace(space: SearchSpace, arch: Arch, *, progress: float, decay: float) -> fl
 
 
 def opened_choices(space: SearchSpace, phase: Phase, data_pass: int) -> list[np.ndarray]:
-    """What `progressive` sampling has opened by a pass: one dim more with each equal part of the epochs."""
-    dims = [dim for dim in OPENED if dim in space.options]
-    wanted = {dim: getattr(phase, dim) for dim in dims}
+    """What `progressive` sampling has opened by a pass: one dim more with each equal part of the epochs.
+
+    Dims in which the phase leaves no choice have no part.
+    """
+    wanted = {dim: getattr(phase, dim) for dim in space.options}
+    open_ended = {dim: values or tuple(set().union(*space.options[dim])) for dim, values in wanted.items()}
+    dims = [dim for dim in OPENED if len(open_ended.get(dim, ())) > 1]
     begun = int(len(dims) * data_pass / phase.epochs)
-    for dim in dims[begun + 1 :]:
-        wanted[dim] = (max(wanted[dim] or (value for choices in space.options[dim] for value in choices)),)
-    return space.open_choices(**wanted)
+    closed = {dim: (max(open_ended[dim]),) for dim in dims[begun + 1 :]}
+    return space.open_choices(**(wanted | closed))
