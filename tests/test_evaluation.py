@@ -109,6 +109,42 @@ def test_attack_equals_an_image_by_image_reference(accounting):
     assert outcome.robust.tolist() == [bool(c) and not f for c, f in zip(correct, fallen, strict=True)]
 
 
+class Doubting(nn.Module):
+    """A network whose rounded twin has the right gradients and calls every image wrong."""
+
+    def __init__(self, net, labels):
+        super().__init__()
+        self.net, self.wrong = net, labels
+
+    def forward(self, images):
+        return self.net(images)
+
+    def rounded(self, dtype):
+        assert dtype is torch.bfloat16
+        return lambda images: -self.net(images)
+
+
+@pytest.mark.parametrize("accounting", ["any_iterate", "last_iterate"])
+def test_an_image_falls_by_the_exact_logits_alone(accounting):
+    net, images, labels = network_problem(20)
+    doubting = Doubting(net, labels)
+    attack = Attack(num_steps=3, step_size=1e-6, dtype="bfloat16")  # too small a step to fell anything
+    correct, outcome = attacked((doubting, images, labels), attack, eps=1e-6, accounting=accounting, batch_size=6)
+    assert torch.equal(outcome.robust, correct)
+    standing = int(correct.sum())
+    assert outcome.gradients == 3 * standing
+    assert outcome.forwards == standing * (1 + 3 * (accounting == "any_iterate"))
+
+
+def test_a_rounded_attack_fells_nearly_the_same_images():
+    problem = network_problem(200)
+    exact, rounded = (attacked(problem, Attack(num_steps=5, dtype=d), eps=0.03)[1] for d in ("float32", "bfloat16"))
+    assert 0.1 < exact.robust.double().mean() < 0.9
+    assert (exact.robust != rounded.robust).double().mean() < 0.03
+    net = problem[0].rounded(torch.float64)
+    assert torch.equal(net(problem[1]), problem[0](problem[1]))
+
+
 def test_any_iterate_is_at_least_as_strict_as_last_iterate():
     problem = network_problem()
     coarse = Attack(num_steps=5, step_size=0.06)  # steps larger than the ball: iterates jump about

@@ -160,6 +160,25 @@ def test_weights_of_the_best_validated_epoch_are_kept(train_set, tmp_path, robus
     assert len(run.rows) == 8
 
 
+def test_training_may_round_convolutions_and_validation_may_not(train_set, tmp_path, monkeypatch):
+    """TF32 on a GPU: a subnet is validated as it is measured and exported."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    seen, step = [], Trainer.step
+
+    def watched(*arguments, **options):
+        seen.append(("step", torch.backends.cudnn.allow_tf32))
+        return step(*arguments, **options)
+
+    def validate(net):
+        seen.append(("validate", torch.backends.cudnn.allow_tf32))
+        return no_validation(net)
+
+    monkeypatch.setattr(Trainer, "step", watched)
+    teacher_run(train_set, tmp_path, epochs=1, validate=validate)
+    assert set(seen) == {("step", True), ("validate", False)}
+    assert not torch.backends.cudnn.allow_tf32
+
+
 def test_last_epoch_is_validated_whatever_the_rhythm(train_set, tmp_path):
     validation = {"every_epochs": 2, "num_images": 12, "num_steps": 1, "step_size": 0.05}
     run = teacher_run(train_set, tmp_path, epochs=3, batch_size=48, validation=validation)

@@ -74,6 +74,10 @@ class FixedNet(nn.Module):
         net.zero_grad(set_to_none=True)
         return net
 
+    def rounded(self, dtype: torch.dtype) -> Rounded:
+        """A frozen copy that computes in another type."""
+        return Rounded(self.frozen(), dtype)
+
 
 def _vit(settings: VisionTransformer) -> nn.Module:
     """Torchvision's vision transformer for images of any number of channels."""

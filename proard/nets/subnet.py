@@ -99,6 +99,17 @@ class FoldedNet(nn.Module):
         net.load_state_dict(state)
         return net.to(memory_format=torch.channels_last)
 
+    def rounded(self, dtype: torch.dtype) -> FoldedNet:
+        """A copy whose convolutions compute in another type."""
+        layers = {
+            conv.name: (self._buffers[f"{key_of(conv)}_weight"], self._buffers[f"{key_of(conv)}_bias"])
+            for conv in self.spec.convs
+        }
+        head, channels = (self.head_weight, self.head_bias), torch.ones_like(self.scale[:, 0, 0])
+        net = FoldedNet(self.spec, layers, head, mean=channels, std=channels, dtype=dtype)
+        net.scale, net.shift = self.scale, self.shift
+        return net
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits of shape (batch, classes), in the head's type (float32), for images in [0, 1]."""
         buffers = self._buffers

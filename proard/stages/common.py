@@ -111,6 +111,7 @@ def _prepare_device(name: str, threads: int) -> str:
     import torch
 
     keep_heap()
+    torch.backends.cudnn.allow_tf32 = False  # what is measured is what is exported, on every device
     torch.set_num_threads(threads)
     if name == "auto" and torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
         torch.cuda.set_device(claim_gpu(torch.cuda.device_count()))

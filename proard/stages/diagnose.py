@@ -49,7 +49,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         writes=["bound", "radii", "summary"],
         optional=["weights", "supernet", "train"],
     )
-    torch.backends.cudnn.allow_tf32 = False
     files = job.files
     teacher = load_network(files.teacher, job.device)
     name, network = chosen_network(job, teacher)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from proard.data import ImageSet, load_split
 from proard.evaluation import SubnetMeter
 from proard.nets import load_supernet
@@ -13,7 +11,6 @@ from proard.stages.common import Job
 
 def subnet_meter(job: Job, *, cache: str | None) -> SubnetMeter:
     """The meter of a job that reads `--supernet` and `--train`."""
-    torch.backends.cudnn.allow_tf32 = False  # the measured network is the exported one, on every device
     space = SearchSpace(job.config.space)
     supernet, checksum = load_supernet(job.files.supernet, space)
     return SubnetMeter(

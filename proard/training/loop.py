@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -231,7 +232,8 @@ def fit(
                 views = source.views(indices, keyed_generator(seed, step, 1))
             images, labels = source.batch(indices, generator, *([share.part] if share.several else []))
             unread[step] = replace(done)
-            loss, clean, robust, work = trainer.step(images, labels, step, data_pass, lr, generator, views)
+            with rounded_convolutions():
+                loss, clean, robust, work = trainer.step(images, labels, step, data_pass, lr, generator, views)
             measured = torch.stack([loss.double() * len(indices), clean, robust])
             sums += torch.where(trainer.guard.failed > 0, 0, measured)
             done.step += 1
@@ -279,6 +281,17 @@ def fit(
             row["best"] = row["epoch"] == history[-1]["epoch"]
     trainer.keep_best()
     return history
+
+
+@contextmanager
+def rounded_convolutions() -> Iterator[None]:
+    """Let a GPU's convolutions round their inputs (TF32), as PyTorch does by default; measurements do not."""
+    kept = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = kept
 
 
 def _note(loss: Tensor, lr: float) -> str:
