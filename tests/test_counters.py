@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -172,3 +174,39 @@ def test_counters_see_a_redundant_forward():
     once = attack_flops(lambda: net(images))
     assert once == 2 * BATCH * (conv_macs(SPACE) + head_macs(SPACE))
     assert attack_flops(lambda: (net(images), net(images))) == 2 * once
+
+
+ATTACKS = """
+import resource, sys
+import torch
+from proard.attacks import pgd
+from proard.config import PRESETS
+from proard.losses import CrossEntropy
+from proard.nets import Supernet, SubnetView
+from proard.space import SearchSpace
+from proard.stages.common import keep_heap
+
+if sys.argv[1] == "kept":
+    assert keep_heap()
+torch.set_num_threads(1)
+space = SearchSpace(PRESETS["resnet_micro"])
+net = Supernet(space, mean=[0.5] * 3, std=[0.2] * 3, generator=torch.Generator().manual_seed(0))
+view = SubnetView(net, space.largest)
+folded = view.folded(view.running_statistics())
+images, objective = torch.rand(64, 3, 32, 32), CrossEntropy(torch.arange(64) % 10)
+attack = lambda steps: pgd(folded.forward, objective, images, eps=0.03, step_size=0.01, num_steps=steps,
+                           generator=torch.Generator().manual_seed(0))
+attack(3)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+attack(20)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 20)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts the page faults of Linux")
+def test_an_attack_on_a_kept_heap_faults_in_few_pages():
+    faults = {}
+    for heap in ("kept", "as it is"):
+        command = [sys.executable, "-c", ATTACKS, heap]
+        faults[heap] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert faults["kept"] < 0.2 * faults["as it is"]
