@@ -3,7 +3,7 @@
 Rows E0 to E2 measure the same subnets of one trained supernet: recalibration of batch norm, clean accuracy, PGD. Before
 anything is timed, plain and package form must agree in float64: statistics, clean accuracy, robust accuracy in both
 accountings. The sweep then labels at least 30 subnets over the range of MACs with fewer steps, images and recalibration
-images, and says how these labels rank the subnets, beside full PGD-20.
+images, and with gradients in bfloat16, and says how these labels rank the subnets, beside full PGD-20.
 
     python benchmarks/bench_eval.py --supernet FILE --train FILE --val FILE
     python benchmarks/bench_eval.py      # trains a small supernet on digits first
@@ -74,6 +74,7 @@ def sweep(
     steps: Sequence[int],
     images: Sequence[int],
     recalibrations: Sequence[int],
+    dtypes: Sequence[str],
     full: Problem,
     plain_archs: int,
 ) -> list[dict[str, Any]]:
@@ -83,7 +84,7 @@ def sweep(
     range; a cheap label's is that times its ratio to the full one, the median over all archs.
     """
     counts = sorted({min(number, len(val)) for number in images})
-    cells = list(product(steps, counts, recalibrations))
+    cells = list(product(steps, counts, recalibrations, dtypes))
     problems = {
         cell: make_problem(
             supernet,
@@ -91,14 +92,14 @@ def sweep(
             val,
             recalibration=cell[2],
             images=cell[1],
-            attack=full.attack.model_copy(update={"num_steps": cell[0]}),
+            attack=full.attack.model_copy(update={"num_steps": cell[0], "dtype": cell[3]}),
             eps=full.eps,
             batch_size=full.batch_size,
             seed=full.seed,
         )
         for cell in cells
     }
-    key = (full.attack.num_steps, len(full.images), len(full.recalibration))
+    key = (full.attack.num_steps, len(full.images), len(full.recalibration), full.attack.dtype)
     problems = {key: full, **{cell: problem for cell, problem in problems.items() if cell != key}}
     baseline, compared = (
         full.contiguous(),
@@ -127,6 +128,7 @@ def sweep(
                 "steps": cell[0],
                 "images": cell[1],
                 "recalibration": cell[2],
+                "dtype": cell[3],
                 "archs": len(archs),
                 "seconds_per_label": round(statistics.median(seconds[cell]), 5),
                 "ratio_plain": round(over_plain * over_full, 3),
@@ -196,6 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             steps=args.sweep_steps,
             images=args.sweep_images,
             recalibrations=args.sweep_recalibration,
+            dtypes=args.sweep_dtypes,
             full=full,
             plain_archs=args.timed_archs,
         )
@@ -221,6 +224,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sweep-steps", nargs="+", type=int, default=[5, 7, 10])
     parser.add_argument("--sweep-images", nargs="+", type=int, default=[250, 500, 1000])
     parser.add_argument("--sweep-recalibration", nargs="+", type=int, default=[250, 1000])
+    parser.add_argument("--sweep-dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--labels", type=int, default=2000, help="subnets of the predicted hours")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0, help="of archs and noise")
@@ -295,12 +299,23 @@ def _report(rows: Sequence[dict[str, Any]], run: dict[str, Any]) -> str:
 
 def _sweep_report(rows: Sequence[dict[str, Any]], full_steps: int) -> str:
     """Compose the table of cheap labels, dearest first."""
-    header = ("steps", "images", "recalibration", "s/label", "over plain", "over full", "mean robust", "Spearman")
+    header = (
+        "steps",
+        "images",
+        "recalibration",
+        "gradients",
+        "s/label",
+        "over plain",
+        "over full",
+        "mean robust",
+        "Spearman",
+    )
     cells = [
         (
             str(row["steps"]),
             str(row["images"]),
             str(row["recalibration"]),
+            row["dtype"],
             f"{row['seconds_per_label']:.4f}",
             f"{row['ratio_plain']:.1f}",
             f"{row['ratio_full']:.2f}",

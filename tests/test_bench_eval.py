@@ -99,14 +99,17 @@ def test_sweep_ranks_the_full_label_perfectly(problem, tmp_path, monkeypatch):
         steps=[1],
         images=[20, 1000],
         recalibrations=[30],
+        dtypes=["float32", "bfloat16"],
         full=problem,
         plain_archs=2,
     )
-    assert [(row["steps"], row["images"], row["recalibration"]) for row in rows] == [
-        (4, 40, 90),
-        (1, 20, 30),
-        (1, 40, 30),
+    assert [(row["steps"], row["images"], row["recalibration"], row["dtype"]) for row in rows] == [
+        (4, 40, 90, "float32"),
+        (1, 20, 30, "float32"),
+        (1, 20, 30, "bfloat16"),
+        (1, 40, 30, "float32"),
+        (1, 40, 30, "bfloat16"),
     ]
     assert rows[0]["spearman"] == rows[0]["ratio_full"] == 1
     assert all(row["ratio_plain"] > 0 and row["archs"] == 5 for row in rows)
-    assert rows[0]["mean_robust_acc"] <= rows[2]["mean_robust_acc"] + 0.2
+    assert rows[0]["mean_robust_acc"] <= rows[3]["mean_robust_acc"] + 0.2
