@@ -186,13 +186,14 @@ def _cards(view: View) -> str:
         cards.append(_card(str(number), "", what, how))
     quality = view.quality("robust_acc")
     if quality is not None:
-        how = f"Kendall τ of robust accuracy on {int(quality['num_held_out'])} held-out archs; ceiling from label noise"
-        ceiling = "" if pd.isna(quality["noise_ceiling"]) else f"of {decimal(quality['noise_ceiling'])}"
-        cards.append(_card(decimal(quality["kendall_tau"]), ceiling, "predictor", how))
+        how = f"Kendall τ of robust accuracy on {int(quality['num_held_out'])} held-out archs"
+        if not pd.isna(quality["noise_ceiling"]):
+            how += f"; two halves of the labels agree at {decimal(quality['noise_ceiling'])}"
+        cards.append(_card(decimal(quality["kendall_tau"]), "", "predictor", how))
     if view.durations:
         jobs = plural(sum(entry.jobs for entry in view.durations), "job")
-        seconds = sum(entry.seconds for entry in view.durations)
-        cards.append(_card(duration(seconds), "", "computed", f"wall time summed over {jobs}"))
+        value, unit = duration(sum(entry.seconds for entry in view.durations)).split(" ", 1)
+        cards.append(_card(value, unit, "computed", f"wall time summed over {jobs}"))
     return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
 
 
