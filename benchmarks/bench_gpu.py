@@ -11,8 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,26 +121,16 @@ def kernel_rows(device: torch.device, *, batch: int) -> dict[str, tuple[float, f
     }
 
 
-def check(problem: Problem, small: Problem, gpu: bool) -> list[str]:
-    """Go through the equality gates that this device can pass; `small` is a problem on the CPU."""
-    placed = checks.placed(small, problem.images.device)
-    with full_float32():
-        found = [checks.kernels_agree(problem.images.device)] if gpu else []
-        found.append(checks.attacks_agree(small, placed))
+def check(small: Problem, device: torch.device) -> list[str]:
+    """Go through the equality gates that a device can pass; `small` is a float32 problem on the CPU."""
+    gpu, placed = device.type == "cuda", checks.placed(small, device)
+    exact = [checks.placed(small, where, torch.float64) for where in (torch.device("cpu"), device)]
+    with checks.full_float32():
+        found = [checks.kernels_agree(device), checks.fused_attacks_agree(placed)] if gpu else []
+        found.append(checks.attacks_agree(*exact))
         found.append(checks.graphs_agree(placed, capture=None if gpu else lambda body: body))
-        found.append(checks.steps_agree(small, placed))
+        found.append(checks.steps_agree(*exact))
     return found
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Context without TF32: equality with a CPU is asked for."""
-    kept = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = kept
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -161,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     problem = checks.placed(
         make_problem(space, recipe=Recipe(num_steps=args.steps), batch_size=args.batch, **common), device
     )
-    for line in check(problem, small, gpu):
+    for line in check(small, device):
         print(f"equal: {line}", flush=True)
     not_run = [] if gpu else [f"{row} ({ROWS[row]})" for row in GPU_ONLY] + ["fused kernels against their twins"]
     limits = ceilings(device, size=8192 if gpu else 256, batch=args.batch)
