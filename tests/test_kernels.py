@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from helpers import random_images, random_supernet, tiny_space
 
 from proard.attacks import pgd, take_steps
 from proard.kernels import CapturedSteps, dispatch, plain, softmax_difference
+from proard.kernels import captured as captured_steps
 from proard.losses import CrossEntropy, KLToTarget, Margin
 from proard.nets import SubnetView
 
@@ -151,7 +153,7 @@ def attack_problem(seed, *, arch=0, count=6):
     return view, images, objectives
 
 
-def attacked(view, images, objective, steps, *, predict=None, num_steps=3, step_size=0.02):
+def attacked(view, images, objective, steps, *, predict=None, num_steps=4, step_size=0.02):
     return pgd(
         predict or view.folded(view.running_statistics()),
         objective,
@@ -169,7 +171,7 @@ def test_replayed_steps_read_this_calls_weights_targets_and_images(kind):
     """Same arch, other numbers in every tensor, another number of steps: one capture, the eager loop's results."""
     steps, seen = captured()
     results = []
-    for seed, num_steps in ((0, 3), (1, 3), (2, 1), (3, 5), (0, 3)):
+    for seed, num_steps in ((0, 4), (1, 4), (2, 1), (3, 5), (0, 4)):
         view, images, objectives = attack_problem(seed)
         before = images.clone()
         results.append(attacked(view, images, objectives[kind], steps, num_steps=num_steps))
@@ -208,11 +210,80 @@ def test_graph_unused_for_longest_goes_first():
     assert [key[-1] for key in steps.graphs] == [0.01, 0.02]
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 3])
+def test_few_steps_are_captured_where_their_network_comes_again(num_steps):
+    """Once without a graph, then one capture that every later meeting replays; other shapes wait for their own."""
+    steps, seen = captured()
+    for meeting in range(4):
+        view, images, objectives = attack_problem(meeting)
+        found = attacked(view, images, objectives["ce"], steps, num_steps=num_steps)
+        assert torch.equal(found, attacked(view, images, objectives["ce"], take_steps, num_steps=num_steps))
+        assert len(seen) == len(steps.graphs) == min(meeting, 1)
+    other, images, objectives = attack_problem(0, arch=1)
+    attacked(other, images, objectives["ce"], steps, num_steps=num_steps)
+    assert len(seen) == 1
+
+
+def test_networks_met_before_are_remembered_up_to_a_number(monkeypatch):
+    monkeypatch.setattr(captured_steps, "REMEMBERED", 2)
+    steps, _ = captured()
+    view, images, objectives = attack_problem(0)
+    for step_size in (0.01, 0.02, 0.03, 0.01, 0.03):  # 0.01 is forgotten when 0.03 comes
+        attacked(view, images, objectives["ce"], steps, step_size=step_size, num_steps=1)
+    assert [key[-1] for key in steps.graphs] == [0.03]
+    assert len(steps.met) == 2
+
+
+@pytest.mark.parametrize("fails_at", [0, 1])
+def test_a_capture_that_fails_is_told_once_and_attacks_run_eagerly_from_then_on(fails_at):
+    """Even where the failed capture has moved the graph's own images, the attack ends where the eager one does."""
+    tried = []
+
+    def capture(body):
+        tried.append(body)
+        if len(tried) > fails_at:
+            body()
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return body
+
+    steps = CapturedSteps(take_steps, batch_size=6, capture=capture)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for arch in (0, 1, 0, 1):
+            view, images, objectives = attack_problem(0, arch=arch)
+            found = attacked(view, images, objectives["ce"], steps)
+            assert torch.equal(found, attacked(view, images, objectives["ce"], take_steps))
+    assert [str(each.message) for each in told] == [
+        "attack steps are not captured, they run eagerly: operation not permitted when stream is capturing"
+    ]
+    assert len(tried) == fails_at + 1
+    assert not steps.graphs
+
+
+def test_what_a_graph_reads_is_copied_type_by_type(monkeypatch):
+    """A fused copy takes lists of one type; the network's bfloat16, float32 and the labels' int64 go apart."""
+    steps, _ = captured()
+    view, images, objectives = attack_problem(0)
+    predict = view.folded(view.running_statistics(), dtype=torch.bfloat16)
+    attacked(view, images, objectives["ce"], steps, predict=predict)
+    copied, foreach_copy = [], torch._foreach_copy_
+
+    def watched(targets, sources):
+        copied.append([{tensor.dtype for tensor in tensors} for tensors in (targets, sources)])
+        foreach_copy(targets, sources)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", watched)
+    attacked(view, images, objectives["ce"], steps, predict=predict)
+    assert all(len(types) == 1 for pair in copied for types in pair)
+    assert {next(iter(targets)) for targets, _ in copied} == {torch.bfloat16, torch.float32, torch.int64}
+    assert len(copied) == 3
+
+
 @pytest.mark.parametrize("case", ["ragged", "closure", "with_parameters", "objective_with_state", "no_step", "cpu"])
 def test_loop_stays_eager_where_a_graph_would_not_serve(case):
     steps, seen = captured()
     view, images, objectives = attack_problem(0, count=5 if case == "ragged" else 6)
-    objective, predict, num_steps = objectives["ce"], None, 3
+    objective, predict, num_steps = objectives["ce"], None, 4
     if case == "closure":
         predict = lambda x: view(x, frozen=True)  # noqa: E731
     if case == "with_parameters":

@@ -2,11 +2,13 @@
 
 One step is what a graph holds. It is captured right after the first step ran eagerly, so that a network met for the
 first time pays one pass of host time and no extra arithmetic, and the number of steps may change from call to call.
+Attacks of few steps are captured where their network comes a second time.
 """
 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ from torch import Tensor, nn
 
 TakeSteps = Callable[..., Tensor]
 Replay = Callable[[], object]
+PAYS = 3  # replays in one call from which a capture pays though its network may never come again
+REMEMBERED = 100_000  # networks of which it is known that they came before
 
 
 class CudaCapture:
@@ -55,7 +59,13 @@ class Captured:
         """Copy weights, target and images to where the graph reads them."""
         own = [*self.predict.buffers(), *tensors_of(self.objective).values(), *self.images]
         new = [*predict.buffers(), *tensors_of(objective).values(), *images]
-        torch._foreach_copy_(own, new)
+        grouped: dict[Hashable, tuple[list[Tensor], list[Tensor]]] = {}
+        for target, source in zip(own, new, strict=True):  # one type in, one out: what a fused copy asks for
+            targets, sources = grouped.setdefault((source.dtype, target.dtype), ([], []))
+            targets.append(target)
+            sources.append(source)
+        for targets, sources in grouped.values():
+            torch._foreach_copy_(targets, sources)
 
 
 class CapturedSteps:
@@ -73,6 +83,10 @@ class CapturedSteps:
         Graphs kept; the one unused for longest goes first. Each holds a copy of its weights and of one batch.
     capture : callable, optional
         Turns a function into what replays it. The default makes CUDA graphs; another one serves any device.
+
+    Notes
+    -----
+    Where a capture fails, a warning says why, and all that follows runs eagerly.
     """
 
     def __init__(
@@ -86,6 +100,8 @@ class CapturedSteps:
         self.take_steps, self.batch_size, self.capacity, self.capture = take_steps, batch_size, capacity, capture
         self.any_device = capture is not None
         self.graphs: OrderedDict[Hashable, Captured] = OrderedDict()
+        self.met: OrderedDict[int, None] = OrderedDict()  # hashes of keys, the newest last
+        self.failed = False
 
     def __call__(
         self,
@@ -100,29 +116,50 @@ class CapturedSteps:
     ) -> Tensor:
         """The iterate after `num_steps` steps; `adv` may be used up."""
         images = [adv, low, high]
-        key = self._key(predict, objective, images, step_size) if num_steps > 0 else None
-        if key is None:
-            return self.take_steps(predict, objective, adv, low, high, step_size=step_size, num_steps=num_steps)
-        graph = self.graphs.pop(key, None)
-        known = graph is not None
-        if graph is None:
-            graph = Captured(copy.deepcopy(predict), _own_tensors(objective), [x.clone() for x in images])
-        else:
+        key = self._key(predict, objective, images, step_size) if num_steps > 0 and not self.failed else None
+        graph, replays = None, num_steps
+        if key in self.graphs:
+            graph = self.graphs[key]
             graph.load(predict, objective, images)
+        elif key is not None and self._pays(key, num_steps):
+            graph, replays = self._captured(predict, objective, images, step_size), num_steps - 1
+        if graph is None:
+            return self.take_steps(predict, objective, adv, low, high, step_size=step_size, num_steps=num_steps)
+        self.graphs[key] = graph
+        self.graphs.move_to_end(key)
+        if len(self.graphs) > self.capacity:  # never the last one, with which the shared pool would go
+            self.graphs.popitem(last=False)
+        for _ in range(replays):
+            graph.replay()
+        return graph.images[0].clone()
+
+    def _pays(self, key: Hashable, num_steps: int) -> bool:
+        """Whether to capture a network without a graph: many steps follow its first, or it has been met before."""
+        mark = hash(key)
+        again = mark in self.met
+        self.met[mark] = None
+        self.met.move_to_end(mark)
+        if len(self.met) > REMEMBERED:
+            self.met.popitem(last=False)
+        return again or num_steps - 1 >= PAYS
+
+    def _captured(self, predict: nn.Module, objective: Any, images: list[Tensor], step_size: float) -> Captured | None:
+        """A graph that has taken the first step of this very attack; None, with a warning, where it cannot be."""
+        graph = Captured(copy.deepcopy(predict), _own_tensors(objective), [x.clone() for x in images])
 
         def step() -> None:
             self.take_steps(graph.predict, graph.objective, *graph.images, step_size=step_size, num_steps=1)
 
-        if not known:
-            step()  # the first step of this very attack, and what a capture wants to have run before it
+        step()  # what a capture wants to have run before it
+        try:
             self.capture = self.capture or CudaCapture()
             graph.replay = self.capture(step)
-        self.graphs[key] = graph
-        if len(self.graphs) > self.capacity:  # never the last one, with which the shared pool would go
-            self.graphs.popitem(last=False)
-        for _ in range(num_steps - (not known)):
-            graph.replay()
-        return graph.images[0].clone()
+        except RuntimeError as error:  # what was given is untouched: the attack runs eagerly from its start
+            warnings.warn(f"attack steps are not captured, they run eagerly: {error}", stacklevel=3)
+            self.failed = True
+            self.graphs.clear()  # nothing is captured into their pool any more
+            return None
+        return graph
 
     def _key(self, predict: Any, objective: Any, images: list[Tensor], step_size: float) -> Hashable | None:
         """What a graph depends on beyond the contents of tensors; None where the loop is to run eagerly."""
