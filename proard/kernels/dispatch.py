@@ -27,9 +27,7 @@ def fused_for(device: torch.device) -> ModuleType | None:
     return fused
 
 
-def pgd_update_(
-    adv: Tensor, gradient: Tensor, low: Tensor, high: Tensor, *, step_size: float, copy: Tensor | None = None
-) -> Tensor:
+def pgd_update_(adv: Tensor, gradient: Tensor, low: Tensor, high: Tensor, *, step_size: float) -> Tensor:
     """One step of an attack: the gradient's sign, the step, the projection into the bounds.
 
     Parameters
@@ -42,13 +40,11 @@ def pgd_update_(
         Bounds of every pixel: ball and pixel range.
     step_size : float
         In pixel units; pixels of zero gradient stay.
-    copy : Tensor of the shape of `adv`, optional
-        Receives the result in its own type, such as bfloat16.
     """
     fused = fused_for(adv.device)
-    if fused is not None and fused.fits(adv, gradient, low, high) and (copy is None or copy.stride() == adv.stride()):
-        return fused.pgd_update_(adv, gradient, low, high, step_size=step_size, copy=copy)
-    return plain.pgd_update_(adv, gradient, low, high, step_size=step_size, copy=copy)
+    if fused is not None and fused.fits(adv, gradient, low, high):
+        return fused.pgd_update_(adv, gradient, low, high, step_size=step_size)
+    return plain.pgd_update_(adv, gradient, low, high, step_size=step_size)
 
 
 def softmax_difference(logits: Tensor, target: Tensor) -> Tensor:

@@ -6,14 +6,9 @@ import torch
 from torch import Tensor
 
 
-def pgd_update_(
-    adv: Tensor, gradient: Tensor, low: Tensor, high: Tensor, *, step_size: float, copy: Tensor | None = None
-) -> Tensor:
+def pgd_update_(adv: Tensor, gradient: Tensor, low: Tensor, high: Tensor, *, step_size: float) -> Tensor:
     """Take one sign step in place and clip it to the bounds; `gradient` is used up."""
-    torch.clamp(adv.add_(gradient.sign_(), alpha=step_size), low, high, out=adv)
-    if copy is not None:
-        copy.copy_(adv)
-    return adv
+    return torch.clamp(adv.add_(gradient.sign_(), alpha=step_size), low, high, out=adv)
 
 
 def softmax_difference(logits: Tensor, target: Tensor) -> Tensor:
