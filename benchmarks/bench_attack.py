@@ -32,7 +32,7 @@ from step_rows import DEFAULT_SCALES, Problem, make_problem, scaled_space
 from torch import Tensor
 from trained import trained
 
-from proard.attacks import pgd, start_point
+from proard.attacks import pgd, start_point, take_steps
 from proard.config import PRESETS
 from proard.losses import KLToTarget
 from proard.nets import FoldedNet, SubnetView
@@ -90,25 +90,39 @@ class Agreement:
             raise SystemExit("the attacks disagree, nothing is timed: " + "; ".join(faults))
 
 
-def ceiling(dtype: torch.dtype, *, seconds: float) -> float:
-    """Best rate of a convolution's forward pass in channels_last memory, batch 64, in FLOP/s."""
-    rates = []
-    for channels, out, side, kernel in CEILING_SHAPES:
-        x = torch.rand(64, channels, side, side).to(dtype).contiguous(memory_format=torch.channels_last)
-        weight = torch.rand(out, channels, kernel, kernel).to(dtype).contiguous(memory_format=torch.channels_last)
-        flops = 2 * 64 * channels * out * side**2 * kernel**2
+def ceiling(
+    dtype: torch.dtype,
+    *,
+    seconds: float,
+    device: torch.device | str = "cpu",
+    batch: int = 64,
+    shapes: Sequence[tuple[int, int, int, int]] = CEILING_SHAPES,
+) -> float:
+    """Best rate of a convolution's forward pass in channels_last memory, in FLOP/s."""
+    rates, gpu = [], torch.device(device).type == "cuda"
+    calls = 10 if gpu else 1  # a GPU is waited for once in so many
+    for channels, out, side, kernel in shapes:
+        x = torch.rand(batch, channels, side, side, device=device).to(dtype, memory_format=torch.channels_last)
+        weight = torch.rand(out, channels, kernel, kernel, device=device).to(dtype, memory_format=torch.channels_last)
+        flops = 2 * batch * channels * out * side**2 * kernel**2
         clocks, end = [], time.perf_counter() + seconds
         with torch.no_grad():
             while time.perf_counter() < end or len(clocks) < 3:
                 start = time.perf_counter()
-                F.conv2d(x, weight, padding=kernel // 2)
-                clocks.append(time.perf_counter() - start)
+                for _ in range(calls):
+                    F.conv2d(x, weight, padding=kernel // 2)
+                if gpu:
+                    torch.cuda.synchronize()
+                clocks.append((time.perf_counter() - start) / calls)
         rates.append(flops / statistics.median(clocks[1:]))
     return max(rates)
 
 
-def attacks(problem: Problem) -> dict[str, Attack]:
-    """The attack in plain form and on the folded view, on the problem's first arch; the plain form in its type."""
+def attacks(problem: Problem, steps: Callable[..., Tensor] = take_steps) -> dict[str, Attack]:
+    """The attack in plain form and on the folded view, on the problem's first arch; the plain form in its type.
+
+    `steps` is what takes the folded view's steps.
+    """
     arch, recipe = problem.archs[0], problem.recipe
     options = {"eps": recipe.eps, "step_size": recipe.step_size, "num_steps": recipe.num_steps}
     plain_net = problem.student.eval()
@@ -125,7 +139,7 @@ def attacks(problem: Problem) -> dict[str, Attack]:
         net = view.folded(view.running_statistics(), dtype=dtype)
 
         def attack(images: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
-            return pgd(net, KLToTarget(target), images, start="gaussian", generator=generator, **options)
+            return pgd(net, KLToTarget(target), images, start="gaussian", generator=generator, steps=steps, **options)
 
         return attack
 
@@ -198,14 +212,26 @@ def laid_out(images: Tensor, name: str) -> Tensor:
 
 def timed(problem: Problem, batch: int, rounds: int) -> tuple[dict[str, Timing], float]:
     """Time every attack on the first `batch` images."""
+    calls = timed_calls(problem, batch)
+    return time_interleaved(calls, rounds=rounds, label=f"attacks at batch {batch}", plain="plain")
+
+
+def timed_calls(
+    problem: Problem, batch: int, steps: Callable[..., Tensor] = take_steps
+) -> dict[str, Callable[[int], None]]:
+    """Per attack, a call that attacks the first `batch` images once."""
     target = target_logits(problem)[:batch]
 
     def call(name: str, attack: Attack) -> Callable[[int], None]:
         images = laid_out(problem.images[:batch], name)
         return lambda number: attack(images, target, torch.Generator().manual_seed(number + 1))
 
-    calls = {name: call(name, attack) for name, attack in attacks(problem).items()}
-    return time_interleaved(calls, rounds=rounds, label=f"attacks at batch {batch}", plain="plain")
+    return {name: call(name, attack) for name, attack in attacks(problem, steps).items()}
+
+
+def share_of_ceiling(macs: int, gradients_per_second: float, ceiling: float) -> float:
+    """Share of a rate in FLOP/s: an input gradient is a forward and a backward pass, two FLOP per MAC each."""
+    return 4 * macs * gradients_per_second / ceiling
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -251,7 +277,7 @@ def measured(net: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         for attack, timing in timings.items():
             images = batch * args.steps / timing.seconds
             top = tops["float32" if attack == "plain" else attack]
-            share = 4 * macs * images / top  # a forward and an input gradient, two FLOP per MAC each
+            share = share_of_ceiling(macs, images, top)
             rows.append(
                 {
                     "bench": "attack",

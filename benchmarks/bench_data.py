@@ -62,13 +62,15 @@ def make_images(count: int, *, side: int = 32, channels: int = 3, seed: int = 0)
     return torch.randint(256, (count, side, side, channels), generator=generator, dtype=torch.uint8)
 
 
-def differing_pixels(images: Tensor, *, count: int = 162, seed: int = 0) -> int:
-    """Pixels in which crops of torchvision and of the package differ: every offset, mirrored and not."""
-    side, augmenter = images.shape[1], Augmenter(images, padding=PADDING)
+def differing_pixels(images: Tensor, *, count: int = 162, seed: int = 0, device: torch.device | str = "cpu") -> int:
+    """Pixels in which crops of torchvision and of the package, on a device, differ: every offset, mirrored and not."""
+    side, augmenter = images.shape[1], Augmenter(images.to(device), padding=PADDING)
     places = torch.cartesian_prod(torch.arange(2 * PADDING + 1), torch.arange(2 * PADDING + 1), torch.arange(2))
     places = places[torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))[:count]]
     indices = torch.arange(len(places)) % len(images)
-    ours = augmenter.crop(indices, places[:, 0], places[:, 1], places[:, 2].bool())
+    ours = augmenter.crop(
+        *(part.to(device) for part in (indices, places[:, 0], places[:, 1], places[:, 2].bool()))
+    ).cpu()
     differing = 0
     for row, (index, (top, left, mirrored)) in enumerate(zip(indices.tolist(), places.tolist(), strict=True)):
         padded = functional.pad(as_pil(images[index].numpy()), PADDING)
@@ -91,15 +93,19 @@ def require_equal(differing: int) -> None:
 
 
 @contextlib.contextmanager
-def timed_calls(images: Tensor, *, batch_size: int, workers: int) -> Iterator[dict[str, Callable[[int], None]]]:
-    """Per row, a call that goes through one epoch; worker processes live as long as the context."""
-    dataset, augmenter = Images(images.numpy()), Augmenter(images, padding=PADDING)
-    options = {"batch_size": batch_size, "shuffle": True}
+def timed_calls(
+    images: Tensor, *, batch_size: int, workers: int, device: torch.device | str = "cpu"
+) -> Iterator[dict[str, Callable[[int], None]]]:
+    """Per row, a call that brings one epoch to a device; worker processes live as long as the context."""
+    dataset, augmenter = Images(images.numpy()), Augmenter(images.to(device), padding=PADDING)
+    options = {"batch_size": batch_size, "shuffle": True, "pin_memory": torch.device(device).type == "cuda"}
     inline = DataLoader(dataset, **options)
     parallel = DataLoader(dataset, num_workers=workers, persistent_workers=True, **options)
 
     def loaded(loader: DataLoader) -> Callable[[int], None]:
-        return lambda number: require_all(sum(len(batch) for batch in loader), len(images))
+        return lambda number: require_all(
+            sum(len(batch.to(device, non_blocking=True)) for batch in loader), len(images)
+        )
 
     def resident(number: int) -> None:
         generator, seen = keyed_generator(number + 1), 0

@@ -27,7 +27,7 @@ import torch
 from common import NOISY, machine, require_positive, table, time_interleaved, write_rows
 from plain_step import Recipe
 from step_checks import TOLERANCE
-from step_rows import PLAIN, RELEASED, PackageStep, Problem, build, laid_out, make_problem, scaled_space
+from step_rows import PLAIN, RELEASED, PackageStep, Problem, Step, build, laid_out, make_problem, scaled_space
 from torch import Tensor
 
 import proard.nets.view
@@ -59,21 +59,26 @@ def package_step(row: str, problem: Problem) -> PackageStep:
 def timed_calls(problem: Problem) -> dict[str, Callable[[int], None]]:
     """Per row, a call that trains every arch on the batch once."""
 
-    def call(row: str) -> Callable[[int], None]:
-        images = laid_out(problem.images, ONE_BY_ONE.get(row, row))
-        step = build(ONE_BY_ONE[row], problem) if row in ONE_BY_ONE else package_step(row, problem)
+    def step(row: str) -> Step:
+        return build(ONE_BY_ONE[row], problem) if row in ONE_BY_ONE else package_step(row, problem)
 
-        def run(number: int) -> None:
-            generator = torch.Generator().manual_seed(number + 1)
-            if isinstance(step, PackageStep):
-                step.together(problem.archs, images, problem.labels, generator)
-                return
-            for arch in problem.archs:
-                step(arch, images, problem.labels, generator)
+    return {row: training_call(step(row), problem, together=row not in ONE_BY_ONE) for row in LEVERS}
 
-        return run
 
-    return {row: call(row) for row in LEVERS}
+def training_call(step: Step, problem: Problem, *, together: bool = True) -> Callable[[int], None]:
+    """A call that trains every arch on the batch once: in one step `together`, or in one step each."""
+    package = isinstance(step, PackageStep)
+    images = problem.images.contiguous(memory_format=torch.channels_last if package else torch.contiguous_format)
+
+    def run(number: int) -> None:
+        generator = torch.Generator().manual_seed(number + 1)
+        if together:
+            step.together(problem.archs, images, problem.labels, generator)
+            return
+        for arch in problem.archs:
+            step(arch, images, problem.labels, generator)
+
+    return run
 
 
 def equality(problem: Problem) -> dict[str, float]:

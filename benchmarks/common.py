@@ -88,7 +88,7 @@ def time_interleaved(
     for number in range(-1, rounds):
         clocks.append([])
         for name in order:
-            clocks[-1].append(_clock(calls[name], number))
+            clocks[-1].append(clocked(calls[name], number))
             progress.advance(note=name)
     progress.close()
     return summarise(list(calls), clocks[1:], plain=plain)
@@ -135,7 +135,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def _clock(call: Callable[[int], None], number: int) -> tuple[float, float]:
+def clocked(call: Callable[[int], None], number: int) -> tuple[float, float]:
     """Wall and processor seconds of one call."""
     wall, used = time.perf_counter(), time.process_time()
     call(number)

@@ -186,6 +186,8 @@ def statistics_difference(net: StaticNet, supernet: Supernet) -> float:
     """Largest difference of running statistics, relative to the largest entry of a layer."""
     largest = 0.0
     for conv in net.spec.convs:
+        if not conv.norm:
+            continue
         norm, bn = net.norms[key_of(conv)], supernet.layers[key_of(conv)].bn
         for name in ("running_mean", "running_var"):
             wanted = getattr(bn, name)[: conv.out_channels]

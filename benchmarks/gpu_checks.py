@@ -41,11 +41,11 @@ def with_steps(problem: Problem, num_steps: int) -> Problem:
 
 
 @contextmanager
-def full_float32() -> Iterator[None]:
-    """Context without TF32 and with convolutions that give the same numbers every time."""
+def full_float32(*, deterministic: bool = True) -> Iterator[None]:
+    """Context without TF32 and, where `deterministic`, with convolutions that give the same numbers every time."""
     cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     kept = cuda.allow_tf32, cudnn.allow_tf32, cudnn.deterministic
-    cuda.allow_tf32, cudnn.allow_tf32, cudnn.deterministic = False, False, True
+    cuda.allow_tf32, cudnn.allow_tf32, cudnn.deterministic = False, False, deterministic
     try:
         yield
     finally:
@@ -185,7 +185,7 @@ def graphs_agree(problem: Problem, *, capture: object = None) -> str:
 
 
 def steps_agree(cpu: Problem, gpu: Problem) -> str:
-    """One whole training step on both devices, on every arch, in float64.
+    """One whole training step on both devices, on every arch and on all of them with one attack, in float64.
 
     Raises
     ------
@@ -194,18 +194,45 @@ def steps_agree(cpu: Problem, gpu: Problem) -> str:
     """
     cosines = []
     with in_float64():
-        for arch in cpu.archs:
-            found = (weight_gradients(problem, arch) for problem in (cpu, gpu))
+        for archs, shared in (*(([arch], {}) for arch in cpu.archs), (cpu.archs, {"shared": "smallest"})):
+            found = (weight_gradients(problem, archs, **shared) for problem in (cpu, gpu))
             cosines.append(float(F.cosine_similarity(*found, dim=0)))
     if not min(cosines) >= GRADIENTS:
         raise Wrong(f"a step's weight gradients have a cosine of {min(cosines):.5f} with the CPU's")
-    return f"weight gradients of a step against the CPU's in float64, {len(cosines)} archs: cosine {min(cosines):.6f}"
+    archs = f"{len(cpu.archs)} archs, each alone and together"
+    return f"weight gradients of a step against the CPU's in float64, {archs}: cosine {min(cosines):.6f}"
 
 
-def weight_gradients(problem: Problem, arch: Arch) -> Tensor:
-    """All weight gradients of one training step, on the CPU."""
-    nets = (copy.deepcopy(problem.student), copy.deepcopy(problem.teacher))
-    step = PackageStep(*nets, problem.recipe)
-    images = problem.images.contiguous(memory_format=torch.channels_last)
-    step(arch, images, problem.labels, torch.Generator().manual_seed(1))
+def weight_gradients(problem: Problem, archs: list[Arch], **shared: str) -> Tensor:
+    """All weight gradients of one training step on some archs, on the CPU."""
+    step, images = package_step(problem, **shared)
+    step.together(archs, images, problem.labels, torch.Generator().manual_seed(1))
     return torch.cat([parameter.grad.flatten().cpu() for parameter in step.net.parameters()])
+
+
+def package_step(problem: Problem, **shared: str) -> tuple[PackageStep, Tensor]:
+    """The package's step on copies of the networks, and the images as it takes them."""
+    nets = (copy.deepcopy(problem.student), copy.deepcopy(problem.teacher))
+    images = problem.images.contiguous(memory_format=torch.channels_last)
+    return PackageStep(*nets, problem.recipe, shared=shared), images
+
+
+def step_never_waits(problem: Problem) -> str:
+    """One training step on a GPU, after one that warms up, in which the host may not wait for the device.
+
+    Raises
+    ------
+    Wrong
+        It does: torch says where.
+    """
+    step, images = package_step(problem)
+    for number, mode in enumerate(("default", "error")):
+        generator = torch.Generator().manual_seed(number)
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            step(problem.archs[0], images, problem.labels, generator)
+        except RuntimeError as error:
+            raise Wrong(f"the host waits for the device in a training step: {error}") from error
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return "a training step in which the host never waits for the device"

@@ -31,7 +31,11 @@ def plain_recalibrate(supernet: Supernet, arch: Arch, images: Tensor, *, batch_s
 
         def conv(layer: ConvSpec, x: Tensor) -> Tensor:
             elastic, out = net.layers[key_of(layer)], layer.out_channels
-            x = F.conv2d(x, elastic.weight[:out, : layer.in_channels], None, layer.stride, layer.kernel // 2)
+            weight = elastic.filters(out, layer.in_channels, layer.kernel)
+            bias = None if elastic.bias is None else elastic.bias[:out]
+            x = F.conv2d(x, weight, bias, layer.stride, layer.kernel // 2, groups=layer.groups)
+            if not layer.norm:
+                return x
             mean = x.mean(0, keepdim=True).mean(2, keepdim=True).mean(3, keepdim=True)
             var = ((x - mean) ** 2).mean(0, keepdim=True).mean(2, keepdim=True).mean(3, keepdim=True)
             mean, var, values = mean.flatten(), var.flatten(), x.numel() / out
@@ -43,6 +47,8 @@ def plain_recalibrate(supernet: Supernet, arch: Arch, images: Tensor, *, batch_s
 
         run_network(spec, net.normalise(batch), conv, net.head)
     for layer in spec.convs:
+        if not layer.norm:
+            continue
         bn, (mean, var) = net.layers[key_of(layer)].bn, sums[layer.name]
         bn.running_mean[: layer.out_channels] = mean / len(batches)
         bn.running_var[: layer.out_channels] = var / len(batches)
@@ -76,7 +82,7 @@ def plain_robust(
     accounting: str = "last_iterate",
 ) -> Tensor:
     """Which images, attacked by PGD with all its steps, are classified correctly; bool of shape (n,)."""
-    noise = torch.empty(images.shape).uniform_(-eps, eps, generator=keyed_generator(seed, 0))
+    noise = torch.empty(images.shape).uniform_(-eps, eps, generator=keyed_generator(seed, 0)).to(images.device)
     parts = zip(images.split(batch_size), labels.split(batch_size), noise.split(batch_size), strict=True)
     robust = []
     for clean, truth, start in parts:

@@ -20,11 +20,12 @@ def trained(problem: Problem, *, num_steps: int, batch_size: int = 64, seed: int
     Parameters
     ----------
     problem : Problem
-        Its student is changed; images and labels of the returned one are of the patterns, as many as before.
+        Its student is changed; images and labels of the returned one are of the patterns, as many as before and on the
+        same device.
     num_steps : int
         Steps of PGD-2 adversarial training.
     """
-    space = problem.student.space.settings
+    space, device = problem.student.space.settings, problem.images.device
     arch, generator = problem.archs[0], torch.Generator().manual_seed(seed)
     coarse = torch.rand(space.classes, space.image_channels, 4, 4, generator=generator)
     patterns = F.interpolate(coarse, size=space.image_size, mode="bicubic").clamp(0, 1)
@@ -33,11 +34,11 @@ def trained(problem: Problem, *, num_steps: int, batch_size: int = 64, seed: int
     plan = single_plan(arch, "pgd_at", recipe)
     trainer = Trainer(problem.student, recipe, plan, problem.recipe.eps, None, seed)
     for step in range(num_steps):
-        images, labels = draw(patterns, batch_size, generator)
+        images, labels = (part.to(device) for part in draw(patterns, batch_size, generator))
         rate = 0.05 * min(1.0, (step + 1) / 10) * (1 - step / num_steps)
         trainer.step(images, labels, step, 0, rate, generator)
     images, labels = draw(patterns, len(problem.images), generator)
-    return replace(problem, images=images, labels=labels)
+    return replace(problem, images=images.to(device), labels=labels.to(device))
 
 
 def draw(patterns: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

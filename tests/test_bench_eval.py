@@ -50,6 +50,27 @@ def test_plain_and_package_labels_agree_in_float64(problem):
     assert eval_rows.measure_as_package(problem, problem.supernet.space.largest).gradients <= last.gradients
 
 
+def test_plain_and_package_labels_agree_on_mobilenet_blocks():
+    """Depthwise convolutions, squeeze-and-excitation, transformed kernels."""
+    import eval_rows
+    import plain_step
+    import step_rows
+
+    given = step_rows.make_problem(
+        step_rows.scaled_space("mobilenet_digits", 1),
+        recipe=plain_step.Recipe(),
+        num_archs=2,
+        batch_size=60,
+        dtype=torch.float32,
+    )
+    attack, images = Attack(num_steps=3, step_size=EPS / 4), given.images
+    net = given.student.eval()
+    made = eval_rows.Problem(net, images[:40], images[40:], given.labels[40:], attack, EPS, batch_size=20)
+    found = eval_rows.equality(made, given.archs)
+    eval_rows.require_equal(found)
+    assert found["statistics"] < 1e-10
+
+
 def test_statistics_of_too_few_images_are_noticed(problem, monkeypatch):
     import eval_rows
 

@@ -33,24 +33,120 @@ def test_without_a_gpu_one_line_says_that_nothing_was_run(capsys):
     assert capsys.readouterr().out == bench_gpu.NO_GPU + "\n"
 
 
-def test_cpu_form_checks_times_and_lists_what_it_left_out(tmp_path, capsys):
+def test_cpu_form_measures_every_section_and_lists_what_it_left_out(tmp_path, capsys):
     import bench_gpu
 
     bench_gpu.main(["--device", "cpu", "--quick", "--json", str(tmp_path / "rows.json")])
     printed = capsys.readouterr().out
-    assert "equal: captured attack against the eager one: 100.000%" in printed
-    for row in ("G3", "G6", "G7"):
-        assert f"not run: {row}" in printed
-    rows = [json.loads(line) for line in (tmp_path / "rows.json").read_text().splitlines()]
-    assert [row["row"] for row in rows] == ["G0", "G1", "G2", "G4", "G5"]
-    assert all(row["ms_per_step"] > 0 and row["not_run"] for row in rows)
+    spaces = ("resnet_digits", "mobilenet_digits")
+    for space in spaces:
+        assert f"equal: captured attack against the eager one: 100.000% of pixels alike ({space})" in printed
+    left_out = [line.removeprefix("not run: ") for line in printed.splitlines() if line.startswith("not run: ")]
+    assert left_out == bench_gpu.ON_GPU_ONLY
+    *rows, last = [json.loads(line) for line in (tmp_path / "rows.json").read_text().splitlines()]
+    assert last["not_run"] == left_out
+    found = {}
+    for row in rows:
+        found.setdefault((row["bench"], row.get("space")), []).append(row["row"])
+    assert next(iter(found)) == ("gpu_ceilings", None)
+    assert found == {
+        ("gpu_ceilings", None): [row["row"] for row in rows[:5]],
+        **{("gpu", space): ["G0", "G1", "G2", "G4", "G5"] for space in spaces},
+        **{("gpu_shared", space): [f"S{number}" for number in range(7)] for space in spaces},
+        **{("gpu_labels", space): ["L0", "L1", "L2", "L3"] for space in spaces},
+        **{("gpu_attack", space): ["plain", "float32", "bfloat16"] for space in spaces},
+        ("gpu_data", None): ["D0", "D1", "D2"],
+        ("gpu_kernels", None): ["pgd_update_", "softmax_difference"],
+    }
+    assert all(row["ms_per_step"] > 0 and row["ratio_plain"] > 0 for row in rows if row["bench"] == "gpu")
+    limit = next(row["rate"] for row in rows if row["row"] == "convolution_float32_tflops")
+    for row in (row for row in rows if row["row"] == "float32"):
+        share = 4 * row["macs"] * row["gradients_per_second"] / (1e12 * limit)
+        assert row["ceiling_share"] == pytest.approx(share, abs=1e-3)
 
 
-def test_ladder_is_left_out_and_named_where_time_is_short(capsys):
+@pytest.fixture
+def without_gates(monkeypatch):
+    """The benchmark without what other tests check."""
     import bench_gpu
 
-    bench_gpu.main(["--device", "cpu", "--quick", "--minutes", "0.0001"])
-    assert "not run: the ladder: one round would end after the 0.0001 minutes allowed" in capsys.readouterr().out
+    monkeypatch.setattr(bench_gpu, "check", lambda *_, **__: [])
+    return bench_gpu
+
+
+def test_sections_are_left_out_and_named_where_time_is_short(without_gates, tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    without_gates.main(["--device", "cpu", "--quick", "--minutes", "0.00001", "--json", str(path)])
+    printed = capsys.readouterr().out
+    late = "it would end after the 1e-05 minutes allowed"
+    names = ["ceilings", "augmented images", "kernels alone"]
+    for what in ("one subnet a step", "2 subnets a step", "seconds per label", "share of the ceiling"):
+        names += [f"{what}, {space}" for space in ("resnet_digits", "mobilenet_digits")]
+    assert all(f"not run: {name}: {late}" in printed for name in names)
+    assert [json.loads(line)["bench"] for line in path.read_text().splitlines()] == ["gpu_left_out"]
+
+
+def test_a_section_that_fails_is_named_and_costs_no_other_its_rows(without_gates, tmp_path, monkeypatch, capsys):
+    import gpu_labels
+    import gpu_ladder
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("no memory left\non this device")
+
+    for section in ("step_rows", "shared_rows"):
+        monkeypatch.setattr(gpu_ladder, section, full)
+    monkeypatch.setattr(gpu_labels, "label_rows", lambda *_, **__: [])
+    path = tmp_path / "rows.json"
+    with pytest.raises(SystemExit, match="a section failed"):
+        without_gates.main(["--device", "cpu", "--quick", "--json", str(path)])
+    assert "not run: one subnet a step, resnet_digits: OutOfMemoryError: no memory left\n" in capsys.readouterr().out
+    kept = {json.loads(line)["bench"] for line in path.read_text().splitlines()}
+    assert kept == {"gpu_ceilings", "gpu_attack", "gpu_data", "gpu_kernels", "gpu_left_out"}
+
+
+def test_rounds_end_where_another_would_not_fit(monkeypatch):
+    import gpu_run
+
+    now = [0.0]
+    monkeypatch.setattr(gpu_run, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(gpu_run, "clocked", lambda call, number: (call(number), (10.0, 10.0))[1])
+
+    def timed(seconds, rounds=5):
+        now[0], seen = 0.0, []
+
+        def call(number):
+            seen.append(number)
+            now[0] += 10
+
+        options = {"rounds": rounds, "device": torch.device("cpu"), "label": "calls", "plain": "b"}
+        done = gpu_run.time_within({"a": call, "b": call}, gpu_run.Budget(seconds), **options)
+        return done.rounds, seen
+
+    assert timed(1000) == (5, [-1] * 2 + [number for number in range(5) for _ in range(3)])
+    assert timed(81)[0] == 2  # 20 s to warm up, 30 s a round: then 1 s is left
+    for seconds in (0, 5, 20):
+        with pytest.raises(gpu_run.TimeIsShort):
+            timed(seconds)
+
+
+def test_a_step_in_which_the_host_waits_is_noticed(monkeypatch):
+    import gpu_checks
+
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    assert "never waits" in gpu_checks.step_never_waits(small_problem())
+    assert modes == ["default", "default", "error", "default"]
+    together = gpu_checks.PackageStep.together
+
+    def waits(*args):
+        if modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return together(*args)
+
+    monkeypatch.setattr(gpu_checks.PackageStep, "together", waits)
+    with pytest.raises(SystemExit, match=r"the host waits .* called a synchronizing CUDA operation"):
+        gpu_checks.step_never_waits(small_problem())
+    assert modes[-1] == "default"
 
 
 def test_graph_that_reads_stale_weights_is_noticed(monkeypatch):
