@@ -196,6 +196,7 @@ def _json_row(row: str, timing: Timing, run: dict[str, Any]) -> dict[str, Any]:
         "bench": "data",
         "row": row,
         "lever": LEVERS[row].format(workers=run["workers"]),
+        "baseline": "DataLoader",
         "ratio_total": round(timing.ratio_total, 4),
         "ratio_previous": round(timing.ratio_previous, 4),
         "images_per_second": round(run["images"] / timing.seconds, 1),

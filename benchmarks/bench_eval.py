@@ -252,6 +252,7 @@ def _json_row(row: str, timing: Timing, problem: Problem, args: argparse.Namespa
         "bench": "eval",
         "row": row,
         "lever": LEVERS[row],
+        "baseline": "plain PGD",
         "ratio_total": round(timing.ratio_total, 4),
         "ratio_previous": round(timing.ratio_previous, 4),
         "seconds_per_label": round(seconds, 5),

@@ -342,6 +342,7 @@ def _json_row(row: str, timings: dict[str, Timing], population: int, generations
         "bench": "search",
         "row": row,
         "lever": LEVERS[row],
+        "baseline": "one arch at a time",
         "ratio_total": round(timing.ratio_total, 4),
         "ratio_released": round(timings["S1"].seconds / timing.seconds, 4),
         "ratio_previous": round(timing.ratio_previous, 4),

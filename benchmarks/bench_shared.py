@@ -161,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "bench": "shared",
             "row": row,
             "lever": LEVERS[row],
+            "baseline": "released step",
             "ratio_total": round(timing.ratio_total, 4),
             "ratio_plain": round(timing.ratio_plain, 4),
             "ratio_previous": round(timing.ratio_previous, 4),

@@ -159,6 +159,7 @@ def _json_row(row: str, timing: Timing, args: argparse.Namespace, agreement: dic
         "bench": "step",
         "row": row,
         "lever": lever_of(row),
+        "baseline": "released step",
         "ratio_total": round(timing.ratio_total, 4),
         "ratio_plain": round(timing.ratio_plain, 4),
         "ratio_previous": round(timing.ratio_previous, 4),

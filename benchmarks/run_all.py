@@ -104,18 +104,26 @@ def rows_of(path: Path, name: str = "") -> list[Row]:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """One table over all benchmarks: both ratios where a row has them."""
+    """One table over all benchmarks: ratios to the named baseline and to the plain form, where a row has them."""
     cells = [
         (
             row["bench"],
             str(row.get("row", "")),
-            *(_ratio(row.get(key)) for key in ("ratio_total", "ratio_plain", "ratio_previous")),
+            *_over_baseline(row),
+            *(_ratio(row.get(key)) for key in ("ratio_plain", "ratio_previous")),
             "noisy" if row.get("noisy") else "",
             ": ".join(filter(None, (row.get("space"), row.get("lever")))),
         )
         for row in rows
     ]
-    return table(("bench", "row", "/released", "/plain", "/previous", "", "what"), cells)
+    return table(("bench", "row", "over baseline", "baseline", "/plain", "/previous", "", "what"), cells)
+
+
+def _over_baseline(row: Row) -> tuple[str, str]:
+    """A row's ratio and what it is over: the released form where the row has that ratio, else its own baseline."""
+    if "ratio_released" in row:
+        return _ratio(row["ratio_released"]), "released form"
+    return _ratio(row.get("ratio_total")), row.get("baseline", "-") if "ratio_total" in row else "-"
 
 
 def _ratio(value: float | None) -> str:
