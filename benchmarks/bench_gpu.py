@@ -30,7 +30,8 @@ from proard.config import PRESETS
 
 RESULTS = Path(__file__).parent / "results" / "bench_gpu.json"
 NO_GPU = "bench_gpu: torch sees no GPU here; nothing was run, checked or measured."
-SMALL, SETTLING = 8, 32  # images of the equality gates, and from which the networks' statistics are made
+SMALL, SETTLING = 8, 16  # images of the equality gates, and from which the networks' statistics are made
+NARROW = {"resnet_cifar": 0.125, "mobilenet_v3_cifar": 0.125}  # compared with a CPU, slow in float64, at this width
 ON_GPU_ONLY = [f"{row} ({ladder.ROWS[row]})" for row in ladder.GPU_ONLY] + [
     f"{ladder.GRAPHS} ({ladder.SHARED[ladder.GRAPHS]})",
     "attacks in CUDA graphs",
@@ -59,9 +60,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     gpu = device.type == "cuda"
     facts = {name: getattr(args, name) for name in ("width_scale", "batch", "steps", "seed", "device")}
     facts["machine"] = {**machine(), "gpu": torch.cuda.get_device_name() if gpu else None}
-    problems = {name: problem_of(name, args) for name in args.space}
+    problems = {name: problem_of(name, args, args.width_scale) for name in args.space}
     for name, problem in problems.items():
-        for line in check(problem, device, archs=args.archs):
+        narrow = problem_of(name, args, min(args.width_scale, NARROW.get(name, 1.0)))
+        for line in check(problem, narrow, device, archs=args.archs):
             print(f"equal: {line} ({name})", flush=True)
     placed = {name: on_device(problem, device, args) for name, problem in problems.items()}
     not_run, rows = [] if gpu else list(ON_GPU_ONLY), []
@@ -95,8 +97,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit("a section failed; the rows of the others are valid")
 
 
-def problem_of(name: str, args: argparse.Namespace) -> Problem:
-    """Archs and networks of a space, on the CPU.
+def problem_of(name: str, args: argparse.Namespace, width_scale: float) -> Problem:
+    """Archs and networks of a space at a width, on the CPU.
 
     Raises
     ------
@@ -104,7 +106,7 @@ def problem_of(name: str, args: argparse.Namespace) -> Problem:
         The width scale does not suit the space.
     """
     try:
-        space = scaled_space(name, args.width_scale)
+        space = scaled_space(name, width_scale)
     except ValueError as error:
         raise SystemExit(str(error)) from None
     return make_problem(
@@ -125,22 +127,26 @@ def on_device(problem: Problem, device: torch.device, args: argparse.Namespace) 
     return checks.placed(replace(problem, images=images, labels=labels_), device)
 
 
-def check(problem: Problem, device: torch.device, *, archs: int) -> list[str]:
-    """Go through the equality gates that a device can pass; `problem` is a float32 one on the CPU."""
-    small = replace(
-        checks.with_steps(problem, 3),
-        archs=problem.archs[:archs],
-        images=problem.images[:SMALL],
-        labels=problem.labels[:SMALL],
-    )
-    gpu, placed = device.type == "cuda", checks.placed(small, device)
-    exact = [checks.placed(small, where, torch.float64) for where in (torch.device("cpu"), device)]
+def check(problem: Problem, narrow: Problem, device: torch.device, *, archs: int) -> list[str]:
+    """Go through the equality gates that a device can pass; both problems are float32 ones on the CPU.
+
+    `narrow` is compared with the CPU, `problem` on the device alone.
+    """
+    gpu, cpu = device.type == "cuda", torch.device("cpu")
+    placed = checks.placed(_few(problem, archs), device)
+    exact = [checks.placed(_few(narrow, archs), where, torch.float64) for where in (cpu, device)]
     with checks.full_float32():
         found = [checks.kernels_agree(device), checks.fused_attacks_agree(placed)] if gpu else []
         found.append(checks.attacks_agree(*exact))
         found.append(checks.graphs_agree(placed, capture=None if gpu else lambda body: body))
         found.append(checks.steps_agree(*exact))
     return [*found, checks.step_never_waits(placed)] if gpu else found
+
+
+def _few(problem: Problem, archs: int) -> Problem:
+    """Some archs and images of a problem, and an attack of three steps."""
+    few = {"archs": problem.archs[:archs], "images": problem.images[:SMALL], "labels": problem.labels[:SMALL]}
+    return replace(checks.with_steps(problem, 3), **few)
 
 
 def sections(problems: dict[str, Problem], device: torch.device, args: argparse.Namespace) -> list[Section]:

@@ -59,6 +59,7 @@ def test_cpu_form_measures_every_section_and_lists_what_it_left_out(tmp_path, ca
         ("gpu_kernels", None): ["pgd_update_", "softmax_difference"],
     }
     assert all(row["ms_per_step"] > 0 and row["ratio_plain"] > 0 for row in rows if row["bench"] == "gpu")
+    assert all("baseline" in row for row in rows if "ratio_total" in row)
     limit = next(row["rate"] for row in rows if row["row"] == "convolution_float32_tflops")
     for row in (row for row in rows if row["row"] == "float32"):
         share = 4 * row["macs"] * row["gradients_per_second"] / (1e12 * limit)
