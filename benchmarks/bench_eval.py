@@ -122,9 +122,12 @@ def sweep(
     rows = []
     for cell in problems:
         over_full = statistics.median(a / b for a, b in zip(seconds[key], seconds[cell], strict=True))
+        rho = rank_correlation(labels[cell], labels[key])
+        name = f"PGD-{cell[0]}, {cell[1]:,} images, {cell[2]:,} for recalibration, {cell[3]} gradients"
         rows.append(
             {
                 "bench": "eval_sweep",
+                "lever": name if rho is None else f"{name}: rank correlation {rho:.3f}",
                 "steps": cell[0],
                 "images": cell[1],
                 "recalibration": cell[2],
@@ -133,7 +136,7 @@ def sweep(
                 "seconds_per_label": round(statistics.median(seconds[cell]), 5),
                 "ratio_plain": round(over_plain * over_full, 3),
                 "ratio_full": round(over_full, 3),
-                "spearman": rank_correlation(labels[cell], labels[key]),
+                "spearman": rho,
                 "mean_robust_acc": round(statistics.mean(labels[cell]), 5),
             }
         )
