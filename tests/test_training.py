@@ -179,6 +179,13 @@ def test_training_may_round_convolutions_and_validation_may_not(train_set, tmp_p
     assert not torch.backends.cudnn.allow_tf32
 
 
+@pytest.mark.parametrize(("keep", "epoch"), [("best", 1), ("last", 3)])
+def test_a_phase_keeps_the_epoch_asked_for(train_set, tmp_path, keep, epoch):
+    """Validations that are all alike: the first of them is the best."""
+    rows = phase_run(train_set, tmp_path, epochs=3, keep=keep).rows
+    assert {row["epoch"] for row in rows if row["best"]} == {epoch}
+
+
 def test_last_epoch_is_validated_whatever_the_rhythm(train_set, tmp_path):
     validation = {"every_epochs": 2, "num_images": 12, "num_steps": 1, "step_size": 0.05}
     run = teacher_run(train_set, tmp_path, epochs=3, batch_size=48, validation=validation)

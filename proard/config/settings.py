@@ -185,11 +185,12 @@ class Phase(Optimisation, DistillationOptions, Extended):
     learning rate: a subnet's gradients shrink by (1 - share of the training done)^(complexity_decay * c), where c falls
     with log-MACs from 1 for the smallest subnet of the space to 0 for the largest.
 
+    `keep`: the epoch that is `best` on val, by robust accuracy of the validated subnets, or the `last`.
     `teacher_logits` keeps the frozen teacher's logits of every view of the clean images that has come up, in a table on
     the device: images * (2 crop_padding + 1)^2 * 2 if mirrored * classes numbers, 324 MB in float32 for CIFAR-10.
     """
 
-    gained = frozenset({"kernel", "sort_channels", "forward_equivalents", "complexity_decay", "loss_scale"})
+    gained = frozenset({"kernel", "sort_channels", "forward_equivalents", "complexity_decay", "loss_scale", "keep"})
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = "phase"
     width: tuple[Positive, ...] | None = None
@@ -209,6 +210,7 @@ class Phase(Optimisation, DistillationOptions, Extended):
     warm_start: Literal["teacher", "random"] = "teacher"
     forward_equivalents: Positive | None = None
     complexity_decay: Annotated[Number, Field(ge=0, le=10)] = 0.0
+    keep: Literal["best", "last"] = "best"
 
     @property
     def asks_frozen_teacher(self) -> bool:
