@@ -43,7 +43,8 @@ class AugmentedImages:
 
     def batch(self, indices: Tensor, generator: torch.Generator, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Augmented images and labels, or a part of what a call without it gives."""
-        return self.augment(indices, generator, part), self.train.labels[indices[part].to(self.train.labels.device)]
+        labels = self.train.labels
+        return self.augment(indices, generator, part), labels[indices[part].to(labels.device, non_blocking=True)]
 
     def views(self, indices: Tensor, generator: torch.Generator) -> Views:
         """Which views `batch` gives for the same arguments."""
