@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -198,7 +199,11 @@ def test_other_networks_train_with_attack_and_teacher(files, tmp_path, net):
         assert trained(torch.rand(2, 1, 8, 8)).isfinite().all()
 
 
-@pytest.mark.parametrize("changes", [{}, {"optimizer": "adamw", "lr": 1e-3}], ids=["sgd", "adamw"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"optimizer": "adamw", "lr": 1e-3}, {"optimizer": "muon", "lr": 0.02}],
+    ids=["sgd", "adamw", "muon"],
+)
 def test_a_stopped_training_of_a_vit_goes_on_bit_for_bit(files, tmp_path, changes, monkeypatch):
     net = {"family": "vit", "patch": 4, "layers": 1, "heads": 2, "hidden": 8, "mlp": 8}
     student = {"name": "s", "net": net, "loss": "rslad", **changes}
@@ -219,10 +224,11 @@ def test_a_stopped_training_of_a_vit_goes_on_bit_for_bit(files, tmp_path, change
     assert same(whole, again)
 
 
-def test_adamw_takes_its_own_steps(files, tmp_path):
+def test_every_optimizer_takes_its_own_steps(files, tmp_path):
     student = {"name": "s", "loss": "plain", "lr": 0.01}
-    trained = [train(files, tmp_path / kind, {**student, "optimizer": kind})[0] for kind in ("sgd", "adamw")]
-    assert not same(trained[0].state_dict(), trained[1].state_dict())
+    kinds = ("sgd", "adamw", "muon")
+    trained = [train(files, tmp_path / kind, {**student, "optimizer": kind})[0].state_dict() for kind in kinds]
+    assert not any(same(one, other) for one, other in combinations(trained, 2))
 
 
 # --- options of a training ----------------------------------------------------------------------------------------

@@ -104,9 +104,16 @@ class Validation(Settings):
         return self.overfitting or ("warn" if 1 <= attack.num_steps <= 2 else "off")
 
 
-class Optimisation(Settings):
-    """SGD with Nesterov momentum, linear warm-up and cosine decay; EMA of the weights."""
+class Optimisation(Extended):
+    """Linear warm-up and cosine decay of the learning rate; EMA of the weights.
 
+    `optimizer`: `sgd` with Nesterov momentum, `adamw`, or `muon`, which orthogonalises the momentum of convolutions and
+    moves all else as `sgd` does. Under the last two `weight_decay` takes `lr * weight_decay` of a weight in every step.
+    """
+
+    gained = frozenset({"optimizer"})
+
+    optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
     epochs: Positive = 100
     warmup_epochs: NonNegative = 0
     batch_size: Count = 128
@@ -167,7 +174,7 @@ class TrainControl(Optimisation):
     """The plainly trained network of the teacher's size: what robust training is compared with."""
 
 
-class Phase(Optimisation, DistillationOptions, Extended):
+class Phase(Optimisation, DistillationOptions):
     """One leg of progressive distillation: which choices are open, who is drawn, who teaches, with which loss.
 
     `width`, `depth`, `expand`, `kernel` list the open choices; an omitted dim is fully open. `teacher` is `frozen` (a
@@ -190,7 +197,14 @@ class Phase(Optimisation, DistillationOptions, Extended):
     the device: images * (2 crop_padding + 1)^2 * 2 if mirrored * classes numbers, 324 MB in float32 for CIFAR-10.
     """
 
-    gained = frozenset({"kernel", "sort_channels", "forward_equivalents", "complexity_decay", "loss_scale", "keep"})
+    gained = Optimisation.gained | {
+        "kernel",
+        "sort_channels",
+        "forward_equivalents",
+        "complexity_decay",
+        "loss_scale",
+        "keep",
+    }
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = "phase"
     width: tuple[Positive, ...] | None = None

@@ -36,6 +36,8 @@ class Student(Optimisation, DistillationOptions):
     left out; images, their split and the measurement's noise keep the run's.
     """
 
+    gained = frozenset()
+
     name: Annotated[str, Field(pattern=NAME)] = "student"
     net: Annotated[Named, Field(discriminator="family")] | None = None
     arch: Literal["largest", "smallest"] | dict[str, tuple[Number, ...]] = "largest"
@@ -43,7 +45,6 @@ class Student(Optimisation, DistillationOptions):
     clean_noise: NonNegative = 0.0
     teacher_logits: Kept | None = None
     teacher_gradients: Kept | None = None
-    optimizer: Literal["sgd", "adamw"] = "sgd"
     schedule: Literal["cosine", "constant", "steps"] = "cosine"
     keep: Literal["best", "last"] = "best"
     seed: Natural | None = None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from proard.config import Phase, Student, TrainControl, TrainTeacher
+from proard.training.muon import Muon
 
 STATE = {"momentum_buffer": "momentum", "exp_avg": "momentum", "exp_avg_sq": "square", "step": "steps"}
 
@@ -17,17 +18,23 @@ STATE = {"momentum_buffer": "momentum", "exp_avg": "momentum", "exp_avg_sq": "sq
 def make_optimizer(
     parameters: Mapping[str, nn.Parameter], settings: TrainTeacher | TrainControl | Phase | Student
 ) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum, or AdamW with `momentum` as its first decay rate.
+    """SGD with Nesterov momentum, AdamW with `momentum` as its first decay rate, or Muon.
 
-    Norms, biases and kernel transforms (the identity at first) are spared weight decay.
+    Norms, biases and kernel transforms (the identity at first) are spared weight decay. Muon orthogonalises and decays
+    the weights of convolutions over several channels; all else moves by SGD at the same rate, without decay.
     """
+    if settings.optimizer == "muon":
+        matrix = [p.ndim == 4 and p.shape[1] > 1 for p in parameters.values()]
+        matrices, others = (list(compress(parameters.values(), kept)) for kept in (matrix, map(not_, matrix)))
+        groups = [{"params": matrices, "orthogonal": True, "weight_decay": settings.weight_decay}, {"params": others}]
+        return Muon([group for group in groups if group["params"]], momentum=settings.momentum)
     spared = [p.ndim == 1 or ".transforms." in name for name, p in parameters.items()]
     plain, decayed = (list(compress(parameters.values(), kept)) for kept in (spared, map(not_, spared)))
     groups = [
         {"params": decayed, "weight_decay": settings.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    if isinstance(settings, Student) and settings.optimizer == "adamw":
+    if settings.optimizer == "adamw":
         adam = torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.momentum, 0.999), fused=True)
         for parameter in parameters.values():
             moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
