@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from glob import glob
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     spent.add_argument("--country", default="USA", metavar="ABC", help="ISO 3166 code for CO2 equivalents (USA)")
     both = commands.add_parser("fronts", help="the measured fronts of two runs: hypervolumes and their difference")
-    both.add_argument("first", metavar="results/RUN")
-    both.add_argument("second", metavar="results/OTHER")
+    both.add_argument(
+        "first", metavar="results/RUN", help="a run, or result tables: a .parquet file or a quoted pattern"
+    )
+    both.add_argument("second", metavar="results/OTHER", help="the same of the other run")
     add_doctor(commands)
     return parser
 
@@ -251,6 +254,9 @@ def fronts(first: str | Path, second: str | Path, console: Console) -> None:
     """
     from proard.report.fronts import compare_outcomes, sampled_outcomes, verified_outcomes
 
+    if all(str(path).endswith(".parquet") for path in (first, second)):
+        table_fronts(first, second, console)
+        return
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for name in ("archs", "number", "images", str(first), str(second), "second less first"):
         table.add_column(name, no_wrap=True)
@@ -265,6 +271,35 @@ def fronts(first: str | Path, second: str | Path, console: Console) -> None:
     console.print(
         "[dim]hypervolume in clean accuracy, robust accuracy and MACs, as a share of the box that both runs span; "
         "intervals: 95 % over redraws of the images, one training each[/]"
+    )
+
+
+def table_fronts(first: str | Path, second: str | Path, console: Console) -> None:
+    """Print the hypervolumes of two sets of result tables, named by file or pattern, and the gains of equal archs.
+
+    Raises
+    ------
+    UserError
+        There is no such table, or nothing in the two was measured alike.
+    """
+    from proard.report.fronts import compare_tables
+
+    paths = [sorted(map(Path, glob(str(pattern)))) for pattern in (first, second)]
+    for pattern, found in zip((first, second), paths, strict=True):
+        if not found:
+            raise UserError(f"there is no table {pattern}")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("split", "attack", "images", "archs", "hypervolume: first", "second", "in both", "clean", "robust"):
+        table.add_column(name, no_wrap=True)
+    for row in compare_tables(*paths).itertuples():
+        gains = [f"{100 * gain:+.1f} points" if row.paired else "" for gain in (row.clean_gain, row.robust_gain)]
+        archs = " and ".join(map(str, dict.fromkeys((row.first_archs, row.second_archs))))
+        volumes = (f"{row.first:.4f}", f"{row.second:.4f}")
+        table.add_row(row.split, row.attack, f"{row.num_images:,}", archs, *volumes, str(row.paired), *gains)
+    console.print(table)
+    console.print(
+        "[dim]hypervolume in clean accuracy, robust accuracy and MACs, as a share of the box that both sets span; "
+        "gains: mean over the archs in both, second less first[/]"
     )
 
 

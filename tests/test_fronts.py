@@ -15,7 +15,7 @@ from proard.artifacts.tables import PREDICTED
 from proard.cli import main
 from proard.config import UserError
 from proard.nets import save_supernet
-from proard.report.fronts import Outcomes, compare_outcomes, sampled_outcomes, verified_outcomes
+from proard.report.fronts import Outcomes, compare_outcomes, compare_tables, sampled_outcomes, verified_outcomes
 from proard.space.sampling import identity_columns
 from proard.stages import evaluate_archs, sample_archs, verify_front
 
@@ -112,6 +112,39 @@ def test_the_command_prints_both_volumes_and_their_difference(runs, capsys):
     assert "verified fronts, test, all attacks" in text
     assert "sampled, val" in text
     assert "second less first" in text
+
+
+def test_tables_alone_are_compared_split_by_split(runs, capsys):
+    tables = [folder / "verify_front" / "front.parquet" for folder in runs]
+    found = compare_tables([tables[0]], [tables[1]])
+    assert set(zip(found["split"], found["attack"], strict=True)) == {
+        (split, attack) for split in ("val", "test") for attack in ("pgd2", "cw2", "worst")
+    }
+    row = found.query("split == 'test' and attack == 'worst'").iloc[0]
+    outcomes = [verified_outcomes(folder) for folder in runs]
+    expected = compare_outcomes(*outcomes, bootstraps=2)
+    assert row["first"] == pytest.approx(expected.first[0])
+    assert row["second"] == pytest.approx(expected.second[0])
+    means = [
+        read_table(path).query("split == 'test' and attack == 'worst'").groupby("arch_id")["robust_acc"].first()
+        for path in tables
+    ]
+    assert row["paired"] == len(means[0].index.intersection(means[1].index)) > 0
+    assert row["robust_gain"] == pytest.approx((means[1] - means[0]).mean())
+    main(["fronts", *(str(folder / "evaluate_archs" / "*" / "table.parquet") for folder in runs)])
+    (line,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("val")]
+    assert line[:4] == ["val", "pgd20", "20", "6"]
+    assert line[6] == "6"
+
+
+def test_tables_that_are_missing_or_measured_otherwise_are_refused(runs, tmp_path, capsys):
+    table = runs[0] / "verify_front" / "front.parquet"
+    with pytest.raises(SystemExit):
+        main(["fronts", str(table), str(tmp_path / "no*.parquet")])
+    assert "there is no table" in capsys.readouterr().err
+    sampled = runs[1] / "evaluate_archs" / "0000-0002" / "table.parquet"  # under another attack
+    with pytest.raises(UserError, match="measured alike"):
+        compare_tables([table], [sampled])
 
 
 def test_a_run_without_its_supernet_or_tables_is_told_so(runs, tmp_path, capsys):

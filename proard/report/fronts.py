@@ -101,6 +101,57 @@ def sampled_outcomes(run_folder: str | Path) -> Outcomes:
     return measured_outcomes(run_folder, tables, stage="evaluate_archs", split="val")
 
 
+def compare_tables(first: Sequence[Path], second: Sequence[Path]) -> pd.DataFrame:
+    """Hypervolumes of two sets of measured archs as their tables give them, without the runs that they came from.
+
+    Parameters
+    ----------
+    first, second : sequence of path
+        Tables of measured archs, such as those of `verify_front`, `merge_table` or `select_student`.
+
+    Returns
+    -------
+    DataFrame
+        A row per split and attack that both have, measured on equally many images: `split`, `attack`, `num_images`;
+        `first_archs`, `second_archs`; `first`, `second`, the hypervolumes on the scale that both span; `paired`, the
+        number of archs in both, and `clean_gain`, `robust_gain`, the mean of their differences, second less first, as
+        fractions (NaN where no arch is in both).
+
+    Raises
+    ------
+    UserError
+        Nothing in them was measured alike: threat, images and attack.
+    """
+    groups = [_measured_alike(paths) for paths in (first, second)]
+    found = []
+    for key in [key for key in groups[0] if key in groups[1]]:
+        pair = [group[key].drop_duplicates("arch_id").set_index("arch_id") for group in groups]
+        points = [np.column_stack([-rows["clean_acc"], -rows["robust_acc"], rows["macs"]]) for rows in pair]
+        scale = Scale.of(np.concatenate(points))
+        both = pair[0].index.intersection(pair[1].index)
+        gains = pair[1].loc[both, ["clean_acc", "robust_acc"]] - pair[0].loc[both, ["clean_acc", "robust_acc"]]
+        row = {**pair[0].iloc[0][["split", "attack", "num_images"]], "paired": len(both)}
+        for name, rows, place in zip(("first", "second"), pair, points, strict=True):
+            row |= {f"{name}_archs": len(rows), name: hypervolume(place, scale)}
+        found.append(row | {"clean_gain": gains["clean_acc"].mean(), "robust_gain": gains["robust_acc"].mean()})
+    if not found:
+        raise UserError("nothing in the two was measured alike: the same split, images, threat and attack")
+    return pd.DataFrame(found)
+
+
+def _measured_alike(paths: Sequence[Path]) -> dict[tuple[str, ...], pd.DataFrame]:
+    """Rows by what must agree between two sets of tables; for the worst case, all attacks that it is of."""
+    how = ["attack", "norm", "eps", "step_size", "num_steps", "restarts"]
+    alike = ["split", "num_images", "accounting", *how]
+    columns = [*alike, "arch_id", "macs", "clean_acc", "robust_acc"]
+    rows = pd.concat([read_table(path, columns=columns) for path in paths], ignore_index=True)
+    described = pd.Series([" ".join(map(str, row)) for row in rows[how].itertuples(index=False)])
+    worst = rows["attack"] == "worst"
+    attacks = described[~worst].groupby(rows.loc[~worst, "split"]).agg(lambda texts: " ".join(sorted(set(texts))))
+    described[worst] = rows.loc[worst, "split"].map(attacks)
+    return dict(list(rows.groupby(["split", "num_images", "accounting", "attack", described], sort=False)))
+
+
 def measured_outcomes(run_folder: str | Path, tables: Sequence[Path], *, stage: str, split: str) -> Outcomes:
     """Outcomes of measured archs, from the run's cache; what it has lost is measured again.
 
