@@ -56,6 +56,14 @@ def test_a_twin_makes_as_many_steps_as_its_subnet_went_through(changes, epochs):
     assert twin_epochs(run) == epochs
 
 
+@pytest.mark.parametrize("budget", ["steps", "path"])
+def test_a_budget_of_stretched_phases_must_be_a_number(budget):
+    run = tiny_config(compare_twins__budget=budget, phase__forward_equivalents=1e4)
+    with pytest.raises(ConfigError, match=r"phase all is stretched .*give a number of epochs"):
+        twin_epochs(run)
+    assert twin_epochs(tiny_config(compare_twins__budget=1.5, phase__forward_equivalents=1e4)) == 1.5
+
+
 def test_twins_inherit_the_last_phase_and_take_their_overrides():
     run = tiny_config(compare_twins=TWINS | {"student": {"attack": {"num_steps": 1}, "lr": 0.5}}, phase__loss="ard")
     students = twin_students(run)
@@ -74,7 +82,7 @@ def test_twins_inherit_the_last_phase_and_take_their_overrides():
 def test_the_committed_experiment_follows_a_finished_run_without_touching_it():
     folder = Path(__file__).parents[1] / "config"
     micro, twin = (
-        yaml.safe_load((folder / name).read_text()) for name in ("cifar10_micro.yaml", "experiments/twin.yaml")
+        yaml.safe_load((folder / name).read_text()) for name in ("cifar10_micro_better.yaml", "experiments/twin.yaml")
     )
     before, run = load(micro), load({**micro, **twin})
     assert {stage for stage in NEEDS if job_settings(before, stage) != job_settings(run, stage)} == {
@@ -83,7 +91,8 @@ def test_the_committed_experiment_follows_a_finished_run_without_touching_it():
     }
     students = twin_students(run)
     assert len(students) == 4
-    assert {(student.epochs, student.loss, student.lr) for student in students} == {(9, "rslad", 0.2)}
+    assert {student.optimizer for student in students} == {"muon"}
+    assert {(student.epochs, student.loss, student.lr) for student in students} == {(10.1766, "rslad", 0.1)}
     assert {(student.attack.num_steps, student.attack.bn_mode) for student in students} == {(2, "running")}
 
 

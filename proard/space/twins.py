@@ -57,10 +57,21 @@ def twin_epochs(run: RunConfig) -> float:
     -----
     A step of a phase trains several subnets, a twin's step one: a subnet had at most one gradient evaluation of each
     image of a step, its twin has exactly one.
+
+    Raises
+    ------
+    ConfigError
+        The budget is that of phases whose length is known only when they begin.
     """
     settings, (first, *_), last = run.compare_twins, run.train_phase.phases, run.train_phase.phases[-1]
     if not isinstance(settings.budget, str):
         return settings.budget
+    for phase in run.train_phase.phases:
+        if phase.forward_equivalents is not None:
+            raise ConfigError(
+                f"compare_twins.budget is {settings.budget}, but phase {phase.name} is stretched to its "
+                f"forward_equivalents: give a number of epochs, the one that its log names"
+            )
     batch = settings.student.get("batch_size", last.batch_size)
 
     def epochs(training: object, passes: int = 1) -> float:
