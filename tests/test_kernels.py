@@ -203,10 +203,10 @@ def test_kernels_prove_themselves_and_are_dropped_with_a_warning_where_they_fail
             fused.prove(torch.device(DEVICE))
     assert dispatch.fused_for(torch.device("cpu")) is None
     monkeypatch.setitem(sys.modules, "proard.kernels.fused", None)  # importing it fails, as without Triton
-    dispatch.fused_for.cache_clear()
+    dispatch.proven.cache_clear()
     with pytest.warns(UserWarning, match="fused kernels are not used on cuda:7"):
         assert dispatch.fused_for(torch.device("cuda:7")) is None
-    dispatch.fused_for.cache_clear()
+    dispatch.proven.cache_clear()
 
 
 # Captured steps. On a CPU the capture is a stand-in that reruns the step on the graph's own tensors: whatever a real

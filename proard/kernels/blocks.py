@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -12,24 +10,15 @@ import torch
 from torch import Tensor
 
 from proard.kernels import plain
+from proard.kernels.dispatch import proven
 
 PAYS: dict[tuple[object, ...], bool] = {}  # whether the fused kernel was the faster twin, by shapes and type
 CALLS = 10  # that are timed
 
 
-@cache
 def bottleneck_for(device: torch.device) -> ModuleType | None:
-    """The fused bottleneck, once it has given its twin's results on this device; None where it cannot run."""
-    if device.type != "cuda":
-        return None
-    try:
-        from proard.kernels import bottleneck
-
-        bottleneck.prove(device)
-    except Exception as error:  # no Triton, no C compiler for its launcher, an unknown GPU: the plain twin does
-        warnings.warn(f"no fused bottleneck on {device}: {type(error).__name__}: {error}", stacklevel=2)
-        return None
-    return bottleneck
+    """The fused bottleneck, where it serves this device."""
+    return proven("bottleneck", device)
 
 
 def bottleneck_end(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -13,18 +14,23 @@ from proard.kernels import plain
 
 
 @cache
-def fused_for(device: torch.device) -> ModuleType | None:
-    """The fused kernels, once they have given the plain ones' results on this device; None where they cannot run."""
+def proven(name: str, device: torch.device) -> ModuleType | None:
+    """A module of fused kernels, once they have given the plain ones' results here; None where they cannot run."""
     if device.type != "cuda":
         return None
     try:
-        from proard.kernels import fused
-
-        fused.prove(device)
+        kernels = import_module(f"proard.kernels.{name}")
+        kernels.prove(device)
     except Exception as error:  # no Triton, no C compiler for its launcher, an unknown GPU: the plain twins do
-        warnings.warn(f"fused kernels are not used on {device}: {type(error).__name__}: {error}", stacklevel=2)
+        what = f"{name} kernels are not used on {device}"
+        warnings.warn(f"{what}: {type(error).__name__}: {error}", stacklevel=3)
         return None
-    return fused
+    return kernels
+
+
+def fused_for(device: torch.device) -> ModuleType | None:
+    """The fused kernels of the attack step, where they serve this device."""
+    return proven("fused", device)
 
 
 def pgd_update_(adv: Tensor, gradient: Tensor, low: Tensor, high: Tensor, *, step_size: float) -> Tensor:
