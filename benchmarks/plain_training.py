@@ -27,9 +27,13 @@ LAYOUT = torch.contiguous_format
 
 
 class PlainView:
-    """`SubnetView` in plain form: nothing is materialised, gradients reach the supernet by themselves."""
+    """`SubnetView` in plain form: nothing is materialised, gradients reach the supernet by themselves.
 
-    def __init__(self, supernet: Supernet, arch: Arch) -> None:
+    One process alone: `total`, which adds statistics up over several, must be left out.
+    """
+
+    def __init__(self, supernet: Supernet, arch: Arch, *, total: None = None) -> None:
+        assert total is None
         self.supernet, self.spec = supernet, supernet.space.spec(arch)
 
     def __call__(

@@ -242,7 +242,7 @@ def test_a_stage_trains_in_plain_form_inside_the_context_only(tmp_path):
 
     from proard.nets import Supernet
     from proard.stages import train_phase, training
-    from proard.training import Plan, loop, trainer
+    from proard.training import Plan, loop, single_plan, trainer
 
     before = (trainer.SubnetView, trainer.pgd, loop.Trainer, training.frozen_network, train_phase.frozen_network)
     with plain_form():
@@ -254,5 +254,12 @@ def test_a_stage_trains_in_plain_form_inside_the_context_only(tmp_path):
         made = loop.Trainer(net, config.train_phase.phases[0], Plan(lambda seed, step, data_pass: []), 0.1, None, 0)
         weights = [parameter for parameter in made.parameters.values() if parameter.ndim == 4]
         assert all(weight.is_contiguous() for weight in weights)
+        settings = config.train_teacher
+        made = loop.Trainer(net, settings, single_plan(space.largest, "trades", settings), 0.1, None, 0)
+        images, labels = random_images(space, 6, dtype=torch.float32), torch.arange(6) % 3
+        before_step = net.head.weight.detach().clone()
+        loss, *_ = made.step(images, labels, 0, 0, 0.1, torch.Generator().manual_seed(0))
+        assert torch.isfinite(loss)
+        assert not torch.equal(net.head.weight, before_step)
     after = (trainer.SubnetView, trainer.pgd, loop.Trainer, training.frozen_network, train_phase.frozen_network)
     assert after == before
