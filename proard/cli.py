@@ -254,9 +254,12 @@ def fronts(first: str | Path, second: str | Path, console: Console) -> None:
     """
     from proard.report.fronts import compare_outcomes, sampled_outcomes, verified_outcomes
 
-    if all(str(path).endswith(".parquet") for path in (first, second)):
+    tables = [str(path).endswith(".parquet") for path in (first, second)]
+    if all(tables):
         table_fronts(first, second, console)
         return
+    if any(tables):
+        raise UserError(f"{first} and {second}: one is a run, the other a table; name two runs or two tables")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for name in ("archs", "number", "images", str(first), str(second), "second less first"):
         table.add_column(name, no_wrap=True)

@@ -142,6 +142,9 @@ def test_tables_that_are_missing_or_measured_otherwise_are_refused(runs, tmp_pat
     with pytest.raises(SystemExit):
         main(["fronts", str(table), str(tmp_path / "no*.parquet")])
     assert "there is no table" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["fronts", str(runs[0]), str(table)])
+    assert "name two runs or two tables" in capsys.readouterr().err
     sampled = runs[1] / "evaluate_archs" / "0000-0002" / "table.parquet"  # under another attack
     with pytest.raises(UserError, match="measured alike"):
         compare_tables([table], [sampled])

@@ -108,7 +108,8 @@ class Optimisation(Extended):
     """Linear warm-up and cosine decay of the learning rate; EMA of the weights.
 
     `optimizer`: `sgd` with Nesterov momentum, `adamw`, or `muon`, which orthogonalises the momentum of convolutions and
-    moves all else as `sgd` does. Under the last two `weight_decay` takes `lr * weight_decay` of a weight in every step.
+    moves all else as `sgd` does, without decay. Under the last two `weight_decay` takes `lr * weight_decay` of a weight
+    in every step.
     """
 
     gained = frozenset({"optimizer"})
