@@ -15,7 +15,8 @@ from synthetic_run import BUDGETS, SyntheticRun
 
 from proard import artifacts
 from proard.artifacts import ArtifactError
-from proard.report import compare_searches, durations, exported_students
+from proard.config import load
+from proard.report import compare_searches, durations, exported_students, setup
 from proard.report.figures import training_figure
 from proard.report.svg import COLOURS
 from proard.report.text import count, percent, pixels
@@ -250,3 +251,13 @@ def test_panels_that_share_an_axis_all_fit_on_it():
     low, high = training_figure(results).axes[0].get_ylim()
     assert low == 0
     assert high > 0.9
+
+
+@pytest.mark.parametrize(("changes", "name"), [({}, "SGD"), ({"optimizer": "muon"}, "Muon")])
+def test_trainings_are_told_with_their_optimizer_and_rate(changes, name):
+    config = load(
+        {"run": "demo", "train_teacher": {"lr": 0.3, **changes}, "train_phase": {"phases": [{"lr": 0.2, **changes}]}}
+    )
+    sections = config.model_dump(mode="json")
+    assert f"{name} at learning rate 0.3" in setup._teacher_words(sections["train_teacher"])
+    assert f"{name} at learning rate 0.2" in setup._phase_words(sections["train_phase"])

@@ -94,8 +94,14 @@ def _teacher_words(teacher: Mapping[str, Any] | None) -> str:
     words = {"pgd_at": "PGD adversarial training", "sat": "PGD adversarial training", "plain": "plain"}
     objective = words.get(teacher["objective"], str(teacher["objective"]).upper())
     beta = f", β {teacher['beta']:g}" if teacher["objective"] in ("trades", "mart", "hat") else ""
-    schedule = f"{teacher['epochs']:g} epochs, batch {teacher['batch_size']}, learning rate {teacher['lr']:g}"
+    schedule = f"{teacher['epochs']:g} epochs, batch {teacher['batch_size']}, {_optimizer_words(teacher)}"
     return escape(f"{objective}{beta}, {schedule}")
+
+
+def _optimizer_words(training: Mapping[str, Any]) -> str:
+    """The optimizer of a training and its highest learning rate; settings leave the default one out."""
+    names = {"sgd": "SGD", "adamw": "AdamW", "muon": "Muon"}
+    return f"{names[training.get('optimizer', 'sgd')]} at learning rate {training['lr']:g}"
 
 
 def _phase_words(section: Mapping[str, Any] | None) -> str:
@@ -104,7 +110,8 @@ def _phase_words(section: Mapping[str, Any] | None) -> str:
         return ""
     return "<br>".join(
         escape(
-            f"{phase['name']}: {phase['epochs']:g} epochs, {phase['loss'].upper()}, {phase['teacher']} teacher, "
+            f"{phase['name']}: {phase['epochs']:g} epochs, {_optimizer_words(phase)}, {phase['loss'].upper()}, "
+            f"{phase['teacher']} teacher, "
             f"{phase['sampling']} sampling, {plural(phase['archs_per_step'], 'subnet')} per step"
         )
         for phase in section["phases"]
