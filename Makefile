@@ -17,12 +17,19 @@ quickstart: .venv/installed
 	@$(BIN)/proard students results/quickstart
 	@echo "Report: $(REPORT)"
 
+# Tests of numbers, which also run as a CPU without AVX-512 runs them, at one thread and at two.
+NUMERIC := $(addprefix tests/test_,gradients.py types.py nets.py input_gradient.py maps.py depthwise.py norms.py \
+	mobilenet.py attacks.py training.py)
+NARROW := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
+
 test: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/snakefmt --check workflow
 	$(BIN)/snakemake --lint --configfile config/quickstart.yaml
 	$(BIN)/python -m pytest -n 2 --durations=8 -m "not cluster"
+	$(NARROW) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(NUMERIC) tests/test_pipeline.py
+	$(NARROW) OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -n 1 $(NUMERIC) tests/test_pipeline.py
 	$(BIN)/python -m pytest -n 4 --dist worksteal -m cluster # they mostly wait
 
 bench: .venv/installed

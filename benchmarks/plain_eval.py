@@ -17,6 +17,7 @@ from torch import Tensor
 
 from proard.config import Attack
 from proard.data import keyed_generator
+from proard.kernels import convolution
 from proard.nets import Supernet, run_network
 from proard.nets.elastic import BN_EPS, key_of
 from proard.space import Arch, ConvSpec
@@ -33,7 +34,7 @@ def plain_recalibrate(supernet: Supernet, arch: Arch, images: Tensor, *, batch_s
             elastic, out = net.layers[key_of(layer)], layer.out_channels
             weight = elastic.filters(out, layer.in_channels, layer.kernel)
             bias = None if elastic.bias is None else elastic.bias[:out]
-            x = F.conv2d(x, weight, bias, layer.stride, layer.kernel // 2, groups=layer.groups)
+            x = convolution(x, weight, bias, stride=layer.stride, groups=layer.groups)
             if not layer.norm:
                 return x
             mean = x.mean(0, keepdim=True).mean(2, keepdim=True).mean(3, keepdim=True)

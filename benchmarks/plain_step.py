@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from proard.attacks import pgd
+from proard.kernels import convolution
 from proard.losses import KLToTarget
 from proard.nets import SubnetView, Supernet, run_network
 from proard.nets.elastic import BN_EPS, BN_MOMENTUM, key_of
@@ -149,9 +150,8 @@ def sliced_forward(net: Supernet, arch: Arch, images: Tensor, *, training: bool,
         elastic, out = net.layers[key_of(layer)], layer.out_channels
         weight = elastic.filters(out, layer.in_channels, layer.kernel).contiguous(memory_format=layout)
         bias, bn = elastic.bias, elastic.bn
-        x = F.conv2d(
-            x, weight, None if bias is None else bias[:out], layer.stride, layer.kernel // 2, groups=layer.groups
-        )
+        bias = None if bias is None else bias[:out]
+        x = convolution(x, weight, bias, stride=layer.stride, groups=layer.groups)
         if bn is None:
             return x
         mean, var, scale, shift = bn.running_mean[:out], bn.running_var[:out], bn.weight[:out], bn.bias[:out]
@@ -172,8 +172,8 @@ def unfolded(view: SubnetView) -> Callable[[Tensor], Tensor]:
     def conv(layer: ConvSpec, x: Tensor) -> Tensor:
         weight, *others = leaves[layer.name]
         if not layer.norm:
-            return F.conv2d(x, weight, *others, layer.stride, layer.kernel // 2, groups=layer.groups)
-        x = F.conv2d(x, weight, None, layer.stride, layer.kernel // 2, groups=layer.groups)
+            return convolution(x, weight, *others, stride=layer.stride, groups=layer.groups)
+        x = convolution(x, weight, stride=layer.stride, groups=layer.groups)
         return F.batch_norm(x, *statistics[layer.name], *others, training=False, eps=BN_EPS)
 
     def predict(images: Tensor) -> Tensor:

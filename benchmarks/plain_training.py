@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from proard.attacks import start_point
+from proard.kernels import convolution
 from proard.losses import InnerObjective
 from proard.nets import StaticNet, Supernet, run_network
 from proard.nets.elastic import BN_EPS, BN_MOMENTUM, key_of
@@ -83,7 +84,7 @@ class PlainView:
 
         def conv(layer: ConvSpec, x: Tensor) -> Tensor:
             weight = net.layers[key_of(layer)].weight[: layer.out_channels, : layer.in_channels]
-            return norm(layer, F.conv2d(x, weight.contiguous(), None, layer.stride, layer.kernel // 2))
+            return norm(layer, convolution(x, weight.contiguous(), stride=layer.stride))
 
         x = net.normalise(images).contiguous(memory_format=LAYOUT)
         return run_network(self.spec, x, conv, net.head)

@@ -1,22 +1,24 @@
-"""One thread per test worker, as two on two cores would fight over both; Triton is interpreted where no GPU is."""
+"""One thread per test worker, or OMP_NUM_THREADS; waiting threads sleep; Triton is interpreted where no GPU is."""
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two per worker on two cores would fight over both
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
 
-torch.set_num_threads(1)
+THREADS = int(os.environ["OMP_NUM_THREADS"])
+torch.set_num_threads(THREADS)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton, whose own functions heed it too
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def own_threads():
     """What a test sets, through a stage or a benchmark, is taken back before and after it."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     yield
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)

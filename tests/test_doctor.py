@@ -46,7 +46,9 @@ class Cluster:
         monkeypatch.setenv("PYTHONPATH", str(ROOT))
         monkeypatch.delenv("SLURM_CONF", raising=False)
         monkeypatch.chdir(folder)
-        monkeypatch.setattr(here, "torch_and_gpu", lambda: Finding("torch", "not asked, as loading it takes seconds"))
+        for name in ("torch_and_gpu", "arithmetic"):
+            slow = Finding(name, "not asked, as loading torch takes seconds")
+            monkeypatch.setattr(here, name, lambda slow=slow: slow)
         self.profile()
 
     def answer(self, command: str, line: str) -> None:
@@ -215,3 +217,24 @@ def test_a_probe_sees_the_askers_file_and_lock(tmp_path):
     seen = json.loads(done.stdout)
     assert seen == json.loads((tmp_path / "answer.json").read_text())
     assert (seen["token"], seen["respects_locks"], seen["python"]) == ("secret", True, sys.executable)
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({"right": True, "bfloat16": False, "compiled": True}, "float32 replaces it; C kernels compiled"),
+        ({"right": True, "bfloat16": True, "compiled": False}, "no C kernels"),
+        ({"right": False, "cosine": 0.5, "parameter": "stem", "bfloat16": True, "compiled": True}, "stem is wrong"),
+    ],
+)
+def test_arithmetic_is_described(facts, expected, monkeypatch):
+    line = json.dumps({"capability": "AVX2", "cosine": 1.0, "parameter": "", **facts})
+    monkeypatch.setattr(here, "ask", lambda *_: (True, line))
+    finding = here.arithmetic()
+    assert expected in finding.said
+    assert finding.fails is not facts["right"]
+
+
+def test_a_step_that_ends_its_process_is_a_failure(monkeypatch):
+    monkeypatch.setattr(here, "ask", lambda *_: (False, "corrupted size vs. prev_size"))
+    assert here.arithmetic().fails

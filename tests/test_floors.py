@@ -39,7 +39,7 @@ ONLY = {  # rooms that know less than their floor allows
     "predictor": {"config", "artifacts", "space", "progress"},
     "search": {"config", "artifacts", "space", "progress"},
     "cli": {"config", "artifacts", "report", "doctor"},
-    "doctor": {"config", "space"},
+    "doctor": {"config", "space", "kernels", "nets", "attacks", "losses"},
 }
 WITHOUT_TORCH = ("config", "progress", "space", "search", "cli")
 FILES = sorted(ROOT.rglob("*.py"))

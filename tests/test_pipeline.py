@@ -50,7 +50,7 @@ class Run:
             "--directory",
             folder,
             "--cores",
-            "1",  # beside other tests, trainings of two threads wait for each other
+            os.environ["OMP_NUM_THREADS"],  # 1 beside other tests
             "--configfile",
             quickstart,
             config,

@@ -59,6 +59,7 @@ def checkup(
         except ConfigError as error:
             yield failure("config", str(error), "config/README.md lists the keys")
     yield here.torch_and_gpu()
+    yield here.arithmetic()
     yield here.file_system(results)
     yield here.room(results, run)
     if profile is not None:

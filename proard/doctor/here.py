@@ -78,6 +78,21 @@ def torch_and_gpu() -> Finding:
     return Finding("torch", f"{facts['torch']} sees no GPU here: jobs here run on the CPU, whole trainings take days")
 
 
+def arithmetic() -> Finding:
+    """Whether gradients are right on this CPU, and what it lacks; tried in another process, as it may end there."""
+    name = "arithmetic"
+    answered, said = ask(sys.executable, "-m", "proard.doctor.arithmetic")
+    if not answered:
+        return failure(name, f"a training step ends the process: {said}", "report it with the output of lscpu")
+    facts = json.loads(said.splitlines()[-1])
+    if not facts["right"]:
+        wrong = f"the gradient of {facts['parameter']} is wrong (cosine {facts['cosine']:.4f} with the plain backend)"
+        return failure(name, wrong, "report it with the output of lscpu; another version of torch may be right")
+    kernels = "C kernels compiled" if facts["compiled"] else "no C kernels: training is slower, a C compiler mends it"
+    rounded = "bfloat16 by instructions" if facts["bfloat16"] else "no bfloat16 by instructions: float32 replaces it"
+    return Finding(name, f"gradients are right on this CPU ({facts['capability']}); {rounded}; {kernels}")
+
+
 def file_system(folder: Path) -> Finding:
     """Whether files can be written, renamed over each other and locked where results will lie."""
     name, place = "file system", folder.resolve()

@@ -18,6 +18,7 @@ from proard.artifacts import wilson, write_text
 from proard.config import Attack, Measurement, Threat
 from proard.data import ImageSet, to_float
 from proard.evaluation.adversary import Outcome, attack_images, clean_correct, stands_training_attack
+from proard.kernels import computed_type
 from proard.nets import FoldedNet, Supernet, extract, fold, recalibrate
 from proard.space import Arch, SearchSpace, Tally, Work, one_pass
 
@@ -39,9 +40,10 @@ def measure(
     -------
     dict of attack name to dict
         `clean` and `robust`: bool arrays of shape (n,); `gradients` and `forwards` of one image that the
-        attack took; `seconds`, the clean pass included.
+        attack took; `dtype`, the type of these gradients; `seconds`, the clean pass included.
     """
     pixels, results = to_float(images.images), {}
+    attacks = [_as_computed(attack, pixels.device) for attack in attacks]
     started = time.monotonic()
     correct = clean_correct(net, pixels, images.labels, batch_size=measurement.batch_size)
     clean_seconds = time.monotonic() - started
@@ -64,9 +66,15 @@ def measure(
             "robust": outcome.robust.numpy(),
             "gradients": outcome.gradients,
             "forwards": outcome.forwards,
+            "dtype": attack.dtype,
             "seconds": clean_seconds + time.monotonic() - started,
         }
     return results
+
+
+def _as_computed(attack: Attack, device: torch.device) -> Attack:
+    """The attack in the type that this device computes it in."""
+    return attack.model_copy(update={"dtype": computed_type(attack.dtype, device)})
 
 
 def work_of(entries: Collection[Mapping[str, Any]], macs: int) -> Work:
@@ -114,6 +122,7 @@ def rows_of(
         whole = {
             "clean": entries[0]["clean"],
             "robust": np.logical_and.reduce([entry["robust"] for entry in entries]),
+            "dtype": ", ".join(sorted({entry.get("dtype") or "float32" for entry in entries})),
             "gradients": sum(entry["gradients"] for entry in entries),
             "seconds": sum(entry["seconds"] for entry in entries),
         }
@@ -129,6 +138,7 @@ def _accuracies(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Accuracies of one measurement with their intervals and their two halves."""
     row: dict[str, Any] = {
         "num_images": len(entry["clean"]),
+        "dtype": entry.get("dtype"),
         "gradients": entry["gradients"],
         "seconds": entry["seconds"],
     }
@@ -184,7 +194,7 @@ class SubnetMeter:
 
     def measure(self, arch: Arch, images: ImageSet, attacks: Iterable[Attack]) -> Measured:
         """Measure one subnet; attacks found in the cache are not run again."""
-        attacks = list(attacks)
+        attacks = [_as_computed(attack, self.supernet.mean.device) for attack in attacks]
         paths = {attack.name: self._path(arch, images, attack) for attack in attacks}
         found = {name: entry for name, path in paths.items() if (entry := _read(path)) is not None}
         missing = [attack for attack in attacks if attack.name not in found]

@@ -2,16 +2,24 @@
 
 from proard.kernels.blocks import bottleneck_end
 from proard.kernels.captured import CapturedSteps
+from proard.kernels.convolution import Conv2d, convolution, every
 from proard.kernels.depthwise import depthwise_convolution
 from proard.kernels.dispatch import pgd_update_, softmax_difference
 from proard.kernels.maps import mask_gradient_, norm_activation
+from proard.kernels.types import computed_type, has_bfloat16, one_pass
 
 __all__ = [
     "CapturedSteps",
+    "Conv2d",
     "bottleneck_end",
+    "computed_type",
+    "convolution",
     "depthwise_convolution",
+    "every",
+    "has_bfloat16",
     "mask_gradient_",
     "norm_activation",
+    "one_pass",
     "pgd_update_",
     "softmax_difference",
 ]

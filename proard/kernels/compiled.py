@@ -14,7 +14,8 @@ from functools import cache
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("maps.c")
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
+FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
+LIMITED = {"avx2": "x86-64-v3", "default": "x86-64"}  # processors by torch's own limit, ATEN_CPU_CAPABILITY
 
 
 @cache
@@ -52,8 +53,9 @@ def build(source: Path) -> Path:
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         raise OSError("no C compiler is on the path (cc, or what CC names)")
+    flags = (f"-march={LIMITED.get(os.environ.get('ATEN_CPU_CAPABILITY', ''), 'native')}", *FLAGS)
     text = source.read_bytes()
-    mark = hashlib.sha256(b"\0".join([text, compiler.encode(), *(flag.encode() for flag in FLAGS), processor()]))
+    mark = hashlib.sha256(b"\0".join([text, compiler.encode(), *(flag.encode() for flag in flags), processor()]))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "proard"
     library = folder / f"{source.stem}-{mark.hexdigest()[:16]}.so"
     if library.exists():
@@ -62,7 +64,7 @@ def build(source: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:  # several jobs may compile at once: the last rename wins
         made = Path(scratch) / library.name
         subprocess.run(
-            [compiler, *FLAGS, str(source), "-o", str(made), "-lm"], check=True, capture_output=True, text=True
+            [compiler, *flags, str(source), "-o", str(made), "-lm"], check=True, capture_output=True, text=True
         )
         os.replace(made, library)
     return library

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from proard.kernels import convolution
 from proard.nets.forward import run_network
 from proard.space import Arch, ConvSpec, SearchSpace
 
@@ -90,7 +91,7 @@ class ElasticConvNorm(nn.Module):
         weight = self.filters(out_channels, x.shape[1], kernel)
         bias = None if self.bias is None else self.bias[:out_channels]
         groups = 1 if self.groups == 1 else out_channels
-        out = F.conv2d(x, weight, bias, self.stride, weight.shape[-1] // 2, 1, groups)
+        out = convolution(x, weight, bias, stride=self.stride, groups=groups)
         if self.bn is None:
             return out
         bn = self.bn

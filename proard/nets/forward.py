@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from proard.kernels import depthwise_convolution
+from proard.kernels import convolution, depthwise_convolution
 from proard.space import Activation, BlockSpec, ConvSpec, GateSpec, NetSpec, PoolSpec, Step
 
 Conv = Callable[[ConvSpec, Tensor], Tensor]
@@ -112,4 +112,4 @@ def convolve(layer: ConvSpec, x: Tensor, weight: Tensor, bias: Tensor | None = N
     """The bare convolution of a layer with given weights."""
     if layer.depthwise and layer.kernel > 1:
         return depthwise_convolution(x, weight, bias, layer.stride)
-    return F.conv2d(x, weight, bias, layer.stride, layer.kernel // 2, 1, layer.groups)
+    return convolution(x, weight, bias, stride=layer.stride, groups=layer.groups)

@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from proard.kernels import mask_gradient_
+from proard.kernels import every, mask_gradient_, one_pass
 from proard.space import BlockSpec, ConvSpec, NetSpec
 
 LAYOUT = torch.channels_last
-ONE_PASS = (torch.float32, torch.bfloat16) if torch.backends.mkldnn.is_available() else ()
 FEW = 8  # input channels up to which the library's strided backward convolution leaves most of its lanes idle
 
 
@@ -38,9 +37,10 @@ def _is_plain_block(block: BlockSpec) -> bool:
 class Convolution:
     """A biased convolution and the gradient with respect to its input.
 
-    A strided 1x1 convolution reads a sliced copy. Where input channels are few, the input gradient of a 3x3 convolution
-    of stride 2 on an even map is one 2x2 convolution with four times the channels, one group for each parity of row
-    and column: row 2i is met by tap 1 of output row i alone, row 2i + 1 by tap 2 of row i and tap 0 of row i + 1.
+    A strided 1x1 convolution reads a sliced copy, as in `kernels.convolution`. Where input channels are few, the input
+    gradient of a 3x3 convolution of stride 2 on an even map is one 2x2 convolution with four times the channels, one
+    group for each parity of row and column: row 2i is met by tap 1 of output row i alone, row 2i + 1 by tap 2 of row i
+    and tap 0 of row i + 1.
     """
 
     def __init__(self, layer: ConvSpec, weight: Tensor, bias: Tensor) -> None:
@@ -57,7 +57,7 @@ class Convolution:
         """Map (batch, in, h, w) to (batch, out, h', w'); `side` is added and a ReLU applied where asked."""
         stride = self.stride
         if self.sliced:
-            x, stride = x[:, :, ::stride, ::stride].contiguous(memory_format=LAYOUT), 1
+            x, stride = every(stride, x), 1
         return convolve_activate(x, self.weight, self.bias, stride, self.padding, relu=relu, side=side)
 
     def backward(self, gradient: Tensor, x: Tensor, *, masked: bool) -> Tensor:
@@ -88,7 +88,7 @@ def convolve_activate(
     x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, *, relu: bool, side: Tensor | None
 ) -> Tensor:
     """Convolution, sum and ReLU; oneDNN does all three in one pass over the output where its types allow."""
-    if x.dtype in ONE_PASS and (relu or side is not None):
+    if (relu or side is not None) and x.dtype in (torch.float32, torch.bfloat16) and one_pass(x.dtype):
         shape = ([padding] * 2, [stride] * 2, [1, 1], 1)
         after = "relu" if relu else "none"
         if side is None:

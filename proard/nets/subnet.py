@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from proard.kernels import bottleneck_end
+from proard.kernels import Conv2d, bottleneck_end
 from proard.nets.elastic import BN_EPS, Supernet, key_of
 from proard.nets.fixed import FixedNet
 from proard.nets.forward import convolve, run_network
@@ -30,7 +30,7 @@ class StaticNet(nn.Module):
         self.register_buffer("std", torch.ones(spec.image_channels))
         self.convs, self.norms = nn.ModuleDict(), nn.ModuleDict()
         for conv in spec.convs:
-            self.convs[key_of(conv)] = nn.Conv2d(
+            self.convs[key_of(conv)] = Conv2d(
                 conv.in_channels,
                 conv.out_channels,
                 conv.kernel,

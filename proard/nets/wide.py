@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from proard.artifacts import ArtifactError
 from proard.config import ConfigError, WideResNet
+from proard.kernels import Conv2d
 
 UNUSED = ("sub_block1.",)  # TRADES' class builds a block that its forward pass never enters
 
@@ -20,9 +21,9 @@ class Block(nn.Module):
     def __init__(self, channels: int, out: int, stride: int) -> None:
         super().__init__()
         self.bn1, self.bn2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(out)
-        self.conv1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False)
-        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
-        self.convShortcut = None if channels == out else nn.Conv2d(channels, out, 1, stride, bias=False)
+        self.conv1 = Conv2d(channels, out, 3, stride, 1, bias=False)
+        self.conv2 = Conv2d(out, out, 3, 1, 1, bias=False)
+        self.convShortcut = None if channels == out else Conv2d(channels, out, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, channels, h, w) to (batch, out, h', w')."""
@@ -50,7 +51,7 @@ class WideNet(nn.Module):
     def __init__(self, settings: WideResNet) -> None:
         super().__init__()
         count, widths = (settings.depth - 4) // 6, [16, *(16 * settings.widen * factor for factor in (1, 2, 4))]
-        self.conv1 = nn.Conv2d(settings.image_channels, 16, 3, 1, 1, bias=False)
+        self.conv1 = Conv2d(settings.image_channels, 16, 3, 1, 1, bias=False)
         self.block1 = Group(widths[0], widths[1], count, 1)
         self.block2 = Group(widths[1], widths[2], count, 2)
         self.block3 = Group(widths[2], widths[3], count, 2)

@@ -333,6 +333,8 @@ def _end_epoch(
         "epoch": epoch,
         "step": done.step,
         "lr": lr,
+        "dtype": str(trainer.train_dtype).removeprefix("torch."),
+        "attack_dtype": str(trainer.attack_dtype).removeprefix("torch."),
         "loss": done.epoch_loss / count,
         "train_clean_acc": done.epoch_clean / count,
         "train_robust_acc": done.epoch_robust / count,

@@ -19,6 +19,7 @@ from torch import Tensor
 from proard import __version__
 from proard.artifacts import ArtifactError, load_tensors, save_tensors
 from proard.config import UserError, at_any_rhythm
+from proard.kernels import has_bfloat16
 from proard.training.ranks import Ranks
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1: the early warning that some clusters send
@@ -50,6 +51,7 @@ def fingerprint(*, settings: Mapping[str, Any], seed: int, inputs: Mapping[str, 
         "seed": seed,
         "inputs": inputs,
         "device": device.split(":")[0],
+        **({} if has_bfloat16(device.split(":")[0]) else {"bfloat16": "float32"}),
         "threads": threads,
         "torch": torch.__version__,
         "proard": __version__,

@@ -13,7 +13,7 @@ from torch import Tensor
 from proard.attacks import pgd, start_point, take_steps
 from proard.config import Phase, Student, TrainControl, TrainTeacher, UserError
 from proard.data import Views
-from proard.kernels import CapturedSteps
+from proard.kernels import CapturedSteps, computed_type
 from proard.losses import INNER_OBJECTIVES, Batch, kl_to_teacher
 from proard.nets import FixedNet, FixedView, Supernet
 from proard.nets.view import Statistics, SubnetView
@@ -87,8 +87,9 @@ class Trainer:
         self.gradients = 0  # backward passes of one image in the newest step
         self.control, self.total_steps = control, 1
         self.teacher_price, self.control_price = _price(teacher), _price(control)
-        self.attack_dtype = getattr(torch, settings.attack.dtype)
-        self.train_dtype = getattr(torch, settings.dtype)
+        self.attack_dtype, self.train_dtype = (
+            getattr(torch, computed_type(name, net.mean.device)) for name in (settings.attack.dtype, settings.dtype)
+        )
         captured = settings.attack.graph == "auto"
         own_images = len(range(settings.batch_size)[self.share.part])
         self.take_steps = CapturedSteps(take_steps, batch_size=own_images) if captured else take_steps
