@@ -14,7 +14,7 @@ from step_rows import PackageStep, Problem
 from torch import Tensor
 
 from proard.attacks import pgd, take_steps
-from proard.kernels import CapturedSteps, blocks, dispatch, plain
+from proard.kernels import CapturedSteps, dispatch, plain
 from proard.losses import KLToTarget
 from proard.nets import SubnetView
 from proard.space import Arch
@@ -22,7 +22,6 @@ from proard.space import Arch
 ITERATES = 0.999  # share of pixels that two float64 attacks, or a captured and an eager one, must end at alike (1e-6)
 ONE_STEP = 0.99  # the same for one float32 step with other kernels: gradients next to zero change sign by rounding
 GRADIENTS = 0.9999  # cosine of two float64 steps' weight gradients
-BOTTLENECK = 0.999  # cosine of the fused bottleneck's result and gradient with its twin's, in bfloat16
 REPLAYED = 5  # attack steps of a captured attack: enough to be captured where the network is met first
 
 
@@ -92,37 +91,7 @@ def kernels_agree(device: torch.device) -> str:
             if difference > (1e-6 if dtype is torch.float32 else 2**-8):
                 raise Wrong(f"the fused softmax difference differs from its plain twin by {difference:.2g} in {dtype}")
             worst = max(worst, difference)
-    ends = bottlenecks_agree(device)
-    return f"fused update equal bit for bit, softmax difference within {worst:.1g}, {ends}"
-
-
-def bottlenecks_agree(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
-    """Result and input gradient of a bottleneck's end, fused and plain.
-
-    Raises
-    ------
-    Wrong
-        They differ by more than the type's rounding.
-    """
-    fused, worst = blocks.bottleneck_for(device), 1.0
-    if fused is None:
-        return "no fused bottleneck here: the warning above says why, its plain twin serves"
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((8, 48, 15, 15), (24, 48, 3, 3), (24,), (96, 24, 1, 1), (96,), (8, 96, 8, 8))
-    given = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
-    x, weight, bias, last_weight, last_bias, side = given
-    found = []
-    for twin in (fused, plain):
-        x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
-        with mock.patch.object(blocks, "faster", return_value=twin):
-            out = blocks.bottleneck_end(x, (weight, bias), (last_weight, last_bias), side, stride=2, relu=True)
-        (gradient,) = torch.autograd.grad(out.float().square().sum(), x)
-        found.append((out.detach(), gradient))
-    for own, other in zip(*found, strict=True):
-        worst = min(worst, float(F.cosine_similarity(own.double().flatten(), other.double().flatten(), dim=0)))
-    if not worst >= BOTTLENECK:
-        raise Wrong(f"the fused bottleneck has a cosine of {worst:.5f} with its plain twin")
-    return f"bottleneck cosine {worst:.5f}"
+    return f"fused update equal bit for bit, softmax difference within {worst:.1g}"
 
 
 def attacked(problem: Problem, steps: object, *, arch: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -56,11 +56,7 @@ def test_cpu_form_measures_every_section_and_lists_what_it_left_out(tmp_path, ca
         **{("gpu_labels", space): ["L0", "L1", "L2", "L3"] for space in spaces},
         **{("gpu_attack", space): ["plain", "float32", "bfloat16"] for space in spaces},
         ("gpu_data", None): ["D0", "D1", "D2"],
-        ("gpu_kernels", None): [
-            "pgd_update_",
-            "softmax_difference",
-            "bottleneck_end 8x8",
-        ],
+        ("gpu_kernels", None): ["pgd_update_", "softmax_difference"],
     }
     assert all(row["ms_per_step"] > 0 and row["ratio_plain"] > 0 for row in rows if row["bench"] == "gpu")
     assert all("baseline" in row for row in rows if "ratio_total" in row)
@@ -228,22 +224,6 @@ def test_fused_kernels_that_step_elsewhere_are_noticed(monkeypatch):
     monkeypatch.setattr(dispatch, "fused_for", lambda device: wrong)
     with pytest.raises(SystemExit, match="a step with fused kernels agrees with the plain one on"):
         gpu_checks.fused_attacks_agree(problem)
-
-
-def test_a_fused_bottleneck_that_is_wrong_is_noticed(monkeypatch):
-    import gpu_checks
-
-    fused = pytest.importorskip("proard.kernels.bottleneck")
-    cpu = torch.device("cpu")
-    assert "no fused bottleneck here" in gpu_checks.bottlenecks_agree(cpu, torch.float32)
-    monkeypatch.setattr(gpu_checks.blocks, "bottleneck_for", lambda device: fused)
-    assert "bottleneck cosine" in gpu_checks.bottlenecks_agree(cpu, torch.float32)
-    wrong = SimpleNamespace(
-        bottleneck_end=lambda x, *rest, **options: plain.bottleneck_end(x.flip(2), *rest, **options)
-    )
-    monkeypatch.setattr(gpu_checks.blocks, "bottleneck_for", lambda device: wrong)
-    with pytest.raises(SystemExit, match="the fused bottleneck has a cosine of"):
-        gpu_checks.bottlenecks_agree(cpu, torch.float32)
 
 
 def test_gates_compare_repeatable_convolutions_without_tf32_and_put_all_back():
