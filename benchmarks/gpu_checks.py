@@ -14,7 +14,7 @@ from step_rows import PackageStep, Problem
 from torch import Tensor
 
 from proard.attacks import pgd, take_steps
-from proard.kernels import CapturedSteps, dispatch, plain
+from proard.kernels import CapturedSteps, dispatch
 from proard.losses import KLToTarget
 from proard.nets import SubnetView
 from proard.space import Arch
@@ -26,7 +26,7 @@ REPLAYED = 5  # attack steps of a captured attack: enough to be captured where t
 
 
 class Wrong(SystemExit):
-    """A path gives something else: nothing is timed."""
+    """A path gives something else than it should."""
 
 
 def placed(problem: Problem, device: torch.device, dtype: torch.dtype | None = None) -> Problem:
@@ -60,38 +60,6 @@ def in_float64() -> Iterator[None]:
         mock.patch.object(dispatch, "fused_for", return_value=None),
     ):
         yield
-
-
-def kernels_agree(device: torch.device) -> str:
-    """Fused kernels and their twins on tensors of the attack's size.
-
-    Raises
-    ------
-    Wrong
-        They differ, or cannot run here.
-    """
-    fused = dispatch.fused_for(device)
-    if fused is None:
-        raise Wrong(f"the fused kernels do not run on {device}; the warning above says why")
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand((256, 3, 32, 32), generator=generator).to(device, memory_format=torch.channels_last)
-    gradient = torch.randn((256, 3, 32, 32), generator=generator).to(device, memory_format=torch.channels_last)
-    low, high = (images - 0.03).clamp(min=0), (images + 0.03).clamp(max=1)
-    moved = (
-        twin.pgd_update_(images.clone(), gradient.clone(), low, high, step_size=2 / 255) for twin in (fused, plain)
-    )
-    if not torch.equal(*moved):
-        raise Wrong("the fused update differs from its plain twin")
-    worst = 0.0
-    for dtype in (torch.float32, torch.bfloat16):
-        logits = (10 * torch.randn((256, 10), generator=generator)).to(device, dtype)
-        for target in (torch.arange(256, device=device) % 10, logits.float().flip(1).softmax(1)):
-            pair = [twin.softmax_difference(logits, target).float() for twin in (fused, plain)]
-            difference = float((pair[0] - pair[1]).abs().max())
-            if difference > (1e-6 if dtype is torch.float32 else 2**-8):
-                raise Wrong(f"the fused softmax difference differs from its plain twin by {difference:.2g} in {dtype}")
-            worst = max(worst, difference)
-    return f"fused update equal bit for bit, softmax difference within {worst:.1g}"
 
 
 def attacked(problem: Problem, steps: object, *, arch: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
