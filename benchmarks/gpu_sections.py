@@ -24,6 +24,7 @@ from plain_step import Recipe
 from step_rows import Problem, make_problem, scaled_space
 
 from proard.kernels import dispatch
+from proard.training.ranks import enter_backward_thread
 
 SMALL, SETTLING = 8, 16  # images of the equality gates, and from which the networks' statistics are made
 NARROW = {"resnet_cifar": 0.125, "mobilenet_v3_cifar": 0.125}  # compared with a CPU, slow in float64, at this width
@@ -144,6 +145,8 @@ def run_section(section: Section, args: argparse.Namespace, problem: Problem | N
     try:
         gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
         facts["machine"] = {**machine(), "gpu": gpu}
+        if gpu:
+            enter_backward_thread(args.device)
         facts |= {"space": section.space} if section.space else {}
         facts |= {"plain_kernels": True} if start.plain_kernels else {}
         with without_fused_kernels() if start.plain_kernels else nullcontext():
