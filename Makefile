@@ -9,7 +9,7 @@ help:
 	@echo "make quickstart   install into .venv, run the whole pipeline on the bundled digits, print the students"
 	@echo "make test         install the test tools, run the linters and all tests"
 	@echo "make bench        run the benchmarks, keep their results in benchmarks/results (BENCH=--quick shows that they run)"
-	@echo "make bench-gpu    check and time training, labels and data on a GPU, under 10 minutes"
+	@echo "make bench-gpu    prove kernels, check and time training, labels and data on a GPU, under 4 minutes"
 
 quickstart: .venv/installed
 	@$(BIN)/snakemake --configfile config/quickstart.yaml --cores all --quiet host rules reason

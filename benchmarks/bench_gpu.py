@@ -1,7 +1,9 @@
-"""The whole table for a GPU: equality first, then ceilings, steps, labels, data, kernels. Under 10 minutes on one GPU.
+"""The whole table for a GPU: kernels, ceilings and equality, then steps, labels and data. Under 4 minutes.
 
-Without a GPU it says so in one line and does nothing. `--device cpu` goes through the same code on a CPU, where fused
-kernels and CUDA graphs are no subject. What was not run is listed at the end; what was measured is written at once.
+Every section runs in a process of its own, so that one that fails stops no other. A summary names them all; the exit
+code is not 0 where one has failed. Without a GPU it says so in one line and does nothing. `--device cpu` goes through
+the same code on a CPU, where fused kernels and CUDA graphs are no subject. What was not run is listed at the end; what
+was measured is written at once.
 
     python benchmarks/bench_gpu.py --help
 """
@@ -9,29 +11,30 @@ kernels and CUDA graphs are no subject. What was not run is listed at the end; w
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
-import gpu_checks as checks
-import gpu_labels as labels
 import gpu_ladder as ladder
-import gpu_limits as limits
 import torch
-from common import machine, require_positive, write_rows
-from gpu_run import Budget, Row, TimeIsShort
-from plain_step import Recipe
-from step_rows import Problem, make_problem, scaled_space
+from common import machine, require_positive, table, write_rows
+from gpu_process import OwnProcess, run_as_process
+from gpu_sections import Result, Section, Start, late, sections
+from step_rows import scaled_space
 
 from proard.config import PRESETS
 
 RESULTS = Path(__file__).parent / "results" / "bench_gpu.json"
 NO_GPU = "bench_gpu: torch sees no GPU here; nothing was run, checked or measured."
-SMALL, SETTLING = 8, 16  # images of the equality gates, and from which the networks' statistics are made
-NARROW = {"resnet_cifar": 0.125, "mobilenet_v3_cifar": 0.125}  # compared with a CPU, slow in float64, at this width
+PARTS = ("kernels", "ceilings", "equality", "step", "shared", "attack", "labels", "data", "twins")
+LOADING = 6.0  # seconds that a section's process takes before it measures: the CUDA context, the libraries
+SPARE = 20.0  # seconds that a section may at least take beyond its share before it is stopped
+GRACE = 15.0  # seconds after the end of all time when what still runs is stopped
+AHEAD = 4  # cores from which the next section's process prepares itself while one runs
 ON_GPU_ONLY = [f"{row} ({ladder.ROWS[row]})" for row in ladder.GPU_ONLY] + [
     f"{ladder.GRAPHS} ({ladder.SHARED[ladder.GRAPHS]})",
     "attacks in CUDA graphs",
@@ -40,164 +43,98 @@ ON_GPU_ONLY = [f"{row} ({ladder.ROWS[row]})" for row in ladder.GPU_ONLY] + [
 ]
 
 
-@dataclass(frozen=True)
-class Section:
-    """A part that may be left out where time is short; `weight` is its share of the time that is left."""
+class Worker(Protocol):
+    """Runs one section."""
 
-    name: str
-    weight: float
-    measure: Callable[[Budget], list[Row]]
-    space: str | None = None
+    def finish(self, start: Start, seconds: float) -> Result:
+        """Run it now; it is stopped after so many seconds."""
+
+    def stop(self) -> None:
+        """End it, whether it has run or not."""
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Check, measure section by section, say what was not run."""
+def main(
+    argv: Sequence[str] | None = None, *, work: Callable[[Section, argparse.Namespace], Worker] = OwnProcess
+) -> None:
+    """Run section by section, say what was not run and what failed."""
     args = parse(argv)
+    if args.one:
+        run_as_process(next(each for each in sections(args) if each.title == args.one), args)
+        return
     if args.device == "cuda" and not torch.cuda.is_available():
         print(NO_GPU)
         return
-    end, device = time.monotonic() + 60 * args.minutes, torch.device(args.device)
-    gpu = device.type == "cuda"
-    facts = {name: getattr(args, name) for name in ("width_scale", "batch", "steps", "seed", "device")}
-    facts["machine"] = {**machine(), "gpu": torch.cuda.get_device_name() if gpu else None}
-    problems = {name: problem_of(name, args, args.width_scale) for name in args.space}
-    for name, problem in problems.items():
-        narrow = problem_of(name, args, min(args.width_scale, NARROW.get(name, 1.0)))
-        for line in check(problem, narrow, device, archs=args.archs):
-            print(f"equal: {line} ({name})", flush=True)
-    placed = {name: on_device(problem, device, args) for name, problem in problems.items()}
-    not_run, rows = [] if gpu else list(ON_GPU_ONLY), []
-    failed = False
-    for name, problem in placed.items() if gpu else ():
-        try:
-            print(f"{checks.step_never_waits(_few(problem, args.archs))} ({name})", flush=True)
-        except checks.Wrong as error:  # slow, not wrong: what follows is still worth knowing
-            print(f"WRONG: {error} ({name})", flush=True)
-            failed = True
-    waiting = sections(placed, device, args)
-    while waiting:
-        section, left = waiting[0], end - time.monotonic()
-        share = section.weight / sum(each.weight for each in waiting)
-        waiting = waiting[1:]
-        try:
-            found = section.measure(Budget(time.monotonic() + share * left))
-        except TimeIsShort:
-            not_run.append(f"{section.name}: it would end after the {args.minutes:g} minutes allowed")
-            continue
-        except RuntimeError as error:  # out of memory, say: what follows may still fit
-            traceback.print_exc()
-            not_run.append(f"{section.name}: {type(error).__name__}: {str(error).splitlines()[0]}")
-            failed = True
-            continue
-        rows += [row | {"space": section.space} | facts if section.space else row | facts for row in found]
-        short = next((args.rounds - row["rounds"] for row in found if "rounds" in row), 0)
-        not_run += [f"{section.name}: {short} of {args.rounds} rounds"] if short > 0 else []
-        if args.json:
-            write_rows(args.json, rows)
-    print("\n" + ", ".join(f"{key} {value}" for key, value in facts["machine"].items()))
+    chosen = [section for section in sections(args) if section.part in args.sections]
+    clock = time.monotonic()
+    results = run_all(chosen, args, work)
+    rows = [row for result in results.values() for row in result.rows]
+    gpu = args.device == "cuda"
+    not_run = [] if gpu else list(ON_GPU_ONLY)
+    for title, result in results.items():
+        not_run += [f"{title}: {result.why}"] if result.state != "done" else []
+        short = next((args.rounds - row["rounds"] for row in result.rows if "rounds" in row), 0)
+        not_run += [f"{title}: {short} of {args.rounds} rounds"] if short > 0 else []
+    facts = next((result.machine for result in results.values() if result.machine), machine())
+    print("\n" + ", ".join(f"{key} {value}" for key, value in facts.items()))
+    print(f"\nsections, {time.monotonic() - clock:.0f} s in all")
+    lines = [(title, f"{result.seconds:.0f}", result.state) for title, result in results.items()]
+    print(table(("section", "s", "state"), lines))
     for what in not_run:
         print(f"not run: {what}")
     if args.json:
-        write_rows(args.json, [*rows, {"bench": "gpu_left_out", "not_run": not_run, **facts}])
+        write_rows(args.json, [*rows, {"bench": "gpu_left_out", "not_run": not_run, "machine": facts}])
+    failed = [title for title, result in results.items() if result.state == "failed"]
     if failed:
-        raise SystemExit("a section failed, or the host waits in a step; all rows that were printed are valid")
+        raise SystemExit(f"failed: {'; '.join(failed)}. All rows that were printed are valid, gates apart")
 
 
-def problem_of(name: str, args: argparse.Namespace, width_scale: float) -> Problem:
-    """Archs and networks of a space at a width, on the CPU.
-
-    Raises
-    ------
-    SystemExit
-        The width scale does not suit the space.
-    """
-    try:
-        space = scaled_space(name, width_scale)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
-    return make_problem(
-        space,
-        recipe=Recipe(num_steps=args.steps),
-        num_archs=max(args.archs, args.subnets),
-        batch_size=min(args.batch, SETTLING),
-        seed=args.seed,
-        dtype=torch.float32,
-    )
-
-
-def on_device(problem: Problem, device: torch.device, args: argparse.Namespace) -> Problem:
-    """The problem on the device, with a whole batch of random images."""
-    generator = torch.Generator().manual_seed(args.seed)
-    images = torch.rand((args.batch, *problem.images.shape[1:]), generator=generator).mul_(0.96).add_(0.02)
-    labels_ = torch.randint(problem.student.space.settings.classes, (args.batch,), generator=generator)
-    return checks.placed(replace(problem, images=images, labels=labels_), device)
-
-
-def check(problem: Problem, narrow: Problem, device: torch.device, *, archs: int) -> list[str]:
-    """Go through the equality gates that a device can pass; both problems are float32 ones on the CPU.
-
-    `narrow` is compared with the CPU, `problem` on the device alone.
-    """
-    gpu, cpu = device.type == "cuda", torch.device("cpu")
-    placed = checks.placed(_few(problem, archs), device)
-    exact = [checks.placed(_few(narrow, archs), where, torch.float64) for where in (cpu, device)]
-    with checks.full_float32():
-        found = [checks.kernels_agree(device), checks.fused_attacks_agree(placed)] if gpu else []
-        found.append(checks.attacks_agree(*exact))
-        found.append(checks.graphs_agree(placed, capture=None if gpu else lambda body: body))
-        found.append(checks.steps_agree(*exact))
-    return found
-
-
-def _few(problem: Problem, archs: int) -> Problem:
-    """Some archs and images of a problem, and an attack of three steps."""
-    few = {"archs": problem.archs[:archs], "images": problem.images[:SMALL], "labels": problem.labels[:SMALL]}
-    return replace(checks.with_steps(problem, 3), **few)
-
-
-def sections(problems: dict[str, Problem], device: torch.device, args: argparse.Namespace) -> list[Section]:
-    """What is measured, in this order; the time that a section leaves is the next ones'."""
-    gpu, rounds = device.type == "cuda", args.rounds
+def run_all(
+    waiting: Sequence[Section], args: argparse.Namespace, work: Callable[[Section, argparse.Namespace], Worker]
+) -> dict[str, Result]:
+    """Run sections one after the other within the time allowed; results by title, rows written as they come."""
+    end, ahead = time.time() + 60 * args.minutes, (os.cpu_count() or 1) >= AHEAD
+    results: dict[str, Result] = {}
     tops: dict[str, float] = {}
+    plain_kernels, workers = False, {}
+    try:
+        for number, section in enumerate(waiting):
+            left = end - time.time()
+            if left <= 0:
+                results[section.title] = Result("short", late(args))
+                continue
+            begun, seconds = time.time(), share_of(waiting[number:], left)
+            workers[number] = workers.get(number) or work(section, args)
+            if ahead and number + 1 < len(waiting):
+                workers[number + 1] = work(waiting[number + 1], args)
+            start = Start(begun + seconds, tops, plain_kernels)
+            result = workers[number].finish(start, min(max(2 * seconds, seconds + SPARE), left + GRACE))
+            workers.pop(number).stop()
+            results[section.title] = replace(result, seconds=time.time() - begun)
+            plain_kernels |= section.proves_kernels and result.state != "done"
+            if section.part == "ceilings":
+                tops = {row["row"]: row["rate"] for row in result.rows}
+            if result.state == "failed":
+                print(f"FAILED: {section.title}: {result.why}", file=sys.stderr, flush=True)
+            if args.json:
+                write_rows(args.json, [row for each in results.values() for row in each.rows])
+    finally:
+        for worker in workers.values():
+            worker.stop()
+    return results
 
-    def ceilings(budget: Budget) -> list[Row]:
-        tops.update(limits.ceilings(budget, device, size=8192 if gpu else 256, batch=args.batch))
-        return limits.ceiling_rows(tops)
 
-    def attacks(problem: Problem, budget: Budget) -> list[Row]:
-        if not tops:
-            raise TimeIsShort
-        return limits.attack_rows(problem, tops, budget, rounds=rounds)
-
-    def each(what: str, weight: float, measure: Callable[[Problem, Budget], list[Row]]) -> list[Section]:
-        return [
-            Section(f"{what}, {name}", weight, partial(measure, problem), name) for name, problem in problems.items()
-        ]
-
-    def one(problem: Problem, budget: Budget) -> list[Row]:
-        return ladder.step_rows(replace(problem, archs=problem.archs[: args.archs]), budget, rounds=rounds)
-
-    def several(problem: Problem, budget: Budget) -> list[Row]:
-        return ladder.shared_rows(replace(problem, archs=problem.archs[: args.subnets]), budget, rounds=rounds)
-
-    label = {"images": args.images, "training_steps": args.training_steps, "rounds": rounds, "seed": args.seed}
-    data = {"images": args.epoch, "batch": args.batch, "workers": args.workers, "rounds": rounds}
-    return [
-        Section("ceilings", 1, ceilings),
-        *each("one subnet a step", 4, one),
-        *each(f"{args.subnets} subnets a step", 4, several),
-        *each("seconds per label", 3, lambda problem, budget: labels.label_rows(problem, budget, **label)),
-        *each("share of the ceiling", 1, attacks),
-        Section("augmented images", 1, partial(labels.data_rows, device=device, **data)),
-        Section("kernels alone", 1, partial(limits.kernel_rows, device=device, batch=args.batch)),
-    ]
+def share_of(waiting: Sequence[Section], left: float) -> float:
+    """Seconds for the first of these sections: what every process takes to load, and its share of the rest."""
+    rest = max(left - LOADING * len(waiting), 0)
+    return min(left, LOADING + rest * waiting[0].weight / sum(each.weight for each in waiting))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+    """Read the command line; `argv` of the result is what was read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     spaces = ["resnet_cifar", "mobilenet_v3_cifar"]
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--sections", type=names, default=PARTS, metavar="A,B", help=f"of {','.join(PARTS)}")
     parser.add_argument("--space", nargs="+", choices=sorted(PRESETS), default=spaces, help="the time is divided")
     parser.add_argument("--width-scale", type=float, default=1.0, help="times all channels")
     parser.add_argument("--batch", type=int, default=256, help="images per step")
@@ -205,21 +142,44 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="PGD steps of the attack")
     parser.add_argument("--archs", type=int, default=2, help="sampled subnets, one a step; times are means over them")
     parser.add_argument("--subnets", type=int, default=4, help="of a step that trains several")
-    parser.add_argument("--images", type=int, default=2000, help="of a full label")
+    parser.add_argument("--images", type=int, default=1000, help="of a full label")
     parser.add_argument("--training-steps", type=int, default=40, help="on patterns, of the network that is labelled")
     parser.add_argument("--epoch", type=int, default=5000, help="images that are augmented")
     parser.add_argument("--workers", type=int, help="of the DataLoader; the cores but one, at most 8")
-    parser.add_argument("--minutes", type=float, default=8.0, help="what all of it may take")
+    parser.add_argument("--minutes", type=float, default=3.5, help="after which no section begins")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", nargs="?", const=str(RESULTS), metavar="FILE", help=f"default {RESULTS.name}")
     parser.add_argument("--quick", action="store_true", help="digits spaces, batch 8, PGD-2, 1 round: that it runs")
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # a section's own process
+    parser.add_argument("--result", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
     if args.quick:
         args.space = ["resnet_digits", "mobilenet_digits"]
         args.batch, args.steps, args.archs, args.subnets, args.rounds = 8, 2, 1, 2, 1
         args.images, args.training_steps, args.epoch, args.workers = 40, 4, 100, 1
+    try:
+        for name in args.space:
+            scaled_space(name, args.width_scale)
+    except ValueError as error:
+        parser.error(str(error))
     require_positive(parser, args, "batch", "rounds", "steps", "archs", "subnets", "images", "training_steps", "epoch")
     return args
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Read the names of parts.
+
+    Raises
+    ------
+    argparse.ArgumentTypeError
+        There is no such part.
+    """
+    found = tuple(filter(None, text.split(",")))
+    strange = [name for name in found if name not in PARTS]
+    if strange or not found:
+        raise argparse.ArgumentTypeError(f"{text!r} names {strange or 'none'}; expected some of {','.join(PARTS)}")
+    return found
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from step_rows import PackageStep, Problem
 from torch import Tensor
 
 from proard.attacks import pgd, take_steps
-from proard.kernels import CapturedSteps, blocks, dispatch, plain
+from proard.kernels import CapturedSteps, dispatch
 from proard.losses import KLToTarget
 from proard.nets import SubnetView
 from proard.space import Arch
@@ -22,12 +22,11 @@ from proard.space import Arch
 ITERATES = 0.999  # share of pixels that two float64 attacks, or a captured and an eager one, must end at alike (1e-6)
 ONE_STEP = 0.99  # the same for one float32 step with other kernels: gradients next to zero change sign by rounding
 GRADIENTS = 0.9999  # cosine of two float64 steps' weight gradients
-BOTTLENECK = 0.999  # cosine of the fused bottleneck's result and gradient with its twin's, in bfloat16
 REPLAYED = 5  # attack steps of a captured attack: enough to be captured where the network is met first
 
 
 class Wrong(SystemExit):
-    """A path gives something else: nothing is timed."""
+    """A path gives something else than it should."""
 
 
 def placed(problem: Problem, device: torch.device, dtype: torch.dtype | None = None) -> Problem:
@@ -61,68 +60,6 @@ def in_float64() -> Iterator[None]:
         mock.patch.object(dispatch, "fused_for", return_value=None),
     ):
         yield
-
-
-def kernels_agree(device: torch.device) -> str:
-    """Fused kernels and their twins on tensors of the attack's size.
-
-    Raises
-    ------
-    Wrong
-        They differ, or cannot run here.
-    """
-    fused = dispatch.fused_for(device)
-    if fused is None:
-        raise Wrong(f"the fused kernels do not run on {device}; the warning above says why")
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand((256, 3, 32, 32), generator=generator).to(device, memory_format=torch.channels_last)
-    gradient = torch.randn((256, 3, 32, 32), generator=generator).to(device, memory_format=torch.channels_last)
-    low, high = (images - 0.03).clamp(min=0), (images + 0.03).clamp(max=1)
-    moved = (
-        twin.pgd_update_(images.clone(), gradient.clone(), low, high, step_size=2 / 255) for twin in (fused, plain)
-    )
-    if not torch.equal(*moved):
-        raise Wrong("the fused update differs from its plain twin")
-    worst = 0.0
-    for dtype in (torch.float32, torch.bfloat16):
-        logits = (10 * torch.randn((256, 10), generator=generator)).to(device, dtype)
-        for target in (torch.arange(256, device=device) % 10, logits.float().flip(1).softmax(1)):
-            pair = [twin.softmax_difference(logits, target).float() for twin in (fused, plain)]
-            difference = float((pair[0] - pair[1]).abs().max())
-            if difference > (1e-6 if dtype is torch.float32 else 2**-8):
-                raise Wrong(f"the fused softmax difference differs from its plain twin by {difference:.2g} in {dtype}")
-            worst = max(worst, difference)
-    ends = bottlenecks_agree(device)
-    return f"fused update equal bit for bit, softmax difference within {worst:.1g}, {ends}"
-
-
-def bottlenecks_agree(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
-    """Result and input gradient of a bottleneck's end, fused and plain.
-
-    Raises
-    ------
-    Wrong
-        They differ by more than the type's rounding.
-    """
-    fused, worst = blocks.bottleneck_for(device), 1.0
-    if fused is None:
-        return "no fused bottleneck here: the warning above says why, its plain twin serves"
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((8, 48, 15, 15), (24, 48, 3, 3), (24,), (96, 24, 1, 1), (96,), (8, 96, 8, 8))
-    given = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
-    x, weight, bias, last_weight, last_bias, side = given
-    found = []
-    for twin in (fused, plain):
-        x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
-        with mock.patch.object(blocks, "faster", return_value=twin):
-            out = blocks.bottleneck_end(x, (weight, bias), (last_weight, last_bias), side, stride=2, relu=True)
-        (gradient,) = torch.autograd.grad(out.float().square().sum(), x)
-        found.append((out.detach(), gradient))
-    for own, other in zip(*found, strict=True):
-        worst = min(worst, float(F.cosine_similarity(own.double().flatten(), other.double().flatten(), dim=0)))
-    if not worst >= BOTTLENECK:
-        raise Wrong(f"the fused bottleneck has a cosine of {worst:.5f} with its plain twin")
-    return f"bottleneck cosine {worst:.5f}"
 
 
 def attacked(problem: Problem, steps: object, *, arch: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import bench_attack
 import torch
@@ -11,11 +12,10 @@ from gpu_run import Budget, Row, printed, rows_of, seconds_of, time_within
 from step_rows import Problem
 
 from proard.attacks import take_steps
-from proard.kernels import CapturedSteps, blocks, dispatch, plain
+from proard.kernels import CapturedSteps, dispatch, plain
 
 DTYPES = bench_attack.DTYPES
 GPU_SHAPES = ((64, 64, 32, 3), (128, 128, 16, 3), (256, 256, 16, 3), (512, 512, 8, 3), (512, 512, 16, 1))
-BOTTLENECKS = ((64, 256, 32), (128, 512, 16))  # middle and outer channels, side: the memory-bound units
 ATTACKS = {
     "plain": "textbook PGD: sliced per forward, NCHW, unfolded, autograd",
     "float32": "folded view, float32 as torch sets TF32",
@@ -58,7 +58,7 @@ def ceiling_rows(limits: dict[str, float]) -> list[Row]:
 def kernel_rows(budget: Budget, device: torch.device, *, batch: int) -> list[Row]:
     """Both twins of every kernel alone, launched one after the other; plain ones only where no fused one runs."""
     budget.require()
-    fused, bottleneck = dispatch.fused_for(device), blocks.bottleneck_for(device)
+    fused = dispatch.fused_for(device)
     adv = torch.rand(batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
     gradient, low, high = torch.randn_like(adv), (adv - 0.03).clamp(min=0), (adv + 0.03).clamp(max=1)
     logits = torch.randn(batch, 10, device=device)
@@ -67,40 +67,21 @@ def kernel_rows(budget: Budget, device: torch.device, *, batch: int) -> list[Row
     def microseconds(call: Callable[[], object]) -> float:
         return 1e4 * seconds_of(lambda: [call() for _ in range(100)], device)
 
-    sizes = BOTTLENECKS if device.type == "cuda" else ((4, 8, 8),)
-    ends = {f"bottleneck_end {size}x{size}": bottleneck_arguments(*shape, size) for *shape, size in sizes}
-    half = torch.bfloat16 if device.type == "cuda" else torch.float32
-    calls: dict[str, tuple[object, Callable[[object], Callable[[], object]]]] = {
-        "pgd_update_": (fused, lambda twin: partial(twin.pgd_update_, adv, gradient, low, high, step_size=0.01)),
-        "softmax_difference": (fused, lambda twin: partial(twin.softmax_difference, logits, target)),
+    calls: dict[str, Callable[[Any], object]] = {
+        "pgd_update_": lambda twin: twin.pgd_update_(adv, gradient, low, high, step_size=0.01),
+        "softmax_difference": lambda twin: twin.softmax_difference(logits, target),
     }
-    for name, shapes in ends.items():
-        given = [torch.randn(batch if one[0] is None else one[0], *one[1:], device=device).to(half) for one in shapes]
-        given = [x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in given]
-        calls[name] = (bottleneck, lambda twin, given=given: partial(twin.bottleneck_end, *given, stride=1, relu=True))
     rows = []
-    for name, (kernel, call_of) in calls.items():
+    for name, call in calls.items():
         row: Row = {"bench": "gpu_kernels", "row": name, "baseline": "plain twin", "lever": f"batch {batch}"}
-        for key, twin in (("plain_us", plain), ("fused_us", kernel)):
+        for key, twin in (("plain_us", plain), ("fused_us", fused)):
             if twin is not None:
-                row[key] = microseconds(call_of(twin))
-        if kernel is not None:
+                row[key] = microseconds(partial(call, twin))
+        if fused is not None:
             row["ratio_total"] = round(row["plain_us"] / row["fused_us"], 4)
         rows.append(row)
     printed("kernels alone", rows, {"ratio_total": "/plain", "plain_us": "plain us", "fused_us": "fused us"})
     return rows
-
-
-def bottleneck_arguments(channels: int, out: int, size: int) -> list[tuple[int | None, ...]]:
-    """Shapes of a bottleneck's end: input, 3x3 weight and bias, 1x1 weight and bias, shortcut; None is the batch."""
-    return [
-        (None, channels, size, size),
-        (channels, channels, 3, 3),
-        (channels,),
-        (out, channels, 1, 1),
-        (out,),
-        (None, out, size, size),
-    ]
 
 
 def attack_rows(problem: Problem, limits: dict[str, float], budget: Budget, *, rounds: int) -> list[Row]:

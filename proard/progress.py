@@ -35,12 +35,27 @@ class Progress:
         Units already done before this process started (a resumed job).
     every : float
         Seconds between two lines when standard output is no terminal.
+    start_up : int
+        Units at the beginning that the rate leaves out once others are done: they hold what happens only once.
+    clock : callable
+        The time now, in seconds.
     """
 
-    def __init__(self, label: str, total: int, unit: str, *, done: int = 0, every: float = 15.0) -> None:
+    def __init__(
+        self,
+        label: str,
+        total: int,
+        unit: str,
+        *,
+        done: int = 0,
+        every: float = 15.0,
+        start_up: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.label, self.total, self.unit = label, total, unit
-        self.done = self.started_at_count = done
-        self.started = self.shown = time.monotonic()
+        self.clock, self.start_up = clock, done + start_up
+        self.done = self.rated_from_count = done
+        self.started = self.shown = self.rated_from = clock()
         self.live = sys.stdout.isatty()
         self.every = 0.2 if self.live else every
         self.note: str | Callable[[], str] = ""
@@ -49,14 +64,17 @@ class Progress:
         """Count units, remember the newest remark, and show both when it is time to; only then is a callable called."""
         self.done += units
         self.note = note or self.note
-        if time.monotonic() - self.shown >= self.every:
+        now = self.clock()
+        if now - self.shown >= self.every:
             self.show()
+        if self.done == self.start_up:
+            self.rated_from, self.rated_from_count = now, self.done
 
     def show(self) -> None:
         """Show where the work stands, now."""
-        self.shown = time.monotonic()
-        elapsed = max(self.shown - self.started, 1e-9)
-        rate = (self.done - self.started_at_count) / elapsed
+        self.shown = self.clock()
+        elapsed = max(self.shown - self.rated_from, 1e-9)
+        rate = (self.done - self.rated_from_count) / elapsed
         left = duration((self.total - self.done) / rate) if rate > 0 else "?"
         share = self.done / self.total if self.total else 1.0
         speed = f"{rate:.1f}" if rate < 100 else f"{rate:.0f}"
@@ -79,7 +97,7 @@ class Progress:
 
     def close(self) -> None:
         """End the bar with the whole duration."""
-        self.say(f"{self.label}: {self.done} {self.unit} in {duration(time.monotonic() - self.started)}")
+        self.say(f"{self.label}: {self.done} {self.unit} in {duration(self.clock() - self.started)}")
 
 
 def track(items: Iterable[Item], label: str, unit: str, *, total: int | None = None) -> Iterator[Item]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from types import SimpleNamespace
 
@@ -33,10 +34,25 @@ def test_without_a_gpu_one_line_says_that_nothing_was_run(capsys):
     assert capsys.readouterr().out == bench_gpu.NO_GPU + "\n"
 
 
+class Here:
+    """Runs a section in this process, where a test can reach it."""
+
+    def __init__(self, section, args):
+        self.section, self.args = section, args
+
+    def finish(self, start, seconds):
+        import gpu_sections
+
+        return gpu_sections.run_section(self.section, self.args, gpu_sections.prepare(self.section, self.args), start)
+
+    def stop(self):
+        pass
+
+
 def test_cpu_form_measures_every_section_and_lists_what_it_left_out(tmp_path, capsys):
     import bench_gpu
 
-    bench_gpu.main(["--device", "cpu", "--quick", "--json", str(tmp_path / "rows.json")])
+    bench_gpu.main(["--device", "cpu", "--quick", "--json", str(tmp_path / "rows.json")], work=Here)
     printed = capsys.readouterr().out
     spaces = ("resnet_digits", "mobilenet_digits")
     for space in spaces:
@@ -56,11 +72,7 @@ def test_cpu_form_measures_every_section_and_lists_what_it_left_out(tmp_path, ca
         **{("gpu_labels", space): ["L0", "L1", "L2", "L3"] for space in spaces},
         **{("gpu_attack", space): ["plain", "float32", "bfloat16"] for space in spaces},
         ("gpu_data", None): ["D0", "D1", "D2"],
-        ("gpu_kernels", None): [
-            "pgd_update_",
-            "softmax_difference",
-            "bottleneck_end 8x8",
-        ],
+        ("gpu_kernels", None): ["pgd_update_", "softmax_difference"],
     }
     assert all(row["ms_per_step"] > 0 and row["ratio_plain"] > 0 for row in rows if row["bench"] == "gpu")
     assert all("baseline" in row for row in rows if "ratio_total" in row)
@@ -70,43 +82,191 @@ def test_cpu_form_measures_every_section_and_lists_what_it_left_out(tmp_path, ca
         assert row["ceiling_share"] == pytest.approx(share, abs=1e-3)
 
 
-@pytest.fixture
-def without_gates(monkeypatch):
-    """The benchmark without what other tests check."""
+def test_sections_are_left_out_and_named_where_time_is_short(tmp_path, capsys):
     import bench_gpu
 
-    monkeypatch.setattr(bench_gpu, "check", lambda *_, **__: [])
-    return bench_gpu
-
-
-def test_sections_are_left_out_and_named_where_time_is_short(without_gates, tmp_path, capsys):
     path = tmp_path / "rows.json"
-    without_gates.main(["--device", "cpu", "--quick", "--minutes", "0.00001", "--json", str(path)])
+    bench_gpu.main(["--device", "cpu", "--quick", "--minutes", "1e-7", "--json", str(path)], work=Here)
     printed = capsys.readouterr().out
-    late = "it would end after the 1e-05 minutes allowed"
+    late = "it would end after the 1e-07 minutes allowed"
     names = ["ceilings", "augmented images", "kernels alone"]
-    for what in ("one subnet a step", "2 subnets a step", "seconds per label", "share of the ceiling"):
+    for what in ("equality", "one subnet a step", "2 subnets a step", "seconds per label", "share of the ceiling"):
         names += [f"{what}, {space}" for space in ("resnet_digits", "mobilenet_digits")]
     assert all(f"not run: {name}: {late}" in printed for name in names)
     assert [json.loads(line)["bench"] for line in path.read_text().splitlines()] == ["gpu_left_out"]
 
 
-def test_a_section_that_fails_is_named_and_costs_no_other_its_rows(without_gates, tmp_path, monkeypatch, capsys):
-    import gpu_labels
+def test_a_section_that_fails_is_named_and_costs_no_other_its_rows(tmp_path, monkeypatch, capsys):
+    import bench_gpu
     import gpu_ladder
 
     def full(*_, **__):
         raise torch.OutOfMemoryError("no memory left\non this device")
 
-    for section in ("step_rows", "shared_rows"):
-        monkeypatch.setattr(gpu_ladder, section, full)
-    monkeypatch.setattr(gpu_labels, "label_rows", lambda *_, **__: [])
+    monkeypatch.setattr(gpu_ladder, "step_rows", full)
     path = tmp_path / "rows.json"
-    with pytest.raises(SystemExit, match="a section failed"):
-        without_gates.main(["--device", "cpu", "--quick", "--json", str(path)])
-    assert "not run: one subnet a step, resnet_digits: OutOfMemoryError: no memory left\n" in capsys.readouterr().out
+    parts = "ceilings,step,twins"
+    with pytest.raises(SystemExit, match="failed: one subnet a step, resnet_digits; one subnet a step, mobilenet"):
+        bench_gpu.main(["--device", "cpu", "--quick", "--sections", parts, "--json", str(path)], work=Here)
+    printed = capsys.readouterr().out
+    assert "not run: one subnet a step, resnet_digits: OutOfMemoryError: no memory left\n" in printed
+    states = [line.split()[-1] for line in printed.split("in all\n")[1].splitlines()[1:5]]
+    assert states == ["done", "failed", "failed", "done"]
     kept = {json.loads(line)["bench"] for line in path.read_text().splitlines()}
-    assert kept == {"gpu_ceilings", "gpu_attack", "gpu_data", "gpu_kernels", "gpu_left_out"}
+    assert kept == {"gpu_ceilings", "gpu_kernels", "gpu_left_out"}
+
+
+LOST = """
+import json, os, signal, sys, time
+title, result = (sys.argv[sys.argv.index(name) + 1] for name in ("--one", "--result"))
+start = json.loads(sys.stdin.readline())
+if title == "ceilings":
+    time.sleep(60)
+if title == "augmented images":
+    os.kill(os.getpid(), signal.SIGSEGV)
+json.dump({"state": "done", "rows": [{"row": title, "bench": "b"}]}, open(result, "w"))
+"""
+
+
+def test_a_process_that_dies_or_hangs_stops_no_other(tmp_path, monkeypatch, capsys):
+    import bench_gpu
+    import gpu_process
+
+    script = tmp_path / "section.py"
+    script.write_text(LOST)
+    monkeypatch.setattr(gpu_process, "SCRIPT", script)
+    monkeypatch.setattr(bench_gpu, "LOADING", 0.0)
+    monkeypatch.setattr(bench_gpu, "SPARE", 0.0)
+    path = tmp_path / "rows.json"
+    argv = ["--device", "cpu", "--quick", "--sections", "ceilings,data,twins", "--json", str(path), "--minutes", "0.05"]
+    with pytest.raises(SystemExit, match="failed: ceilings; augmented images"):
+        bench_gpu.main(argv)
+    printed = capsys.readouterr().out
+    assert "ceilings: stopped after" in printed
+    assert "augmented images: its process ended with signal 11" in printed
+    assert [json.loads(line).get("row") for line in path.read_text().splitlines()] == ["kernels alone", None]
+
+
+class Paced:
+    """Sections that take so many seconds on a clock of their own."""
+
+    def __init__(self, clock, seconds, states):
+        self.clock, self.seconds, self.states, self.given = clock, seconds, states, {}
+
+    def __call__(self, section, args):
+        return SimpleNamespace(finish=lambda start, limit: self.finish(section, start, limit), stop=lambda: None)
+
+    def finish(self, section, start, limit):
+        import gpu_sections
+
+        self.given[section.title] = start
+        self.clock[0] += min(self.seconds, limit)
+        return gpu_sections.Result(self.states.get(section.title, "done"))
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """The benchmark as on a GPU, with a clock that only sections move."""
+    import bench_gpu
+
+    now = [0.0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench_gpu, "time", SimpleNamespace(time=lambda: now[0], monotonic=lambda: now[0]))
+    return bench_gpu, now
+
+
+@pytest.mark.parametrize("seconds", [5, 30, 1e9])
+def test_it_ends_within_four_minutes_and_begins_with_the_kernels(on_a_gpu, seconds):
+    bench_gpu, now = on_a_gpu
+    work = Paced(now, seconds, {})
+    bench_gpu.main([], work=work)
+    assert now[0] < 4 * 60
+    assert list(work.given)[:2] == ["kernel pgd_update_", "kernel softmax_difference"]
+    if seconds == 5:
+        assert list(work.given)[2] == "ceilings"
+        assert len(work.given) == 15
+
+
+def test_a_kernel_that_fails_its_proof_is_used_by_no_later_section(on_a_gpu):
+    bench_gpu, now = on_a_gpu
+    work = Paced(now, 5, {"kernel softmax_difference": "failed"})
+    with pytest.raises(SystemExit, match="failed: kernel softmax_difference"):
+        bench_gpu.main([], work=work)
+    plain_kernels = [start.plain_kernels for start in work.given.values()]
+    assert plain_kernels == [False, False] + [True] * 13
+
+
+def test_without_fused_kernels_a_section_runs_their_twins():
+    import bench_gpu
+    import gpu_sections
+
+    args = bench_gpu.parse(["--device", "cpu", "--quick"])
+    seen = []
+    section = gpu_sections.Section("data", "t", 1, lambda context: seen.append(dispatch.fused_for("x")) or [])
+    gpu_sections.run_section(section, args, None, gpu_sections.Start(1e12, plain_kernels=True))
+    assert seen == [None]
+
+
+def test_kernels_are_proven_under_the_sanitizer_where_it_is_installed(monkeypatch):
+    import bench_gpu
+    import gpu_process
+    import gpu_sections
+
+    proof, other = gpu_sections.sections(bench_gpu.parse(["--device", "cuda"]))[:3:2]
+    assert (proof.proves_kernels, other.proves_kernels) == (True, False)
+    monkeypatch.setattr(gpu_process.shutil, "which", lambda name: f"/bin/{name}")
+    assert gpu_process.sanitizer(proof, "cuda")[:3] == ["/bin/compute-sanitizer", "--tool", "memcheck"]
+    assert gpu_process.sanitizer(other, "cuda") == gpu_process.sanitizer(proof, "cpu") == []
+    monkeypatch.setattr(gpu_process.shutil, "which", lambda name: None)
+    assert gpu_process.sanitizer(proof, "cuda") == []
+
+
+@pytest.mark.parametrize("argv", [["--sections", "steps"], ["--sections", ","], ["--width-scale", "0.3"]])
+def test_what_is_asked_for_wrongly_is_named(argv, capsys):
+    import bench_gpu
+
+    with pytest.raises(SystemExit):
+        bench_gpu.parse(argv)
+    assert "expected some of kernels,ceilings" in (err := capsys.readouterr().err) or "width scale 0.3 leaves" in err
+
+
+def small_proof(gpu_proofs, monkeypatch):
+    """Proofs that the interpreter gets through."""
+    monkeypatch.setattr(gpu_proofs, "UPDATES", ((1, 1, 8, 8), (3, 5, 17, 19)))
+    monkeypatch.setattr(gpu_proofs, "CLASSES", (1, 7, 101))
+    monkeypatch.setattr(gpu_proofs, "BATCHES", (1, 3))
+
+
+@pytest.mark.parametrize("name", ["pgd_update_", "softmax_difference"])
+def test_kernels_are_proven_on_odd_shapes_and_a_wrong_one_is_noticed(name, monkeypatch, capsys):
+    import gpu_proofs
+
+    pytest.importorskip("triton")
+    fused = importlib.import_module("proard.kernels.fused")
+    small_proof(gpu_proofs, monkeypatch)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = gpu_proofs.proof_rows(name, device, fused)
+    assert len(rows) == {"pgd_update_": 4, "softmax_difference": 18}[name]
+    wrong = SimpleNamespace(
+        fits=fused.fits,
+        pgd_update_=lambda adv, *rest, **step: plain.pgd_update_(adv, *rest, **step).add_(1e-7),
+        softmax_difference=lambda *given: plain.softmax_difference(*given) + 0.01,
+    )
+    with pytest.raises(SystemExit, match=f"{name} differs from its plain twin by .* on "):
+        gpu_proofs.proof_rows(name, device, wrong)
+    with pytest.raises(SystemExit, match="do not run on cpu"):
+        gpu_proofs.proof_rows(name, torch.device("cpu"))
+
+
+def test_real_shapes_are_proven():
+    import gpu_proofs
+
+    batches, channels, sides = ({shape[place] for shape in gpu_proofs.UPDATES} for place in (0, 1, 3))
+    assert {1, 1024} <= batches
+    assert {1, 3, 5} <= channels
+    assert max(sides) == 224
+    assert {1, 1024} <= set(gpu_proofs.BATCHES)
+    assert {7, 10, 100, 101, 1001} <= set(gpu_proofs.CLASSES)
 
 
 def test_rounds_end_where_another_would_not_fit(monkeypatch):
@@ -228,22 +388,6 @@ def test_fused_kernels_that_step_elsewhere_are_noticed(monkeypatch):
     monkeypatch.setattr(dispatch, "fused_for", lambda device: wrong)
     with pytest.raises(SystemExit, match="a step with fused kernels agrees with the plain one on"):
         gpu_checks.fused_attacks_agree(problem)
-
-
-def test_a_fused_bottleneck_that_is_wrong_is_noticed(monkeypatch):
-    import gpu_checks
-
-    fused = pytest.importorskip("proard.kernels.bottleneck")
-    cpu = torch.device("cpu")
-    assert "no fused bottleneck here" in gpu_checks.bottlenecks_agree(cpu, torch.float32)
-    monkeypatch.setattr(gpu_checks.blocks, "bottleneck_for", lambda device: fused)
-    assert "bottleneck cosine" in gpu_checks.bottlenecks_agree(cpu, torch.float32)
-    wrong = SimpleNamespace(
-        bottleneck_end=lambda x, *rest, **options: plain.bottleneck_end(x.flip(2), *rest, **options)
-    )
-    monkeypatch.setattr(gpu_checks.blocks, "bottleneck_for", lambda device: wrong)
-    with pytest.raises(SystemExit, match="the fused bottleneck has a cosine of"):
-        gpu_checks.bottlenecks_agree(cpu, torch.float32)
 
 
 def test_gates_compare_repeatable_convolutions_without_tf32_and_put_all_back():

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from proard import artifacts
 from proard.artifacts import ArtifactError
@@ -357,12 +358,28 @@ def test_damaged_split_is_refused_and_subsets_have_their_own_checksum(tmp_path):
         load_split(paths["val"])
 
 
+def test_to_float_divides_on_the_device_by_a_tensor_that_lies_there():
+    """A GPU multiplies by the reciprocal of a divisor that the host holds, one ulp off for half of the values."""
+    divisors = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "div" in str(function):
+                divisors.append(args[1])
+            assert "_to_copy" not in str(function) or "device" not in (kwargs or {})  # nothing comes from the host
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        to_float(torch.empty((2, 4, 4, 3), dtype=torch.uint8, device="meta"))
+    assert [getattr(divisor, "device", None) for divisor in divisors] == [torch.device("meta")]
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_to_float_is_exact_and_channels_last(channels):
     images = torch.arange(256, dtype=torch.uint8).repeat(channels).view(2, 16, 8, channels)
     batch = to_float(images)
     assert batch.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(batch, images.permute(0, 3, 1, 2) / 255)
+    assert np.array_equal(batch, (images.permute(0, 3, 1, 2).double().numpy() / 255).astype(np.float32))
     assert (batch.min(), batch.max()) == (0, 1)
 
 

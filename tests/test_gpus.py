@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from proard.stages import common
+from proard.training import ranks
 
 ROOT = Path(__file__).parents[1]
 CLAIM = """
@@ -65,3 +70,31 @@ def test_gpus_are_told_apart_by_their_number_on_the_machine(claim):
     assert claim(2, visible="3,2") == 0  # the machine's number 3
     assert claim(4, visible="0,1,2,3") == 0
     assert claim(3, visible="2,3,1") == 2
+
+
+@pytest.mark.parametrize(
+    ("device", "several", "entered"), [("auto", 0, 1), ("cuda", 0, 1), ("cpu", 0, 0), ("auto", 2, 0)]
+)
+def test_a_gpu_is_prepared_with_a_backward_pass(device, several, entered, monkeypatch):
+    """The thread of backward passes has no CUDA context before its first kernel, and cuBLAS would warn."""
+    given = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(ranks, "enter_backward_thread", given.append)
+    if several:  # each enters with its own GPU, once it has chosen it
+        monkeypatch.setenv("LOCAL_RANK", "1")
+    assert common._prepare_device(device, 1) == ("cpu" if device == "cpu" else "cuda")
+    assert given == ["cuda"] * entered
+
+
+def test_the_backward_pass_that_prepares_a_gpu_launches_a_kernel():
+    names = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        ranks.enter_backward_thread("cpu")
+    assert names.count("aten.mul.Tensor") == 2  # forward, and backward

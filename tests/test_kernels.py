@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TINY_DEEP, random_images, random_supernet, tiny_space
+from helpers import random_images, random_supernet, tiny_space
 
 from proard.attacks import pgd, take_steps
-from proard.kernels import CapturedSteps, blocks, dispatch, plain, softmax_difference
+from proard.kernels import CapturedSteps, dispatch, plain, softmax_difference
 from proard.kernels import captured as captured_steps
 from proard.losses import CrossEntropy, KLToTarget, Margin
 from proard.nets import SubnetView
-from proard.nets.forward import is_bottleneck
-from proard.nets.subnet import FoldedNet
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -112,89 +112,6 @@ def test_softmax_difference_is_the_gradient_of_cross_entropy_and_divergence(dtyp
         torch.testing.assert_close(found.double(), wanted, **rounding)
 
 
-# The fused bottleneck.
-
-
-@pytest.fixture(scope="module")
-def bottleneck():
-    """Its kernel: compiled where there is a GPU, else interpreted."""
-    pytest.importorskip("triton")
-    return importlib.import_module("proard.kernels.bottleneck")
-
-
-@pytest.mark.parametrize("relu", [True, False])
-@pytest.mark.parametrize(
-    ("shape", "middle", "out", "stride"),
-    [((2, 8, 6, 5), 4, 16, 1), ((2, 40, 7, 7), 20, 72, 2), ((3, 3, 6, 6), 1, 1, 2)],
-    ids=["one_tile", "ragged_tiles", "one_channel"],
-)
-def test_fused_bottleneck_is_the_plain_one(bottleneck, shape, middle, out, stride, relu):
-    generator = torch.Generator().manual_seed(0)
-    size = [(length - 1) // stride + 1 for length in shape[2:]]
-    shapes = (shape, (middle, shape[1], 3, 3), (middle,), (out, middle, 1, 1), (out,), (shape[0], out, *size))
-    given = [torch.randn(one, generator=generator).to(DEVICE) for one in shapes]
-    given[0] = given[0].contiguous(memory_format=torch.channels_last)
-    given[0][0, 0, 0, 0] = torch.nan  # a poisoned image must not look healthy afterwards
-    for own, twin in zip(
-        *(one.bottleneck_end(*given, stride=stride, relu=relu) for one in (bottleneck, plain)), strict=True
-    ):
-        assert own.is_contiguous(memory_format=torch.channels_last)
-        torch.testing.assert_close(own, twin, equal_nan=True, rtol=1e-4, atol=1e-4)
-        assert own.isnan().any()
-        assert own[1:].isfinite().all()
-
-
-def test_fused_bottleneck_is_for_half_precision_and_a_middle_that_fits(bottleneck):
-    x, weight = torch.zeros(1, 8, 4, 4), torch.zeros(128, 8, 3, 3)
-    assert bottleneck.fits(x.bfloat16(), weight)
-    assert not bottleneck.fits(x, weight)
-    assert not bottleneck.fits(x.bfloat16(), torch.zeros(129, 8, 3, 3))
-    assert blocks.bottleneck_for(torch.device("cpu")) is None
-
-
-@pytest.mark.parametrize("pays", [True, False])
-def test_the_faster_twin_serves_every_bottleneck_with_logits_and_gradients_as_before(bottleneck, monkeypatch, pays):
-    """In float32 and on any device, as a GPU would run it in half precision."""
-    space = tiny_space(TINY_DEEP)
-    view = SubnetView(random_supernet(space, dtype=torch.float32), space.largest)
-    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    folded = view.folded(view.running_statistics())
-    expected = folded(images)
-    (gradient,) = torch.autograd.grad(expected.square().sum(), images)
-    times, used = iter([1.0, 2.0] * 9 if pays else [2.0, 1.0] * 9), []
-    original = bottleneck.bottleneck_end
-
-    def counted(*given, **options):
-        used.append(given[0].shape)
-        return original(*given, **options)
-
-    monkeypatch.setattr(blocks, "bottleneck_for", lambda device: bottleneck)
-    monkeypatch.setattr(blocks, "PAYS", {})
-    monkeypatch.setattr(blocks, "milliseconds", lambda *arguments: next(times))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(bottleneck, "fits", lambda x, weight: True)
-    monkeypatch.setattr(bottleneck, "bottleneck_end", counted)
-    monkeypatch.setattr(FoldedNet, "serves_whole_ends", property(lambda net: True))
-    count = sum(is_bottleneck(block) for block in space.spec(space.largest).blocks)
-    assert count > 1
-    for again in range(2):  # the second pass times nothing more
-        logits = folded(images)
-        (found,) = torch.autograd.grad(logits.square().sum(), images)
-        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-5)
-        assert len(used) == (count * (again + 1) if pays else 0)
-    assert set(blocks.PAYS.values()) == {pays}
-
-
-def test_nothing_is_timed_while_a_graph_is_captured(bottleneck, monkeypatch):
-    monkeypatch.setattr(blocks, "bottleneck_for", lambda device: bottleneck)
-    monkeypatch.setattr(blocks, "PAYS", {})
-    monkeypatch.setattr(blocks, "milliseconds", lambda *arguments: pytest.fail("timed"))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    given = [torch.zeros(1, 8, 4, 4, dtype=torch.bfloat16), torch.zeros(4, 8, 3, 3)]
-    assert blocks.faster(given, {"stride": 1, "relu": True}) is plain
-
-
 def test_kernels_prove_themselves_and_are_dropped_with_a_warning_where_they_fail(fused, monkeypatch):
     fused.prove(torch.device(DEVICE))
     with monkeypatch.context() as patch:
@@ -203,10 +120,10 @@ def test_kernels_prove_themselves_and_are_dropped_with_a_warning_where_they_fail
             fused.prove(torch.device(DEVICE))
     assert dispatch.fused_for(torch.device("cpu")) is None
     monkeypatch.setitem(sys.modules, "proard.kernels.fused", None)  # importing it fails, as without Triton
-    dispatch.proven.cache_clear()
+    dispatch.fused_for.cache_clear()
     with pytest.warns(UserWarning, match="fused kernels are not used on cuda:7"):
         assert dispatch.fused_for(torch.device("cuda:7")) is None
-    dispatch.proven.cache_clear()
+    dispatch.fused_for.cache_clear()
 
 
 # Captured steps. On a CPU the capture is a stand-in that reruns the step on the graph's own tensors: whatever a real
@@ -390,3 +307,13 @@ def test_cuda_graph_gives_what_the_eager_loop_gives():
         found, wanted = (attacked(view, images, objective, loop, predict=predict) for loop in (steps, take_steps))
         assert float((found == wanted).float().mean()) >= 0.999
     assert len(steps.graphs) == 1
+
+
+def test_no_kernel_is_chosen_by_a_clock():
+    """Equal inputs and settings take equal paths: nothing in the room of kernels can read a clock."""
+    for path in Path(dispatch.__file__).parent.glob("*.py"):
+        names = {
+            node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else None
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        }
+        assert not names & {"time", "perf_counter", "monotonic", "Event", "elapsed_time"}, path.name

@@ -120,9 +120,10 @@ def to_float(images: Tensor) -> Tensor:
     Returns
     -------
     Tensor of shape (batch, channels, height, width)
-        float32 in [0, 1], in channels_last memory.
+        float32 in [0, 1], in channels_last memory: the values of x / 255, correctly rounded, on every device.
     """
-    return images.permute(0, 3, 1, 2).to(torch.float32).div_(255)  # the memory stays (batch, height, width, channels)
+    pixels = images.permute(0, 3, 1, 2).to(torch.float32)  # the memory stays (batch, height, width, channels)
+    return pixels.div_(pixels.new_full((), 255))  # CUDA would multiply by the reciprocal of a number of the host
 
 
 def pixel_statistics(images: NDArray[np.uint8], *, batch: int = 1000) -> tuple[tuple[float, ...], tuple[float, ...]]:

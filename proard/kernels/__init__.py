@@ -1,6 +1,5 @@
 """Kernels of our own with plain twins: for a GPU fused steps and captured loops, for a CPU batch norm in C."""
 
-from proard.kernels.blocks import bottleneck_end
 from proard.kernels.captured import CapturedSteps
 from proard.kernels.convolution import Conv2d, convolution, every
 from proard.kernels.depthwise import depthwise_convolution
@@ -11,7 +10,6 @@ from proard.kernels.types import computed_type, has_bfloat16, one_pass
 __all__ = [
     "CapturedSteps",
     "Conv2d",
-    "bottleneck_end",
     "computed_type",
     "convolution",
     "depthwise_convolution",

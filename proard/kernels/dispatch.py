@@ -14,23 +14,17 @@ from proard.kernels import plain
 
 
 @cache
-def proven(name: str, device: torch.device) -> ModuleType | None:
-    """A module of fused kernels, once they have given the plain ones' results here; None where they cannot run."""
+def fused_for(device: torch.device) -> ModuleType | None:
+    """The fused kernels of the attack step, once they have given the plain ones' results; None where they cannot."""
     if device.type != "cuda":
         return None
     try:
-        kernels = import_module(f"proard.kernels.{name}")
+        kernels = import_module("proard.kernels.fused")
         kernels.prove(device)
     except Exception as error:  # no Triton, no C compiler for its launcher, an unknown GPU: the plain twins do
-        what = f"{name} kernels are not used on {device}"
-        warnings.warn(f"{what}: {type(error).__name__}: {error}", stacklevel=3)
+        warnings.warn(f"fused kernels are not used on {device}: {type(error).__name__}: {error}", stacklevel=2)
         return None
     return kernels
-
-
-def fused_for(device: torch.device) -> ModuleType | None:
-    """The fused kernels of the attack step, where they serve this device."""
-    return proven("fused", device)
 
 
 def pgd_update_(adv: Tensor, gradient: Tensor, low: Tensor, high: Tensor, *, step_size: float) -> Tensor:

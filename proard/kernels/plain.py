@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -20,13 +19,3 @@ def softmax_difference(logits: Tensor, target: Tensor) -> Tensor:
     else:
         difference.scatter_add_(1, target[:, None], torch.full_like(difference[:, :1], -1.0))
     return difference.to(logits.dtype)
-
-
-def bottleneck_end(
-    x: Tensor, weight: Tensor, bias: Tensor, last_weight: Tensor, last_bias: Tensor, side: Tensor, *,
-    stride: int, relu: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """3x3 convolution with ReLU, then 1x1 convolution plus `side`, with ReLU where asked: both results."""
-    middle = F.conv2d(x, weight, bias, stride, 1).relu_()
-    out = F.conv2d(middle, last_weight, last_bias).add_(side)
-    return middle, out.relu_() if relu else out

@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from proard.kernels import convolution, depthwise_convolution
-from proard.space import Activation, BlockSpec, ConvSpec, GateSpec, NetSpec, PoolSpec, Step
+from proard.space import Activation, ConvSpec, GateSpec, NetSpec, PoolSpec, Step
 
 Conv = Callable[[ConvSpec, Tensor], Tensor]
-BlockEnd = Callable[[BlockSpec, Tensor, Tensor], Tensor]
 
 
 def run_network(
@@ -25,7 +24,6 @@ def run_network(
     head: Callable[[Tensor], Tensor],
     *,
     activated: bool = False,
-    end: BlockEnd | None = None,
 ) -> Tensor:
     """Logits of normalised images.
 
@@ -41,15 +39,10 @@ def run_network(
         `head(features)` of shape (batch, classes) for features of shape (batch, spec.features).
     activated : bool
         `conv` gives the layer's activation too.
-    end : callable, optional
-        `end(block, x, side)`: a bottleneck's last two convolutions, sum and activation at once.
     """
     if not activated:
         conv = with_activation(conv)
     for block in spec.blocks:
-        if end is not None and is_bottleneck(block):
-            x = end(block, run_steps(block.steps[:-2], x, conv), run_steps(block.shortcut, x, conv))
-            continue
         out = run_steps(block.steps, x, conv)
         if block.shortcut is not None:
             out = out + run_steps(block.shortcut, x, conv)
@@ -58,17 +51,6 @@ def run_network(
     if spec.mixer:
         features = run_steps(spec.mixer, features[:, :, None, None], conv).flatten(1)
     return head(features)
-
-
-def is_bottleneck(block: BlockSpec) -> bool:
-    """Whether a block ends in a dense 3x3 convolution with ReLU and a bare 1x1 one that meets the shortcut."""
-    if block.shortcut is None or len(block.steps) < 2 or block.activation not in ("none", "relu"):
-        return False
-    middle, last = block.steps[-2:]
-    if not (isinstance(middle, ConvSpec) and isinstance(last, ConvSpec)) or middle.groups > 1 or last.groups > 1:
-        return False
-    kinds = [(step.kernel, step.activation) for step in (middle, last)]
-    return kinds == [(3, "relu"), (1, "none")] and last.stride == 1
 
 
 def with_activation(conv: Conv) -> Conv:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from proard.kernels import Conv2d, bottleneck_end
+from proard.kernels import Conv2d
 from proard.nets.elastic import BN_EPS, Supernet, key_of
 from proard.nets.fixed import FixedNet
 from proard.nets.forward import convolve, run_network
 from proard.nets.gradient import InputGradient, is_plain
-from proard.space import Arch, BlockSpec, ConvSpec, FixedArch, NetSpec
+from proard.space import Arch, ConvSpec, FixedArch, NetSpec
 
-HALVES = (torch.bfloat16, torch.float16)
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -126,18 +124,7 @@ class FoldedNet(nn.Module):
             return F.linear(features.to(self.head_weight.dtype), self.head_weight, self.head_bias)
 
         x = (images * self.scale + self.shift).to(self.dtype)
-        return run_network(self.spec, x, conv, head, end=self._end if self.serves_whole_ends else None)
-
-    @property
-    def serves_whole_ends(self) -> bool:
-        """Whether bottlenecks end in one call: on a GPU in half precision, where a kernel of ours may pay."""
-        return self.head_weight.is_cuda and self.dtype in HALVES
-
-    def _end(self, block: BlockSpec, x: Tensor, side: Tensor) -> Tensor:
-        """A bottleneck's last two convolutions, shortcut and activation, in one kernel where that pays."""
-        middle, last = cast(tuple[ConvSpec, ConvSpec], block.steps[-2:])
-        pairs = [(self._buffers[f"{key_of(c)}_weight"], self._buffers[f"{key_of(c)}_bias"]) for c in (middle, last)]
-        return bottleneck_end(x, *pairs, side, stride=middle.stride, relu=block.activation == "relu")
+        return run_network(self.spec, x, conv, head)
 
     def input_gradient(self) -> InputGradient | None:
         """Logits and input gradient without autograd, for the present weights; None where autograd is to be used.

@@ -116,9 +116,13 @@ def _prepare_device(name: str, threads: int) -> str:
     if name == "auto" and torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
         torch.cuda.set_device(claim_gpu(torch.cuda.device_count()))
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("--device cuda was asked for, but torch sees no GPU; use --device cpu or check the driver")
+    if name.startswith("cuda") and "LOCAL_RANK" not in os.environ:  # several processes have not chosen theirs yet
+        from proard.training.ranks import enter_backward_thread
+
+        enter_backward_thread(name)
     return name
 
 

@@ -32,6 +32,7 @@ from proard.training.teacher_table import TeacherTable
 from proard.training.trainer import Trainer
 
 Rows = list[dict[str, Any]]
+START_UP, RATED = 5, 10  # steps that hold start-up; the last of those from which the remaining time is estimated
 READ_EVERY = 20  # steps after which the host waits for the device at the latest, to see that all losses were finite
 
 
@@ -215,8 +216,8 @@ def fit(
         budget.saved()
         saved = time.monotonic()
 
-    progress = Progress(label, total, "steps", done=done.step)
-    first_step, started, saved = done.step, time.monotonic(), time.monotonic()
+    progress = Progress(label, total, "steps", done=done.step, start_up=START_UP)
+    first_step, rated_seconds, saved = done.step, 0.0, time.monotonic()
     order, order_of = torch.empty(0), -1
     with stop_on_signal() as stop:
         while done.step < total and not done.overfitted:
@@ -244,13 +245,15 @@ def fit(
             done.weight_gradients += round(work.weight_gradients * len(indices))
             done.gradients += trainer.gradients * len(indices)
             epoch_ends = done.step % steps_per_epoch == 0 or done.step == total
-            fifth = done.step == first_step + 5
-            if epoch_ends or fifth or len(unread) == READ_EVERY:
+            number = done.step - first_step
+            if epoch_ends or number in (START_UP, RATED) or len(unread) == READ_EVERY:
                 read()
-            done.seconds += time.monotonic() - step_started
+            step_seconds = time.monotonic() - step_started
+            done.seconds += step_seconds
             progress.advance(note=partial(_note, loss, lr))
-            if fifth:
-                per_step = (time.monotonic() - started) / 5
+            rated_seconds += step_seconds if START_UP < number <= RATED else 0
+            if number == RATED:
+                per_step = rated_seconds / (RATED - START_UP)
                 progress.say(f"{label}: about {duration(per_step * (total - done.step))} to go, validation apart")
             if epoch_ends:
                 epoch = -(-done.step // steps_per_epoch)
@@ -264,8 +267,8 @@ def fit(
             budget.step(ends_epoch=epoch_ends)
             due = time.monotonic() - saved > 60 * settings.save_every_minutes
             short = budget.is_short(ends_epoch=(done.step + 1) % steps_per_epoch == 0 or done.step + 1 == total)
-            number, handover, short, due = ranks.agree(stop.signal or 0, state.handover_asked(), short, due)
-            asked = signal.Signals(number).name if number else "a successor" if handover else ""
+            signalled, handover, short, due = ranks.agree(stop.signal or 0, state.handover_asked(), short, due)
+            asked = signal.Signals(signalled).name if signalled else "a successor" if handover else ""
             asked = asked or ("the end of the job's time" if short else "")
             stops = asked and done.step < total and not done.overfitted
             if stops or due:

@@ -9,6 +9,7 @@ up to the order of sums.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -183,12 +184,22 @@ def join(device: str) -> Ranks:
                 "ask for as many GPUs as processes, or use --device cpu"
             )
         torch.cuda.set_device(local)
+        enter_backward_thread(device)
         backend = "cpu:gloo,cuda:nccl"
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world):  # one machine: its name need not resolve
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     if not dist.is_initialized():
         dist.init_process_group(backend, timeout=PATIENCE)
     return Ranks(dist.get_rank(), world)
+
+
+def enter_backward_thread(device: str) -> None:
+    """Run a tiny backward pass, so that the thread of a GPU's backward passes has the GPU's context from then on.
+
+    torch starts that thread without one and binds it with the first kernel launched from there. Where a matrix product
+    comes first, as the classifier's gradient does, cuBLAS finds none, and torch warns.
+    """
+    torch.ones((), device=device, requires_grad=True).mul(2).backward()  # its gradient is a kernel of torch's own
 
 
 def _together(collective: Callable[..., Any], *args: Any, **options: Any) -> None:
