@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -33,6 +34,7 @@ from proard.config import Threat, UserError, job_settings
 from proard.data import ImageSet, load_split, to_float
 from proard.evaluation import SubnetMeter
 from proard.export import StudentFacts, export_program, load_student, save_onnx
+from proard.export.formats import OLDEST_RUNTIME
 from proard.export.parity import difference, open_session
 from proard.nets import extract, fold, load_supernet, save_supernet
 from proard.space import Arch
@@ -251,6 +253,45 @@ def test_the_example_of_the_card_runs_beside_the_onnx_file_alone(exported, tmp_p
     scores = np.exp(logits) / np.exp(logits).sum()
     assert name == ["left", "right", "low"][scores.argmax()]
     assert float(score) == pytest.approx(scores.max(), abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def oldest_runtime(tmp_path_factory) -> Path:
+    """A folder with the oldest onnxruntime that the card names for the default opset, and a NumPy of its time."""
+    folder = tmp_path_factory.mktemp("runtime")
+    wanted = [f"onnxruntime=={OLDEST_RUNTIME[CONFIG.export_student.opset]}.*", "numpy<2"]
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *wanted]
+    done = subprocess.run(install, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"pip cannot install {wanted[0]} here: {(done.stderr.strip().splitlines() or ['no reason'])[-1]}")
+    return folder
+
+
+def test_the_oldest_runtime_that_the_card_names_runs_the_file(inputs, exported, oldest_runtime, tmp_path):
+    oldest = OLDEST_RUNTIME[CONFIG.export_student.opset]
+    assert f"onnxruntime {oldest} or newer" in (exported / "card.md").read_text()
+    assert f"onnxruntime {oldest} or newer" in (Path(__file__).parents[1] / "README.md").read_text()
+    images = pixels_of(load_split(inputs["test"])).numpy()
+    np.save(tmp_path / "images.npy", np.ascontiguousarray(images))
+    code = f"""
+import numpy, onnxruntime
+assert onnxruntime.__version__.startswith("{oldest}."), onnxruntime.__version__
+session = onnxruntime.InferenceSession("{exported / "student.onnx"}", providers=["CPUExecutionProvider"])
+numpy.save("logits.npy", session.run(["logits"], {{"images": numpy.load("images.npy")}})[0])
+"""
+    environment = {**os.environ, "PYTHONPATH": str(oldest_runtime)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = onnx_logits(exported / "student.onnx", images)
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("opset", "ir"), [(18, 8), (20, 9), (21, 10)])
+def test_the_ir_version_is_the_lowest_that_the_opset_allows(tmp_path, opset, ir):
+    space = tiny_space()
+    net = fold(extract(random_supernet(space, dtype=torch.float32).eval(), space.smallest))
+    save_onnx(tmp_path / "a.onnx", export_program(net), facts_of(space, space.smallest), opset=opset)
+    assert onnx.load(tmp_path / "a.onnx").ir_version == ir
 
 
 @pytest.mark.parametrize("settings", [TINY_DEEP, TINY_POOL, TINY_MOBILE], ids=lambda entry: entry["name"])

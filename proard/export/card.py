@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from proard import __version__
-from proard.export.formats import StudentFacts
+from proard.export.formats import OLDEST_RUNTIME, StudentFacts
 
 HUB_DATASETS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 OBJECTIVES = {"ce": "cross-entropy", "margin": "logit margin (CW)"}
@@ -56,7 +56,7 @@ safety component: see the limits below.
 | Input | `{input}`, values in [0, 1] |
 | Normalisation | inside the network: do **not** normalise |
 | Output | `{output}` |
-| ONNX | `student.onnx`, one file, any batch size |
+| ONNX | `student.onnx`, one file, any batch size; opset {opset}, for {runtimes} |
 | PyTorch | `student.pt2` (torch.export), or `proard.export.load_student("student.safetensors")` |
 | Checksums | `sha256sum -c SHA256SUMS` |
 
@@ -157,6 +157,7 @@ def model_card(
     parity: Mapping[str, Any],
     supernet: Mapping[str, Any],
     counts: Mapping[str, int],
+    opset: int,
     origin: Mapping[str, str] = FROM_SUPERNET,
 ) -> str:
     """Text of `card.md`, with front matter as model hubs read it.
@@ -173,6 +174,8 @@ def model_card(
         Header of the supernet's file, or of the trained student's.
     counts : mapping of str to int
         Images per split.
+    opset : int
+        Of the ONNX file.
     origin : mapping
         Which sentences say where the weights come from: `FROM_SUPERNET` or `TRAINED_ALONE`.
     """
@@ -181,6 +184,7 @@ def model_card(
     grey = facts.space.settings.image_channels == 1
     phases = made.get("settings", {}).get("train_phase", {}).get("phases", [{}])
     objectives = {attack["name"]: OBJECTIVES[attack["objective"]] for attack in attacks}
+    oldest = OLDEST_RUNTIME.get(opset)
     further = f", ... ({len(facts.classes)} in all)" if len(facts.classes) > LISTED_CLASSES else ""
     values = {
         **header,
@@ -194,6 +198,8 @@ def model_card(
         "eps": _eps(facts.threat.eps),
         "num_classes": len(facts.classes),
         "class_list": ", ".join(facts.classes[:LISTED_CLASSES]) + further,
+        "opset": opset,
+        "runtimes": f"onnxruntime {oldest} or newer" if oldest else "an onnxruntime that knows this opset",
         "space": facts.space.settings.name,
         "side": facts.space.settings.image_size,
         "image_channels": facts.space.settings.image_channels,
