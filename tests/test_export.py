@@ -17,6 +17,7 @@ import onnx
 import pytest
 import torch
 import yaml
+from foreign import transparent, turned
 from helpers import (
     TINY_DEEP,
     TINY_MOBILE,
@@ -27,11 +28,13 @@ from helpers import (
     tiny_config,
     tiny_space,
 )
+from PIL import Image
 
 from proard.artifacts import ArtifactError, Provenance, read_header, read_table, sha256, write_json, write_table
 from proard.artifacts.tables import PREDICTED, STUDENT
 from proard.config import Threat, UserError, job_settings
-from proard.data import ImageSet, load_split, to_float
+from proard.data import ImageSet, load_split, preprocess, to_float
+from proard.data.decode import decode_image
 from proard.evaluation import SubnetMeter
 from proard.export import StudentFacts, export_program, load_student, save_onnx
 from proard.export.formats import OLDEST_RUNTIME
@@ -42,6 +45,7 @@ from proard.space.sampling import identity_columns
 from proard.stages import export_student, select_student
 
 BUDGET = "macs=60K"
+SIDE = 16  # of the example's images in colour
 WRITTEN = {
     "weights": "student.safetensors",
     "onnx": "student.onnx",
@@ -240,19 +244,23 @@ def _beginning(row):
     return f"| {row['split']} | {row['role']} | {row['attack']} |"
 
 
-def test_the_example_of_the_card_runs_beside_the_onnx_file_alone(exported, tmp_path):
+def test_the_example_of_the_card_sees_the_pixels_of_the_pipeline(exported, tmp_path):
+    files = [turned(tmp_path / "turned.png"), transparent(tmp_path / "clear.png")]
     example = re.search(r"```python\n(.*?)```", (exported / "card.md").read_text(), re.DOTALL)[1]
-    assert len(example.strip().splitlines()) <= 11
     shutil.copy(exported / "student.onnx", tmp_path)
     guard = "import sys; sys.modules['torch'] = sys.modules['onnx'] = sys.modules['proard'] = None\n"
-    done = subprocess.run(
-        [sys.executable, "-c", guard + example], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    name, score = done.stdout.split()
-    logits = onnx_logits(exported / "student.onnx", np.full((1, 1, 8, 8), 0.5, np.float32))[0].astype(float)
-    scores = np.exp(logits) / np.exp(logits).sum()
-    assert name == ["left", "right", "low"][scores.argmax()]
-    assert float(score) == pytest.approx(scores.max(), abs=1e-4)
+    save = f"\nfor path in sys.argv[1:]:\n    np.save(path, preprocess(Image.open(path), {SIDE}))\n"
+    command = [sys.executable, "-c", guard + example + save, *(path.name for path in files)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    for path, line in zip(files, done.stdout.splitlines(), strict=True):
+        np.testing.assert_array_equal(np.load(f"{path}.npy"), decode_image(path, "", size=SIDE))
+        with Image.open(path) as image:
+            pixels = torch.from_numpy(preprocess(image, 8, "L").copy())[None, ..., None]
+        logits = onnx_logits(exported / "student.onnx", to_float(pixels))[0].astype(float)
+        scores = np.exp(logits) / np.exp(logits).sum()
+        name, score = line.removeprefix(f"{path.name} ").split()
+        assert name == ["left", "right", "low"][scores.argmax()]
+        assert float(score) == pytest.approx(scores.max(), abs=1e-4)
 
 
 @pytest.fixture(scope="module")
