@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import onnx
 import pytest
 import torch
 import yaml
+from foreign import transparent, turned
 from helpers import (
     TINY_DEEP,
     TINY_MOBILE,
@@ -26,13 +28,16 @@ from helpers import (
     tiny_config,
     tiny_space,
 )
+from PIL import Image
 
 from proard.artifacts import ArtifactError, Provenance, read_header, read_table, sha256, write_json, write_table
 from proard.artifacts.tables import PREDICTED, STUDENT
 from proard.config import Threat, UserError, job_settings
-from proard.data import ImageSet, load_split, to_float
+from proard.data import ImageSet, load_split, preprocess, to_float
+from proard.data.decode import decode_image
 from proard.evaluation import SubnetMeter
 from proard.export import StudentFacts, export_program, load_student, save_onnx
+from proard.export.formats import OLDEST_RUNTIME
 from proard.export.parity import difference, open_session
 from proard.nets import extract, fold, load_supernet, save_supernet
 from proard.space import Arch
@@ -40,6 +45,7 @@ from proard.space.sampling import identity_columns
 from proard.stages import export_student, select_student
 
 BUDGET = "macs=60K"
+SIDE = 16  # of the example's images in colour
 WRITTEN = {
     "weights": "student.safetensors",
     "onnx": "student.onnx",
@@ -238,19 +244,62 @@ def _beginning(row):
     return f"| {row['split']} | {row['role']} | {row['attack']} |"
 
 
-def test_the_example_of_the_card_runs_beside_the_onnx_file_alone(exported, tmp_path):
+def test_the_example_of_the_card_sees_the_pixels_of_the_pipeline(exported, tmp_path):
+    files = [turned(tmp_path / "turned.png"), transparent(tmp_path / "clear.png")]
     example = re.search(r"```python\n(.*?)```", (exported / "card.md").read_text(), re.DOTALL)[1]
-    assert len(example.strip().splitlines()) <= 11
     shutil.copy(exported / "student.onnx", tmp_path)
     guard = "import sys; sys.modules['torch'] = sys.modules['onnx'] = sys.modules['proard'] = None\n"
-    done = subprocess.run(
-        [sys.executable, "-c", guard + example], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    name, score = done.stdout.split()
-    logits = onnx_logits(exported / "student.onnx", np.full((1, 1, 8, 8), 0.5, np.float32))[0].astype(float)
-    scores = np.exp(logits) / np.exp(logits).sum()
-    assert name == ["left", "right", "low"][scores.argmax()]
-    assert float(score) == pytest.approx(scores.max(), abs=1e-4)
+    save = f"\nfor path in sys.argv[1:]:\n    np.save(path, preprocess(Image.open(path), {SIDE}))\n"
+    command = [sys.executable, "-c", guard + example + save, *(path.name for path in files)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    for path, line in zip(files, done.stdout.splitlines(), strict=True):
+        np.testing.assert_array_equal(np.load(f"{path}.npy"), decode_image(path, "", size=SIDE))
+        with Image.open(path) as image:
+            pixels = torch.from_numpy(preprocess(image, 8, "L").copy())[None, ..., None]
+        logits = onnx_logits(exported / "student.onnx", to_float(pixels))[0].astype(float)
+        scores = np.exp(logits) / np.exp(logits).sum()
+        name, score = line.removeprefix(f"{path.name} ").split()
+        assert name == ["left", "right", "low"][scores.argmax()]
+        assert float(score) == pytest.approx(scores.max(), abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def oldest_runtime(tmp_path_factory) -> Path:
+    """A folder with the oldest onnxruntime that the card names for the default opset, and a NumPy of its time."""
+    folder = tmp_path_factory.mktemp("runtime")
+    wanted = [f"onnxruntime=={OLDEST_RUNTIME[CONFIG.export_student.opset]}.*", "numpy<2"]
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *wanted]
+    done = subprocess.run(install, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"pip cannot install {wanted[0]} here: {(done.stderr.strip().splitlines() or ['no reason'])[-1]}")
+    return folder
+
+
+def test_the_oldest_runtime_that_the_card_names_runs_the_file(inputs, exported, oldest_runtime, tmp_path):
+    oldest = OLDEST_RUNTIME[CONFIG.export_student.opset]
+    assert f"onnxruntime {oldest} or newer" in (exported / "card.md").read_text()
+    assert f"onnxruntime {oldest} or newer" in (Path(__file__).parents[1] / "README.md").read_text()
+    images = pixels_of(load_split(inputs["test"])).numpy()
+    np.save(tmp_path / "images.npy", np.ascontiguousarray(images))
+    code = f"""
+import numpy, onnxruntime
+assert onnxruntime.__version__.startswith("{oldest}."), onnxruntime.__version__
+session = onnxruntime.InferenceSession("{exported / "student.onnx"}", providers=["CPUExecutionProvider"])
+numpy.save("logits.npy", session.run(["logits"], {{"images": numpy.load("images.npy")}})[0])
+"""
+    environment = {**os.environ, "PYTHONPATH": str(oldest_runtime)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = onnx_logits(exported / "student.onnx", images)
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("opset", "ir"), [(18, 8), (20, 9), (21, 10)])
+def test_the_ir_version_is_the_lowest_that_the_opset_allows(tmp_path, opset, ir):
+    space = tiny_space()
+    net = fold(extract(random_supernet(space, dtype=torch.float32).eval(), space.smallest))
+    save_onnx(tmp_path / "a.onnx", export_program(net), facts_of(space, space.smallest), opset=opset)
+    assert onnx.load(tmp_path / "a.onnx").ir_version == ir
 
 
 @pytest.mark.parametrize("settings", [TINY_DEEP, TINY_POOL, TINY_MOBILE], ids=lambda entry: entry["name"])

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from proard.config.attacks import Attack, Dtype, TrainingAttack
+from proard.config.columns import with_hub_classes
 from proard.config.fields import (
     Count,
     Extended,
@@ -43,12 +44,16 @@ class Augmentation(Settings):
     flip: bool = True
 
 
-class PrepareData(Settings):
+class PrepareData(Extended):
     """Where images come from and how they are split. `train` and `test` are paths; a missing `test` is cut off.
 
-    `max_train_images` thins the training images before `val` is cut off. `label_column` chooses between several integer
-    columns of Parquet files. `image_size` resizes images of `parquet` and `imagefolder` to that side.
+    `max_train_images` thins the training images before `val` is cut off. `image_column` and `label_column` name columns
+    of Parquet files; without the latter an integer, boolean or text column called label, labels, target, class or
+    fine_label is taken. `classes` may be left out where a Hugging Face data set left its class names in the Parquet
+    files. `image_size` resizes images of `parquet` and `imagefolder` to that side.
     """
+
+    gained = frozenset({"image_column"})
 
     source: Literal["digits", "cifar10", "cifar100", "parquet", "imagefolder"] = "digits"
     train: Paths | None = None
@@ -57,11 +62,18 @@ class PrepareData(Settings):
     download: bool = False
     classes: Annotated[Int, Field(ge=2)] | tuple[str, ...] | None = None
     image_size: Count | None = None
+    image_column: str | None = None
     label_column: str | None = None
     val_fraction: Annotated[Number, Field(gt=0, lt=0.5)] = 0.1
     test_fraction: Annotated[Number, Field(gt=0, lt=0.5)] = 0.2
     max_train_images: Count | None = None
     max_test_images: Count | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def classes_from_the_file(cls, value: Any) -> Any:
+        """Class names that a Parquet file brings count as written in the config."""
+        return with_hub_classes(value)
 
     @model_validator(mode="after")
     def source_is_complete(self) -> PrepareData:
@@ -70,7 +82,11 @@ class PrepareData(Settings):
             if self.train is None:
                 raise ValueError(f"source {self.source} needs `train`: the path of the training images")
             if self.classes is None:
-                raise ValueError(f"source {self.source} needs `classes`: their names in label order, or their number")
+                where = "; only Parquet files that exist here and hold Hugging Face's class names do without"
+                raise ValueError(
+                    f"source {self.source} needs `classes`: their names in label order, or their number"
+                    f"{where if self.source == 'parquet' else ''}"
+                )
         return self
 
     def image_shape(self) -> tuple[int, int, int]:

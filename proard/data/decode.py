@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from proard.config import UserError
 from proard.progress import Progress
@@ -21,8 +23,44 @@ Encoded = tuple[int, str, bytes | Path]
 """Position in the result, where the image comes from (for messages), and its bytes or its file."""
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """Images, uint8 of shape (k, height, width, channels), and a digest of the encoded bytes of each, if there are any.
+
+    Equal files have equal digests.
+    """
+
+    images: NDArray[np.uint8]
+    digests: tuple[bytes, ...] = ()
+
+
 class DataError(UserError):
     """Something in the user's images or labels: the text names the file, and the row or class."""
+
+
+def preprocess(image: Image.Image, size: int | None = None, mode: str = "RGB") -> np.ndarray:
+    """Turn a Pillow image into the pixels that networks are trained and measured on.
+
+    The image is turned upright (EXIF), laid over white where it is transparent, cropped to its centre square and
+    resized to `size` x `size` pixels (bicubic), if it has another size.
+
+    Returns
+    -------
+    ndarray of shape (height, width, 3), or (height, width) in mode "L"
+        uint8.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        raise ValueError(f"pixels of type {image.mode}; expected 8 bits per channel, convert it")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert(mode)
+    if size is not None and image.size != (size, size):
+        side = min(image.size)
+        left, top = ((length - side) / 2 for length in image.size)
+        image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    return np.asarray(image)
 
 
 def decode_image(encoded: bytes | Path, where: str, *, size: int | None = None) -> NDArray[np.uint8]:
@@ -35,8 +73,7 @@ def decode_image(encoded: bytes | Path, where: str, *, size: int | None = None) 
     where : str
         Where it comes from, for messages.
     size : int, optional
-        Side in pixels. An image of another size is cropped to its centre square and resized to it (bicubic),
-        which is resizing the shorter side and cropping the centre, without the rounding in between.
+        Side in pixels, see `preprocess`.
 
     Returns
     -------
@@ -49,22 +86,13 @@ def decode_image(encoded: bytes | Path, where: str, *, size: int | None = None) 
     """
     try:
         with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
-            if image.mode == "F" or image.mode.startswith("I"):
-                raise DataError(f"{where} has pixels of type {image.mode}; expected 8 bits per channel, convert it")
-            image = image.convert("RGB")  # grey and palette images too; alpha is dropped
-    except DataError:
-        raise
+            return preprocess(image, size)
     except Exception as error:  # Pillow's readers raise nearly anything on damaged bytes
         reason = str(error).split("<")[0].strip() or type(error).__name__
         raise DataError(f"{where} cannot be decoded as an image ({reason}); replace or remove it") from None
-    if size is not None and image.size != (size, size):
-        side = min(image.size)
-        left, top = ((length - side) / 2 for length in image.size)
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-    return np.asarray(image)
 
 
-def decode_all(batches: Iterable[Sequence[Encoded]], count: int, *, size: int | None, label: str) -> NDArray[np.uint8]:
+def decode_all(batches: Iterable[Sequence[Encoded]], count: int, *, size: int | None, label: str) -> Decoded:
     """Decode images into one array, with as many threads as torch may use.
 
     Parameters
@@ -78,10 +106,6 @@ def decode_all(batches: Iterable[Sequence[Encoded]], count: int, *, size: int | 
     label : str
         What is decoded, for the progress line.
 
-    Returns
-    -------
-    ndarray of shape (count, height, width, 3)
-
     Raises
     ------
     DataError
@@ -89,16 +113,17 @@ def decode_all(batches: Iterable[Sequence[Encoded]], count: int, *, size: int | 
     """
     images: NDArray[np.uint8] | None = None
     first = ""
+    digests = [b""] * count
     progress = Progress(f"decoding {label}", count, "images")
 
-    def decode_chunk(chunk: Sequence[Encoded]) -> list[NDArray[np.uint8]]:
-        return [decode_image(encoded, where, size=size) for _, where, encoded in chunk]
+    def decode_chunk(chunk: Sequence[Encoded]) -> list[tuple[NDArray[np.uint8], bytes]]:
+        return [(decode_image(encoded, where, size=size), _digest(encoded)) for _, where, encoded in chunk]
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for batch in batches:
             chunks = [batch[start : start + CHUNK] for start in range(0, len(batch), CHUNK)]
             for chunk, decoded in zip(chunks, pool.map(decode_chunk, chunks), strict=True):
-                for (position, where, _), pixels in zip(chunk, decoded, strict=True):
+                for (position, where, _), (pixels, digest) in zip(chunk, decoded, strict=True):
                     if images is None:
                         images, first = np.empty((count, *pixels.shape), np.uint8), where
                     if pixels.shape != images.shape[1:]:
@@ -106,12 +131,18 @@ def decode_all(batches: Iterable[Sequence[Encoded]], count: int, *, size: int | 
                             f"images differ in size: {first} is {_size(images[0])}, {where} is {_size(pixels)}; "
                             "set prepare_data.image_size to the side that all images shall have"
                         )
-                    images[position] = pixels
+                    images[position], digests[position] = pixels, digest
                 progress.advance(len(chunk))
     progress.close()
     assert images is not None
     assert progress.done == count
-    return images
+    return Decoded(images, tuple(digests))
+
+
+def _digest(encoded: bytes | Path) -> bytes:
+    """Of the encoded image; its file, just decoded, is still in the system's memory."""
+    content = encoded if isinstance(encoded, bytes) else encoded.read_bytes()
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def _size(pixels: NDArray[np.uint8]) -> str:

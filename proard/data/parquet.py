@@ -1,4 +1,4 @@
-"""Parquet files of encoded images: one column of bytes (or struct<bytes, path>) and one of integer labels."""
+"""Parquet files of encoded images: one column of bytes (or struct<bytes, path>) and one of labels."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from proard.config import PrepareData
+from proard.config.columns import LABEL_NAMES, hub_classes, is_text, label_candidates
 from proard.data.decode import DataError, Encoded
 
 BATCH = 2048  # rows read at once
@@ -19,12 +21,14 @@ BATCH = 2048  # rows read at once
 
 @dataclass(frozen=True)
 class ImageTable:
-    """A Parquet file whose labels are read and whose images are not."""
+    """A Parquet file whose labels are read and whose images are not; `classes` are those that its metadata names."""
 
     path: Path
     image_column: str
     nested: bool
+    label_column: str
     labels: NDArray[np.int64]
+    classes: tuple[str, ...] | None
 
     def encoded(self, position: NDArray[np.int64]) -> Iterator[list[Encoded]]:
         """Yield, batch by batch, the encoded images of the rows whose `position` in the result is not negative."""
@@ -46,39 +50,55 @@ class ImageTable:
             raise _unreadable(self.path, error) from None
 
 
-def open_parquet(path: Path, label_column: str | None = None) -> ImageTable:
-    """Find the columns of a file by their types and read the labels.
-
-    Parameters
-    ----------
-    label_column : str, optional
-        Needed only where several columns hold integers and none is called `label`.
+def open_parquet(path: Path, settings: PrepareData) -> ImageTable:
+    """Find the columns of a file by name and type and read the labels.
 
     Raises
     ------
     DataError
-        The file is no Parquet file, has no rows, no single image column, no single label column, or a null label.
+        The file is no Parquet file, has no rows, no single image column, no single label column, a null label, or a
+        text that is no class.
     """
     try:
         file = pq.ParquetFile(path)
         schema = file.schema_arrow
-        image_column = _only(path, schema, "image", [entry.name for entry in schema if _is_image(entry.type)])
-        integers = [entry.name for entry in schema if pa.types.is_integer(entry.type)]
-        if label_column is not None:
-            integers = [name for name in integers if name == label_column]
-        elif "label" in integers:
-            integers = ["label"]
-        chosen = _only(path, schema, "label", integers)
-        column = file.read(columns=[chosen]).column(0).cast(pa.int64()).combine_chunks()
+        images = [entry.name for entry in schema if _is_image(entry.type)]
+        if settings.image_column is not None:
+            images = [name for name in images if name == settings.image_column]
+        image_column = _only(path, schema, "image", images, settings.image_column)
+        candidates = label_candidates(schema, settings.label_column)
+        label_column = _only(path, schema, "label", candidates, settings.label_column)
+        column = file.read(columns=[label_column]).column(0)
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(path, error) from None
     if not len(column):
         raise DataError(f"{path} has no rows")
     if column.null_count:
-        row = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
-        raise DataError(f"{path} row {row} has no label: column {chosen} is null; expected a class index")
+        row = int(np.flatnonzero(column.is_null().to_numpy())[0])
+        raise DataError(f"{path} row {row} has no label: column {label_column} is null; expected a class index")
+    if is_text(column.type):
+        column = _indices(path, label_column, column.cast(pa.string()), settings)
+    labels = column.cast(pa.int64()).combine_chunks().to_numpy(zero_copy_only=False)
     nested = pa.types.is_struct(schema.field(image_column).type)
-    return ImageTable(path, image_column, nested, column.to_numpy(zero_copy_only=False))
+    return ImageTable(path, image_column, nested, label_column, labels, hub_classes(schema, label_column))
+
+
+def _indices(path: Path, name: str, column: pa.ChunkedArray, settings: PrepareData) -> pa.ChunkedArray:
+    """Class indices of a column of class names."""
+    if not isinstance(settings.classes, tuple):
+        raise DataError(
+            f"{path}: column {name} holds text, such as {column[0].as_py()!r}, and prepare_data.classes is "
+            f"{settings.classes}; write the list of names there"
+        )
+    indices = pc.index_in(column, value_set=pa.array(settings.classes))
+    if indices.null_count:
+        row = int(np.flatnonzero(indices.is_null().to_numpy())[0])
+        raise DataError(
+            f"{path} row {row} has label {column[row].as_py()!r}; expected {', '.join(settings.classes[:10])}"
+            f"{', ...' if len(settings.classes) > 10 else ''}, as prepare_data.classes lists them "
+            f"({indices.null_count} such rows in this file)"
+        )
+    return indices
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
@@ -94,14 +114,21 @@ def _is_image(kind: pa.DataType) -> bool:
     return index >= 0 and _is_bytes(kind.field(index).type)
 
 
-def _only(path: Path, schema: pa.Schema, role: str, names: list[str]) -> str:
+def _only(path: Path, schema: pa.Schema, role: str, names: list[str], wanted: str | None) -> str:
     """The one column of this role, or an error that lists the columns."""
     if len(names) == 1:
         return names[0]
+    expected = {
+        "image": "one of binary or struct<bytes, path>",
+        "label": f"one of integers, booleans or text called {', '.join(LABEL_NAMES[:-1])} or {LABEL_NAMES[-1]}",
+    }[role]
+    if wanted is not None:
+        found = f"no {role} column {wanted!r} (prepare_data.{role}_column)"
+        expected = expected.split(" called ")[0]
+    else:
+        found = f"{len(names)} {role} columns" if names else f"no {role} column"
     columns = ", ".join(f"{entry.name}: {entry.type}" for entry in schema)
-    expected = {"image": "one of binary or struct<bytes, path>", "label": "one of integers"}[role]
-    way_out = "; name the right one in prepare_data.label_column" if role == "label" and names else ""
-    found = f"{len(names)} {role} columns" if names else f"no {role} column"
+    way_out = f"; name the right one in prepare_data.{role}_column" if role == "label" or names else ""
     raise DataError(f"{path} has {found}, expected {expected}; its columns are {columns}{way_out}")
 
 

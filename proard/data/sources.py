@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import glob
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proard.config import PrepareData
-from proard.data.decode import DataError, Encoded, decode_all
-from proard.data.parquet import open_parquet
+from proard.config.columns import matching_paths
+from proard.data.decode import DataError, Decoded, Encoded, decode_all
+from proard.data.folders import is_hidden_folder, list_images
+from proard.data.parquet import ImageTable, open_parquet
 
-SUFFIXES = frozenset([".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
 READ_AHEAD = 4096  # files per batch handed to the decoder
 
 
@@ -33,17 +34,20 @@ class Source:
     where : callable
         Index to the place of that image, for messages.
     read : callable
-        Indices in any order to their images, uint8 of shape (k, height, width, channels).
+        Indices in any order to their images, uint8 of shape (k, height, width, channels), and their digests.
     files : tuple of Path
         What is read; empty for data that a library brings.
+    notes : tuple of str
+        Lines for people: what was chosen and what was left out.
     """
 
     name: str
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
     where: Callable[[int], str]
-    read: Callable[[NDArray[np.int64]], NDArray[np.uint8]]
+    read: Callable[[NDArray[np.int64]], Decoded]
     files: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def open_sources(settings: PrepareData) -> tuple[Source, Source | None]:
@@ -106,7 +110,7 @@ def _digits(settings: PrepareData) -> Source:
         digits.target.astype(np.int64),
         _class_names(settings, tuple(map(str, range(10)))),
         "digits, image {}".format,
-        lambda indices: images[indices],
+        lambda indices: Decoded(images[indices]),
     )
 
 
@@ -134,7 +138,7 @@ def _cifar(settings: PrepareData, *, train: bool) -> Source:
         np.asarray(data.targets, np.int64),
         _class_names(settings, tuple(data.classes)),
         f"{name}, image {{}}".format,
-        lambda indices: data.data[indices],
+        lambda indices: Decoded(data.data[indices]),
     )
 
 
@@ -142,15 +146,16 @@ def _parquet(
     settings: PrepareData, key: str, paths: str | tuple[str, ...] | None, classes: tuple[str, ...] | None
 ) -> Source:
     """Parquet files of encoded images."""
+    classes = classes or _class_names(settings)
     files = _expand(f"prepare_data.{key}", paths, folder_holds="*.parquet")
-    tables = [open_parquet(file, settings.label_column) for file in files]
+    tables = [open_parquet(file, settings) for file in files]
     starts = np.cumsum([0] + [len(table.labels) for table in tables])
 
     def where(index: int) -> str:
         number = int(np.searchsorted(starts, index, side="right")) - 1
         return f"{tables[number].path} row {index - starts[number]}"
 
-    def read(indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+    def read(indices: NDArray[np.int64]) -> Decoded:
         position = np.full(starts[-1], -1)
         position[indices] = np.arange(len(indices))
         batches = (
@@ -162,7 +167,19 @@ def _parquet(
 
     labels = np.concatenate([table.labels for table in tables])
     name = ", ".join(str(file) for file in files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
-    return Source(name, labels, classes or _class_names(settings), where, read, files)
+    return Source(name, labels, classes, where, read, files, _columns(key, tables, classes))
+
+
+def _columns(key: str, tables: list[ImageTable], classes: tuple[str, ...]) -> tuple[str, ...]:
+    """Which columns are read, a line for each choice; an error where a file numbers the classes otherwise."""
+    for table in tables:
+        if table.classes and table.classes != classes and sorted(table.classes) == sorted(classes):
+            raise DataError(
+                f"{table.path} numbers its classes {', '.join(table.classes[:10])}, prepare_data.classes is "
+                f"{', '.join(classes[:10])}; leave prepare_data.classes out, or write the file's order"
+            )
+    chosen = dict.fromkeys((table.image_column, table.label_column) for table in tables)
+    return tuple(f"{key}: images from column {images}, labels from column {labels}" for images, labels in chosen)
 
 
 def _image_folder(
@@ -187,15 +204,9 @@ def _image_folder(
             f"{places} holds a folder {strange[0]!r} that is no class; expected {', '.join(classes[:10])}"
             f"{', ...' if len(classes) > 10 else ''}: remove the folder, or correct prepare_data.classes"
         )
-    labelled = [
-        (file, label)
-        for label, name in enumerate(classes)
-        for root in roots
-        for file in sorted((root / name).rglob("*"))
-        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
-    ]
+    labelled, left_out = _labelled(roots, classes)
 
-    def read(indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+    def read(indices: NDArray[np.int64]) -> Decoded:
         encoded: list[Encoded] = [
             (position, str(labelled[index][0]), labelled[index][0]) for position, index in enumerate(indices)
         ]
@@ -203,24 +214,38 @@ def _image_folder(
         return decode_all(batches, len(indices), size=settings.image_size, label=f"{key} images")
 
     labels = np.array([label for _, label in labelled], np.int64)
-    return Source(places, labels, classes, lambda index: str(labelled[index][0]), read, roots)
+    counts = ", ".join(f"{number} {what}" for what, number in sorted(left_out.items()))
+    notes = (f"{key}: left out {counts}",) if counts else ()
+    return Source(places, labels, classes, lambda index: str(labelled[index][0]), read, roots, notes)
+
+
+def _labelled(roots: tuple[Path, ...], classes: tuple[str, ...]) -> tuple[list[tuple[Path, int]], Counter[str]]:
+    """Image files with their labels, each file once, and what was left out."""
+    left_out: Counter[str] = Counter()
+    first: dict[str, tuple[Path, int]] = {}  # by the file behind all links
+    for label, name in enumerate(classes):
+        for root in roots:
+            for file, real in list_images(root, name, left_out):
+                known, its_label = first.setdefault(real, (file, label))
+                if its_label != label:
+                    raise DataError(f"{file} and {known} are one file in two classes; remove one of the links")
+                left_out["linked twice"] += known != file
+    return list(first.values()), +left_out
 
 
 def _is_class_folder(entry: Path) -> bool:
     """A folder that is not hidden."""
-    return entry.is_dir() and not entry.name.startswith(".")
+    return entry.is_dir() and not is_hidden_folder(entry.name)
 
 
 def _expand(key: str, paths: str | tuple[str, ...] | None, *, folder_holds: str | None = None) -> tuple[Path, ...]:
     """Existing files or folders of one path, several paths or globs, each once, in order."""
     found: list[Path] = []
     for text in (paths,) if isinstance(paths, str) else paths or ():
-        path = Path(text).expanduser()
-        matches = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-        if folder_holds is not None and path.is_dir():
-            matches = sorted(path.glob(folder_holds))
+        matches = matching_paths(text, folder_holds=folder_holds)
         if not matches:
-            what = f"folder {text} holds no {folder_holds}" if path.is_dir() else f"{text} does not exist"
+            is_folder = Path(text).expanduser().is_dir()
+            what = f"folder {text} holds no {folder_holds}" if is_folder else f"{text} does not exist"
             raise DataError(f"{key}: {what} (seen from {Path.cwd()}); correct the path")
         found.extend(matches)
     if not found:

@@ -29,6 +29,8 @@ class Splits:
         int64, by split.
     files : tuple of Path
         Files or folders that were read.
+    notes : tuple of str
+        Lines for people: what was chosen, what was left out, copies.
     """
 
     source: str
@@ -36,6 +38,7 @@ class Splits:
     images: dict[str, NDArray[np.uint8]]
     labels: dict[str, NDArray[np.int64]]
     files: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
 
 
 def make_splits(settings: PrepareData, *, seed: int) -> Splits:
@@ -47,7 +50,8 @@ def make_splits(settings: PrepareData, *, seed: int) -> Splits:
     Raises
     ------
     DataError
-        Anything wrong with files, labels, classes or image sizes; the text names the file or row.
+        Anything wrong with files, labels, classes or image sizes, or a test set that shares images with the training
+        images; the text names the file or row.
     """
     source, test_source = open_sources(settings)
     pool = np.arange(len(source.labels))
@@ -62,15 +66,19 @@ def make_splits(settings: PrepareData, *, seed: int) -> Splits:
         "val": _thinned(source.labels, pool[val], None, _stream(seed, 5)),
         **parts,
     }
-    images, labels = _read(source, parts)
+    images, labels, digests = _read(source, parts)
+    notes = source.notes
     if test_source is not None:
         everything = np.arange(len(test_source.labels))
         order = _thinned(test_source.labels, everything, settings.max_test_images, _stream(seed, 1))
-        test_images, test_labels = _read(test_source, {"test": order})
-        images, labels = images | test_images, labels | test_labels
+        parts["test"] = order
+        test_images, test_labels, test_digests = _read(test_source, {"test": order})
+        images, labels, digests = images | test_images, labels | test_labels, digests | test_digests
+        notes += test_source.notes
+    notes += _copies(source, test_source, parts, digests)
     _check_shapes(settings, images)
     files = source.files + (test_source.files if test_source is not None else ())
-    return Splits(settings.source, source.classes, images, labels, files)
+    return Splits(settings.source, source.classes, images, labels, files, notes)
 
 
 def stratified_order(labels: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
@@ -143,12 +151,43 @@ def _thinned(
 
 def _read(
     source: Source, parts: dict[str, NDArray[np.int64]]
-) -> tuple[dict[str, NDArray[np.uint8]], dict[str, NDArray[np.int64]]]:
-    """Images and labels of the parts, from one pass over the source; the images are views of one array."""
-    images = source.read(np.concatenate(list(parts.values())))
+) -> tuple[dict[str, NDArray[np.uint8]], dict[str, NDArray[np.int64]], dict[str, tuple[bytes, ...]]]:
+    """Images, labels and digests of the parts, from one pass over the source; the images are views of one array."""
+    decoded = source.read(np.concatenate(list(parts.values())))
     ends = np.cumsum([len(indices) for indices in parts.values()])
-    stacks = np.split(images, ends[:-1])
-    return dict(zip(parts, stacks, strict=True)), {name: source.labels[indices] for name, indices in parts.items()}
+    stacks = np.split(decoded.images, ends[:-1])
+    digests = {
+        name: decoded.digests[end - len(indices) : end]
+        for (name, indices), end in zip(parts.items(), ends, strict=True)
+    }
+    labels = {name: source.labels[indices] for name, indices in parts.items()}
+    return dict(zip(parts, stacks, strict=True)), labels, digests
+
+
+def _copies(
+    source: Source,
+    test_source: Source | None,
+    parts: dict[str, NDArray[np.int64]],
+    digests: dict[str, tuple[bytes, ...]],
+) -> tuple[str, ...]:
+    """Refuse a test set that shares files or bytes with train or val; a note where test was cut from one set."""
+    known = {
+        digest: int(index)
+        for name in ("train", "val")
+        for digest, index in zip(digests[name], parts[name], strict=False)  # a library's data have none
+    }
+    tested = zip(digests["test"], parts["test"], strict=False)
+    shared = [(int(index), known[digest]) for digest, index in tested if digest in known]
+    if not shared:
+        return ()
+    index, twin = min(shared)
+    pair = f"{(test_source or source).where(index)} is {source.where(twin)}"
+    if test_source is None:
+        return (f"test: {len(shared)} images have a copy in train or val ({pair}); remove copies",)
+    raise DataError(
+        f"prepare_data.test shares images with prepare_data.train: {len(shared)} of {len(parts['test'])} are equal "
+        f"byte for byte ({pair}); remove them from one of the two"
+    )
 
 
 def _check_shapes(settings: PrepareData, images: dict[str, NDArray[np.uint8]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +13,8 @@ import pandas as pd
 import torch
 
 from proard import __version__
-from proard.export.formats import StudentFacts
+from proard.data import preprocess
+from proard.export.formats import OLDEST_RUNTIME, StudentFacts
 
 HUB_DATASETS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 OBJECTIVES = {"ce": "cross-entropy", "margin": "logit margin (CW)"}
@@ -56,7 +58,7 @@ safety component: see the limits below.
 | Input | `{input}`, values in [0, 1] |
 | Normalisation | inside the network: do **not** normalise |
 | Output | `{output}` |
-| ONNX | `student.onnx`, one file, any batch size |
+| ONNX | `student.onnx`, one file, any batch size; opset {opset}, for {runtimes} |
 | PyTorch | `student.pt2` (torch.export), or `proard.export.load_student("student.safetensors")` |
 | Checksums | `sha256sum -c SHA256SUMS` |
 
@@ -64,21 +66,27 @@ Class names, arch, costs and threat model also stand in the metadata properties 
 
 ## Example
 
-Needs numpy and onnxruntime. An image file, with Pillow:
-`images = np.asarray(Image.open(path).convert("{mode}").resize(({side}, {side})), np.float32){to_batch} / 255`
+Needs numpy, Pillow (10.1 or newer) and onnxruntime; `python example.py FILE ...` prints a class for each image file.
+`preprocess` is the function that made the images of training and test, word for word.
 
 ```python
 import json
+import sys
 import numpy as np
 import onnxruntime
+from PIL import Image, ImageOps
+
+
+{preprocess}
 
 session = onnxruntime.InferenceSession("student.onnx", providers=["CPUExecutionProvider"])
 classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
-images = np.full((1, {image_channels}, {side}, {side}), 0.5, dtype=np.float32)  # your images in [0, 1]
-(logits,) = session.run(["logits"], {{"images": images}})
-scores = np.exp(logits - logits.max(axis=1, keepdims=True))
-for row in scores / scores.sum(axis=1, keepdims=True):
-    print(classes[row.argmax()], round(float(row.max()), 4))
+for path in sys.argv[1:]:
+    pixels = preprocess(Image.open(path), {side}, "{mode}").reshape({side}, {side}, {image_channels})
+    images = np.ascontiguousarray(pixels.transpose(2, 0, 1)[None], dtype=np.float32) / 255
+    (logits,) = session.run(["logits"], {{"images": images}})
+    scores = np.exp(logits[0] - logits.max())
+    print(path, classes[scores.argmax()], round(float(scores.max() / scores.sum()), 4))
 ```
 
 ## Threat model and measured accuracy
@@ -157,6 +165,7 @@ def model_card(
     parity: Mapping[str, Any],
     supernet: Mapping[str, Any],
     counts: Mapping[str, int],
+    opset: int,
     origin: Mapping[str, str] = FROM_SUPERNET,
 ) -> str:
     """Text of `card.md`, with front matter as model hubs read it.
@@ -173,6 +182,8 @@ def model_card(
         Header of the supernet's file, or of the trained student's.
     counts : mapping of str to int
         Images per split.
+    opset : int
+        Of the ONNX file.
     origin : mapping
         Which sentences say where the weights come from: `FROM_SUPERNET` or `TRAINED_ALONE`.
     """
@@ -181,6 +192,7 @@ def model_card(
     grey = facts.space.settings.image_channels == 1
     phases = made.get("settings", {}).get("train_phase", {}).get("phases", [{}])
     objectives = {attack["name"]: OBJECTIVES[attack["objective"]] for attack in attacks}
+    oldest = OLDEST_RUNTIME.get(opset)
     further = f", ... ({len(facts.classes)} in all)" if len(facts.classes) > LISTED_CLASSES else ""
     values = {
         **header,
@@ -194,12 +206,14 @@ def model_card(
         "eps": _eps(facts.threat.eps),
         "num_classes": len(facts.classes),
         "class_list": ", ".join(facts.classes[:LISTED_CLASSES]) + further,
+        "opset": opset,
+        "runtimes": f"onnxruntime {oldest} or newer" if oldest else "an onnxruntime that knows this opset",
         "space": facts.space.settings.name,
         "side": facts.space.settings.image_size,
         "image_channels": facts.space.settings.image_channels,
         "channels": facts.channel_order,
         "mode": "L" if grey else "RGB",
-        "to_batch": "[None, None]" if grey else ".transpose(2, 0, 1)[None]",
+        "preprocess": inspect.getsource(preprocess),
         "accounting": ACCOUNTING[rows["accounting"].iloc[0]],
         "rows": "\n".join(_row(row, objectives) for _, row in rows.iterrows()),
         "adv_images": adversarial["num_images"],

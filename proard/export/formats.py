@@ -24,6 +24,8 @@ from proard.space import Arch, FixedArch, FixedSpace, FixedSpec, SearchSpace, re
 
 INPUT, OUTPUT = "images", "logits"
 CHANNEL_ORDERS = {1: "grey", 3: "RGB"}
+# ONNX operator set: the first onnxruntime that loads a file of it, tried from 1.15 on.
+OLDEST_RUNTIME = {18: "1.15", 19: "1.15", 20: "1.17", 21: "1.18", 22: "1.21", 23: "1.23", 24: "1.24", 25: "1.24"}
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,8 @@ def save_onnx(path: str | Path, program: torch.export.ExportedProgram, facts: St
     Parameters
     ----------
     opset : int
-        Version of the ONNX operator set.
+        Version of the ONNX operator set. The file's IR version is the lowest that it allows, so that old runtimes
+        read the file.
 
     Raises
     ------
@@ -182,6 +185,7 @@ def save_onnx(path: str | Path, program: torch.export.ExportedProgram, facts: St
         )
     model = exported.model_proto
     _strip(model)
+    model.ir_version = onnx.helper.find_min_ir_version_for(model.opset_import)
     model.producer_name, model.producer_version = "proard", __version__
     model.doc_string = f"{facts.name}: {facts.channel_order} images in [0, 1] to logits; normalisation inside."
     onnx.helper.set_model_props(model, facts.to_text())

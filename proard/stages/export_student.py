@@ -119,7 +119,7 @@ def write_files(
     job.ledger.tally.spent += passes * one_pass(measured.spec.macs)
     identity = {key: facts.to_header()[key] for key in ("budget", "arch_id", "arch", "macs", "params")}
     artifacts.write_json(paths["parity"], {**identity, **checked, "provenance": json.loads(facts.provenance.to_json())})
-    artifacts.write_text(paths["card"], model_card(facts, rows, parity=checked, **describe))
+    artifacts.write_text(paths["card"], model_card(facts, rows, parity=checked, opset=settings.opset, **describe))
     artifacts.write_text(paths["checksums"], checksum_list(paths))
     print(_summary(facts, checked, paths))
 

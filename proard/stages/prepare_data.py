@@ -69,6 +69,7 @@ def _summary(splits: Splits, written: dict[str, dict]) -> str:
         low, high = min(entry["per_class"]), max(entry["per_class"])
         share = f"{low}" if low == high else f"{low} to {high}"
         lines.append(f"  {name:<5} {entry['count']:>7} images, {share} per class -> {entry['file']}")
+    lines += [f"  {note}" for note in splits.notes]
     return "\n".join(lines)
 
 

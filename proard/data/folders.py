@@ -1,0 +1,91 @@
+"""Image files of a class folder: all that Pillow decodes, in linked folders too, nothing hidden."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+from PIL import Image, ImageFile
+
+from proard.data.decode import DataError
+
+NOT_DECODED = {"EPS", "MPEG"}  # the one needs Ghostscript, of the other Pillow reads nothing but the size
+
+
+@cache
+def readable_suffixes() -> frozenset[str]:
+    """Suffixes, in lower case, of the formats that the installed Pillow decodes by itself."""
+    Image.init()
+    stubs = {name for name, (reader, _) in Image.OPEN.items() if _is_stub(reader)}
+    formats = {*Image.OPEN, "MPO"} - stubs - NOT_DECODED  # the reader of JPEG opens MPO
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
+
+
+def is_hidden_folder(name: str) -> bool:
+    """Whether tools, not people, made the folder: `.ipynb_checkpoints`, `.thumbnails`, `@eaDir`."""
+    return name.startswith((".", "@"))
+
+
+def list_images(root: Path, name: str, left_out: Counter[str]) -> list[tuple[Path, str]]:
+    """Image files below `root/name`, at any depth.
+
+    Linked folders are followed, unless they lead to a folder that holds the link or `root`.
+
+    Parameters
+    ----------
+    left_out : Counter
+        Gains what is not read, counted by suffix or reason.
+
+    Returns
+    -------
+    list of (Path, str)
+        Sorted by path; the second is the file behind all links.
+    """
+    base, seen = os.path.realpath(root), set()
+    files: list[tuple[Path, str]] = []
+    folders, linked = [root / name], []  # links come last: what they repeat keeps its own path
+    while folders or linked:
+        folder = folders.pop() if folders else linked.pop()
+        real = os.path.realpath(folder)
+        if real in seen or not folder.is_dir() or _holds(real, base):
+            continue
+        seen.add(real)
+        for entry in _entries(folder):
+            path = folder / entry.name
+            if entry.is_dir():
+                if is_hidden_folder(entry.name):
+                    left_out["hidden"] += 1
+                elif not entry.is_symlink():
+                    folders.append(path)
+                elif _holds(os.path.realpath(path), real):
+                    left_out["linked in a circle"] += 1
+                else:
+                    linked.append(path)
+            elif entry.name.startswith("."):
+                left_out["hidden"] += 1
+            elif path.suffix.lower() in readable_suffixes():
+                files.append((path, os.path.realpath(path) if entry.is_symlink() else os.path.join(real, entry.name)))
+            else:
+                left_out[path.suffix.lower() or "without suffix"] += 1
+    return sorted(files)
+
+
+def _is_stub(reader: object) -> bool:
+    """A reader that knows the format and decodes nothing."""
+    return isinstance(reader, type) and issubclass(reader, ImageFile.StubImageFile)
+
+
+def _holds(folder: str, inner: str) -> bool:
+    """Whether `folder` is `inner` or lies above it; both behind all links."""
+    return Path(inner).is_relative_to(folder)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What a folder holds, by name."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError(f"folder {folder} cannot be read ({error.strerror})") from None
