@@ -79,6 +79,7 @@ def config(folder: Path, shards: int) -> tuple[dict[str, Any], Path]:
         "run": "scale",
         "sample_archs": {"num_archs": shards * PER_SHARD},
         "evaluate_archs": {"archs_per_shard": PER_SHARD},
+        "fit_predictor": {"held_out": 2, "folds": 2},
         "space": "resnet_cifar",
         "select_student": {"budgets": ["macs=500M"]},
     }

@@ -21,7 +21,8 @@ from proard.stages import evaluate_archs, sample_archs, verify_front
 
 ATTACK = {"num_steps": 2, "step_size": 0.05}
 CONFIG = tiny_config(
-    sample_archs={"num_archs": 6, "strata": 2},
+    sample_archs={"num_archs": 8, "strata": 2},
+    fit_predictor={"held_out": 2, "folds": 2},
     evaluate_archs={"archs_per_shard": 3, "num_images": 20, "attack": ATTACK},
     verify_front={"num_archs": 2, "attacks": [{"name": "pgd2", **ATTACK}, {"name": "cw2", "objective": "margin"}]},
 )

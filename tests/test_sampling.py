@@ -23,7 +23,8 @@ from proard.space.sampling import (
 from proard.stages import merge_table, sample_archs
 
 SPACE = SearchSpace(PRESETS["resnet_digits"])
-CONFIG = {"run": "test", "space": "resnet_digits", "sample_archs": {"num_archs": 40, "strata": 5}}
+SAMPLED = {"sample_archs": {"num_archs": 40, "strata": 5}, "fit_predictor": {"held_out": 8}}
+CONFIG = {"run": "test", "space": "resnet_digits", **SAMPLED}
 
 
 @pytest.mark.parametrize("preset", ["resnet_digits", "resnet_cifar"])

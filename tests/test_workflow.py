@@ -33,7 +33,8 @@ ON_REQUEST = {  # stages that `all` does not ask for
 CONFIG = {
     "run": "fake",
     "train_phase": {"phases": [{"name": "wide"}, {"name": "all"}]},
-    "sample_archs": {"num_archs": 10},
+    "sample_archs": {"num_archs": 12},
+    "fit_predictor": {"held_out": 2, "folds": 2},
     "evaluate_archs": {"archs_per_shard": 4},
     "select_student": {"budgets": ["macs=100K", "macs=1M", "params=20K"]},
 }

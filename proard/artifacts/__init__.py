@@ -1,5 +1,6 @@
 """Files of a run: atomic writes, checked reads, table columns and provenance."""
 
+from proard.artifacts.checkpoints import check_finite, read_state_dict
 from proard.artifacts.files import ArtifactError, atomic_path, sha256, write_json, write_text
 from proard.artifacts.tables import (
     COSTS,
@@ -33,9 +34,11 @@ __all__ = [
     "ArtifactError",
     "Provenance",
     "atomic_path",
+    "check_finite",
     "load_tensors",
     "read_header",
     "read_metadata",
+    "read_state_dict",
     "read_table",
     "save_tensors",
     "sha256",

@@ -3,6 +3,7 @@
 from proard.config.attacks import Attack, Curriculum, Threat, TrainingAttack
 from proard.config.diagnosis import TEACHER, Clever, Diagnose, Diagnosed, Smoothing
 from proard.config.fields import ConfigError, UserError
+from proard.config.files import read_file
 from proard.config.nets import NETS, VisionTransformer, WideResNet, named_nets
 from proard.config.presets import PRESETS
 from proard.config.run import (
@@ -93,5 +94,6 @@ __all__ = [
     "load",
     "named_nets",
     "parse",
+    "read_file",
     "without_rhythm",
 ]

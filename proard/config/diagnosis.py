@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from proard.config.fields import Count, Int, Natural, Number, PixelLength, Positive, Settings
+from proard.config.budgets import OneBudget
+from proard.config.fields import Count, FolderName, Int, Natural, Number, PixelLength, Positive, Settings
 
 TEACHER = "teacher"
 
@@ -32,8 +33,8 @@ class Diagnosed(Settings):
     `largest`, `smallest` or a mapping of elastic dims.
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.=-]+$")]
-    budget: Annotated[str, Field(pattern=r"^(macs|params)=[0-9.]+[KMG]?$")] | None = None
+    name: FolderName
+    budget: OneBudget | None = None
     file: str | None = None
     arch: Literal["largest", "smallest"] | dict[str, tuple[Number, ...]] | None = None
 

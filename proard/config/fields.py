@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar
 
@@ -26,6 +28,12 @@ class ConfigError(UserError):
     """A setting: the text names the key, the value and what was expected."""
 
 
+def shown(value: Any) -> str:
+    """A value as part of a line: the beginning of a long one."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
 class Settings(BaseModel):
     """Base of every settings class: immutable, and an unknown key is an error."""
 
@@ -45,16 +53,43 @@ class Extended(Settings):
         return {key: value for key, value in write(self).items() if key not in unset}
 
 
+LARGEST_INT = 2**63 - 1
+FOLDER_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.=-]*"
+
+
 def parse_number(value: Any) -> Any:
-    """Turn text such as `8/255`, `1e-3` or `7` into the number it spells; leave everything else to pydantic."""
+    """Turn text such as `8/255`, `1e-3` or `7` into the number it spells; leave everything else to pydantic.
+
+    A number that a float cannot hold, infinities and NaN among them, is refused.
+    """
     if isinstance(value, bool):
         raise PydanticCustomError("number", "a number, not true or false")
-    if isinstance(value, str):
-        try:
-            fraction = Fraction(value.replace(" ", ""))
-        except (ValueError, ZeroDivisionError):
-            raise PydanticCustomError("number", "a number such as 0.05, 1e-3 or 8/255") from None
-        return int(fraction) if fraction.denominator == 1 and "." not in value and "e" not in value else float(fraction)
+    try:
+        number = _spelled(value.replace(" ", "")) if isinstance(value, str) else value
+        is_finite = not isinstance(number, (int, float)) or math.isfinite(number)
+    except OverflowError:  # an integer or a fraction that no float holds
+        is_finite = False
+    except (ValueError, ZeroDivisionError):
+        raise PydanticCustomError("number", "a number such as 0.05, 1e-3 or 8/255") from None
+    if not is_finite:
+        raise PydanticCustomError("number", "a finite number, at most 1.7e308")
+    return number
+
+
+def _spelled(text: str) -> float:
+    """The number that a text spells: an exact integer where it is written as one."""
+    if "/" not in text:
+        rough = float(text)  # before the exact value: 1e999999999 has too many digits to be computed
+        if rough == 0 or not math.isfinite(rough):
+            return rough
+    fraction = Fraction(text)
+    return int(fraction) if fraction.denominator == 1 and not re.search("[.eE]", text) else float(fraction)
+
+
+def in_64_bits(value: int) -> int:
+    """Refuse an integer that no tensor and no generator takes."""
+    if abs(value) > LARGEST_INT:
+        raise PydanticCustomError("integer", "an integer below 9.2e18")
     return value
 
 
@@ -67,13 +102,37 @@ def in_pixel_units(value: float) -> float:
     return value
 
 
+def folder_name(value: str) -> str:
+    """Refuse what is no plain name of a folder: `..` would lead out of the run's own."""
+    if not re.fullmatch(FOLDER_NAME, value):
+        raise PydanticCustomError("name", "letters, digits, _ . = and -, beginning with a letter, a digit or _")
+    return value
+
+
+def class_names(value: Any) -> Any:
+    """Refuse what YAML makes of class names that are not quoted, and what is no list of them."""
+    if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+        return value
+    if isinstance(value, str) and re.fullmatch(r"[0-9.]+", value):  # a number of classes from the command line
+        return value
+    if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) for name in value):
+        raise PydanticCustomError("classes", "a list of names; quote numbers, yes and no")
+    if len(value) < 2:
+        raise PydanticCustomError("classes", "a list of names, at least two")
+    if len(set(value)) < len(value):
+        raise PydanticCustomError("classes", "a list of different names")
+    return value
+
+
 NUMBER_SCHEMA = {"anyOf": [{"type": "number"}, {"type": "string", "pattern": r"^[-+0-9.eE/ ]+$"}]}
 
 Number = Annotated[float, BeforeValidator(parse_number), WithJsonSchema(NUMBER_SCHEMA)]
-Int = Annotated[int, BeforeValidator(parse_number), WithJsonSchema(NUMBER_SCHEMA)]
+Int = Annotated[int, BeforeValidator(parse_number), AfterValidator(in_64_bits), WithJsonSchema(NUMBER_SCHEMA)]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 Count = Annotated[Int, Field(ge=1)]
 Natural = Annotated[Int, Field(ge=0)]
 PixelLength = Annotated[Number, Field(gt=0), AfterValidator(in_pixel_units)]
+FolderName = Annotated[str, Field(json_schema_extra={"pattern": f"^{FOLDER_NAME}$"}), AfterValidator(folder_name)]
+Classes = Annotated[Annotated[Int, Field(ge=2)] | tuple[str, ...] | None, BeforeValidator(class_names)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
+from datetime import date
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -12,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from proard.config import settings as s
 from proard.config.attacks import Threat
 from proard.config.diagnosis import Diagnose
-from proard.config.fields import NUMBER_SCHEMA, ConfigError, Natural, Settings
+from proard.config.fields import NUMBER_SCHEMA, ConfigError, FolderName, Natural, Settings, parse_number, shown
 from proard.config.nets import named_nets
 from proard.config.presets import IMAGENET_SIZE, PRESETS
 from proard.config.spaces import Space
@@ -63,7 +64,7 @@ EXPERIMENTS = ("train_variant", "measure_variant", "compare_variants")  # planne
 class RunConfig(Settings):
     """One run: its name, seed, search space, threat model and a section per stage."""
 
-    run: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", description="Name of the run and of its folders.")]
+    run: Annotated[FolderName, Field(description="Name of the run and of its folders.")]
     seed: Natural = 0
     space: Space = PRESETS["resnet_digits"]
     threat: Threat = Threat()
@@ -137,10 +138,18 @@ def load(config: Mapping[str, Any]) -> RunConfig:
     Raises
     ------
     ConfigError
-        Names the key, its value, what was expected and, for an unknown key, the nearest valid one. An l2 attack that
-        measures and cannot cross its ball is an error too: its accuracies would be too high.
+        Names the key, its value, what was expected and, for an unknown key, the nearest valid ones. An l2 attack that
+        measures and cannot cross its ball is an error too: its accuracies would be too high. So are too few archs to
+        fit the predictor, except where variants are listed: these may need a few archs and no predictor.
     """
     run = parse(RunConfig, config)
+    sampled, fitted = run.sample_archs.num_archs, run.fit_predictor
+    if sampled < fitted.least_archs and not run.train_variant.variants:
+        raise ConfigError(
+            f"fit_predictor.held_out is {fitted.held_out}, with folds {fitted.folds}; expected: at least "
+            f"{fitted.least_archs} archs (3 per fold beside those held out), but sample_archs.num_archs is {sampled}: "
+            "raise it, or lower them"
+        )
     baseline, variants = run.compare_variants.baseline, run.train_variant.variants
     if baseline is not None and baseline not in variants:
         raise ConfigError(unknown("variant", f"compare_variants.baseline {baseline}", variants, last=baseline))
@@ -195,17 +204,23 @@ def explain(model: type[BaseModel], values: Any, error: Mapping[str, Any], where
     if error["type"] == "value_error":
         return f"{key}: {message}" if path else message
     if error["type"] == "pixel_units":
-        name = path[-1]
-        return f"{key} is {error['input']}; {name} is in pixel units of [0, 1], write {float(error['input']):g}/255"
-    return f"{key} is {error['input']!r}; expected: {message.removeprefix('input should be ')}"
+        name, value = path[-1], float(parse_number(error["input"]))
+        return f"{key} is {error['input']}; {name} is in pixel units of [0, 1], write {value:g}/255"
+    if error["type"] == "invalid_key":
+        return f"{key} is a key that YAML does not read as text; quote it as it is written"
+    if error["type"] == "string_type" and isinstance(error["input"], bool):
+        return f"{key} is {error['input']}, as YAML reads yes, no, on and off; quote it as it is written"
+    if error["type"] == "string_type" and isinstance(error["input"], (int, float, date)):
+        return f"{key} is {error['input']}, which YAML does not read as text; quote it: '{error['input']}'"
+    return f"{key} is {shown(error['input'])}; expected: {message.removeprefix('input should be ')}"
 
 
 def unknown(kind: str, key: str, valid: Any, *, last: str | None = None) -> str:
-    """Message for a name that does not exist, with its nearest neighbour."""
-    last = last or key
-    near = difflib.get_close_matches(last, list(valid), n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    return f"{key} is no {kind}{hint} (valid: {', '.join(sorted(valid))})"
+    """Message for a name that does not exist, with the three names nearest to it."""
+    name, names = last or key, list(valid)
+    alike = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"; did you mean {alike[0]}?" if alike else ""
+    return f"{key} is no {kind}{hint} (nearest: {', '.join(difflib.get_close_matches(name, names, n=3, cutoff=0))})"
 
 
 def _named_path(values: Any, location: tuple[Any, ...]) -> list[Any]:

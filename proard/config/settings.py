@@ -7,8 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from proard.config.attacks import Attack, Dtype, TrainingAttack
+from proard.config.budgets import Budgets
 from proard.config.columns import with_hub_classes
 from proard.config.fields import (
+    Classes,
     Count,
     Extended,
     Int,
@@ -60,7 +62,7 @@ class PrepareData(Extended):
     test: Paths | None = None
     folder: str = "data"
     download: bool = False
-    classes: Annotated[Int, Field(ge=2)] | tuple[str, ...] | None = None
+    classes: Classes = None
     image_size: Count | None = None
     image_column: str | None = None
     label_column: str | None = None
@@ -330,6 +332,11 @@ class FitPredictor(Settings):
     top_k: Count = 5
     bootstraps: Count = 500
 
+    @property
+    def least_archs(self) -> int:
+        """Measured archs without which nothing can be fitted: those held out, and three in every fold."""
+        return self.held_out + 3 * self.folds
+
 
 class SearchFront(Settings):
     """NSGA-II and random search at the same number of evaluations; `max_cost` limits `cost` (a table column).
@@ -367,9 +374,9 @@ class VerifyFront(Settings):
 
 
 class SelectStudent(Settings):
-    """Budgets in the form `macs=150M`; of each the `candidates` best by prediction are measured on val."""
+    """Budgets such as `macs=150M`, one or a list; of each the `candidates` best by prediction are measured on val."""
 
-    budgets: tuple[Annotated[str, Field(pattern=r"^(macs|params)=[0-9.]+[KMG]?$")], ...] = ()
+    budgets: Budgets = ()
     candidates: Count = 5
     num_images: Count | None = None
     attack: Attack = Attack()

@@ -11,14 +11,24 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, model_validator
 
 from proard.config.attacks import Attack, TrainingAttack
-from proard.config.fields import ConfigError, Int, Natural, NonNegative, Number, Positive, Settings, parse_number
+from proard.config.fields import (
+    ConfigError,
+    FolderName,
+    Int,
+    Natural,
+    NonNegative,
+    Number,
+    Positive,
+    Settings,
+    parse_number,
+    shown,
+)
 from proard.config.losses import WITHOUT_ATTACK, Distillation, DistillationOptions, RobustObjective
 from proard.config.nets import Named, named_nets
 from proard.config.settings import Optimisation, merge
 
 Loss = Literal["plain", RobustObjective, Distillation]
 Kept = Literal["float32", "float16"]
-NAME = r"^[A-Za-z0-9_.=-]+$"
 
 
 class Student(Optimisation, DistillationOptions):
@@ -38,7 +48,7 @@ class Student(Optimisation, DistillationOptions):
 
     gained = frozenset()
 
-    name: Annotated[str, Field(pattern=NAME)] = "student"
+    name: FolderName = "student"
     net: Annotated[Named, Field(discriminator="family")] | None = None
     arch: Literal["largest", "smallest"] | dict[str, tuple[Number, ...]] = "largest"
     loss: Loss = "rslad"
@@ -211,13 +221,13 @@ def _with_budget(student: dict[str, Any]) -> dict[str, Any]:
     attack = student.get("attack", {})
     steps = attack.get("num_steps", TrainingAttack().num_steps) if isinstance(attack, dict) else None
     try:
-        steps, budget, epochs = (float(parse_number(v)) for v in (steps, budget, student.get("epochs", 100)))
-    except (TypeError, ValueError):
+        own, most, epochs = (float(parse_number(v)) for v in (steps, budget, student.get("epochs", 100)))
+        return {**student, "epochs": epochs * (most + 1) / (own + 1)}
+    except (TypeError, ValueError, ZeroDivisionError):
         raise ConfigError(
             f"train_student.{student['name']}: attack_budget, epochs and attack.num_steps are numbers; they are "
-            f"{budget!r}, {student.get('epochs')!r} and {steps!r}"
+            f"{shown(budget)}, {shown(student.get('epochs'))} and {shown(steps)}"
         ) from None
-    return {**student, "epochs": epochs * (budget + 1) / (steps + 1)}
 
 
 def _is_list(value: Any) -> bool:

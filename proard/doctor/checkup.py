@@ -6,9 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from proard.config import ConfigError, RunConfig, UserError, load
+from proard.config import ConfigError, RunConfig, UserError, load, read_file
 from proard.doctor import cluster, here
 from proard.doctor.finding import Finding, failure
 
@@ -54,7 +52,7 @@ def checkup(
     run = None
     if configs:
         try:
-            run = load(merged([_read(Path(path)) for path in configs]))
+            run = load(merged([read_file(path) for path in configs]))
             yield Finding("config", f"run {run.run}: {', '.join(map(str, configs))}")
         except ConfigError as error:
             yield failure("config", str(error), "config/README.md lists the keys")
@@ -69,7 +67,7 @@ def checkup(
 def on_cluster(profile: str, run: RunConfig | None, results: Path, *, jobs: bool, patience: float) -> Iterator[Finding]:
     """The checks that need SLURM; without its commands, the rest says nothing."""
     where = find_profile(profile)
-    settings = _read(where)
+    settings = read_file(where)
     if settings.get("executor") != "slurm":
         yield Finding("profile", f"{where} submits nothing: executor is {settings.get('executor', 'local')}")
         return
@@ -104,16 +102,3 @@ def merged(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
             result[key] = merged([result[key], value]) if both else value
     return result
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A YAML file of keys."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no keys")
-    return content

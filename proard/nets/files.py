@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from proard.artifacts import ArtifactError, Provenance, load_tensors, save_tensors
+from proard.artifacts import ArtifactError, Provenance, check_finite, load_tensors, save_tensors
 from proard.config import Space
 from proard.nets.elastic import Supernet
 from proard.nets.fixed import FixedNet
@@ -56,8 +56,15 @@ def save_static(
 def load_static(
     path: str | Path, *, kind: str | tuple[str, ...]
 ) -> tuple[StaticNet | FixedNet, SearchSpace | FixedSpace, Arch | FixedArch, str]:
-    """Read a static network: the network in evaluation mode, its space, its arch, the checksum of its weights."""
+    """Read a static network: the network in evaluation mode, its space, its arch, the checksum of its weights.
+
+    Raises
+    ------
+    ArtifactError
+        The file is missing, damaged or of another kind, or holds weights that are not finite.
+    """
     tensors, header = load_tensors(path, kind=kind)
+    check_finite(path, tensors)
     space = read_space(header["space"])
     arch = read_arch(space, header["arch"])
     net = bare_network(space, arch)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from proard.artifacts import ArtifactError
+from proard.artifacts import ArtifactError, read_state_dict
 from proard.config import ConfigError, WideResNet
 from proard.kernels import Conv2d
 
@@ -74,8 +74,7 @@ def read_trades(path: str, *, image_size: int) -> tuple[WideResNet, dict[str, Te
     Parameters
     ----------
     path : str
-        A `torch.save` of a state dict, such as the official `model_cifar_wrn.pt`; tensors alone are read
-        (`weights_only`), nothing in the file is executed. Names may carry the prefix `module.` of DataParallel.
+        A `torch.save` of a state dict, such as the official `model_cifar_wrn.pt` (see `read_state_dict`).
     image_size : int
         Side of the run's images, which the file does not say.
 
@@ -89,19 +88,9 @@ def read_trades(path: str, *, image_size: int) -> tuple[WideResNet, dict[str, Te
     Raises
     ------
     ArtifactError
-        The file is missing, is no state dict of tensors, or misses, adds or reshapes one.
+        The file is missing, is no state dict of finite tensors, or misses, adds or reshapes one.
     """
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ArtifactError(f"{path} does not exist") from None
-    except Exception as error:  # the unpickler raises whatever a foreign file makes it raise
-        raise ArtifactError(f"{path} is no checkpoint of tensors alone ({str(error).splitlines()[0]})") from None
-    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
-        loaded = loaded["state_dict"]
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise ArtifactError(f"{path} holds no state dict: expected names with tensors")
-    tensors = {str(name).removeprefix("module."): value for name, value in loaded.items()}
+    tensors = read_state_dict(path)
     tensors = {name: value for name, value in tensors.items() if not name.startswith(UNUSED)}
     settings = _settings_of(path, tensors, image_size)
     with torch.device("meta"):

@@ -127,7 +127,7 @@ def check_numbers(num_archs: int, settings: FitPredictor) -> None:
     UserError
         Names the settings and how many archs they need.
     """
-    needed = settings.held_out + 3 * settings.folds
+    needed = settings.least_archs
     if num_archs < needed:
         raise UserError(
             f"the table has {num_archs} archs; fit_predictor.held_out {settings.held_out} and folds {settings.folds} "

@@ -1,7 +1,7 @@
 """Search spaces: archs, genotypes, features and exact costs. NumPy only."""
 
+from proard.config.budgets import Budget, parse_budget
 from proard.space.arch import DIMS, Arch
-from proard.space.cost import Budget, parse_budget
 from proard.space.fixed import FixedArch, FixedSpace, FixedSpec, read_arch, read_space, space_of
 from proard.space.search_space import SearchSpace
 from proard.space.spec import Activation, BlockSpec, ConvSpec, GateSpec, NetSpec, PoolSpec, Step

@@ -1,39 +1,35 @@
-"""Budgets: a cost column and a limit, as in `macs=150M`."""
+"""Budgets beside the costs of a space's subnets."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from proard.config import ConfigError
+from proard.config.budgets import SUFFIXES, parse_budget
 
-SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
-
-
-@dataclass(frozen=True)
-class Budget:
-    """A limit on one cost column; `text` is how it was asked for."""
-
-    column: str
-    limit: float
-    text: str
+if TYPE_CHECKING:
+    from proard.space.search_space import SearchSpace
 
 
-def parse_budget(text: str) -> Budget:
-    """Read `macs=150M` or `params=2M`.
+def check_budget(text: str, space: SearchSpace) -> str:
+    """What a user may want to know of a budget: a note where no subnet of the space is as large, else nothing.
 
     Raises
     ------
     ConfigError
-        Anything else; the message shows the form.
+        It is not understood, or below the smallest subnet; the smallest feasible cost is named.
     """
-    match = re.fullmatch(r"(macs|params)=(\d+(?:\.\d+)?)([KMG]?)", text)
-    if match is None or float(match[2]) == 0:
+    budget = parse_budget(text)
+    smallest, largest = (getattr(space.spec(arch), budget.column) for arch in (space.smallest, space.largest))
+    if smallest > budget.limit:
         raise ConfigError(
-            f"budget {text!r} is not understood: write a cost column, a number and K, M or G, "
-            "as in macs=150M or params=2M"
+            f"budget {budget.text} is below the smallest subnet of space {space.settings.name}: "
+            f"the smallest feasible cost is {budget.column}={smallest} ({human(smallest)})"
         )
-    return Budget(match[1], float(match[2]) * SUFFIXES[match[3]], text)
+    if largest < budget.limit:
+        cost = f"{budget.column}={largest} ({human(largest)})"
+        return f"budget {budget.text} is above the largest subnet, {cost}: every subnet is within it"
+    return ""
 
 
 def human(count: float) -> str:

@@ -137,8 +137,10 @@ def chosen_rows(path: str | Path, budget: str) -> pd.DataFrame:
     table = read_table(path, columns=COLUMNS)
     limit = parse_budget(budget)
     found = sorted(set(table["budget"]))
-    if found != [budget]:
-        raise ArtifactError(f"{path} is of budget {', '.join(found) or '(empty)'}, not {budget}; rerun select_student")
+    if found != [limit.text]:
+        raise ArtifactError(
+            f"{path} is of budget {', '.join(found) or '(empty)'}, not {limit.text}; rerun select_student"
+        )
     rows = table[table["chosen"].astype(bool)]
     archs = rows["arch"].nunique()
     on_test = (rows["role"] == "choice") & (rows["split"] == "test") & (rows["attack"] != "worst")

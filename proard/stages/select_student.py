@@ -9,8 +9,8 @@ import pandas as pd
 from proard.artifacts import STUDENT, read_table, write_table
 from proard.config import UserError
 from proard.progress import Progress
-from proard.space import Arch, Budget, parse_budget
-from proard.space.cost import human
+from proard.space import Arch, Budget, SearchSpace, parse_budget
+from proard.space.cost import check_budget, human
 from proard.stages.common import parse_arguments, run
 from proard.stages.measuring import load_images, subnet_meter
 
@@ -29,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     budget = parse_budget(files.budget)
     archive = read_table(files.archive, columns=["arch", "macs", "params", "predicted_robust_acc"])
     candidates = under_budget(archive, budget, settings.candidates)
+    note = check_budget(files.budget, SearchSpace(job.config.space))
+    if note:
+        print(f"note: {note}")
     meter = subnet_meter(job, cache=files.cache)
     val = load_images(job, "val", settings.num_images)
 

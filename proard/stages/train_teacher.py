@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping, Sequence
 
 from pydantic import ValidationError
@@ -52,6 +53,11 @@ def take_from_file(job: Job, settings: TrainTeacher) -> None:
     own = job.config.space
     if settings.source == "trades":
         net, space, arch = load_trades(settings.file, image_size=own.image_size)
+    elif zipfile.is_zipfile(settings.file):
+        raise ConfigError(
+            f"train_teacher.file {settings.file} is a file of torch.save; source file reads a teacher.safetensors of "
+            "this package: write source: trades for a WideResNet as TRADES saves it"
+        )
     else:
         net, space, arch, _ = load_static(settings.file, kind=("teacher", "control", "trained_student"))
     shape = (space.settings.image_channels, space.settings.image_size, space.settings.classes)

@@ -10,7 +10,7 @@ from shlex import quote
 try:
     import proard.config
     from proard.space import SearchSpace, parse_budget
-    from proard.space.cost import human
+    from proard.space.cost import check_budget
     from proard.space.sampling import shard_names
     from proard.space.twins import twin_students
 except ImportError as error:
@@ -20,6 +20,8 @@ except ImportError as error:
     )
 
 try:
+    for file in workflow.configfiles:  # Snakemake keeps the last of two equal keys in silence
+        proard.config.read_file(file)
     run = proard.config.load(config)
     TWINS = {student.name: student for student in twin_students(run)}
 except proard.config.UserError as error:
@@ -42,20 +44,22 @@ DIAGNOSED = [proard.config.TEACHER, *NETWORKS]
 SUPERNET = f"<results>/train_phase/{PHASES[-1]}/supernet.safetensors"
 CACHE = f"results/{run.run}/cache"  # measurements already made; undeclared, so that no rule ever deletes it
 
+NOTES = set()  # what was printed about budgets, each once
+
 
 def archive_to_choose_from(wildcards):
     """The searched archs; a budget that no subnet can meet stops here, before the first job."""
-    space = SearchSpace(run.space)
     try:
-        budget = parse_budget(wildcards.budget)
+        note = check_budget(wildcards.budget, SearchSpace(run.space))
+        spelling = parse_budget(wildcards.budget).text
     except proard.config.ConfigError as error:
         sys.exit(f"error: {error}")
-    smallest = getattr(space.spec(space.smallest), budget.column)
-    if smallest > budget.limit:
-        sys.exit(
-            f"error: budget {budget.text} is below the smallest subnet of space {run.space.name}: "
-            f"the smallest feasible cost is {budget.column}={smallest} ({human(smallest)})"
-        )
+    if spelling != wildcards.budget:
+        target = f"results/{run.run}/export_student/{spelling}/student.onnx"
+        sys.exit(f"error: budget {wildcards.budget} has the folder {spelling}; ask for {target}")
+    if note and note not in NOTES and workflow.is_main_process:
+        print(f"note: {note}", file=sys.stderr)
+        NOTES.add(note)
     return "<results>/search_front/archive.parquet"
 
 

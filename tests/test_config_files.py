@@ -1,0 +1,189 @@
+"""Config files as people write them: repeated keys, broken YAML, names and numbers that YAML reads otherwise."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from proard.config import ConfigError, load, read_file
+from proard.space import SearchSpace, parse_budget
+from proard.space.cost import check_budget
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "config").rglob("*.yaml"))
+IMAGES = {"source": "parquet", "train": "a.parquet"}
+
+
+def refusal(**values) -> str:
+    """The one line that refuses a config."""
+    with pytest.raises(ConfigError) as caught:
+        load({"run": "a", **values})
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_shipped_configs_repeat_no_key_and_keep_the_names_of_their_students(path):
+    values = read_file(path)
+    assert values == yaml.safe_load(path.read_text("utf-8"))
+    if path.parent.name == "config" or "run" in values:
+        budgets = load(values).select_student.budgets
+        assert list(budgets) == values.get("select_student", {}).get("budgets", [])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("threat: {eps: 8/255}\nseed: 1\nthreat:\n  norm: l2\n", "threat is given twice, in line 1 and in line 3"),
+        ("a:\n  b:\n    - {c: 1, d: 2,\n       c: 3}\n", "a.b.0.c is given twice, in line 3 and in line 4"),
+        ('{\n\t"seed": 1,\n\t"seed": 2}', "seed is given twice, in line 2 and in line 3"),
+        ("run: a\nseed: [1\nspace: x\n", ", line 3, column 6: no YAML: expected ',' or ']'"),
+        ("threat:\n\teps: 8/255\n", ", line 2, column 1: no YAML: .*spaces, not with tabs"),
+        ("run: a: b\n", ", line 1, column 7: no YAML: mapping values"),
+        ("seed: 2024-99-99\n", "no YAML: month must be"),
+        ("- run\n", "holds no keys"),
+    ],
+)
+def test_a_file_that_yaml_reads_otherwise_than_meant_is_refused_with_its_lines(tmp_path, text, words):
+    (tmp_path / "my.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=f"my.yaml.*{words}"):
+        read_file(tmp_path / "my.yaml")
+
+
+def test_merged_keys_may_be_overridden(tmp_path):
+    (tmp_path / "my.yaml").write_text("a: &all {b: 1, c: 2}\nd:\n  <<: *all\n  b: 3\n")
+    assert read_file(tmp_path / "my.yaml")["d"] == {"b": 3, "c": 2}
+
+
+def test_snakemake_and_the_doctor_refuse_a_repeated_section(tmp_path):
+    (tmp_path / "my.yaml").write_text("run: a\nthreat: {eps: 8/255}\nthreat: {norm: l2, eps: 1}\n")
+    config = ["--configfile", tmp_path / "my.yaml", "--directory", tmp_path]
+    snakefile = ["--snakefile", ROOT / "workflow" / "Snakefile"]
+    for command in (["snakemake", "--dry-run", *snakefile], ["proard.cli", "doctor", "--here"]):
+        done = subprocess.run(
+            [sys.executable, "-m", *map(str, [*command, *config])], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 1
+        assert "threat is given twice, in line 2 and in line 3" in done.stdout + done.stderr
+        assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("classes", [[0, 1], [True, False], {0: "cat"}, "cat, dog", ["cat", None], True])
+def test_classes_that_are_no_list_of_names_are_explained(classes):
+    line = refusal(prepare_data={**IMAGES, "classes": classes})
+    assert line == f"prepare_data.classes is {classes!r}; expected: a list of names; quote numbers, yes and no"
+
+
+@pytest.mark.parametrize(("classes", "words"), [(["cat"], "at least two"), (["cat", "cat"], "different names")])
+def test_classes_are_at_least_two_and_differ(classes, words):
+    assert words in refusal(prepare_data={**IMAGES, "classes": classes})
+
+
+@pytest.mark.parametrize("classes", [2, "2", ["0", "1"]])
+def test_classes_are_a_number_or_names(classes):
+    assert load({"run": "a", "prepare_data": {**IMAGES, "classes": classes}}).space.classes == 2
+
+
+@pytest.mark.parametrize("name", ["..", ".", ".hidden", "-x", "a/b", "a b", ""])
+def test_names_that_lead_out_of_their_folder_are_refused(name):
+    assert f"run is {name!r}; expected: letters, digits" in refusal(run=name)
+    assert "expected: letters, digits" in refusal(train_student={"students": [{"name": name}]})
+    assert "expected: letters, digits" in refusal(diagnose={"networks": [{"name": name, "arch": "largest"}]})
+
+
+@pytest.mark.parametrize("written", ["2024", "1.5", "2024-01-02", "no"])
+def test_a_name_that_yaml_does_not_read_as_text_is_to_be_quoted(written):
+    words = "quote it as it is written" if written == "no" else f"quote it: '{written}'"
+    name = yaml.safe_load(written)
+    assert words in refusal(run=name)
+    assert words in refusal(train_phase={"phases": [{"name": name}]})
+    assert "quote it" in refusal(**{"train_variant": {"variants": {name: {}}}})
+
+
+@pytest.mark.parametrize(
+    ("texts", "spelling"),
+    [
+        (["macs=300K", "macs=300k", "macs=0.3M", "macs=3e5", "macs=300000"], "macs=300K"),
+        (["params=2.5M", "params=2500k"], "params=2.5M"),
+        (["macs=1.2G", "macs=1200M"], "macs=1.2G"),
+        (["macs=29264", "macs=29.264K"], "macs=29264"),
+        (["macs=1500"], "macs=1.5K"),
+    ],
+)
+def test_a_budget_in_several_spellings_is_one_student(texts, spelling):
+    assert load({"run": "a", "select_student": {"budgets": texts}}).select_student.budgets == (spelling,)
+    assert {parse_budget(text).limit for text in texts} == {parse_budget(spelling).limit}
+    network = {"name": "a", "budget": texts[-1]}
+    assert load({"run": "a", "diagnose": {"networks": [network]}}).diagnose.networks[0].budget == spelling
+
+
+def test_one_budget_needs_no_list():
+    assert load({"run": "a", "select_student": {"budgets": "macs=300k"}}).select_student.budgets == ("macs=300K",)
+
+
+@pytest.mark.parametrize("budgets", [1e5, [100000], "1e5", [{"macs": "300k"}], "macs=1M, params=2M", ["macs=1e99"]])
+def test_budgets_that_are_none_are_explained(budgets):
+    assert "write a cost column, a number and K, M or G, as in macs=150M" in refusal(
+        select_student={"budgets": budgets}
+    )
+
+
+def test_a_budget_is_compared_with_the_smallest_and_the_largest_subnet():
+    space = SearchSpace(load({"run": "a"}).space)
+    largest = space.spec(space.largest).macs
+    assert check_budget(f"macs={largest}", space) == ""
+    assert f"above the largest subnet, macs={largest}" in check_budget(f"macs={largest + 1}", space)
+    with pytest.raises(ConfigError, match="smallest feasible cost is macs=29264"):
+        check_budget("macs=1K", space)
+
+
+@pytest.mark.parametrize("budget", ["macs=300k", "macs=0.3M"])
+def test_a_student_asked_for_in_another_spelling_is_named_in_its_own(tmp_path, budget):
+    (tmp_path / "my.yaml").write_text("run: a\n")
+    arguments = ["--configfile", "my.yaml", "--snakefile", ROOT / "workflow" / "Snakefile", "--dry-run"]
+    command = ["snakemake", f"results/a/export_student/{budget}/student.onnx", *map(str, arguments)]
+    done = subprocess.run([sys.executable, "-m", *command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "ask for results/a/export_student/macs=300K/student.onnx" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["1e400", "-1e400", "1e999999999", f"{10**400}/3", float("inf"), float("nan"), 10**400, ".inf", "nan"],
+    ids=lambda value: str(value)[:12],
+)
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [("train_teacher", "lr"), ("train_teacher", "batch_size"), ("threat", "eps"), ("search_front", "max_cost")],
+)
+def test_numbers_beyond_float_are_refused_in_one_line(section, key, value):
+    line = refusal(**{section: {key: value}})
+    assert line.startswith(f"{section}.{key} is ")
+    assert "number" in line
+    assert len(line) < 200
+
+
+def test_seeds_grids_and_ratios_are_bounded_too():
+    assert "seed is 9223372036854775808; expected: an integer below 9.2e18" in refusal(seed=2**63)
+    assert refusal(threat={"eps": "510/255"}).endswith("write 2/255")
+    for attack in ({"num_steps": -1}, {"num_steps": 10**400}):
+        student = {"name": "a", "attack_budget": 10, "attack": attack}
+        assert "num_steps" in refusal(train_student={"students": [student]})
+
+
+def test_an_unknown_key_names_the_three_nearest():
+    line = refusal(trian_teacher={})
+    assert line.startswith("trian_teacher is no setting; did you mean train_teacher? (nearest: train_teacher, ")
+    assert line.count(",") == 2
+
+
+@pytest.mark.parametrize(("held_out", "folds"), [(80, 5), (60, 2), (50, 5)])
+def test_archs_that_do_not_suffice_for_the_predictor_are_refused_at_once(held_out, folds):
+    line = refusal(sample_archs={"num_archs": 60}, fit_predictor={"held_out": held_out, "folds": folds})
+    assert f"fit_predictor.held_out is {held_out}" in line
+    assert "sample_archs.num_archs is 60" in line
