@@ -9,6 +9,7 @@ from shlex import quote
 
 try:
     import proard.config
+    from proard.config.fingerprint import image_fingerprint
     from proard.space import SearchSpace, parse_budget
     from proard.space.cost import human
     from proard.space.sampling import shard_names
@@ -103,6 +104,23 @@ def previous_supernet(wildcards):
     """What the phase starts from; nothing for the first."""
     earlier = PHASES[: PHASES.index(wildcards.phase)][-1:]
     return [f"<results>/train_phase/{phase}/supernet.safetensors" for phase in earlier]
+
+
+def file_of_teacher(wildcards):
+    """The file that the teacher is taken from, where the config names one."""
+    file = run.train_teacher.file
+    if run.train_teacher.source == "train":
+        return []
+    made = any(each.is_producer(file) for each in workflow.rules)
+    if (
+        not made
+        and not Path(file).exists()
+        and not Path(f"results/{run.run}/train_teacher/teacher.safetensors").exists()
+    ):
+        sys.exit(
+            f"error: train_teacher.file is {file}, which does not exist (seen from {Path.cwd()}); correct the path"
+        )
+    return [file]
 
 
 def plain_network(section):
