@@ -328,14 +328,6 @@ def test_an_impossible_budget_stops_before_the_first_job(finished, budget):
     assert_one_line(finished("--dry-run", f"results/fake/select_student/{budget}/student.parquet"), ["budget", budget])
 
 
-def test_a_python_without_the_package_is_told_so(tmp_path):
-    (tmp_path / "proard.py").write_text("raise ModuleNotFoundError(\"No module named 'proard'\")")
-    (tmp_path / "a.yaml").write_text("run: a")
-    snakefile = ROOT / "workflow" / "Snakefile"
-    done = snakemake("--dry-run", "--snakefile", snakefile, "--configfile", "a.yaml", cwd=tmp_path)
-    assert_one_line(done, ["proard", sys.executable, "pip install -e ."])
-
-
 def assert_one_line(done: subprocess.CompletedProcess, words: list[str]) -> None:
     """A failed call that says `words` in one line beginning with `error:`, and shows no traceback."""
     assert done.returncode == 1
