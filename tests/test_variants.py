@@ -283,6 +283,12 @@ def test_every_variant_is_measured_at_the_same_archs_with_the_same_noise(files):
         assert worst["clean_acc"].tolist() == tensors["test.clean"].double().mean(1).tolist()
 
 
+def test_nothing_is_measured_or_read_from_the_cache_twice(files):
+    costs = read_table(files.folder / "costs.parquet").iloc[0]  # of the last measurement
+    assert costs["stage"] == "measure_variant"
+    assert (costs["cached_macs"], costs["cached_seconds"]) == (0, 0)
+
+
 def test_the_table_says_what_was_measured_and_what_it_took(files, tmp_path, capsys):
     table = read_table(compare(files, tmp_path))
     assert set(COMPARED) == set(table.columns)

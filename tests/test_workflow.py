@@ -5,11 +5,13 @@ Nothing is trained: one run is faked by writing its files and letting Snakemake 
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -160,6 +162,82 @@ def test_the_control_leaves_half_of_the_cores_to_others(finished, cores, threads
     assert f"--threads {threads} " in command
 
 
+REMADE = {"export_student": {"export_student": 1, "report": 1, "all": 1}, "report": {"report": 1, "all": 1}}
+
+
+@pytest.mark.parametrize(
+    "name", ["export_student/macs=1M/student.onnx", "export_student/macs=1M/card.md", "report/search.svg"]
+)
+def test_a_deleted_file_for_people_is_made_again(finished, name):
+    path = finished.folder / "results" / "fake" / name
+    kept = path.rename(path.with_suffix(".kept"))
+    try:
+        assert finished.plan() == REMADE[name.split("/")[0]]
+    finally:
+        kept.rename(path)
+
+
+@pytest.mark.parametrize("target", ["all", "export_students", "export_trained_students"])
+def test_targets_ask_for_every_file_of_their_last_stages(finished, target):
+    student = {"name": "one", "arch": "smallest", "loss": "trades"}
+    networks = [{"name": "cut", "arch": "smallest"}]
+    more = finished.write("more.yaml", {"train_student": {"students": [student]}, "diagnose": {"networks": networks}})
+    done = finished("--dry-run", "--forcerun", target, target, more=more)
+    assert done.returncode == 0, done.stderr
+    asked = re.search(rf"^rule {target}:\n    input: (.*)$", done.stdout, re.MULTILINE)[1].split(", ")
+    stages = {"export_students": ["export_student"], "export_trained_students": ["export_trained"]}
+    written = {"export_student": 6 * BUDGETS, "export_trained": 6, "report": 6, "compare_students": 6}
+    written |= {"compare_diagnoses": 6}
+    for stage in stages.get(target, ["export_student", "report", "compare_students", "compare_diagnoses"]):
+        assert len([path for path in asked if path.startswith(f"results/fake/{stage}/")]) == written[stage], stage
+
+
+class FakeStage:
+    """One stage whose outputs are there, in a folder of its own."""
+
+    def __init__(self, folder: Path, stage: str, settings: Mapping) -> None:
+        (folder / "a.yaml").write_text(yaml.safe_dump({"run": "fake", stage: settings}))
+        where = ["--snakefile", ROOT / "workflow" / "Snakefile", "--directory", folder, "--cores", "1"]
+        self.call = partial(snakemake, stage, *where, "--configfile", folder / "a.yaml")
+        written = [line.split("\t")[0] for line in self.call("--summary").stdout.splitlines()[1:]]
+        for name in (*written, f"results/fake/benchmarks/{stage}.tsv"):
+            write_file(folder / name, 2)
+        assert self.call("--touch", "--forceall").returncode == 0
+        assert planned(self.call("--dry-run")) == {}
+
+
+def write_file(path: Path, value: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bytes([value]))
+    os.utime(path, (value, value))
+    return path
+
+
+def test_images_added_or_changed_after_they_were_read_are_read_again(tmp_path):
+    first = write_file(tmp_path / "images" / "cat" / "a.png", 1)
+    source = {"source": "imagefolder", "train": "images", "classes": ["cat", "dog"], "image_size": 32}
+    stage = FakeStage(tmp_path, "prepare_data", source)
+    write_file(tmp_path / "images" / ".thumbnails" / "a.png", 3)
+    assert planned(stage.call("--dry-run")) == {}
+    second = write_file(tmp_path / "images" / "dog" / "b.png", 3)
+    done = stage.call("--dry-run")
+    assert planned(done) == {"prepare_data": 1}
+    assert "Params have changed" in done.stdout
+    second.unlink()
+    assert planned(stage.call("--dry-run")) == {}
+    write_file(first, 4)
+    assert planned(stage.call("--dry-run")) == {"prepare_data": 1}
+
+
+def test_the_file_that_the_teacher_is_taken_from_is_an_input(tmp_path):
+    given = write_file(tmp_path / "given.safetensors", 1)
+    stage = FakeStage(tmp_path, "train_teacher", {"source": "file", "file": "given.safetensors"})
+    given.write_text("other weights")
+    assert planned(stage.call("--dry-run")) == {"train_teacher": 1}
+    given.unlink()
+    assert_one_line(stage.call("--dry-run", "--config", "run=new"), ["train_teacher.file is given.safetensors"])
+
+
 def test_listed_networks_are_diagnosed_beside_the_teacher_and_shown(finished):
     listed = [{"name": "small", "budget": "macs=100K"}, {"name": "cut", "arch": "smallest"}]
     listed += [{"name": "control", "file": "results/fake/train_control/control.safetensors"}]
@@ -249,14 +327,6 @@ def test_an_error_in_the_config_is_one_line(arguments, words):
 @pytest.mark.parametrize("budget", ["macs=1K", "watts=3", "macs=1 M"])
 def test_an_impossible_budget_stops_before_the_first_job(finished, budget):
     assert_one_line(finished("--dry-run", f"results/fake/select_student/{budget}/student.parquet"), ["budget", budget])
-
-
-def test_a_python_without_the_package_is_told_so(tmp_path):
-    (tmp_path / "proard.py").write_text("raise ModuleNotFoundError(\"No module named 'proard'\")")
-    (tmp_path / "a.yaml").write_text("run: a")
-    snakefile = ROOT / "workflow" / "Snakefile"
-    done = snakemake("--dry-run", "--snakefile", snakefile, "--configfile", "a.yaml", cwd=tmp_path)
-    assert_one_line(done, ["proard", sys.executable, "pip install -e ."])
 
 
 def assert_one_line(done: subprocess.CompletedProcess, words: list[str]) -> None:

@@ -134,3 +134,5 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         fail(error)
+    except KeyboardInterrupt:
+        raise SystemExit("error: stopped by SIGINT; the same command begins this stage again") from None

@@ -13,7 +13,7 @@ from proard.artifacts import read_table, save_tensors, write_table
 from proard.artifacts.variants import VARIANT_MEASURED
 from proard.config import Attack
 from proard.data import ImageSet
-from proard.evaluation import SubnetMeter
+from proard.evaluation import SubnetMeter, rows_of
 from proard.progress import Progress
 from proard.space import Arch
 from proard.space.cost import human
@@ -73,7 +73,17 @@ def measured(
 ) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
     """Rows of one subnet on one split, and which of its images are right: clean and under each attack."""
     entries = meter.measure(arch, images, attacks)
-    rows = meter.rows(arch, images, attacks, worst=worst)
+    rows = rows_of(
+        entries,
+        space=meter.supernet.space,
+        arch=arch,
+        split=images.split,
+        attacks=attacks,
+        threat=meter.threat,
+        measurement=meter.measurement,
+        seed=meter.seed,
+        worst=worst,
+    )
     right = {f"{images.split}.{name}": entry["robust"] for name, entry in entries.items()}
     right[f"{images.split}.clean"] = next(iter(entries.values()))["clean"]
     if worst:

@@ -1,5 +1,6 @@
 """Helpers of the rules: the checked config, what a job is told of it, and resources."""
 
+import importlib.machinery
 import json
 import os
 import re
@@ -7,17 +8,27 @@ import sys
 from pathlib import Path
 from shlex import quote
 
+# Python takes any folder of that name for the package, where it looks into it before it asks for an editable install.
+found = importlib.machinery.PathFinder.find_spec("proard", [os.getcwd(), *sys.path])
+if found is not None and found.origin is None:
+    sys.exit(
+        f"error: Python takes the folder {list(found.submodule_search_locations)[0]} for the package proard; "
+        "start snakemake in another folder, best in the clone itself, or rename that folder"
+    )
+
 try:
     import proard.config
+    from proard.config.fingerprint import image_fingerprint
     from proard.space import SearchSpace, parse_budget
     from proard.space.cost import check_budget
     from proard.space.sampling import shard_names
     from proard.space.twins import twin_students
 except ImportError as error:
-    sys.exit(
-        f"error: {sys.executable}, which runs snakemake, cannot import the package proard ({error}); "
-        "install it there: pip install -e ."
-    )
+    way_out = f"{sys.executable}, which runs snakemake, cannot import it ({error}); install it there: pip install -e ."
+    if "--lint" in sys.argv:  # the workflow catalogue asks for no more than this
+        print(f"note: nothing linted: the rules need the package proard; {way_out}", file=sys.stderr)
+        sys.exit(0)
+    sys.exit(f"error: the rules need the package proard; {way_out}")
 
 try:
     for file in workflow.configfiles:  # Snakemake keeps the last of two equal keys in silence
@@ -107,6 +118,23 @@ def previous_supernet(wildcards):
     """What the phase starts from; nothing for the first."""
     earlier = PHASES[: PHASES.index(wildcards.phase)][-1:]
     return [f"<results>/train_phase/{phase}/supernet.safetensors" for phase in earlier]
+
+
+def file_of_teacher(wildcards):
+    """The file that the teacher is taken from, where the config names one."""
+    file = run.train_teacher.file
+    if run.train_teacher.source == "train":
+        return []
+    made = any(each.is_producer(file) for each in workflow.rules)
+    if (
+        not made
+        and not Path(file).exists()
+        and not Path(f"results/{run.run}/train_teacher/teacher.safetensors").exists()
+    ):
+        sys.exit(
+            f"error: train_teacher.file is {file}, which does not exist (seen from {Path.cwd()}); correct the path"
+        )
+    return [file]
 
 
 def plain_network(section):

@@ -17,6 +17,7 @@ rule prepare_data:
     params:
         settings=settings("prepare_data"),
         seed=run.seed,
+        images=lambda wildcards: image_fingerprint(run.prepare_data),
     shell:
         "python -m proard.stages.prepare_data --settings {params.settings:q} --seed {params.seed}"
         " --threads {threads} --device cpu"

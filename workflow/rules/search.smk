@@ -137,4 +137,4 @@ rule export_student:
 
 rule export_students:
     input:
-        collect("<results>/export_student/{budget}/SHA256SUMS", budget=BUDGETS),
+        collect(rules.export_student.output, budget=BUDGETS),

@@ -103,7 +103,7 @@ rule export_trained:
 
 rule export_trained_students:
     input:
-        collect("<results>/export_trained/{student}/SHA256SUMS", student=STUDENTS),
+        collect(rules.export_trained.output, student=STUDENTS),
 
 
 rule compare_students:

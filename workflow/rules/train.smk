@@ -8,6 +8,7 @@ rule train_teacher:
         train=rules.prepare_data.output.train,
         val=rules.prepare_data.output.val,
         control=plain_network(run.train_teacher),
+        file=file_of_teacher,
     output:
         teacher="<results>/train_teacher/teacher.safetensors",
         history="<results>/train_teacher/history.parquet",

@@ -1,0 +1,118 @@
+"""What to type instead, and how a run ends: targets that are none, a locked folder, Ctrl-C. No rule is in here."""
+
+import atexit
+import difflib
+import signal
+import threading
+from contextlib import suppress
+from datetime import datetime
+
+import psutil
+from snakemake.cli import get_argument_parser
+from snakemake.shell import shell
+
+# tee outlives Ctrl-C, so that what a job says while it saves and stops is seen and logged. The rest is Snakemake's own.
+if Path(shell.get_executable() or "").name == "bash":
+    shell.prefix('set -euo pipefail; tee() {{ exec tee -i "$@"; }}; ')
+
+TARGET_OF = {
+    "evaluate_archs": "evaluate",
+    "diagnose": "compare_diagnoses",
+    "train_variant": "compare_variants",
+    "measure_variant": "compare_variants",
+    "export_trained": "export_trained_students",
+}
+LAST_WORDS = "Stopped. Trainings have saved their state, measurements are kept; the same command continues."
+
+
+def options():
+    """Snakemake's own command line, parsed; None in a job of the run, or where another program uses Snakemake."""
+    program = Path(sys.argv[0])
+    ours = program.name == "snakemake" or program.parts[-2:] == ("snakemake", "__main__.py")
+    return get_argument_parser().parse_known_args()[0] if ours and workflow.is_main_process else None
+
+
+def check_targets():
+    """End with one line that says what to type, where a target is a rule with wildcards or nothing at all."""
+    asked = options()
+    if asked is None:
+        return
+    for name in asked.targets:
+        if name in RULE_NAMES and RULE_NAMES[name].has_wildcards():
+            sys.exit(f"error: the rule {name} has a wildcard and is no target; type {target_of(name)}, or name a file")
+    for name in [*asked.targets, *asked.forcerun, *asked.until, *asked.omit_from]:
+        path = name if os.path.isabs(name) else os.path.relpath(name)
+        if name not in RULE_NAMES and not any(each.is_producer(path) for each in workflow.rules):
+            sys.exit(f"error: {what_was_meant(name, path, of_rules=name not in asked.targets)}")
+
+
+def target_of(name):
+    """The target that runs all jobs of a rule."""
+    return TARGET_OF.get(name, f"{name}s") if RULE_NAMES[name].has_wildcards() else name
+
+
+def what_was_meant(name, path, *, of_rules):
+    """One line for a word that is no rule and no file that a rule writes."""
+    if len(Path(path).parts) == 1:
+        near = difflib.get_close_matches(name, RULE_NAMES, n=1)
+        meant = "".join(f"; did you mean {each if of_rules else target_of(each)}?" for each in near)
+        return f"{name} is no {'rule' if of_rules else 'target'}{meant or '; snakemake --list names all rules'}"
+    folder, file = f"results/{run.run}", Path(path).name
+    if not path.startswith(f"{folder}/"):
+        return f"no rule writes {name}; this config writes to {folder}, as its key run is {run.run}"
+    written = {Path(output).name for each in workflow.rules for output in each.output}
+    near = difflib.get_close_matches(file, written - {file}, n=1)
+    meant = "".join(f"; did you mean {Path(path).with_name(each)}?" for each in near)
+    return f"no rule writes {name}{meant or '; snakemake --summary lists the files of this config'}"
+
+
+def say_who_holds_the_lock():
+    """Where the folder is locked: which Snakemake works in it, or that none on this machine does."""
+    asked = options()
+    if asked is None or asked.unlock or asked.dryrun or not any(Path(".snakemake/locks").glob("*")):
+        return
+    for process in psutil.process_iter(["pid", "cmdline", "cwd", "create_time"]):
+        found = process.info
+        program = [Path(word).name for word in (found["cmdline"] or [])[:3]]
+        if found["pid"] != os.getpid() and found["cwd"] == os.getcwd() and "snakemake" in program:
+            since = datetime.fromtimestamp(found["create_time"]).strftime("%Y-%m-%d %H:%M")
+            note = f"note: Snakemake works in this folder already, process {found['pid']} since {since}: let it end, "
+            print(f"{note}or stop it with kill -INT {found['pid']}; --unlock would let both write", file=sys.stderr)
+            return
+    note = (
+        "note: this folder is locked, but no Snakemake on this machine works in it. If none on another machine does, "
+    )
+    print(f"{note}type the same command with --unlock, then with --rerun-incomplete", file=sys.stderr)
+
+
+def end_in_order_on_ctrl_c():
+    """Let Ctrl-C end a run without losing a finished job.
+
+    Left alone, Snakemake waits for the running jobs but forgets those that end well, and a second Ctrl-C leaves the
+    folder locked. Here the first starts no more jobs, as SIGTERM does; a further one is passed on to the jobs, which
+    a terminal does by itself. On a cluster Snakemake cancels the jobs, and only that is not to be interrupted.
+    """
+    seen = []
+
+    def stop(number, frame):
+        seen.append(number)
+        if len(seen) == 1:
+            atexit.register(print, LAST_WORDS, file=sys.stderr)
+        if not workflow.local_exec:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            raise KeyboardInterrupt
+        if len(seen) > 1:
+            for child in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    child.send_signal(signal.SIGINT)
+            return
+        words = "\nStopping: jobs that got the signal save and stop, others end first; Ctrl-C again stops them too."
+        print(words, file=sys.stderr, flush=True)
+        threading.Thread(target=workflow.scheduler.exit_gracefully).start()  # it takes a lock that this thread may hold
+
+    signal.signal(signal.SIGINT, stop)
+
+
+RULE_NAMES = {each.name: each for each in workflow.rules}
+check_targets()
+say_who_holds_the_lock()
