@@ -26,7 +26,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from common import NOISY, Timing, machine, table, time_interleaved, write_rows
+from common import NOISY, Timing, computed_here, machine, table, time_interleaved, write_rows
 from plain_step import Recipe, chained_pgd, sliced_forward
 from step_rows import DEFAULT_SCALES, Problem, make_problem, scaled_space
 from torch import Tensor
@@ -40,6 +40,7 @@ from proard.nets import FoldedNet, SubnetView
 RESULTS = Path(__file__).parent / "results" / "bench_attack.json"
 CEILING_SHAPES = ((32, 32, 32, 3), (64, 64, 16, 3), (128, 128, 8, 3), (256, 256, 8, 3), (256, 256, 16, 1))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TIMED = computed_here(DTYPES, rounded=["bfloat16"])
 SAME_ITERATES, SAME_SIGNS = 0.999, 0.9
 FEW_IMAGES = 8  # compared in float64
 CONFIDENCE = 10.0  # of the attacked target: logits of the true class above the others
@@ -144,7 +145,7 @@ def attacks(problem: Problem, steps: Callable[..., Tensor] = take_steps) -> dict
         return attack
 
     own = problem.student.mean.dtype
-    dtypes = DTYPES if own is torch.float32 else {"float64": own}
+    dtypes = TIMED if own is torch.float32 else {"float64": own}
     return {"plain": plain, **{name: folded(dtype) for name, dtype in dtypes.items()}}
 
 
@@ -247,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def ceilings(seconds: float) -> dict[str, float]:
     """The ceiling of every type."""
-    return {name: ceiling(dtype, seconds=seconds) for name, dtype in DTYPES.items()}
+    return {name: ceiling(dtype, seconds=seconds) for name, dtype in TIMED.items()}
 
 
 def measured(net: str, args: argparse.Namespace) -> list[dict[str, Any]]:

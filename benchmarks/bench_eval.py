@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import NOISY, Timing, machine, require_positive, table, time_interleaved, write_rows
+from common import NOISY, Timing, computed_here, machine, require_positive, table, time_interleaved, write_rows
 from eval_rows import LEVERS, ROWS, Label, Problem, equality, make_problem, read, require_equal, train_small
 
 from proard.config import Attack
@@ -33,6 +33,7 @@ from proard.space import Arch, SearchSpace
 from proard.space.sampling import stratified_sample
 
 RESULTS = Path(__file__).parent / "results" / "bench_eval.json"
+DTYPES = computed_here(dict.fromkeys(("float32", "bfloat16")), rounded=["bfloat16"])
 FULL = 20  # PGD steps of the label that cheap ones are compared with
 
 
@@ -227,7 +228,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sweep-steps", nargs="+", type=int, default=[5, 7, 10])
     parser.add_argument("--sweep-images", nargs="+", type=int, default=[250, 500, 1000])
     parser.add_argument("--sweep-recalibration", nargs="+", type=int, default=[250, 1000])
-    parser.add_argument("--sweep-dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument("--sweep-dtypes", nargs="+", choices=["float32", "bfloat16"], default=list(DTYPES))
     parser.add_argument("--labels", type=int, default=2000, help="subnets of the predicted hours")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0, help="of archs and noise")

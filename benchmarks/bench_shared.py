@@ -24,7 +24,7 @@ from unittest import mock
 
 import plain_step
 import torch
-from common import NOISY, machine, require_positive, table, time_interleaved, write_rows
+from common import NOISY, computed_here, machine, require_positive, table, time_interleaved, write_rows
 from plain_step import Recipe
 from step_checks import TOLERANCE
 from step_rows import PLAIN, RELEASED, PackageStep, Problem, Step, build, laid_out, make_problem, scaled_space
@@ -34,18 +34,21 @@ import proard.nets.view
 from proard.config import PRESETS
 
 RESULTS = Path(__file__).parent / "results" / "bench_shared.json"
-LEVERS = {
-    "S0": "released step, once per subnet",
-    "S1": "plain step, once per subnet",
-    "S2": "one step, every subnet attacked in full",
-    "S3": "one attack, on the smallest; three steps of their own for the others",
-    "S4": "one step of their own for the others",
-    "S5": "as S3, in bfloat16",
-    "S6": "as S4, in bfloat16",
-}
+HALVED = ("S5", "S6")
+LEVERS = computed_here(
+    {
+        "S0": "released step, once per subnet",
+        "S1": "plain step, once per subnet",
+        "S2": "one step, every subnet attacked in full",
+        "S3": "one attack, on the smallest; three steps of their own for the others",
+        "S4": "one step of their own for the others",
+        "S5": "as S3, in bfloat16",
+        "S6": "as S4, in bfloat16",
+    },
+    rounded=HALVED,
+)
 ONE_BY_ONE = {"S0": RELEASED, "S1": PLAIN}
 OWN_STEPS = {"S3": 3, "S4": 1, "S5": 3, "S6": 1}  # after a shared attack
-HALVED = ("S5", "S6")
 
 
 def package_step(row: str, problem: Problem) -> PackageStep:

@@ -8,7 +8,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 
 from proard import __version__
 from proard.artifacts.files import write_text
+from proard.kernels import has_bfloat16
 from proard.progress import Progress
 
 NOISY = 0.10  # spread of the two baselines above which a run's ratios are not to be quoted
@@ -57,6 +58,11 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "proard": __version__,
     }
+
+
+def computed_here(rows: Mapping[str, Any], *, rounded: Collection[str]) -> dict[str, Any]:
+    """The rows without those in `rounded`, of bfloat16, where this CPU only emulates that type: they take minutes."""
+    return {name: row for name, row in rows.items() if name not in rounded or has_bfloat16("cpu")}
 
 
 def time_interleaved(

@@ -91,7 +91,9 @@ def run(script: Path, *, quick: bool, threads: int | None) -> list[Row] | None:
         command += ["--quick"] if quick and "--quick" in options else []
         command += ["--threads", str(threads)] if threads and "--threads" in options else []
         search = os.pathsep.join(filter(None, [str(FOLDER.parent), os.environ.get("PYTHONPATH")]))
-        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": search}, check=False)
+        done = subprocess.run(
+            command, env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": search}, check=False
+        )
         if done.returncode:
             return None
         return rows_of(path, script.stem.removeprefix("bench_")) if path.exists() else []

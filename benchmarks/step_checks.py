@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from plain_step import Outcome
-from step_rows import EXACT, Problem, Step, build, laid_out
+from step_rows import EXACT, LEVERS, Problem, Step, build, laid_out
 from torch import Tensor
 
 from proard.attacks import input_gradient, start_point
@@ -78,7 +78,7 @@ def reduced_precision(problem: Problem) -> dict[str, dict[str, float]]:
     `input_gradient_signs`: share of equal signs in the attack's first input gradient. `parameter_gradients`: cosine
     between the step's gradients and V8's.
     """
-    agreement: dict[str, dict[str, float]] = {row: {} for row in ("V9", "V10")}
+    agreement: dict[str, dict[str, float]] = {row: {} for row in ("V9", "V10") if row in LEVERS}
     for arch in problem.archs:
         view = SubnetView(problem.student, arch)
         folds = [view.folded(view.running_statistics(), dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]

@@ -10,6 +10,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from common import computed_here
 from plain_step import Levers, Outcome, PlainStep, Recipe, loop_sgd
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from proard.space import Arch, SearchSpace
 from proard.training import Drawn, Plan, trainer
 from proard.training.plan import bind
 
-LEVERS = {
+ALL_LEVERS = {
     "V0": "released step",
     "V1": "plain step: redundant forwards dropped, teacher without a graph",
     "V2": "channels_last memory",
@@ -36,10 +37,11 @@ LEVERS = {
     "V9": "bfloat16 attack",
     "V10": "bfloat16 training passes",
 }
+LEVERS = computed_here(ALL_LEVERS, rounded=("V9", "V10"))
 RELEASED, PLAIN = "V0", "V1"  # the two baselines
 DEFAULT_SCALES = {"resnet_cifar": 0.125}  # of the channels, where a space is too large for a minute's run
 OFFICIAL = "official"  # the official classes, where the user has them
-EXACT = tuple(LEVERS)[:9]
+EXACT = tuple(ALL_LEVERS)[:9]
 
 
 @dataclass(frozen=True)
