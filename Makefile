@@ -3,6 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 REPORT := results/quickstart/report/report.html
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Snakemake asks for a home folder and a user's name, which a container's user may lack.
+ifeq ($(HOME),)
+export HOME := $(CURDIR)/.venv/home
+endif
+ifeq ($(LOGNAME)$(USER),)
+export USER := user
+endif
 
 .PHONY: help quickstart test bench bench-gpu
 help:

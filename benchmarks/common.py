@@ -17,6 +17,7 @@ import torch
 
 from proard import __version__
 from proard.artifacts.files import write_text
+from proard.host import usable_cores
 from proard.kernels import has_bfloat16
 from proard.progress import Progress
 
@@ -46,10 +47,9 @@ class Timing:
 
 def machine() -> dict[str, Any]:
     """Processor, cores, threads, versions and load: what a time means nothing without."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "processor": _processor(),
-        "cores": usable,
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "load_average": round(os.getloadavg()[0], 2),
@@ -151,5 +151,9 @@ def clocked(call: Callable[[int], None], number: int) -> tuple[float, float]:
 def _processor() -> str:
     """Read the processor's name as the system gives it."""
     path = Path("/proc/cpuinfo")
-    names = [line for line in path.read_text().splitlines() if line.startswith("model name")] if path.exists() else []
+    names = (
+        [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("model name")]
+        if path.exists()
+        else []
+    )
     return names[0].split(":", 1)[1].strip() if names else platform.processor()

@@ -152,7 +152,7 @@ def machine_slug(facts: Mapping[str, Any], flags: Sequence[str] = ()) -> str:
 def cpu_flags() -> list[str]:
     """Instruction sets as the system lists them; empty where it does not."""
     path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return next((line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features"))), [])
 
 

@@ -21,6 +21,7 @@ from rich.text import Text
 from proard import __version__, artifacts
 from proard.config import UserError
 from proard.doctor.command import add_doctor, doctor
+from proard.host import take_any_character
 
 SHORT_LISTS, SHORT_TEXT, FEW_INPUTS = 6, 28, 8
 PIPE_WIDTH = 2000  # characters of a line where no terminal sets a limit
@@ -28,6 +29,7 @@ PIPE_WIDTH = 2000  # characters of a line where no terminal sets a limit
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; an error that the user can mend is one line and exit status 1."""
+    take_any_character()
     arguments = _parser().parse_args(argv)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
     try:

@@ -21,7 +21,7 @@ def test_attacks_agree_before_they_are_timed_and_a_wrong_one_stops_the_run(capsy
     bench_attack.main(["--net", "resnet_digits", "--quick", "--threads", "1"])
     out = capsys.readouterr().out
     assert "convolution ceiling" in out
-    assert re.search(r"bfloat16 +16 +[\d.]+ +\d+  [\d.]+%", out)
+    assert re.search(rf"{list(bench_attack.TIMED)[-1]} +16 +[\d.]+ +\d+  [\d.]+%", out)
     found = bench_attack.Agreement(0.998, 0.9, 0.8, 0.88, {"plain": 0.5, "bfloat16": 0.8}, 0.1)
     with pytest.raises(SystemExit, match=r"float64 0\.9980, .*signs in bfloat16 0\.8800, .*accuracies 0\.3000"):
         found.require()
@@ -56,7 +56,8 @@ def test_the_share_of_the_ceiling_counts_a_forward_and_an_input_gradient(tmp_pat
     path = tmp_path / "rows.json"
     bench_attack.main(["--net", "resnet_digits", "--quick", "--threads", "1", "--json", str(path)])
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [row["row"] for row in rows[:3]] == ["plain, batch 8", "float32, batch 8", "bfloat16, batch 8"]
+    expected = [f"{name}, batch 8" for name in ("plain", *bench_attack.TIMED)]
+    assert [row["row"] for row in rows[: len(expected)]] == expected
     for row in rows:
         assert row["ceiling_share"] == pytest.approx(4 * row["macs"] * row["gradients_per_second"] / 1e12, abs=1e-4)
         assert (row["ratio_plain"] == 1) == row["row"].startswith("plain")

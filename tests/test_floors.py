@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1] / "proard"
 # Room: its floor. A room may import itself, lower floors, and what `BESIDE` lists of its own floor.
 FLOORS = {
     "config": 0,
+    "host": 0,
     "progress": 0,
     "artifacts": 0,
     "data": 1,
@@ -38,10 +39,10 @@ ONLY = {  # rooms that know less than their floor allows
     "nets": {"config", "artifacts", "space", "progress", "kernels"},
     "predictor": {"config", "artifacts", "space", "progress"},
     "search": {"config", "artifacts", "space", "progress"},
-    "cli": {"config", "artifacts", "report", "doctor"},
+    "cli": {"config", "host", "artifacts", "report", "doctor"},
     "doctor": {"config", "space", "kernels", "nets", "attacks", "losses"},
 }
-WITHOUT_TORCH = ("config", "progress", "space", "search", "cli")
+WITHOUT_TORCH = ("config", "host", "progress", "space", "search", "cli")
 FILES = sorted(ROOT.rglob("*.py"))
 
 

@@ -119,3 +119,23 @@ def test_no_committed_text_names_a_place_on_one_machine():
         ):
             found += [name for line in path.read_text("utf-8", errors="ignore").splitlines() if pattern.search(line)]
     assert found == []
+
+
+def test_other_machines_run_all_tests_and_the_quick_start():
+    """On Linux of both processors and on macOS, with the oldest Python that is allowed and a newer one."""
+    job = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text("utf-8"))["jobs"]["tests"]
+    systems, pythons = job["strategy"]["matrix"]["system"], job["strategy"]["matrix"]["python"]
+    assert [name.split("-")[0] for name in systems] == ["ubuntu", "ubuntu", "macos"]
+    assert sum(name.endswith("-arm") for name in systems) == 1
+    assert pythons[0] == PROJECT["requires-python"].removeprefix(">=")
+    assert int(pythons[-1].split(".")[1]) >= 13
+    assert [step["run"] for step in job["steps"] if "run" in step] == ["make test", "make quickstart"]
+
+
+@pytest.mark.parametrize("given", [{}, {"HOME": "/home/me", "USER": "me"}])
+def test_make_gives_a_home_folder_and_a_name_to_a_user_without(given):
+    environment = {"PATH": os.environ["PATH"], **given}
+    command = ["make", "--print-data-base", "--dry-run", "help"]
+    said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"^(HOME|USER) :?= (.*)$", said, re.MULTILINE))
+    assert found == (given or {"HOME": f"{ROOT}/.venv/home", "USER": "user"})

@@ -256,7 +256,7 @@ def _read(path: Path | None) -> dict[str, Any] | None:
     if path is None:
         return None
     try:
-        stored = json.loads(path.read_text())
+        stored = json.loads(path.read_text(encoding="utf-8"))
         if stored.pop("checksum") != _checksum(stored):
             return None
         for kind in ("clean", "robust"):

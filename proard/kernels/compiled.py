@@ -7,6 +7,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 import warnings
@@ -15,6 +16,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_name("maps.c")
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
+NATIVE = ("-march=native", "-mcpu=native", "-O3")  # the last two where a compiler for Arm takes no -march=native
 LIMITED = {"avx2": "x86-64-v3", "default": "x86-64"}  # processors by torch's own limit, ATEN_CPU_CAPABILITY
 
 
@@ -53,21 +55,44 @@ def build(source: Path) -> Path:
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         raise OSError("no C compiler is on the path (cc, or what CC names)")
-    flags = (f"-march={LIMITED.get(os.environ.get('ATEN_CPU_CAPABILITY', ''), 'native')}", *FLAGS)
+    limit = LIMITED.get(os.environ.get("ATEN_CPU_CAPABILITY", ""))
+    natives = NATIVE if limit is None else (f"-march={limit}",)
     text = source.read_bytes()
-    mark = hashlib.sha256(b"\0".join([text, compiler.encode(), *(flag.encode() for flag in flags), processor()]))
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "proard"
+    mark = hashlib.sha256(b"\0".join([text, compiler.encode(), *map(str.encode, (*natives, *FLAGS)), processor()]))
+    folder = cache_folder()
     library = folder / f"{source.stem}-{mark.hexdigest()[:16]}.so"
     if library.exists():
         return library
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:  # several jobs may compile at once: the last rename wins
         made = Path(scratch) / library.name
-        subprocess.run(
-            [compiler, *flags, str(source), "-o", str(made), "-lm"], check=True, capture_output=True, text=True
-        )
+        for native in natives:
+            command = [compiler, native, *FLAGS, str(source), "-o", str(made), "-lm"]
+            done = subprocess.run(command, check=False, capture_output=True, encoding="utf-8", errors="replace")
+            if not done.returncode:
+                break
+        done.check_returncode()
         os.replace(made, library)
     return library
+
+
+def cache_folder() -> Path:
+    """The user's cache folder; without a home folder, one of the user's own among the system's temporary files.
+
+    Raises
+    ------
+    OSError
+        The folder of that name is another user's.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "proard"
+    except RuntimeError:  # no HOME, and the user is in no list of passwords
+        folder = Path(tempfile.gettempdir()) / f"proard-cache-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        if found.st_uid != os.getuid() or found.st_mode & 0o077 or not stat.S_ISDIR(found.st_mode):
+            raise OSError(f"{folder} is not this user's own; set XDG_CACHE_HOME") from None
+        return folder
 
 
 def processor() -> bytes:

@@ -17,6 +17,7 @@ import pandas as pd
 
 from proard.artifacts import ArtifactError
 from proard.config import NEEDS
+from proard.host import usable_cores
 from proard.report.inputs import Results
 from proard.search import Scale, hypervolume
 
@@ -239,7 +240,7 @@ def _last_record(path: Path) -> tuple[float, float | None]:
 @lru_cache
 def machine() -> dict[str, Any]:
     """The machine this process runs on: processor, cores, memory, GPU, system."""
-    facts = {"processor": _processor(), "cores": f"{len(os.sched_getaffinity(0))} usable of {os.cpu_count()}"}
+    facts = {"processor": _processor(), "cores": f"{usable_cores()} usable of {os.cpu_count()}"}
     facts["memory"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
     gpu = _gpu()
     if gpu:

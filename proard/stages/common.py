@@ -11,6 +11,7 @@ from typing import Any
 
 from proard.artifacts import Provenance
 from proard.config import NEEDS, RunConfig, UserError, parse
+from proard.host import take_any_character, usable_cores
 from proard.stages.gpus import claim_gpu
 from proard.stages.launch import become_several, fail, follow_launcher, processes
 from proard.stages.ledger import Ledger
@@ -86,7 +87,7 @@ def parse_arguments(
     if processes() > 1 and not trains:
         raise UserError(f"{stage} is no training: start it as one process, python -m proard.stages.{stage}")
     config = parse(RunConfig, files.settings)
-    threads = files.threads or len(os.sched_getaffinity(0))
+    threads = files.threads or usable_cores()
     sections = config.model_dump(mode="json", include=set(NEEDS[stage]))
     device = _prepare_device(files.device, max(threads // processes(), 1))
     ledger = Ledger(stage, getattr(files, writes[0]), device=device, threads=threads, processes=processes())
@@ -128,6 +129,7 @@ def _prepare_device(name: str, threads: int) -> str:
 
 def run(main: Callable[[], None]) -> None:
     """Run a stage as a program: an error that the user can mend is one line, everything else a traceback."""
+    take_any_character()
     try:
         become_several()
         follow_launcher()

@@ -158,7 +158,7 @@ def chosen_rows(path: str | Path, budget: str) -> pd.DataFrame:
 def read_manifest(path: str) -> dict[str, Any]:
     """What `prepare_data` says about the images."""
     try:
-        manifest = json.loads(Path(path).read_text())
+        manifest = json.loads(Path(path).read_text(encoding="utf-8"))
         return {key: manifest[key] for key in ("source", "classes", "splits")}
     except FileNotFoundError:
         raise ArtifactError(f"{path} does not exist; rerun prepare_data") from None

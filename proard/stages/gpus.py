@@ -33,7 +33,7 @@ def claim_gpu(visible: int, *, folder: Path | None = None) -> int:
     names = names if len(names) == visible else [str(index) for index in range(visible)]
     for share in numbers():
         for index, name in enumerate(names):
-            lock = (folder / f"{name}.{share}").open("a")
+            lock = (folder / f"{name}.{share}").open("a", encoding="utf-8")
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

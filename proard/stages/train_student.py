@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from proard.config import Space, Student, UserError
 from proard.nets import load_static, save_static
 from proard.space import Arch, FixedArch, FixedSpace, SearchSpace
 from proard.stages.common import Job, parse_arguments, run
+from proard.stages.ledger import peak_rss_bytes
 from proard.stages.train_teacher import fitted_space, named_arch
 from proard.stages.training import Training, frozen_network, train_alone
 
@@ -64,7 +64,7 @@ def training_facts(rows: list[dict[str, Any]], student: Student, job: Job) -> di
         "train_gradients": last["gradients"],
         "train_forward_equivalents": last["forward_equivalents"],
         "seconds_per_epoch": last["seconds"] / student.epochs,
-        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory": peak_rss_bytes(),
         "peak_device_memory": torch.cuda.max_memory_allocated() if on_gpu else None,
     }
 

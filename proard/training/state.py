@@ -121,7 +121,7 @@ class ResumeState:
         """Lock the file; one that its owner removed in the meantime (it finished) does not count."""
         deadline, asked = time.monotonic() + self.patience, False
         while True:
-            lock = self.lock_path.open("a+")
+            lock = self.lock_path.open("a+", encoding="utf-8")
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if self.lock_path.exists() and os.path.samestat(os.fstat(lock.fileno()), self.lock_path.stat()):
