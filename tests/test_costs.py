@@ -17,6 +17,7 @@ from proard import cli
 from proard.artifacts import COSTS, Provenance, read_table, write_table
 from proard.config import NEEDS, Attack, Measurement, Threat, UserError
 from proard.evaluation import SubnetMeter
+from proard.progress import duration
 from proard.report.cost_page import cost_figure
 from proard.report.costs import Comparison, by_stage, emissions, read_ledgers
 from proard.report.counting import passes_alone, recount_phase
@@ -305,6 +306,10 @@ def test_the_page_tells_costs_and_the_comparison(tmp_path):
     assert "Energy 2 Wh" in section
     assert "no comparison without" in section
     assert "Jobs without a ledger were read from their table" in section
+    assert "the section on time has Snakemake's" in section  # two tables of times differ, and say why
+    section = page.split('<section id="time">')[1].split("</section>")[0]
+    total = duration(read_ledgers(run.folder).query("stage != 'report'")["seconds"].sum())
+    assert f'<a href="#costs">What it cost</a> counts {total}: each job from the reading' in section
     figure = to_svg(cost_figure(comparison(images={"steps": 10.0, "path": 30.0})), "costs")
     for words in ("mean of the exported students, path", "Training steps only", "the paper"):
         assert words in figure

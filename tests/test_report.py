@@ -17,7 +17,7 @@ from proard import artifacts
 from proard.artifacts import ArtifactError
 from proard.config import load
 from proard.report import compare_searches, durations, exported_students, setup
-from proard.report.figures import training_figure
+from proard.report.figures import search_figure, training_figure
 from proard.report.svg import COLOURS
 from proard.report.text import count, percent, pixels
 from proard.stages.report import main
@@ -240,6 +240,23 @@ def test_equal_searches_have_no_difference_and_one_search_no_comparison():
 )
 def test_lengths_are_written_in_pixel_steps(length: float, text: str):
     assert pixels(length) == text
+
+
+def test_the_legend_of_the_searches_leaves_their_curves_free():
+    rows = [{"search": name, "evaluations": n, "hypervolume": 1 / n} for name in ("nsga2", "random") for n in (1, 9)]
+    figure = search_figure(SimpleNamespace(get=lambda _: pd.DataFrame(rows)))
+    figure.canvas.draw()
+    (legend,) = [found for found in (*figure.legends, figure.axes[0].get_legend()) if found]
+    assert not legend.get_window_extent().overlaps(figure.axes[0].get_tightbbox())
+    assert legend.get_window_extent().y0 >= 0
+
+
+def test_on_a_phone_all_that_is_wide_scrolls_in_a_frame_that_shows(page: str):
+    frames = re.findall(r"<(?:table|svg)\b", page)
+    assert len(re.findall(r'<div class="scroll(?: figure)?">(?=<(?:table|svg)\b)', page)) == len(frames) > 5
+    narrow = page.split("@media (max-width: 640px)")[1].split("@media")[0]
+    assert re.search(r"\.scroll \{[^}]*border: 1px solid", narrow)
+    assert re.search(r"\.scroll \{[^}]*overflow-x: auto;[^}]*linear-gradient[^}]* scroll;", page)
 
 
 def test_panels_that_share_an_axis_all_fit_on_it():

@@ -90,8 +90,10 @@ def _caption(view: View, ledgers: pd.DataFrame) -> str:
     """How the table was counted."""
     words = (
         "Passes are image forward-equivalents, counted: forward 1, gradient of the image 1 more, backward pass of "
-        "training 2 more. MACs: each pass times the multiply-accumulates of its network. Device time: wall time times "
-        "the threads or GPUs held. Measurements found in the cache were paid before and stand apart."
+        "training 2 more. MACs: each pass times the multiply-accumulates of its network. Wall time: each job from the "
+        "reading of its command line on, all starts of an interrupted training; the section on time has Snakemake's, "
+        "with the start of Python, but of the last start only. Device time: wall time times the threads or GPUs held. "
+        "Measurements found in the cache were paid before and stand apart."
     )
     energy = ledgers.get("energy_wh", pd.Series(dtype=float)).dropna()
     if len(energy):

@@ -154,9 +154,20 @@ def time(view: View) -> Section | None:
     heads = [head("stage"), head("jobs"), head("wall time"), head(""), head("peak GiB")]
     body = f"""<div class="scroll"><table><thead><tr>{"".join(heads)}</tr></thead><tbody>{rows}</tbody></table></div>
 <p class="caption">{duration(total)} in all: wall time of each stage's jobs, summed; jobs that ran side by side make the
-run shorter than that. A job that was interrupted and continued counts its last start only. From Snakemake's benchmark
-records.</p>"""
+run shorter than that. From Snakemake's benchmark records: the start of Python and its libraries included, and of a job
+that was interrupted and continued the last start only.{_other_time(view)}</p>"""
     return Section("time", "Time", "How long each stage took", body)
+
+
+def _other_time(view: View) -> str:
+    """How the section on costs counts time, and what it comes to."""
+    if view.ledgers is None or view.ledgers.empty:
+        return ""
+    total = duration(float(view.ledgers["seconds"].sum()))
+    return (
+        f' <a href="#costs">What it cost</a> counts {total}: each job from the reading of its command line on, and all '
+        "starts of an interrupted training."
+    )
 
 
 def provenance(view: View) -> Section | None:

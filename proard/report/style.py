@@ -49,7 +49,15 @@ nav a:hover { text-decoration: underline; }
 .card.first { border-top: 3px solid var(--gold); padding-top: 14px; }
 section { margin: 22px 0 0; padding: 28px 28px 26px; scroll-margin-top: 12px; }
 .caption { color: var(--muted); font-size: .92rem; line-height: 1.55; max-width: 88ch; margin: 10px 0 0; }
-.scroll { overflow-x: auto; margin: 14px -8px 0; padding: 0 8px; }
+.scroll {
+  overflow-x: auto; margin: 14px -8px 0; padding: 0 8px;
+  background: /* a shadow at each edge that hides something; what moves with the content covers it at the ends */
+    linear-gradient(to right, var(--paper) 40%, transparent) left / 40px 100% no-repeat local,
+    linear-gradient(to left, var(--paper) 40%, transparent) right / 40px 100% no-repeat local,
+    linear-gradient(to right, var(--dot), transparent) left / 12px 100% no-repeat scroll,
+    linear-gradient(to left, var(--dot), transparent) right / 12px 100% no-repeat scroll;
+}
+.figure svg [id$="-patch_1"] path { fill: none !important; } /* the figure's ground: it would hide the shadow */
 .figure svg { display: block; width: 100%; height: auto; min-width: 560px; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; line-height: 1.35; }
 th, td { padding: 9px 8px; text-align: right; vertical-align: top; border-bottom: 1px solid var(--rule); }
@@ -89,6 +97,7 @@ footer { color: var(--muted); font-size: .88rem; padding-top: 22px; padding-bott
   .cards { grid-template-columns: 1fr 1fr; gap: 10px; }
   .card { padding: 12px 13px; }
   .card b { font-size: 1.6rem; }
+  .scroll { margin: 14px 0 0; border: 1px solid var(--dot); border-radius: 8px; }
   dl { grid-template-columns: 1fr; gap: 1px; }
   dd { margin-bottom: 10px; }
   table.students th:first-child, table.students td:first-child {
@@ -107,7 +116,7 @@ footer { color: var(--muted); font-size: .88rem; padding-top: 22px; padding-bott
   section { border: 0; padding: 8px 0; }
   .card, .figure, tr { break-inside: avoid; }
   h2, h3 { break-after: avoid; }
-  .scroll { overflow: visible; margin: 10px 0 0; padding: 0; }
+  .scroll { overflow: visible; margin: 10px 0 0; padding: 0; border: 0; background: none; }
   .figure svg { min-width: 0; }
   table { font-size: 8.5pt; }
   th, td { padding: 5px 6px; }
