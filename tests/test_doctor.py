@@ -229,12 +229,12 @@ def test_a_probe_sees_the_askers_file_and_lock(tmp_path):
 )
 def test_arithmetic_is_described(facts, expected, monkeypatch):
     line = json.dumps({"capability": "AVX2", "cosine": 1.0, "parameter": "", **facts})
-    monkeypatch.setattr(here, "ask", lambda *_: (True, line))
+    monkeypatch.setattr(here, "ask", lambda *_, **__: (True, line))
     finding = here.arithmetic()
     assert expected in finding.said
     assert finding.fails is not facts["right"]
 
 
 def test_a_step_that_ends_its_process_is_a_failure(monkeypatch):
-    monkeypatch.setattr(here, "ask", lambda *_: (False, "corrupted size vs. prev_size"))
+    monkeypatch.setattr(here, "ask", lambda *_, **__: (False, "corrupted size vs. prev_size"))
     assert here.arithmetic().fails

@@ -38,14 +38,14 @@ def failure(name: str, said: str, mend: str) -> Finding:
     return Finding(name, said, mend, fails=True)
 
 
-def ask(*command: str, stdin: str | None = None) -> tuple[bool, str]:
+def ask(*command: str, stdin: str | None = None, seconds: float = SECONDS) -> tuple[bool, str]:
     """Run a command; whether it succeeded, and what it said: its output, or the first line of its error."""
     if shutil.which(command[0]) is None:
         return False, f"there is no command {command[0]}"
     try:
-        done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=SECONDS, check=False)
+        done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
-        return False, f"{command[0]} did not answer within {SECONDS} s"
+        return False, f"{command[0]} did not answer within {seconds:g} s"
     except OSError as error:
         return False, f"{command[0]} cannot be run ({error.strerror})"
     if done.returncode == 0:

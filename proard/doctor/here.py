@@ -81,7 +81,8 @@ def torch_and_gpu() -> Finding:
 def arithmetic() -> Finding:
     """Whether gradients are right on this CPU, and what it lacks; tried in another process, as it may end there."""
     name = "arithmetic"
-    answered, said = ask(sys.executable, "-m", "proard.doctor.arithmetic")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the jobs: threads that spin may take minutes here
+    answered, said = ask(sys.executable, "-m", "proard.doctor.arithmetic", seconds=300)
     if not answered:
         return failure(name, f"a training step ends the process: {said}", "report it with the output of lscpu")
     facts = json.loads(said.splitlines()[-1])
