@@ -102,7 +102,7 @@ def test_two_processes_write_what_one_writes(inputs, tmp_path, name, changes):
     first, second = (stage.history() for stage in (one, two))
     assert first.keys() == second.keys()
     for column, values in first.items():
-        if column in ("phase", "arch"):
+        if column in ("phase", "arch", "dtype", "attack_dtype"):
             assert second[column] == values
         else:
             assert second[column] == pytest.approx(values, rel=1e-3, nan_ok=True), column
