@@ -8,7 +8,7 @@ ifeq ($(HOME),)
 export HOME := $(CURDIR)/.venv/home
 endif
 ifeq ($(LOGNAME)$(USER),)
-export USER := user
+export USER := $(shell id -un 2>/dev/null || echo user)
 endif
 
 .PHONY: help quickstart test bench bench-gpu

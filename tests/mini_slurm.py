@@ -7,8 +7,8 @@ By hand, a shell in which sbatch works: `python tests/mini_slurm.py bash`.
 from __future__ import annotations
 
 import ctypes
-import getpass
 import os
+import pwd
 import secrets
 import shutil
 import signal
@@ -85,7 +85,7 @@ class Slurm:
         self.folder, self.processes = folder, []
         first = _free_ports(3)
         host = socket.gethostname().split(".")[0]
-        facts = {"host": host, "user": getpass.getuser(), "folder": folder, "ports": [first, first + 1, first + 2]}
+        facts = {"host": host, "user": _user(), "folder": folder, "ports": [first, first + 1, first + 2]}
         conf = CONF.format(**facts, cpus=CPUS, memory=MEMORY_MB, gpus=len(GPU_FILES))
         (folder / "slurm.conf").write_text(conf)
         (folder / "gres.conf").write_text("".join(GRES.format(file=file) for file in GPU_FILES))
@@ -119,7 +119,7 @@ class Slurm:
 
     def stop(self) -> None:
         """Cancel all jobs and end the daemons."""
-        self("scancel", "--quiet", f"--user={getpass.getuser()}", check=False)
+        self("scancel", "--quiet", f"--user={_user()}", check=False)
         deadline = time.monotonic() + 20
         while self("squeue", "--noheader", check=False) and time.monotonic() < deadline:
             time.sleep(0.2)  # a job's shepherd that finds no controller would stay
@@ -182,7 +182,8 @@ class Slurm:
         while not ready():
             ended = [process.args[0] for process in self.processes if process.poll() is not None]
             if ended or time.monotonic() > deadline:
-                logs = [path.read_text(errors="replace")[-2000:] for path in sorted(self.folder.glob("slurm*.log"))]
+                paths = [path for path in sorted(self.folder.iterdir()) if path.suffix in (".out", ".log")]
+                logs = [f"{path.name}: {path.read_text(errors='replace')[-2000:]}" for path in paths]
                 raise RuntimeError("\n".join([f"{what} did not come up; ended: {ended}", *logs]))
             time.sleep(0.1)
 
@@ -190,6 +191,11 @@ class Slurm:
 def die_with_parent() -> None:
     """In a process to be: end when the tests do, even when these are killed."""
     ctypes.CDLL(None).prctl(PDEATHSIG, signal.SIGTERM)
+
+
+def _user() -> str:
+    """The user's name as the system knows it: SLURM does not heed $USER."""
+    return pwd.getpwuid(os.getuid()).pw_name
 
 
 def _free_ports(count: int) -> int:
