@@ -8,7 +8,9 @@ ifeq ($(HOME),)
 export HOME := $(CURDIR)/.venv/home
 endif
 ifeq ($(LOGNAME)$(USER),)
-export USER := $(shell id -un 2>/dev/null || echo user)
+USER := $(shell id -un 2>/dev/null)
+USER := $(or $(USER),user)
+export USER
 endif
 
 .PHONY: help quickstart test bench bench-gpu
@@ -27,6 +29,7 @@ quickstart: .venv/installed
 # Tests of numbers, which also run as a CPU without AVX-512 runs them, at one thread and at two.
 NUMERIC := $(addprefix tests/test_,gradients.py types.py nets.py input_gradient.py maps.py depthwise.py norms.py \
 	mobilenet.py attacks.py training.py)
+DAG := tests/test_pipeline.py::test_the_whole_dag_ends_in_checked_students
 NARROW := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
 
 test: .venv/installed-test
@@ -35,8 +38,8 @@ test: .venv/installed-test
 	$(BIN)/snakefmt --check workflow
 	$(BIN)/snakemake --lint --configfile config/quickstart.yaml
 	$(BIN)/python -m pytest -n 2 --durations=8 -m "not cluster"
-	$(NARROW) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(NUMERIC) tests/test_pipeline.py
-	$(NARROW) OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -n 1 $(NUMERIC) tests/test_pipeline.py
+	$(NARROW) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(NUMERIC) $(DAG)
+	$(NARROW) OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -n 1 $(NUMERIC) $(DAG)
 	$(BIN)/python -m pytest -n 4 --dist worksteal -m cluster # they mostly wait
 
 bench: .venv/installed
