@@ -39,12 +39,12 @@ def build(row: str, problem: Problem) -> Call:
         attack_dtype, dtype = ("bfloat16" if number >= first else "float32" for first in (4, 5))
         step = PackageStep(nets.student, nets.teacher, problem.recipe, attack_dtype=attack_dtype, dtype=dtype)
         if number >= 6:
-            step.trainer.take_steps = captured(problem)
+            step.step.attacker.take_steps = captured(problem)
     train = bench_shared.training_call(step, problem, together=False)
 
     def run(round_number: int) -> None:
         if row == "G7":
-            step.trainer.take_steps = captured(problem)
+            step.step.attacker.take_steps = captured(problem)
         train(round_number)
 
     def without_kernels(round_number: int) -> None:
@@ -72,7 +72,7 @@ def shared_rows(problem: Problem, budget: Budget, *, rounds: int) -> list[Row]:
     calls = bench_shared.timed_calls(problem)
     if problem.images.is_cuda:
         step = bench_shared.package_step("S5", problem)
-        step.trainer.take_steps = captured(problem)
+        step.step.attacker.take_steps = captured(problem)
         calls[GRAPHS] = bench_shared.training_call(step, problem)
     what = ("gpu_shared", f"{len(problem.archs)} subnets a step")
     return _timed(what, calls, SHARED, problem, budget, rounds=rounds, steps=1, second="S1")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
@@ -22,7 +23,7 @@ from proard.nets.elastic import BN_EPS, BN_MOMENTUM, key_of
 from proard.nets.view import Statistics
 from proard.space import Arch, ConvSpec
 from proard.stages import training as stage
-from proard.training import loop, trainer
+from proard.training import Run
 
 LAYOUT = torch.contiguous_format
 
@@ -115,13 +116,6 @@ def plain_pgd(
     return adv
 
 
-class PlainTrainer(trainer.Trainer):
-    """The trainer on weights in NCHW memory."""
-
-    def __init__(self, net: Supernet, *args: object, **options: object) -> None:
-        super().__init__(net.to(memory_format=LAYOUT), *args, **options)
-
-
 def unfolded_teacher(net: StaticNet) -> Callable[[Tensor], Tensor]:
     """A teacher's logits without a graph, norms as they are."""
     net = net.eval().to(memory_format=LAYOUT)
@@ -138,10 +132,12 @@ def plain_form() -> Iterator[None]:
     """Inside, the training stages run in plain form."""
     from proard.stages import train_phase
 
+    def plain_run(net: Supernet, **options: Any) -> Run:
+        return Run(net.to(memory_format=LAYOUT), **{**options, "search": plain_pgd})
+
     places = [
-        (trainer, "SubnetView", PlainView),
-        (trainer, "pgd", plain_pgd),
-        (loop, "Trainer", PlainTrainer),
+        (Supernet, "view", lambda net, arch, **options: PlainView(net, arch, **options)),
+        (stage, "Run", plain_run),
         (stage, "frozen_network", unfolded_teacher),
         (train_phase, "frozen_network", unfolded_teacher),
     ]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -14,14 +14,14 @@ from common import computed_here
 from plain_step import Levers, Outcome, PlainStep, Recipe, loop_sgd
 from torch import Tensor
 
-from proard.config import PRESETS, Phase, Space, TrainingAttack
+from proard.config import PRESETS, Phase, Space, Threat, TrainingAttack
 from proard.kernels import maps
 from proard.losses import Batch
 from proard.nets import SubnetView, Supernet, extract, fold
 from proard.nets.elastic import key_of
 from proard.nets.view import Statistics
 from proard.space import Arch, SearchSpace
-from proard.training import Drawn, Plan, trainer
+from proard.training import Drawn, Plan, StepBatch, training_step
 from proard.training.plan import bind
 
 ALL_LEVERS = {
@@ -103,15 +103,26 @@ class PackageStep:
             dtype=dtype,
         )
         self.net, self.recipe = student, recipe
-        objective = bind(phase.loss, phase)
-        plan = Plan(lambda seed, step, data_pass: [Drawn(arch, *objective) for arch in self.archs])
+        objective, options = bind(phase.loss, phase)
+        kept = replace(objective, loss=self._keep(objective.loss))
+        plan = Plan(lambda seed, step, data_pass: [Drawn(arch, kept, options) for arch in self.archs])
         folded_teacher = fold(extract(teacher, teacher.space.largest), dtype=teacher.mean.dtype)
-        self.trainer = _Recorded(student, phase, plan, recipe.eps, folded_teacher, 0)
+        made = {"threat": Threat(eps=recipe.eps), "teacher": folded_teacher}
+        self.step = training_step(student, phase, plan, **made)
         if attack_dtype == "float32":
-            self.trainer.attack_dtype = student.mean.dtype  # float64 in the equality check
+            self.step.attacker.dtype = student.mean.dtype  # float64 in the equality check
         if not fused:
-            self.trainer.optimizer = loop_sgd(student, recipe)
-        self.optimizer = self.trainer.optimizer
+            self.step.update.optimizer = loop_sgd(student, recipe)
+        self.optimizer = self.step.update.optimizer
+
+    def _keep(self, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """A loss that also remembers its batch."""
+
+        def kept(batch: Batch, **options: float) -> Tensor:
+            self.batch = batch
+            return loss(batch, **options)
+
+        return kept
 
     def __call__(self, arch: Arch, images: Tensor, labels: Tensor, generator: torch.Generator) -> Outcome:
         """Train `arch` on one batch."""
@@ -120,24 +131,8 @@ class PackageStep:
     def together(self, archs: list[Arch], images: Tensor, labels: Tensor, generator: torch.Generator) -> Outcome:
         """Train several archs in one step; the outcome is that of the last."""
         self.archs = archs
-        self.trainer.step(images, labels, 0, 0, self.recipe.lr, generator)
-        batch = self.trainer.batch
-        return Outcome(self.trainer.adv, batch.clean.detach(), batch.adv.detach())
-
-
-class _Recorded(trainer.Trainer):
-    """The trainer, which also remembers its last batch and adversarial images."""
-
-    def _forward(self, *args: Any) -> tuple[Batch, int]:
-        pgd = trainer.pgd
-
-        def remember(*attack: Any, **options: Any) -> Tensor:
-            self.adv = pgd(*attack, **options)
-            return self.adv
-
-        with mock.patch.object(trainer, "pgd", remember):
-            self.batch, work = super()._forward(*args)
-        return self.batch, work
+        self.result = self.step(StepBatch(images, labels, generator, lr=self.recipe.lr))
+        return Outcome(self.batch.adversarial, self.batch.clean.detach(), self.batch.adv.detach())
 
 
 class WithoutKernels:

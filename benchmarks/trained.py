@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from step_rows import Problem
 from torch import Tensor
 
-from proard.config import TrainingAttack, TrainTeacher
-from proard.training import single_plan
-from proard.training.trainer import Trainer
+from proard.config import Threat, TrainingAttack, TrainTeacher
+from proard.training import StepBatch, single_plan, training_step
 
 
 def trained(problem: Problem, *, num_steps: int, batch_size: int = 64, seed: int = 0) -> Problem:
@@ -32,11 +31,11 @@ def trained(problem: Problem, *, num_steps: int, batch_size: int = 64, seed: int
     attack = TrainingAttack(num_steps=2, step_size=problem.recipe.eps, bn_mode="running")
     recipe = TrainTeacher(objective="pgd_at", attack=attack)
     plan = single_plan(arch, "pgd_at", recipe)
-    trainer = Trainer(problem.student, recipe, plan, problem.recipe.eps, None, seed)
+    train = training_step(problem.student, recipe, plan, threat=Threat(eps=problem.recipe.eps), seed=seed)
     for step in range(num_steps):
         images, labels = (part.to(device) for part in draw(patterns, batch_size, generator))
         rate = 0.05 * min(1.0, (step + 1) / 10) * (1 - step / num_steps)
-        trainer.step(images, labels, step, 0, rate, generator)
+        train(StepBatch(images, labels, generator, step=step, lr=rate))
     images, labels = draw(patterns, len(problem.images), generator)
     return replace(problem, images=images.to(device), labels=labels.to(device))
 

@@ -6,6 +6,7 @@ import torch
 from helpers import CONFIG, save_stripes, tiny_space
 
 from proard.artifacts import Provenance, read_table
+from proard.attacks import pgd
 from proard.config import job_settings, load
 from proard.nets import load_static, save_static
 from proard.nets.elastic import Supernet
@@ -32,14 +33,15 @@ def student_files(folder):
     return paths
 
 
-def train(files, folder, student, *, seed=0, networks=("teacher", "control")):
-    """Run the stage for one student; the network, its space and arch, its history and its files."""
+def train(files, folder, student, *, seed=0, networks=("teacher", "control"), search=pgd):
+    """Train one student as the stage does; the network, its space and arch, its history and its files."""
     folder.mkdir(parents=True, exist_ok=True)
     written = {"student": folder / "student.safetensors", "history": folder / "history.parquet"}
     flags = {**{name: files[name] for name in ("train", "val", *networks)}, **written}
     settings = job_settings(config_of(student), "train_student", student=student["name"])
     argv = ["--settings", settings, "--seed", str(seed), "--threads", "1", "--device", "cpu"]
-    train_student.main([*argv, *(word for name, path in flags.items() for word in (f"--{name}", str(path)))])
+    argv += [word for name, path in flags.items() for word in (f"--{name}", str(path))]
+    train_student.main(argv, search=search)
     net, space, arch, _ = load_static(written["student"], kind="trained_student")
     return net, space, arch, read_table(written["history"]), written
 

@@ -12,15 +12,14 @@ import torch
 import torch.distributed as dist
 from helpers import image_sets, random_images, random_supernet, tiny_config, tiny_space
 from torch import Tensor
-from training_runs import no_validation, phase_run, teacher_run
+from training_runs import no_validation, phase_run, step_of, take, teacher_run
 
 from proard.nets.norm import batch_norm_of_all
 from proard.nets.view import SubnetView
 from proard.space import Arch
-from proard.training import Drawn, Plan
+from proard.training import Drawn, Plan, TrainingStep
 from proard.training.plan import bind
 from proard.training.ranks import Ranks
-from proard.training.trainer import Trainer
 
 WORLD = 2
 BATCH = 7  # parts of 3 and 4 images
@@ -62,21 +61,21 @@ def in_float64():
         yield
 
 
-def train(ranks: Ranks, *, steps: int, lr: float, poisoned: int | None = None) -> Trainer:
+def train(ranks: Ranks, *, steps: int, lr: float, poisoned: int | None = None) -> tuple[TrainingStep, list]:
     """Make some steps on this process's parts of the global batches."""
     attack = {"num_steps": 2, "step_size": 0.05, "start": "zero", "bn_mode": "batch", "objective": "ce"}
     settings = tiny_config(train_teacher__attack=attack, train_teacher__weight_decay=0.01).train_teacher
     plan = Plan(lambda seed, step, data_pass: [Drawn(arch, *bind("trades", settings)) for arch in archs()])
-    share = ranks.share(BATCH)
+    part, measures = ranks.part(BATCH), []
     with in_float64():
-        trainer = Trainer(random_supernet(tiny_space()), settings, plan, 0.1, None, 0, share=share)
+        made = step_of(random_supernet(tiny_space()), settings, plan, part=part)
         for step in range(steps):
             images, labels = random_images(tiny_space(), BATCH, seed=step), torch.arange(BATCH) % 3
             if poisoned == step:
                 images[-1] = torch.nan  # of the last process alone
-            own = (images[share.part], labels[share.part])
-            trainer.measures = trainer.step(*own, step, 0, lr, torch.Generator())[:3]
-    return trainer
+            result = take(made, images[part.rows], labels[part.rows], number=step, lr=lr)
+            measures = [result.loss, result.clean, result.robust]
+    return made, measures
 
 
 def whole_training(name: str, folder: str, ranks: Ranks) -> dict:
@@ -90,7 +89,7 @@ def whole_training(name: str, folder: str, ranks: Ranks) -> dict:
         batch = run.source.batch
         run.source.batch = lambda *args: (lambda images, labels: (images.double(), labels))(*batch(*args))
         for network in ("teacher", "control"):
-            if run.options[network] is not None:
+            if run.options.get(network) is not None:
                 run.options[network].double().dtype = torch.float64
         run.options |= {"ranks": ranks, "validate": no_validation}
         run.fit()
@@ -123,9 +122,9 @@ def work(rank: int, folder: str) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
     ranks = Ranks(rank, WORLD)
-    share = ranks.share(BATCH)
-    trained = train(ranks, steps=3, lr=0.05)
-    poisoned = train(ranks, steps=2, lr=0.05, poisoned=1)
+    part = ranks.part(BATCH)
+    trained, measures = train(ranks, steps=3, lr=0.05)
+    poisoned, _ = train(ranks, steps=2, lr=0.05, poisoned=1)
     import bench_sync
 
     rows = {name: bench_sync.Row(name, random_supernet(tiny_space())) for name in bench_sync.ROWS}
@@ -134,14 +133,14 @@ def work(rank: int, folder: str) -> None:
     found = {
         "bench": (largest, {name: row.bytes for name, row in rows.items()}),
         "trained": trained.net.state_dict(),
-        "average": trained.average,
-        "measures": torch.stack(trained.measures),
-        "bytes": trained.sync.bytes_reduced,
-        "failure": poisoned.guard.failure(),
-        "poisoned": {name: parameter.detach() for name, parameter in poisoned.parameters.items()},
-        "norms": [normalised(planes()[share.part], share.total, twice=twice) for twice in (False, True)],
+        "average": trained.update.average,
+        "measures": torch.stack(measures),
+        "bytes": trained.update.sync.bytes_reduced,
+        "failure": poisoned.update.guard.failure(),
+        "poisoned": {name: parameter.detach() for name, parameter in poisoned.update.parameters.items()},
+        "norms": [normalised(planes()[part.rows], part.total, twice=twice) for twice in (False, True)],
         "trainings": {name: whole_training(name, f"{folder}/{rank}", ranks) for name in TRAININGS},
-        "wishes": ranks.agree(rank, 1 - rank, 0),
+        "wishes": ranks.all_reduce_max(rank, 1 - rank, 0),
         "divided": ranks.divided([1, 2, 3], lambda job: [job, rank]),
         "told": ranks.from_first({"rank": rank}),
     }

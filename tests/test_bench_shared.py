@@ -44,5 +44,5 @@ def test_every_row_trains_and_a_shared_attack_takes_fewer_gradients():
     for row in ("S2", "S3", "S4"):
         step = bench_shared.package_step(row, given)
         step.together(given.archs, given.images, given.labels, torch.Generator().manual_seed(1))
-        spent[row] = step.trainer.gradients
+        spent[row] = step.result.gradients
     assert spent == {"S2": 3 * (5 + 1), "S3": (5 + 1) + 2 * (3 + 1), "S4": (5 + 1) + 2 * (1 + 1)}

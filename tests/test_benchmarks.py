@@ -7,12 +7,17 @@ import json
 import re
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 from helpers import TINY, image_sets, random_images, random_supernet, tiny_config, tiny_space
+from training_runs import no_validation
 
+from proard.config import Threat
 from proard.losses import CrossEntropy
 from proard.nets import SubnetView, gradient
+from proard.stages.training import AugmentedImages
+from proard.training import ResumeState, single_plan
 
 
 def test_attacks_agree_before_they_are_timed_and_a_wrong_one_stops_the_run(capsys):
@@ -239,28 +244,30 @@ def test_the_plain_view_has_the_logits_and_gradients_of_the_fast_one():
 
 
 def test_a_stage_trains_in_plain_form_inside_the_context_only(tmp_path):
-    from plain_training import PlainTrainer, PlainView, plain_form
+    from plain_training import PlainView, plain_form
 
     from proard.nets import Supernet
-    from proard.stages import train_phase, training
-    from proard.training import Plan, loop, single_plan, trainer
+    from proard.stages import training
 
-    before = (trainer.SubnetView, trainer.pgd, loop.Trainer, training.frozen_network, train_phase.frozen_network)
+    space, train = tiny_space(TINY), image_sets(tmp_path)["train"]
+    net = Supernet(space, mean=train.mean, std=train.std, generator=torch.Generator().manual_seed(0))
+    settings = tiny_config(train_teacher__epochs=1).train_teacher
+    before = net.head.weight.detach().clone()
     with plain_form():
-        assert (trainer.SubnetView, loop.Trainer) == (PlainView, PlainTrainer)
-        config = tiny_config()
-        space = tiny_space(TINY)
-        train = image_sets(tmp_path)["train"]
-        net = Supernet(space, mean=train.mean, std=train.std, generator=torch.Generator().manual_seed(0))
-        made = loop.Trainer(net, config.train_phase.phases[0], Plan(lambda seed, step, data_pass: []), 0.1, None, 0)
-        weights = [parameter for parameter in made.parameters.values() if parameter.ndim == 4]
-        assert all(weight.is_contiguous() for weight in weights)
-        settings = config.train_teacher
-        made = loop.Trainer(net, settings, single_plan(space.largest, "trades", settings), 0.1, None, 0)
-        images, labels = random_images(space, 6, dtype=torch.float32), torch.arange(6) % 3
-        before_step = net.head.weight.detach().clone()
-        loss, *_ = made.step(images, labels, 0, 0, 0.1, torch.Generator().manual_seed(0))
-        assert torch.isfinite(loss)
-        assert not torch.equal(net.head.weight, before_step)
-    after = (trainer.SubnetView, trainer.pgd, loop.Trainer, training.frozen_network, train_phase.frozen_network)
-    assert after == before
+        assert isinstance(net.view(space.largest), PlainView)
+        run = training.Run(
+            net,
+            label="plain",
+            plan=single_plan(space.largest, "trades", settings),
+            settings=settings,
+            threat=Threat(eps=0.1),
+            source=AugmentedImages(train, settings),
+            validate=no_validation,
+            state=ResumeState(tmp_path / "net.safetensors", "mark"),
+            seed=0,
+        )
+        rows = run.train()
+    assert all(weight.is_contiguous() for weight in net.parameters() if weight.ndim == 4)
+    assert np.isfinite(rows[-1]["loss"])
+    assert not torch.equal(net.head.weight, before)
+    assert not isinstance(net.view(space.largest), PlainView)

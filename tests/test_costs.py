@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import image_sets, random_images, random_supernet, tiny_config, tiny_space
 from synthetic_run import SyntheticRun
-from training_runs import EPS, phase_run, plain_network
+from training_runs import EPS, phase_run, plain_network, step_of, take
 
 from proard import cli
 from proard.artifacts import COSTS, Provenance, read_table, write_table
@@ -20,14 +20,12 @@ from proard.evaluation import SubnetMeter
 from proard.progress import duration
 from proard.report.cost_page import cost_figure
 from proard.report.costs import Comparison, by_stage, emissions, read_ledgers
-from proard.report.counting import passes_alone, recount_phase
 from proard.report.svg import to_svg
 from proard.space import Tally, Work, one_pass
 from proard.stages import report
 from proard.stages.energy import EnergyMeter
 from proard.stages.ledger import Ledger
-from proard.training import phase_plan
-from proard.training.trainer import Trainer
+from proard.training import passes_alone, phase_plan
 
 SPACE = tiny_space()
 LABELS = torch.arange(6) % 3
@@ -69,8 +67,8 @@ def test_passes_count_at_the_size_of_their_network(changes, own, asked):
     plan = phase_plan(SPACE, phase)
     (drawn,) = plan.draw(0, 0, 0)
     net = random_supernet(SPACE, dtype=torch.float32)
-    trainer = Trainer(net, phase, plan, EPS, plain_network(), 0, plain_network())
-    *_, work = trainer.step(random_images(SPACE, 6, dtype=torch.float32), LABELS, 0, 0, 0.05, torch.Generator())
+    step = step_of(net, phase, plan, teacher=plain_network(), control=plain_network())
+    work = take(step, random_images(SPACE, 6, dtype=torch.float32), LABELS).work
     assert work == Work(own + asked, own * macs(drawn.arch) + asked * macs(SPACE.largest), 1)
 
 
@@ -78,10 +76,10 @@ def test_a_dynamic_teacher_and_the_frozen_one_beside_it_are_both_paid():
     phase = phase_of(sampling="uniform", archs_per_step=1, loss="iad", teacher="both")
     plan = phase_plan(SPACE, phase)
     net = random_supernet(SPACE, dtype=torch.float32)
-    step = next(step for step in range(20) if len(plan.draw(0, step, 0)) == 2)
-    _, student = plan.draw(0, step, 0)
-    trainer = Trainer(net, phase, plan, EPS, plain_network(), 0)
-    *_, work = trainer.step(random_images(SPACE, 6, dtype=torch.float32), LABELS, step, 0, 0.05, torch.Generator())
+    number = next(step for step in range(20) if len(plan.draw(0, step, 0)) == 2)
+    _, student = plan.draw(0, number, 0)
+    step = step_of(net, phase, plan, teacher=plain_network())
+    work = take(step, random_images(SPACE, 6, dtype=torch.float32), LABELS, number=number).work
     each = 3 + 2 * 2 + 3
     largest = 1 + each + 2  # frozen on clean images, the guide's own step, both asked about the adversarial images
     assert work == Work(largest + each, largest * macs(SPACE.largest) + each * macs(student.arch), 2)
@@ -210,35 +208,16 @@ def test_emissions_follow_the_country():
         emissions(1000, "QQQ")
 
 
-# Counting again, and students alone.
+# Students alone.
 
 
 def test_passes_of_a_student_alone():
     found = passes_alone(SPACE, phase_of(loss="rslad"), "rslad")
-    assert (found.own, found.others) == (3 + 2 * 2 + 3, 1)
+    assert found == (3 + 2 * 2 + 3, 1)
     found = passes_alone(SPACE, phase_of(loss="adaad", attack__num_steps=3), "adaad")
-    assert (found.own, found.others) == (1 + 2 * 3 + 3, 2 * 3 + 1)
+    assert found == (1 + 2 * 3 + 3, 2 * 3 + 1)
     attack = {"num_steps": 3, "curriculum": {"first_steps": 1}}
-    assert passes_alone(SPACE, phase_of(attack=attack), "rslad").own == 3 + 2 * 2 + 3  # 1, 2, 3 steps
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"sampling": "sandwich", "archs_per_step": 3},
-        {"sampling": "uniform", "archs_per_step": 2, "teacher": "dynamic"},
-        {"sampling": "sandwich", "archs_per_step": 3, "teacher": "both", "teacher_objective": "pgd_at"},
-        {"sampling": "per_pass", "archs_per_step": 2, "loss": "adaad"},
-    ],
-)
-def test_a_history_without_macs_is_counted_again(sets, tmp_path, changes):
-    run = phase_run(sets["train"], tmp_path, **changes)
-    last = run.rows[-1]
-    done = {"steps": last["step"], "images": last["images"], "forwards": last["forward_equivalents"]}
-    again = recount_phase(SPACE, phase_of(**changes), seed=0, **done, teacher_macs=macs(SPACE.largest))
-    assert again == pytest.approx(last["work_macs"], rel=1e-9)
-    other = {**done, "forwards": done["forwards"] + 1}
-    assert recount_phase(SPACE, phase_of(**changes), seed=0, **other, teacher_macs=1) is None
+    assert passes_alone(SPACE, phase_of(attack=attack), "rslad")[0] == 3 + 2 * 2 + 3  # 1, 2, 3 steps
 
 
 def comparison(**changes):

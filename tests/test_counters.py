@@ -12,6 +12,7 @@ import torch
 from helpers import TINY_DEEP, random_images, random_supernet, tiny_space
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from training_runs import step_of, take
 
 from proard.attacks import differentiate, pgd
 from proard.config import Phase, TrainingAttack
@@ -19,9 +20,8 @@ from proard.kernels import maps
 from proard.losses import CrossEntropy
 from proard.nets import SubnetView, extract, fold
 from proard.space import Arch, SearchSpace
-from proard.training import Drawn, Plan
+from proard.training import Drawn, Plan, TrainingStep
 from proard.training.plan import bind
-from proard.training.trainer import Trainer
 
 BATCH, STEPS = 4, 3
 FREE = ("view", "t", "transpose", "permute", "slice", "detach", "alias", "expand", "as_strided", "unsqueeze", "select")
@@ -90,19 +90,19 @@ def head_macs(space: SearchSpace) -> int:
     return spec.features * spec.classes
 
 
-def trainer(space: SearchSpace, *, num_steps: int = STEPS) -> Trainer:
+def made_step(space: SearchSpace, *, num_steps: int = STEPS) -> TrainingStep:
     net = random_supernet(space, dtype=torch.float32)
     attack = TrainingAttack(num_steps=num_steps, step_size=0.03, bn_mode="clean_batch")
     phase = Phase(name="all", loss="rslad", sampling="uniform", archs_per_step=1, attack=attack)
     objective = bind(phase.loss, phase)
     plan = Plan(lambda seed, step, data_pass: [Drawn(middle(space), *objective)])
     teacher = fold(extract(random_supernet(space, seed=1, dtype=torch.float32), space.largest).eval())
-    return Trainer(net, phase, plan, 0.1, teacher, 0)
+    return step_of(net, phase, plan, teacher=teacher)
 
 
 def training_step(space: SearchSpace, *, num_steps: int = STEPS) -> None:
     images = random_images(space, BATCH, dtype=torch.float32)
-    trainer(space, num_steps=num_steps).step(images, labels(space), 0, 0, 0.1, torch.Generator().manual_seed(0))
+    take(made_step(space, num_steps=num_steps), images, labels(space))
 
 
 @pytest.mark.parametrize("form", ["written out", "autograd"])
@@ -156,10 +156,10 @@ def test_kernels_of_a_training_step_grow_by_those_of_an_attack_step(monkeypatch)
     counts, own = [], Calls(maps.maps_library())
     monkeypatch.setattr(maps, "maps_library", lambda: own)
     for steps in (1, 2, 3):
-        made, images = trainer(SPACE, num_steps=steps), random_images(SPACE, BATCH, dtype=torch.float32)
+        made, images = made_step(SPACE, num_steps=steps), random_images(SPACE, BATCH, dtype=torch.float32)
         own.counts.clear()
         with Kernels() as kernels:
-            made.step(images, labels(SPACE), 0, 0, 0.1, torch.Generator().manual_seed(0))
+            take(made, images, labels(SPACE))
         counts.append(sum(kernels.counts.values()))
     assert counts[1] - counts[0] == counts[2] - counts[1]
     convs = len(SPACE.spec(middle(SPACE)).convs)

@@ -8,15 +8,14 @@ import pytest
 import torch
 from helpers import image_sets, random_images, random_supernet, tiny_config, tiny_space
 from torch.utils._python_dispatch import TorchDispatchMode
-from training_runs import EPS, phase_run, same
+from training_runs import phase_run, same, step_of, take
 
 from proard.config import UserError
 from proard.losses import Objective
 from proard.nets import extract, fold
 from proard.progress import Progress
-from proard.training import Drawn, Plan, loop, phase_plan, single_plan
+from proard.training import Drawn, Plan, phase_plan, single_plan
 from proard.training.guard import Guard, flat
-from proard.training.trainer import Trainer
 
 WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::is_nonzero"}
 
@@ -37,11 +36,11 @@ class Waits(TorchDispatchMode):
 
 def one_step(settings, plan, *, teacher=None):
     net = random_supernet(tiny_space(), dtype=torch.float32)
-    trainer = Trainer(net, settings, plan, EPS, teacher, 0)
+    step = step_of(net, settings, plan, teacher=teacher)
     images, labels = random_images(tiny_space(), 6, dtype=torch.float32), torch.arange(6) % 3
     with Waits() as waits:
-        outcome = trainer.step(images, labels, 0, 0, 0.1, torch.Generator().manual_seed(0))
-    return trainer, waits.seen, outcome
+        outcome = take(step, images, labels)
+    return step, waits.seen, outcome
 
 
 @pytest.mark.parametrize("bn_mode", ["clean_batch", "running", "batch"])
@@ -49,18 +48,18 @@ def one_step(settings, plan, *, teacher=None):
 def test_a_step_of_one_network_makes_no_host_wait(objective, bn_mode):
     attack = {"num_steps": 2, "step_size": 0.05, "bn_mode": bn_mode}
     settings = tiny_config(train_teacher__attack=attack, train_teacher__clip_norm=1.0).train_teacher
-    trainer, seen, _ = one_step(settings, single_plan(tiny_space().largest, objective, settings))
+    made, seen, _ = one_step(settings, single_plan(tiny_space().largest, objective, settings))
     assert seen == []
-    assert trainer.guard.failure() is None
+    assert made.update.guard.failure() is None
 
 
 def test_a_step_of_several_subnets_makes_no_host_wait():
     (phase,) = tiny_config(phase__teacher="both", phase__archs_per_step=3).train_phase.phases
     space = tiny_space()
     teacher = fold(extract(random_supernet(space, dtype=torch.float32).eval(), space.largest))
-    _, seen, (loss, clean, robust, _) = one_step(phase, phase_plan(space, phase), teacher=teacher)
+    _, seen, result = one_step(phase, phase_plan(space, phase), teacher=teacher)
     assert seen == []
-    assert (loss.shape, clean.shape, robust.shape) == ((), (), ())
+    assert (result.loss.shape, result.clean.shape, result.robust.shape) == ((), (), ())
 
 
 def test_the_counter_sees_a_wait():
@@ -98,28 +97,28 @@ def test_guard_puts_back_what_was_saved_only_after_a_failure(failed):
 
 def test_after_a_failure_further_steps_move_nothing_at_all():
     settings = tiny_config().train_teacher
-    trainer, _, _ = one_step(settings, single_plan(tiny_space().largest, "trades", settings))
-    kept = {name: tensor.clone() for name, tensor in trainer.tensors().items()}
+    made, _, _ = one_step(settings, single_plan(tiny_space().largest, "trades", settings))
+    kept = {name: tensor.clone() for name, tensor in made.tensors().items()}
     images, labels = random_images(tiny_space(), 6, dtype=torch.float32), torch.arange(6) % 3
     for step, batch in ((1, images * torch.nan), (2, images)):
-        trainer.step(batch, labels, step, 0, 0.1, torch.Generator().manual_seed(step))
-        assert same(trainer.tensors(), kept), f"step {step}"
-    assert trainer.guard.failure()[0] == 1
+        take(made, batch, labels, number=step, seed=step)
+        assert same(made.tensors(), kept), f"step {step}"
+    assert made.update.guard.failure()[0] == 1
 
 
 def test_a_finite_loss_with_a_gradient_that_is_not_moves_nothing_in_the_same_step():
     settings = tiny_config().train_teacher
-    trainer, _, _ = one_step(settings, single_plan(tiny_space().largest, "plain", settings))
-    kept = {name: tensor.clone() for name, tensor in trainer.tensors().items()}
+    made, _, _ = one_step(settings, single_plan(tiny_space().largest, "plain", settings))
+    kept = {name: tensor.clone() for name, tensor in made.tensors().items()}
     steep = Objective(None, lambda batch: 0.5 + (0 * batch.clean).sum().sqrt(), frozenset({"clean"}))
-    trainer.plan = Plan(lambda seed, step, data_pass: [Drawn(tiny_space().largest, steep, {})])
+    made.plan = Plan(lambda seed, step, data_pass: [Drawn(tiny_space().largest, steep, {})])
     images, labels = random_images(tiny_space(), 6, dtype=torch.float32), torch.arange(6) % 3
     with Waits() as waits:
-        loss, *_ = trainer.step(images, labels, 1, 0, 0.1, torch.Generator().manual_seed(0))
+        loss = take(made, images, labels, number=1).loss
     assert waits.seen == []
     assert loss == 0.5
-    assert trainer.guard.failure() == (1, 0.5)
-    assert same(trainer.tensors(), kept)
+    assert made.update.guard.failure() == (1, 0.5)
+    assert same(made.tensors(), kept)
 
 
 @pytest.fixture(scope="module")
@@ -128,10 +127,9 @@ def train_set(tmp_path_factory):
 
 
 @pytest.mark.parametrize("read_every", [1, 20])
-def test_what_is_saved_does_not_depend_on_when_the_host_looks(train_set, tmp_path, monkeypatch, read_every):
+def test_what_is_saved_does_not_depend_on_when_the_host_looks(train_set, tmp_path, read_every):
     """Step 1 of 6 in an epoch fails; looking late, the host has seen all further steps come and go."""
-    monkeypatch.setattr(loop, "READ_EVERY", read_every)
-    run = phase_run(train_set, tmp_path, epochs=1, batch_size=8, fit_now=False)
+    run = phase_run(train_set, tmp_path, epochs=1, batch_size=8, fit_now=False, injected={"read_every": read_every})
     run.source.poison_at = 1
     with pytest.raises(UserError, match="the loss is nan at step 1"):
         run.fit()

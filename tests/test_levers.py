@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 import torch
 from helpers import image_sets, random_supernet, tiny_config, tiny_space
-from training_runs import EPS, phase_run, same, teacher_run
+from training_runs import EPS, phase_run, same, step_of, take, teacher_run
 
-from proard.config import ConfigError, TrainingAttack, UserError
+from proard.attacks import pgd
+from proard.config import ConfigError, Threat, TrainingAttack, UserError
 from proard.data import Augmenter, Views
 from proard.losses import OBJECTIVES
 from proard.nets import extract, fold
-from proard.training import Drawn, Interrupted, Plan, trainer
-from proard.training.inner import CarriedPerturbations, Inner, pgd_options, steps_at, weakest
+from proard.training import Drawn, Interrupted, Plan, StepTally
+from proard.training.attacker import Attacker, pgd_options, steps_at, weakest
+from proard.training.carried import CarriedPerturbations
 from proard.training.teacher_table import TeacherTable
 
 SPACE = tiny_space()
@@ -34,29 +36,27 @@ def batch(count=6):
     return images, torch.arange(count) % 3
 
 
-class Recorded(Inner):
-    """An inner maximisation that remembers what every subnet's attack was given and found."""
+class Recorded:
+    """What every subnet's attack of one step was given and found, in the order of the attacks."""
 
-    def begin(self, drawn, space, **where):
+    def __init__(self):
         self.seen = []
-        self.order = super().begin(drawn, space, **where)
-        return self.order
 
-    def keep(self, subnet, images, adversarial):
-        self.seen.append((subnet, self.options(images), adversarial.clone()))
-        super().keep(subnet, images, adversarial)
+    def __call__(self, predict, objective, images, *, generator, steps, **options):
+        adversarial = pgd(predict, objective, images, generator=generator, steps=steps, **options)
+        self.seen.append((options, adversarial.clone()))
+        return adversarial
 
 
 def step_with(attack, drawn):
     """One training step on given subnets: its work, and what was recorded."""
     (phase,) = tiny_config().train_phase.phases
     phase = phase.model_copy(update={"attack": attack})
+    recorded = Recorded()
     net = random_supernet(SPACE, dtype=torch.float32)
-    inner = Recorded(attack, eps=EPS)
-    stepped = trainer.Trainer(net, phase, Plan(lambda seed, step, data_pass: drawn), EPS, None, 0, inner=inner)
-    images, labels = batch()
-    *_, work = stepped.step(images, labels, 0, 0, 0.01, torch.Generator().manual_seed(1))
-    return work.forwards, inner
+    step = step_of(net, phase, Plan(lambda seed, step, data_pass: drawn), search=recorded)
+    recorded.order = step.attacker.begin(drawn, SPACE, step=0, data_pass=0, views=None)
+    return take(step, *batch(), lr=0.01, seed=1).work.forwards, recorded
 
 
 def at(arch, **changes):
@@ -75,17 +75,17 @@ def test_one_subnet_crafts_and_the_others_start_from_its_images(shared, first):
     assert inner.order[0] is drawn[first]
     assert [subnet for subnet in drawn if subnet is not drawn[first]] == inner.order[1:]
     source, others = inner.seen[0], inner.seen[1:]
-    assert source[1]["num_steps"] == 3
-    assert "initial" not in source[1]
-    for _, options, _ in others:
+    assert source[0]["num_steps"] == 3
+    assert "initial" not in source[0]
+    for options, _ in others:
         assert options["num_steps"] == 1
-        assert torch.equal(options["initial"], source[2])
+        assert torch.equal(options["initial"], source[1])
     assert work == 3 * (1 + 3) + 2 * (3 + 1 + 1)  # pgd_at: clean statistics, adversarial pass; five gradients in all
 
 
 def test_without_own_steps_every_subnet_trains_on_the_shared_images():
     work, inner = step_with(attack_of(shared="largest", own_steps=0), [at(SPACE.smallest), at(SPACE.largest)])
-    assert torch.equal(inner.seen[0][2], inner.seen[1][2])
+    assert torch.equal(inner.seen[0][1], inner.seen[1][1])
     assert work == 2 * (1 + 3) + 2 * 3
 
 
@@ -93,18 +93,18 @@ def test_own_steps_continue_the_same_attack_on_the_same_subnet():
     """k shared and m own steps on one subnet are k + m steps of its attack."""
     _, inner = step_with(attack_of(shared="smallest", own_steps=2), [at(SPACE.smallest), at(SPACE.smallest)])
     _, longer = step_with(attack_of().model_copy(update={"num_steps": 5}), [at(SPACE.smallest)])
-    assert torch.equal(inner.seen[1][2], longer.seen[0][2])
-    assert not torch.equal(inner.seen[0][2], longer.seen[0][2])
+    assert torch.equal(inner.seen[1][1], longer.seen[0][1])
+    assert not torch.equal(inner.seen[0][1], longer.seen[0][1])
 
 
 def test_own_steps_may_be_longer_than_the_shared_ones():
     drawn = [at(SPACE.largest), at(SPACE.smallest)]
     _, inner = step_with(attack_of(shared="smallest", own_steps=2, own_step_size=0.1), drawn)
-    assert [options["step_size"] for _, options, _ in inner.seen] == [0.03, 0.1]
+    assert [options["step_size"] for options, _ in inner.seen] == [0.03, 0.1]
     _, alike = step_with(attack_of(shared="smallest", own_steps=2, own_step_size=0.03), drawn)
     _, unset = step_with(attack_of(shared="smallest", own_steps=2), drawn)
-    assert torch.equal(unset.seen[1][2], alike.seen[1][2])
-    assert not torch.equal(unset.seen[1][2], inner.seen[1][2])
+    assert torch.equal(unset.seen[1][1], alike.seen[1][1])
+    assert not torch.equal(unset.seen[1][1], inner.seen[1][1])
 
 
 def test_one_subnet_alone_shares_with_nobody(train_set, tmp_path):
@@ -124,7 +124,7 @@ def test_a_dynamic_teacher_stays_first(shared, steps):
     students = [Drawn(arch, OBJECTIVES["rslad"], {"adv_weight": 0.5}) for arch in (middle, SPACE.smallest)]
     _, inner = step_with(attack_of(shared=shared), [guide, *students])
     assert inner.order[0] is guide
-    assert [options["num_steps"] for _, options, _ in inner.seen] == steps
+    assert [options["num_steps"] for options, _ in inner.seen] == steps
     assert (inner.order[1] is students[1]) == (shared == "smallest")
 
 
@@ -228,18 +228,23 @@ def test_carried_l2_perturbations_start_inside_the_ball():
 
 def test_attack_starts_where_the_last_pass_left_it():
     attack = attack_of(carry_passes=9, start="zero")
-    inner = Inner(attack, eps=EPS, carried=CarriedPerturbations(attack, (6, 8, 8, 1), eps=EPS, norm="linf", seed=0))
+    inner = Attacker(
+        attack,
+        StepTally(),
+        threat=Threat(eps=EPS),
+        carried=CarriedPerturbations(attack, (6, 8, 8, 1), eps=EPS, norm="linf", seed=0),
+    )
     zeros = torch.zeros(6, dtype=torch.int64)
     views, (images, _) = Views(torch.arange(6), zeros, zeros, zeros.bool()), batch()
     drawn = [at(SPACE.smallest), at(SPACE.largest)]
     inner.begin(drawn, SPACE, step=0, data_pass=0, views=views)
     assert torch.equal(inner.options(images)["initial"], images)
-    inner.keep(drawn[0], images, images + EPS)
-    inner.keep(drawn[1], images, images - EPS)
+    inner._keep(drawn[0], images, images + EPS)
+    inner._keep(drawn[1], images, images - EPS)
     inner.begin(drawn, SPACE, step=1, data_pass=0, views=views)
     assert torch.equal(inner.options(images)["initial"], images), "an uncommitted step leaves nothing"
-    inner.keep(drawn[0], images, images + EPS)
-    inner.keep(drawn[1], images, images - EPS)
+    inner._keep(drawn[0], images, images + EPS)
+    inner._keep(drawn[1], images, images - EPS)
     inner.commit(torch.zeros(()))
     inner.begin(drawn, SPACE, step=2, data_pass=1, views=views)
     torch.testing.assert_close(inner.options(images)["initial"], images + EPS)
@@ -416,6 +421,6 @@ def test_levers_are_off_by_default():
     }
     assert (attack.shared, attack.curriculum, attack.carry_passes) == (None, None, None)
     drawn = [at(SPACE.largest), at(SPACE.smallest)]
-    inner = Inner(attack, eps=EPS)
+    inner = Attacker(attack, StepTally(), threat=Threat(eps=EPS))
     assert inner.begin(drawn, SPACE, step=0, data_pass=0, views=None) is drawn
     assert inner.tensors() == {}

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from helpers import image_sets, save_stripes, tiny_config, tiny_space
 from training_runs import no_validation, same, teacher_run
 
 from proard.artifacts import read_table
-from proard.attacks import pgd
 from proard.config import Attack, Measurement, Threat, TrainingAttack, Validation, job_settings
 from proard.data import to_float
 from proard.evaluation.meter import validation_rows
 from proard.stages import train_teacher
-from proard.training import trainer
+from proard.training import StepTally
+from proard.training.attacker import Attacker
 from proard.training.overfitting import overfitting
 
 SPACE = tiny_space()
@@ -96,14 +97,8 @@ def test_validation_measures_the_training_attack_on_the_same_images(tmp_path):
     assert row(num_steps=1, start="zero")["val_train_attack_acc"] > robust
 
 
-def test_stage_trains_in_l2_and_watches_itself(tmp_path, monkeypatch):
-    paths, seen = save_stripes(tmp_path, train=32, val=12), []
-
-    def remember(*problem, **options):
-        seen.append((options["norm"], options["num_steps"], options["step_size"]))
-        return pgd(*problem, **options)
-
-    monkeypatch.setattr(trainer, "pgd", remember)
+def test_stage_trains_in_l2_and_watches_itself(tmp_path):
+    paths = save_stripes(tmp_path, train=32, val=12)
     attack = {"num_steps": 2, "step_size": 0.05, "curriculum": {}}
     validation = {"num_images": 12, "num_steps": 4, "step_size": 0.05}
     teacher = {"train_teacher__attack": attack, "train_teacher__validation": validation, "train_teacher__epochs": 1}
@@ -112,7 +107,11 @@ def test_stage_trains_in_l2_and_watches_itself(tmp_path, monkeypatch):
     files |= {"teacher": tmp_path / "teacher.safetensors", "history": tmp_path / "history.parquet"}
     arguments = ["--settings", job_settings(config, "train_teacher"), "--device", "cpu", "--threads", "1"]
     train_teacher.main(arguments + [text for name, path in files.items() for text in (f"--{name}", str(path))])
-    assert seen == [("l2", 1, 1.25 * 0.07), ("l2", 2, 0.05)]
+    attacker = Attacker(config.train_teacher.attack, StepTally(), threat=config.threat, total_steps=2)
+    for step, wanted in enumerate([("l2", 1, 1.25 * 0.07), ("l2", 2, 0.05)]):
+        attacker.begin([], tiny_space(), step=step, data_pass=0, views=None)
+        options = attacker.options(torch.zeros(1))
+        assert (options["norm"], options["num_steps"], options["step_size"]) == wanted
     (row,) = read_table(files["history"]).to_dict("records")
     assert 0 <= row["val_robust_acc"] <= row["val_clean_acc"] <= 1
     assert 0 <= row["val_train_attack_acc"] <= 1

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 from helpers import image_sets
 from training_runs import teacher_run
 
+from proard.attacks import pgd
 from proard.progress import Progress
-from proard.training import loop
-from proard.training.trainer import Trainer
 
 
 @pytest.mark.parametrize(("start_up", "left"), [(0, "19 min 15 s left"), (5, "1 min 50 s left")])
@@ -32,17 +29,16 @@ def test_a_single_unit_has_a_rate_before_start_up_is_over(capsys):
     assert "4 s left" in capsys.readouterr().out
 
 
-def test_a_training_announces_its_time_without_start_up(tmp_path, monkeypatch, capsys):
+def test_a_training_announces_its_time_without_start_up(tmp_path, capsys):
     """Five steps of 20 s, then steps of 1 s: 14 remain after the tenth."""
     now = [0.0]
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    original = Trainer.step
+    steps = iter(range(40))
 
-    def clocked(trainer, images, labels, step, *rest):
-        now[0] += 20 if step < 5 else 1
-        return original(trainer, images, labels, step, *rest)
+    def search(*arguments, **options):
+        now[0] += 20 if next(steps) < 5 else 1
+        return pgd(*arguments, **options)
 
-    monkeypatch.setattr(Trainer, "step", clocked)
+    injected = {"search": search, "clock": lambda: now[0]}
     train = image_sets(tmp_path, train=48, val=12)["train"]
-    teacher_run(train, tmp_path, epochs=4, batch_size=8)
+    teacher_run(train, tmp_path, epochs=4, batch_size=8, injected=injected)
     assert "teacher: about 14 s to go, validation apart" in capsys.readouterr().out

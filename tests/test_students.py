@@ -14,22 +14,21 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import CONFIG, TINY, tiny_space
+from helpers import CONFIG, TINY, random_images, random_supernet, tiny_space
 from student_runs import config_of, student_files, train
-from training_runs import plain_network, same
+from training_runs import EPS, plain_network, same, step_of, take
 
 from proard.artifacts import read_header
+from proard.attacks import pgd
 from proard.config import ConfigError, UserError, job_settings, load
 from proard.config.students import expand
-from proard.losses import Batch, fast_edge_loss
+from proard.losses import Batch, Objective, fast_edge_loss
 from proard.nets import load_static
 from proard.nets.elastic import Supernet
 from proard.stages import train_student
 from proard.stages.train_teacher import fitted_space
-from proard.training import Interrupted, single_plan
-from proard.training import trainer as trainer_module
-from proard.training.loop import learning_rate
-from proard.training.trainer import Trainer
+from proard.training import Drawn, Interrupted, Plan, single_plan
+from proard.training.run import learning_rate
 
 ROOT = Path(__file__).parents[1]
 
@@ -204,23 +203,21 @@ def test_other_networks_train_with_attack_and_teacher(files, tmp_path, net):
     [{}, {"optimizer": "adamw", "lr": 1e-3}, {"optimizer": "muon", "lr": 0.02}],
     ids=["sgd", "adamw", "muon"],
 )
-def test_a_stopped_training_of_a_vit_goes_on_bit_for_bit(files, tmp_path, changes, monkeypatch):
+def test_a_stopped_training_of_a_vit_goes_on_bit_for_bit(files, tmp_path, changes):
     net = {"family": "vit", "patch": 4, "layers": 1, "heads": 2, "hidden": 8, "mlp": 8}
     student = {"name": "s", "net": net, "loss": "rslad", **changes}
     whole = train(files, tmp_path / "whole", student)[0].state_dict()
-    original, seen = Trainer.step, []
+    seen = []
 
-    def step(self, *arguments, **options):
-        seen.append(arguments[2])
+    def search(*arguments, **options):
+        seen.append(arguments)
         if len(seen) == 8:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, *arguments, **options)
+        return pgd(*arguments, **options)
 
-    monkeypatch.setattr(Trainer, "step", step)
-    with pytest.raises(Interrupted):
-        train(files, tmp_path / "parts", student)
+    with pytest.raises(Interrupted, match="after step 8"):
+        train(files, tmp_path / "parts", student, search=search)
     again = train(files, tmp_path / "parts", student)[0].state_dict()
-    assert seen[8] == 8
     assert same(whole, again)
 
 
@@ -297,23 +294,19 @@ def test_an_attack_budget_becomes_epochs():
         config_of({"name": "s", "attack_budget": "ten"})
 
 
-def test_noise_moves_every_clean_image_inside_the_ball(files, tmp_path, monkeypatch):
-    seen = []
-    original = trainer_module.Trainer._forward
-
-    def forward(self, view, subnet, images, *rest):
-        seen.append(images.clone())
-        return original(self, view, subnet, images, *rest)
-
-    monkeypatch.setattr(trainer_module.Trainer, "_forward", forward)
-    still = {"augment": {"crop_padding": 0, "flip": False}, "epochs": 1, "loss": "kd", "name": "s"}
+def test_noise_moves_every_clean_image_inside_the_ball():
+    seen, space = [], tiny_space()
+    watched = Objective(None, lambda batch: seen.append(batch.images) or batch.clean.sum(), frozenset({"clean"}))
+    plan = Plan(lambda seed, step, data_pass: [Drawn(space.largest, watched, {})])
+    images = random_images(space, 6, dtype=torch.float32)
     for noise in (0, 1):
-        train(files, tmp_path / str(noise), {**still, "clean_noise": noise})
-    half = len(seen) // 2
-    for before, after in zip(seen[:half], seen[half:], strict=True):
-        assert 0.05 < (after - before).abs().max() <= 0.1 + 1e-6
-        assert after.min() >= 0
-        assert after.max() <= 1
+        (student,) = config_of({"name": "s", "loss": "kd", "clean_noise": noise}).train_student.students
+        take(step_of(random_supernet(space, dtype=torch.float32), student, plan), images, torch.arange(6) % 3)
+    before, after = seen
+    assert torch.equal(before, images)
+    assert 0.05 < (after - before).abs().max() <= EPS + 1e-6
+    assert after.min() >= 0
+    assert after.max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -336,18 +329,16 @@ def test_an_attack_on_the_teacher_needs_one():
         load({**CONFIG, "train_teacher": {"attack": {"crafted_on": "teacher"}}})
 
 
-def test_images_crafted_on_the_teacher_are_fgsm_against_it(files, tmp_path, monkeypatch):
+def test_images_crafted_on_the_teacher_are_fgsm_against_it(files, tmp_path):
     seen = []
-    original = trainer_module.pgd
 
-    def pgd(predict, objective, images, **options):
-        adv = original(predict, objective, images, **options)
+    def search(predict, objective, images, **options):
+        adv = pgd(predict, objective, images, **options)
         seen.append((images.clone(), objective.labels, adv))
         return adv
 
-    monkeypatch.setattr(trainer_module, "pgd", pgd)
     attack = {"crafted_on": "teacher", "num_steps": 1, "step_size": 0.1, "start": "zero"}
-    train(files, tmp_path, {"name": "s", "loss": "fast_edge", "attack": attack, "epochs": 1})
+    train(files, tmp_path, {"name": "s", "loss": "fast_edge", "attack": attack, "epochs": 1}, search=search)
     net, *_ = load_static(files["teacher"], kind="teacher")
     images, labels, adv = seen[-1]
     inputs = images.clone().requires_grad_()

@@ -33,13 +33,13 @@ def close(first, second):
 
 
 def test_uneven_parts_of_a_batch_train_as_the_whole_batch_does(ranks):
-    whole = train(ALONE, steps=3, lr=0.05)
+    whole, measures = train(ALONE, steps=3, lr=0.05)
     start = dict(random_supernet(tiny_space()).named_parameters())
-    assert not torch.equal(whole.parameters["head.weight"], start["head.weight"])
+    assert not torch.equal(whole.update.parameters["head.weight"], start["head.weight"])
     for rank in ranks:
         close(rank["trained"], whole.net.state_dict())
-        close(rank["average"], whole.average)
-        torch.testing.assert_close(rank["measures"], torch.stack(whole.measures).double(), rtol=1e-8, atol=0)
+        close(rank["average"], whole.update.average)
+        torch.testing.assert_close(rank["measures"], torch.stack(measures).double(), rtol=1e-8, atol=0)
     assert all(torch.equal(value, ranks[1]["trained"][name]) for name, value in ranks[0]["trained"].items())
 
 
@@ -105,16 +105,16 @@ def test_only_active_slices_travel_in_one_buffer(ranks):
 
 
 def test_every_gradient_of_a_step_lies_in_the_active_slices():
-    trainer = train(ALONE, steps=1, lr=0.0)
-    assert any(bool((parameter.grad == 0).any()) for parameter in trainer.parameters.values())
+    trainer, _ = train(ALONE, steps=1, lr=0.0)
+    assert any(bool((parameter.grad == 0).any()) for parameter in trainer.update.parameters.values())
     specs = [tiny_space().spec(arch) for arch in archs()]
     for view in active_gradients(trainer.net, specs):
         view.zero_()
-    assert all(bool((parameter.grad == 0).all()) for parameter in trainer.parameters.values())
+    assert all(bool((parameter.grad == 0).all()) for parameter in trainer.update.parameters.values())
 
 
 def test_loss_that_is_not_finite_on_one_process_stops_all_before_anything_moves(ranks):
-    before = dict(train(ALONE, steps=0, lr=0.05).parameters)
+    before = train(ALONE, steps=0, lr=0.05)[0].update.parameters
     for rank in ranks:
         step, loss = rank["failure"]
         assert step == 1
@@ -125,13 +125,13 @@ def test_loss_that_is_not_finite_on_one_process_stops_all_before_anything_moves(
 
 
 def test_one_process_alone_syncs_nothing():
-    assert train(ALONE, steps=0, lr=0.05).sync is None
+    assert train(ALONE, steps=0, lr=0.05)[0].update.sync is None
 
 
 def test_a_batch_smaller_than_the_number_of_processes_is_refused():
     with pytest.raises(UserError, match="4 processes cannot share a batch of 3 images; raise batch_size or ask for"):
-        Ranks(0, 4).share(3)
-    parts = [Ranks(rank, 3).share(16).part for rank in range(3)]
+        Ranks(0, 4).part(3)
+    parts = [Ranks(rank, 3).part(16).rows for rank in range(3)]
     assert [(part.start, part.stop) for part in parts] == [(0, 5), (5, 10), (10, 16)]
 
 

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 from helpers import TINY_MOBILE, image_sets, random_supernet, tiny_config, tiny_space
-from training_runs import EPS, no_validation, phase_run, same, teacher_run
+from training_runs import no_validation, phase_run, same, step_of, take, teacher_run
 
+from proard.attacks import pgd
 from proard.config import PRESETS, Attack, Measurement, Threat, UserError
 from proard.data import to_float
 from proard.evaluation import SubnetMeter
 from proard.nets import Supernet
 from proard.space import SearchSpace
 from proard.stages.training import AugmentedImages
-from proard.training import Interrupted, ResumeState, fit, phase_plan, single_plan
-from proard.training.loop import learning_rate
-from proard.training.trainer import Trainer
+from proard.training import Interrupted, ResumeState, Run, phase_plan, single_plan
+from proard.training.run import learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -103,15 +103,15 @@ def test_weight_decay_spares_norms_biases_transforms_and_every_parameter_has_mom
     settings = tiny_config(train_teacher__weight_decay=0.01).train_teacher
     net = random_supernet(space, dtype=torch.float32)
     plan = single_plan(space.smallest, "plain", settings)
-    trainer = Trainer(net, settings, plan, EPS, None, 0)
-    decay = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    step = step_of(net, settings, plan)
+    decay = {id(p): group["weight_decay"] for group in step.update.optimizer.param_groups for p in group["params"]}
     for name, parameter in net.named_parameters():
         spared = ".bn." in name or ".transforms." in name or name.endswith("bias")
         assert decay[id(parameter)] == (0.0 if spared else 0.01), name
     generator = torch.Generator().manual_seed(0)
     images, labels = torch.rand(6, 1, 8, 8, generator=generator), torch.arange(6) % 3
-    trainer.step(images, labels, 0, 0, 0.1, generator)  # the smallest subnet leaves most gradients at zero
-    momentum = {name for name in trainer.tensors() if name.startswith("momentum.")}
+    take(step, images, labels)  # the smallest subnet leaves most gradients at zero
+    momentum = {name for name in step.tensors() if name.startswith("momentum.")}
     assert momentum == {f"momentum.{name}" for name, _ in net.named_parameters()}
 
 
@@ -163,18 +163,17 @@ def test_weights_of_the_best_validated_epoch_are_kept(train_set, tmp_path, robus
 def test_training_may_round_convolutions_and_validation_may_not(train_set, tmp_path, monkeypatch):
     """TF32 on a GPU: a subnet is validated as it is measured and exported."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    seen, step = [], Trainer.step
+    seen = []
 
-    def watched(*arguments, **options):
+    def search(*arguments, **options):
         seen.append(("step", torch.backends.cudnn.allow_tf32))
-        return step(*arguments, **options)
+        return pgd(*arguments, **options)
 
     def validate(net):
         seen.append(("validate", torch.backends.cudnn.allow_tf32))
         return no_validation(net)
 
-    monkeypatch.setattr(Trainer, "step", watched)
-    teacher_run(train_set, tmp_path, epochs=1, validate=validate)
+    teacher_run(train_set, tmp_path, epochs=1, validate=validate, injected={"search": search})
     assert set(seen) == {("step", True), ("validate", False)}
     assert not torch.backends.cudnn.allow_tf32
 
@@ -315,18 +314,19 @@ def test_every_space_trains_a_step_and_is_measured(name, tmp_path, tmp_path_fact
     ).train_phase.phases
     net = Supernet(space, mean=images.mean, std=images.std, generator=torch.Generator().manual_seed(0))
     before = {name: value.clone() for name, value in net.named_parameters()}
-    rows = fit(
+    run = Run(
         net,
         label="step",
         plan=phase_plan(space, phase),
         settings=phase,
-        eps=8 / 255,
+        threat=Threat(),
         source=AugmentedImages(images, phase),
         teacher=lambda batch: torch.linspace(-1, 1, 10).expand(len(batch), 10),
         validate=no_validation,
         state=ResumeState(tmp_path / "net.safetensors", "mark"),
         seed=0,
     )
+    rows = run.train()
     assert rows[-1]["step"] == 1
     assert math.isfinite(rows[-1]["loss"])
     moved = {name for name, value in net.named_parameters() if not torch.equal(value, before[name])}

@@ -9,13 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import image_sets, random_images, random_supernet, tiny_config, tiny_space
-from training_runs import phase_run, plain_network, same
+from training_runs import phase_run, plain_network, same, step_of, take
 
 from proard.config import Phase
 from proard.losses.distillation import alpha_loss
 from proard.training import Drawn, phase_plan, planned_work, within_budget
 from proard.training.plan import pace
-from proard.training.trainer import Trainer
 
 IMAGES = 96  # of the stripes: six batches of 16
 
@@ -63,7 +62,7 @@ def test_the_plan_foretells_what_the_trainer_counts(train_set, tmp_path, changes
     run = phase_run(train_set, tmp_path, epochs=1, **changes)
     phase = phase_of(epochs=1, **changes)
     work = planned_work(tiny_space(), phase, images=IMAGES, seed=0)
-    assert run.rows[-1]["forward_equivalents"] == round(work.forward_equivalents * run.rows[-1]["images"])
+    assert run.rows[-1]["forward_equivalents"] == round(work.forwards * run.rows[-1]["images"])
 
 
 def test_macs_weigh_every_pass_by_its_network():
@@ -71,11 +70,11 @@ def test_macs_weigh_every_pass_by_its_network():
     largest, smallest = (space.spec(arch).macs for arch in (space.largest, space.smallest))
     per_subnet = 3 + 2 * 2 + 3  # clean pass, two attack steps, adversarial pass
     work = planned_work(space, both_ends, images=IMAGES, seed=0, teacher_macs=1000)
-    assert work.forward_equivalents == 2 * per_subnet + 1
+    assert work.forwards == 2 * per_subnet + 1
     assert work.macs == per_subnet * (largest + smallest) + 1000
     attack = {"num_steps": 4, "shared": "smallest", "own_steps": 1}
     shared = planned_work(space, phase_of(sampling="sandwich", archs_per_step=2, attack=attack), images=IMAGES, seed=0)
-    assert shared.forward_equivalents == (3 + 8 + 3) + (3 + 2 + 3) + 1
+    assert shared.forwards == (3 + 8 + 3) + (3 + 2 + 3) + 1
     assert shared.macs == (3 + 8 + 3) * smallest + (3 + 2 + 3) * largest
 
 
@@ -103,7 +102,7 @@ def test_strategies_spend_equally_much_within_a_step(train_set, tmp_path, change
         train_set, tmp_path, fit_now=False, epochs=phase.epochs, warmup_epochs=phase.warmup_epochs, **changes
     )
     run.fit()
-    step = planned_work(tiny_space(), phase, images=IMAGES, seed=0).forward_equivalents * 16
+    step = planned_work(tiny_space(), phase, images=IMAGES, seed=0).forwards * 16
     assert abs(run.rows[-1]["forward_equivalents"] - budget) <= 0.5 * step
 
 
@@ -111,7 +110,7 @@ def test_a_curriculum_is_counted_at_its_mean_and_a_phase_without_a_budget_is_lef
     attack = {"num_steps": 4, "curriculum": {"first_steps": 1}}
     phase = phase_of(sampling="uniform", archs_per_step=1, attack=attack, epochs=8)
     work = planned_work(tiny_space(), phase, images=IMAGES, seed=0)
-    assert work.forward_equivalents == pytest.approx(1 + 6 + 2 * 2.5)
+    assert work.forwards == pytest.approx(1 + 6 + 2 * 2.5)
     assert within_budget(tiny_space(), phase, images=IMAGES, seed=0) is phase
 
 
@@ -133,11 +132,10 @@ def gradients(phase: Phase, *, progress: float) -> dict[str, torch.Tensor]:
     space = tiny_space()
     net = random_supernet(space, dtype=torch.float32)
     plan = phase_plan(space, phase)
-    trainer = Trainer(net, phase, plan, 0.1, plain_network(seed=0), 0)
-    trainer.total_steps = 100
+    step = step_of(net, phase, plan, teacher=plain_network(seed=0), total_steps=100)
     images = random_images(space, 8, dtype=torch.float32)
     labels = torch.arange(8) % 3
-    trainer.step(images, labels, round(100 * progress), 0, 0.0, torch.Generator().manual_seed(0))
+    take(step, images, labels, number=round(100 * progress), lr=0.0)
     return {name: parameter.grad.clone() for name, parameter in net.named_parameters()}
 
 
@@ -186,10 +184,10 @@ def test_alpha_divergence_distils_from_the_largest_subnet_of_the_same_step():
         return replace(drawn, objective=replace(drawn.objective, loss=loss))
 
     subnets = [watched(drawn) for drawn in plan.draw(0, 0, 0)]
-    trainer = Trainer(net, phase, replace(plan, draw=lambda seed, step, data_pass: subnets), 0.1, None, 0)
+    step = step_of(net, phase, replace(plan, draw=lambda seed, step, data_pass: subnets))
     labels = torch.arange(8) % 3
     images = random_images(space, 8, dtype=torch.float32)
-    trainer.step(images, labels, 0, 0, 0.0, torch.Generator().manual_seed(0))
+    take(step, images, labels, lr=0.0)
     (guide, guide_batch, guide_loss), *students = seen
     assert guide.guides
     assert guide.arch == space.largest

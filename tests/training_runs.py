@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from helpers import random_supernet, tiny_config, tiny_space
 
+from proard.config import Threat
 from proard.nets import Supernet, extract, fold
 from proard.stages.training import AugmentedImages
-from proard.training import ResumeState, fit, phase_plan, single_plan
+from proard.training import ResumeState, StepBatch, StepResult, TrainingStep, phase_plan, single_plan, training_step
+from proard.training import Run as TrainingRun
 
 EPS = 0.1
 
@@ -44,7 +46,7 @@ def no_validation(_net):
 class Run:
     """A training in one process; what it did stays at hand."""
 
-    def __init__(self, train, folder, settings, plan, *, seed=0, validate=no_validation, fit_now=True, **networks):
+    def __init__(self, train, folder, settings, plan, *, seed=0, validate=no_validation, fit_now=True, **more):
         self.space = tiny_space()
         generator = torch.Generator().manual_seed(seed)
         self.net = Supernet(self.space, mean=train.mean, std=train.std, generator=generator)
@@ -54,20 +56,29 @@ class Run:
             "label": "teacher",
             "plan": plan,
             "settings": settings,
-            "eps": EPS,
+            "threat": Threat(eps=EPS),
             "source": self.source,
-            "teacher": networks.get("teacher"),
-            "control": networks.get("control"),
             "validate": validate,
             "state": self.state,
             "seed": seed,
+            **more,
         }
         self.rows = self.fit() if fit_now else None
 
     def fit(self):
-        self.rows = fit(self.net, **self.options)
+        self.rows = TrainingRun(self.net, **self.options).train()
         self.options["state"].finish()  # as a stage does once its output is written
         return self.rows
+
+
+def step_of(net, settings, plan, **more) -> TrainingStep:
+    """The step of a training of a tiny network."""
+    return training_step(net, settings, plan, threat=Threat(eps=EPS), **more)
+
+
+def take(step, images, labels, *, number=0, lr=0.1, seed=0) -> StepResult:
+    """Make one step."""
+    return step(StepBatch(images, labels, torch.Generator().manual_seed(seed), step=number, lr=lr))
 
 
 def plain_network(*, seed=7):
@@ -76,16 +87,22 @@ def plain_network(*, seed=7):
     return fold(extract(net, tiny_space().largest))
 
 
-def teacher_run(train, folder, *, objective="trades", fit_now=True, seed=0, validate=no_validation, **changes):
+def teacher_run(
+    train, folder, *, objective="trades", fit_now=True, seed=0, validate=no_validation, injected=None, **changes
+):
     changes["objective"] = objective
     settings = tiny_config(**{f"train_teacher__{key}": value for key, value in changes.items()}).train_teacher
     plan = single_plan(tiny_space().largest, objective, settings)
     control = plain_network() if settings.needs_control else None
-    return Run(train, folder, settings, plan, seed=seed, validate=validate, fit_now=fit_now, control=control)
+    return Run(
+        train, folder, settings, plan, seed=seed, validate=validate, fit_now=fit_now, control=control, **injected or {}
+    )
 
 
-def phase_run(train, folder, *, fit_now=True, seed=0, **changes):
+def phase_run(train, folder, *, fit_now=True, seed=0, injected=None, **changes):
     (phase,) = tiny_config(**{f"phase__{key}": value for key, value in changes.items()}).train_phase.phases
     networks = {"teacher": None if phase.teacher == "dynamic" else plain_network(seed=0)}
     networks["control"] = plain_network() if phase.needs_control else None
-    return Run(train, folder, phase, phase_plan(tiny_space(), phase), seed=seed, fit_now=fit_now, **networks)
+    return Run(
+        train, folder, phase, phase_plan(tiny_space(), phase), seed=seed, fit_now=fit_now, **networks, **injected or {}
+    )

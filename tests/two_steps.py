@@ -29,7 +29,7 @@ from proard.space.twins import twin_students
 from proard.stages.train_student import student_network
 from proard.stages.train_teacher import teacher_arch, teacher_space
 from proard.stages.training import AugmentedImages
-from proard.training import Plan, ResumeState, fit, phase_plan, single_plan
+from proard.training import Plan, ResumeState, Run, phase_plan, single_plan
 
 CONFIGS = Path(__file__).parents[1] / "config"
 EXPECTED = Path(__file__).with_suffix(".json")
@@ -106,13 +106,12 @@ def _two_steps(run: RunConfig, settings: Any, space: SearchSpace | FixedSpace, p
     changes = {"batch_size": BATCH, "epochs": 1 / plan.passes_per_epoch, "warmup_epochs": 0}
     settings = settings.model_copy(update=changes)
     with tempfile.TemporaryDirectory() as folder:
-        rows = fit(
+        training = Run(
             net,
             label="two steps",
             plan=plan,
             settings=settings,
-            eps=run.threat.eps,
-            norm=run.threat.norm,
+            threat=run.threat,
             source=AugmentedImages(_images(space), settings),
             teacher=None if getattr(settings, "teacher", "") == "dynamic" else teacher,
             control=teacher,
@@ -120,6 +119,7 @@ def _two_steps(run: RunConfig, settings: Any, space: SearchSpace | FixedSpace, p
             state=ResumeState(Path(folder) / "net.safetensors", "mark"),
             seed=0,
         )
+        rows = training.train()
     assert rows[-1]["step"] == 2
     change = torch.stack([(now.detach() - then).norm() for now, then in zip(net.parameters(), before, strict=True)])
     digest = hashlib.sha256()

@@ -4,6 +4,7 @@ from proard.config.attacks import Attack, Curriculum, Threat, TrainingAttack
 from proard.config.diagnosis import TEACHER, Clever, Diagnose, Diagnosed, Smoothing
 from proard.config.fields import ConfigError, UserError
 from proard.config.files import read_file
+from proard.config.images import PrepareData
 from proard.config.nets import NETS, VisionTransformer, WideResNet, named_nets
 from proard.config.presets import PRESETS
 from proard.config.run import (
@@ -24,7 +25,6 @@ from proard.config.settings import (
     FitPredictor,
     Measurement,
     Phase,
-    PrepareData,
     Report,
     SampleArchs,
     SearchFront,

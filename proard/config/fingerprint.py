@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from proard.config.settings import PrepareData
+from proard.config.images import PrepareData
 
 
 def image_fingerprint(settings: PrepareData) -> str:

@@ -14,6 +14,7 @@ from proard.config import settings as s
 from proard.config.attacks import Threat
 from proard.config.diagnosis import Diagnose
 from proard.config.fields import NUMBER_SCHEMA, ConfigError, FolderName, Natural, Settings, parse_number, shown
+from proard.config.images import PrepareData
 from proard.config.nets import named_nets
 from proard.config.presets import IMAGENET_SIZE, PRESETS
 from proard.config.spaces import Space
@@ -69,7 +70,7 @@ class RunConfig(Settings):
     space: Space = PRESETS["resnet_digits"]
     threat: Threat = Threat()
     measurement: s.Measurement = s.Measurement()
-    prepare_data: s.PrepareData = s.PrepareData()
+    prepare_data: PrepareData = PrepareData()
     train_teacher: s.TrainTeacher = s.TrainTeacher()
     train_control: s.TrainControl = s.TrainControl()
     train_phase: s.TrainPhase = s.TrainPhase()
@@ -112,7 +113,7 @@ class RunConfig(Settings):
                 value["prepare_data"] = {**data, "image_size": IMAGENET_SIZE}
         if isinstance(space, Mapping) and "prepare_data" in value:
             try:
-                channels, size, classes = s.PrepareData.model_validate(value["prepare_data"]).image_shape()
+                channels, size, classes = PrepareData.model_validate(value["prepare_data"]).image_shape()
             except ValidationError:
                 pass  # reported with its key when the section itself is validated
             else:

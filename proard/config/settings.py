@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from proard.config.attacks import Attack, Dtype, TrainingAttack
 from proard.config.budgets import Budgets
-from proard.config.columns import with_hub_classes
 from proard.config.fields import (
-    Classes,
     Count,
     Extended,
     Int,
@@ -24,7 +22,7 @@ from proard.config.fields import (
 )
 from proard.config.losses import WITHOUT_ATTACK, Distillation, DistillationOptions, RobustObjective, RobustOptions
 
-Paths = str | tuple[str, ...]
+KeptType = Literal["float32", "float16"]  # of teacher outputs that are kept in a table
 
 
 class Measurement(Settings):
@@ -44,61 +42,6 @@ class Augmentation(Settings):
 
     crop_padding: Natural = 4
     flip: bool = True
-
-
-class PrepareData(Extended):
-    """Where images come from and how they are split. `train` and `test` are paths; a missing `test` is cut off.
-
-    `max_train_images` thins the training images before `val` is cut off. `image_column` and `label_column` name columns
-    of Parquet files; without the latter an integer, boolean or text column called label, labels, target, class or
-    fine_label is taken. `classes` may be left out where a Hugging Face data set left its class names in the Parquet
-    files. `image_size` resizes images of `parquet` and `imagefolder` to that side.
-    """
-
-    gained = frozenset({"image_column"})
-
-    source: Literal["digits", "cifar10", "cifar100", "parquet", "imagefolder"] = "digits"
-    train: Paths | None = None
-    test: Paths | None = None
-    folder: str = "data"
-    download: bool = False
-    classes: Classes = None
-    image_size: Count | None = None
-    image_column: str | None = None
-    label_column: str | None = None
-    val_fraction: Annotated[Number, Field(gt=0, lt=0.5)] = 0.1
-    test_fraction: Annotated[Number, Field(gt=0, lt=0.5)] = 0.2
-    max_train_images: Count | None = None
-    max_test_images: Count | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def classes_from_the_file(cls, value: Any) -> Any:
-        """Class names that a Parquet file brings count as written in the config."""
-        return with_hub_classes(value)
-
-    @model_validator(mode="after")
-    def source_is_complete(self) -> PrepareData:
-        """Sources that read the user's own files need a path and the classes."""
-        if self.source in ("parquet", "imagefolder"):
-            if self.train is None:
-                raise ValueError(f"source {self.source} needs `train`: the path of the training images")
-            if self.classes is None:
-                where = "; only Parquet files that exist here and hold Hugging Face's class names do without"
-                raise ValueError(
-                    f"source {self.source} needs `classes`: their names in label order, or their number"
-                    f"{where if self.source == 'parquet' else ''}"
-                )
-        return self
-
-    def image_shape(self) -> tuple[int, int, int]:
-        """Channels, side in pixels and number of classes of the images this source yields."""
-        channels, size, classes = {"digits": (1, 8, 10), "cifar10": (3, 32, 10), "cifar100": (3, 32, 100)}.get(
-            self.source, (3, 32, 0)
-        )
-        if self.classes is not None:
-            classes = self.classes if isinstance(self.classes, int) else len(self.classes)
-        return channels, self.image_size or size, classes
 
 
 class Validation(Settings):
@@ -160,7 +103,18 @@ class Optimisation(Extended):
         return self
 
 
-class TrainTeacher(Optimisation, RobustOptions):
+class OfOneNetwork:
+    """What a training of teacher or control has in place of settings that only phases and students have."""
+
+    schedule: ClassVar[Literal["cosine", "constant", "steps"]] = "cosine"
+    keep: ClassVar[Literal["best", "last"]] = "best"
+    clean_noise: ClassVar[float] = 0.0
+    complexity_decay: ClassVar[float] = 0.0
+    teacher_logits: ClassVar[KeptType | None] = None
+    teacher_gradients: ClassVar[KeptType | None] = None
+
+
+class TrainTeacher(Optimisation, RobustOptions, OfOneNetwork):
     """The fixed robust network. `arch` is `largest` or a mapping of elastic dims; `space` names another space or net.
 
     `source`: `train` it here, take a `file` that this package wrote, or convert a `file` that holds a WideResNet as
@@ -189,8 +143,13 @@ class TrainTeacher(Optimisation, RobustOptions):
         return self
 
 
-class TrainControl(Optimisation):
+class TrainControl(Optimisation, OfOneNetwork):
     """The plainly trained network of the teacher's size: what robust training is compared with."""
+
+    helper_reach: ClassVar[float] = 1.0
+    awp_gamma: ClassVar[float] = 0.0
+    awp_warmup_epochs: ClassVar[float] = 0.0
+    needs_control: ClassVar[bool] = False
 
 
 class Phase(Optimisation, DistillationOptions):
@@ -224,6 +183,9 @@ class Phase(Optimisation, DistillationOptions):
         "loss_scale",
         "keep",
     }
+    schedule: ClassVar[Literal["cosine", "constant", "steps"]] = "cosine"
+    clean_noise: ClassVar[float] = 0.0
+    teacher_gradients: ClassVar[KeptType | None] = None
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = "phase"
     width: tuple[Positive, ...] | None = None
@@ -238,7 +200,7 @@ class Phase(Optimisation, DistillationOptions):
     loss: Distillation = "rslad"
     teacher: Literal["frozen", "dynamic", "both"] = "frozen"
     frozen_weight: Share = 0.5
-    teacher_logits: Literal["float32", "float16"] | None = None
+    teacher_logits: KeptType | None = None
     teacher_objective: RobustObjective = "trades"
     warm_start: Literal["teacher", "random"] = "teacher"
     forward_equivalents: Positive | None = None

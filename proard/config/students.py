@@ -6,7 +6,7 @@ import copy
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -25,10 +25,9 @@ from proard.config.fields import (
 )
 from proard.config.losses import WITHOUT_ATTACK, Distillation, DistillationOptions, RobustObjective
 from proard.config.nets import Named, named_nets
-from proard.config.settings import Optimisation, merge
+from proard.config.settings import KeptType, Optimisation, merge
 
 Loss = Literal["plain", RobustObjective, Distillation]
-Kept = Literal["float32", "float16"]
 
 
 class Student(Optimisation, DistillationOptions):
@@ -47,14 +46,15 @@ class Student(Optimisation, DistillationOptions):
     """
 
     gained = frozenset()
+    complexity_decay: ClassVar[float] = 0.0
 
     name: FolderName = "student"
     net: Annotated[Named, Field(discriminator="family")] | None = None
     arch: Literal["largest", "smallest"] | dict[str, tuple[Number, ...]] = "largest"
     loss: Loss = "rslad"
     clean_noise: NonNegative = 0.0
-    teacher_logits: Kept | None = None
-    teacher_gradients: Kept | None = None
+    teacher_logits: KeptType | None = None
+    teacher_gradients: KeptType | None = None
     schedule: Literal["cosine", "constant", "steps"] = "cosine"
     keep: Literal["best", "last"] = "best"
     seed: Natural | None = None

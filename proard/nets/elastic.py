@@ -6,13 +6,19 @@ plain form that the faster `SubnetView` is tested against.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from proard.kernels import convolution
 from proard.nets.forward import run_network
+from proard.nets.norm import Total
 from proard.space import Arch, ConvSpec, SearchSpace
+
+if TYPE_CHECKING:
+    from proard.nets.view import SubnetView
 
 BN_EPS = 1e-5
 BN_MOMENTUM = 0.1
@@ -169,6 +175,12 @@ class Supernet(nn.Module):
     def normalise(self, images: Tensor) -> Tensor:
         """Images in [0, 1] with the training set's mean and deviation taken out, per channel."""
         return (images - self.mean[:, None, None]) / self.std[:, None, None]
+
+    def view(self, arch: Arch, *, total: Total | None = None) -> SubnetView:
+        """A subnet with leaf weights of its own, for one training step; arguments as in `SubnetView`."""
+        from proard.nets.view import SubnetView  # it reads this module
+
+        return SubnetView(self, arch, total=total)
 
     def forward(self, images: Tensor, arch: Arch) -> Tensor:
         """Logits of shape (batch, classes) for images in [0, 1] of shape (batch, channels, height, width)."""

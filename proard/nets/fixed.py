@@ -12,8 +12,9 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from proard.config import VisionTransformer
+from proard.nets.norm import Total
 from proard.nets.wide import WideNet
-from proard.space import FixedSpace, FixedSpec
+from proard.space import FixedArch, FixedSpace, FixedSpec
 
 Statistics = dict[str, tuple[Tensor, Tensor]]
 
@@ -63,6 +64,10 @@ class FixedNet(nn.Module):
         """Logits of shape (batch, classes) for images in [0, 1] of shape (batch, channels, height, width)."""
         with plain_attention():
             return self.module(self.normalise(images))
+
+    def view(self, arch: FixedArch, *, total: Total | None = None) -> FixedView:
+        """The network with leaf weights of its own, for one training step; `total` is for elastic networks."""
+        return FixedView(self)
 
     def norms(self) -> dict[str, nn.BatchNorm2d]:
         """Batch norms by their name inside `module`."""

@@ -112,22 +112,7 @@ def _recounted(folder: Path, stage: str, history: pd.DataFrame, metadata: dict[s
     forwards = int(last["forward_equivalents"])
     if stage in ("train_teacher", "train_control") and len(known):
         return forwards * float(known.iloc[-1])  # teacher, control and a helper have one size
-    teacher = folder / "train_teacher" / "teacher.safetensors"
-    if stage != "train_phase" or not teacher.exists():
-        return None
-    from proard.report.counting import recount_phase  # torch only where it is needed
-
-    config = parse(RunConfig, metadata["settings"])
-    (phase,) = config.train_phase.phases
-    return recount_phase(
-        SearchSpace(config.space),
-        phase,
-        seed=metadata["seed"],
-        steps=int(last["step"]),
-        images=int(last["images"]),
-        forwards=forwards,
-        teacher_macs=_macs_of(teacher),
-    )
+    return None
 
 
 def _macs_of(path: Path) -> int:
@@ -256,11 +241,11 @@ def compare(folder: str | Path, ledgers: pd.DataFrame) -> Comparison | str:
     missing += [f"the multiply-accumulates of {stage}" for stage in sorted(stages)]
     if missing:
         return f"no comparison without {', '.join(missing)}"
-    from proard.report.counting import passes_alone
+    from proard.training import passes_alone  # torch only where it is needed
 
     settings = [parse(RunConfig, metadata["settings"]) for metadata in _in_order(phases.values())]
     (first,), (last,) = settings[0].train_phase.phases, settings[-1].train_phase.phases
-    passes = passes_alone(SearchSpace(settings[-1].space), last, last.loss)
+    own, others = passes_alone(SearchSpace(settings[-1].space), last, last.loss)
     steps = float(sum(artifacts.read_table(path)["images"].iloc[-1] for path in phases.values()))
     images = {"steps": steps}
     history = artifacts.read_table(folder / "train_teacher" / "history.parquet")
@@ -281,8 +266,8 @@ def compare(folder: str | Path, ledgers: pd.DataFrame) -> Comparison | str:
         once=float(spent(SUPERNET).sum()),
         each=float(spent(PER_STUDENT).sum()) / jobs,
         images=images,
-        own=passes.own,
-        others=passes.others,
+        own=own,
+        others=others,
         teacher_macs=_macs_of(teacher),
         students=dict(sorted(chosen.items(), key=lambda entry: entry[1])),
         mean_macs=float(np.mean(artifacts.read_table(archs)["macs"])),

@@ -18,7 +18,7 @@ from proard.nets import fold, load_static
 from proard.space import one_pass
 from proard.stages.common import Job, parse_arguments, run
 from proard.stages.measuring import load_images
-from proard.training.inner import pgd_options
+from proard.training.attacker import pgd_options
 
 
 def main(argv: Sequence[str] | None = None) -> None:

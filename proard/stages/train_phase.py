@@ -40,7 +40,6 @@ def train(job: Job, phase: Phase) -> None:
         plan = phase_plan(space, phase)
     except ValueError as error:
         raise UserError(f"{job.stage}.{phase.name}: {error}") from None
-    training.settings = phase
     teacher, teacher_space, teacher_arch, _ = load_static(files.teacher, kind="teacher")
     with training.state.owned():
         net = training.supernet(space)
@@ -55,7 +54,8 @@ def train(job: Job, phase: Phase) -> None:
             sort_channels(net, trained_widths(space, opened))
         predict = None if phase.teacher == "dynamic" else frozen_network(teacher.to(job.device))
         networks = {"teacher": predict, "control": files.control}
-        rows = training.fit(net, label=phase.name, plan=plan, validated=validated_archs(space, phase), **networks)
+        validated = validated_archs(space, phase)
+        rows = training.fit(net, label=phase.name, plan=plan, settings=phase, validated=validated, **networks)
         opened.append({dim: getattr(phase, dim) for dim in DIMS if getattr(phase, dim) is not None})
         training.write_history(files.history, rows)
         save_supernet(files.supernet, net, training.provenance, phase=phase.name, opened=opened)

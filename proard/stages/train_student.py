@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from proard.attacks import pgd
 from proard.config import Space, Student, UserError
 from proard.nets import load_static, save_static
 from proard.space import Arch, FixedArch, FixedSpace, SearchSpace
@@ -17,8 +18,8 @@ from proard.stages.train_teacher import fitted_space, named_arch
 from proard.stages.training import Training, frozen_network, train_alone
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the stage."""
+def main(argv: Sequence[str] | None = None, *, search: Callable[..., Tensor] = pgd) -> None:
+    """Run the stage; `search` is the attack, with the arguments of `pgd`."""
     job = parse_arguments(
         __doc__,
         argv,
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with training.state.owned():
         networks = {"teacher": frozen_teacher(job, student), "control": files.control}
         net, rows = train_alone(
-            training, label=student.name, space=space, arch=arch, objective=student.loss, **networks
+            training, label=student.name, space=space, arch=arch, objective=student.loss, search=search, **networks
         )
         training.write_history(files.history, rows)
         facts = training_facts(rows, student, job)

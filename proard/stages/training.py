@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from proard.artifacts import HISTORY, write_table
+from proard.attacks import pgd
 from proard.config import Attack, Measurement, Phase, Student, TrainControl, TrainTeacher, UserError
 from proard.data import Augmenter, ImageSet, Views, epoch_order, load_split, to_float
 from proard.evaluation.meter import validation_rows
@@ -18,9 +19,9 @@ from proard.nets import FixedNet, StaticNet, Supernet, extract, fold, load_stati
 from proard.space import Arch, FixedArch, FixedSpace, SearchSpace, Work
 from proard.stages.common import Job
 from proard.stages.launch import save_every_minutes
-from proard.training import Plan, ResumeState, fingerprint, fit, single_plan
+from proard.training import Plan, ResumeState, Run, fingerprint, single_plan
+from proard.training.attacker import weakest
 from proard.training.budget import Budget, end_of_job
-from proard.training.inner import weakest
 from proard.training.ranks import join
 
 VALIDATION_RECALIBRATION_IMAGES = 1000
@@ -114,14 +115,17 @@ class Training:
         label: str,
         plan: Plan,
         validated: dict[str, Arch],
+        settings: TrainTeacher | TrainControl | Phase | Student | None = None,
         teacher: Callable[[Tensor], Tensor] | None = None,
         control: str | None = None,
+        search: Callable[..., Tensor] = pgd,
     ) -> list[dict[str, Any]]:
         """Train `net` in place; the history's rows. `control` is the file of the plainly trained network.
 
+        `settings` replace those of the stage, where its epochs were stretched to a budget.
         Of several processes only the first returns: what follows a training is its work alone.
         """
-        threat, settings = self.job.config.threat, self.settings
+        threat, settings = self.job.config.threat, settings or self.settings
         rule = settings.validation
         attack = Attack(name="val", num_steps=rule.num_steps, step_size=rule.step_size)
         val = self.val.first(rule.num_images)
@@ -156,13 +160,12 @@ class Training:
             flush=True,
         )
         minutes = self.job.files.minutes
-        rows = fit(
+        run = Run(
             net,
             label=label,
             plan=plan,
             settings=settings,
-            eps=threat.eps,
-            norm=threat.norm,
+            threat=threat,
             source=AugmentedImages(self.train, settings),
             teacher=teacher,
             validate=validate,
@@ -170,11 +173,13 @@ class Training:
             seed=self.job.seed,
             control=self.control(control),
             ranks=self.ranks,
+            search=search,
             budget=Budget(end_of_job() if minutes is None else time.time() + 60 * minutes),
         )
+        rows = run.train()
         done = rows[-1]
         self.job.ledger.trained = Work(done["forward_equivalents"], done["work_macs"], done["weight_gradients"])
-        self.ranks.part_ways()
+        self.ranks.exit_unless_first()
         return rows
 
     def control(self, path: str | None) -> Callable[[Tensor], Tensor] | None:
@@ -185,7 +190,7 @@ class Training:
         UserError
             They do, and no file was given.
         """
-        if not getattr(self.settings, "needs_control", False):
+        if not self.settings.needs_control:
             return None
         if path is None:
             raise UserError("this loss asks the plainly trained network: give --control, train_control's output")
@@ -210,15 +215,17 @@ def train_alone(
     objective: str,
     control: str | None = None,
     teacher: Callable[[Tensor], Tensor] | None = None,
+    search: Callable[..., Tensor] = pgd,
 ) -> tuple[StaticNet | FixedNet, list[dict[str, Any]]]:
     """Train one arch of a space by itself and return it recalibrated, with its history.
 
-    `teacher` is the frozen network that a distillation loss asks, such as `frozen_network` of a loaded one.
+    `teacher` is the frozen network of a distillation loss, such as `frozen_network` of a loaded one; `search` is the
+    attack, with the arguments of `pgd`.
     """
     net = training.supernet(space)
     plan = single_plan(arch, objective, training.settings)
     networks = {"teacher": teacher, "control": control}
-    rows = training.fit(net, label=label, plan=plan, validated={"largest": arch}, **networks)
+    rows = training.fit(net, label=label, plan=plan, validated={"largest": arch}, search=search, **networks)
     static = extract(net, arch)
     recalibrate(static, training.recalibration_images(), batch_size=Measurement().batch_size)
     return static, rows

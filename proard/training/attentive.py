@@ -48,7 +48,7 @@ def at_one_cost(space: SearchSpace, among: Sequence[np.ndarray], count: int, rng
 
 
 @torch.no_grad()
-def settle(drawn: list[Drawn], score: Callable[[Arch], Tensor]) -> tuple[list[Drawn], list[Arch]]:
+def choose_winners(drawn: list[Drawn], score: Callable[[Arch], Tensor]) -> list[Drawn]:
     """Leave in each place the winner of its comparison.
 
     Parameters
@@ -62,17 +62,15 @@ def settle(drawn: list[Drawn], score: Callable[[Arch], Tensor]) -> tuple[list[Dr
     -------
     list of Drawn
         Without rivals; the same list where there were none.
-    list of Arch
-        The subnets that were scored, each by one forward pass.
     """
     if not any(place.rivals for place in drawn):
-        return drawn, []
-    settled, scored = [], []
+        return drawn
+    chosen = []
     for place in drawn:
-        archs = [place.arch, *place.rivals]
-        if len(archs) > 1:
+        if place.rivals:
+            archs = [place.arch, *place.rivals]
             losses = torch.stack([score(arch) for arch in archs])
             winner = int(losses.argmin() if place.pick == "best" else losses.argmax())
-            place, scored = replace(place, arch=archs[winner], rivals=()), scored + archs
-        settled.append(place)
-    return settled, scored
+            place = replace(place, arch=archs[winner], rivals=())
+        chosen.append(place)
+    return chosen

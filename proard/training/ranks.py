@@ -42,7 +42,7 @@ class Ranks:
         """Whether this process holds the lock, saves, speaks and writes."""
         return self.rank == 0
 
-    def share(self, count: int) -> Share:
+    def part(self, count: int) -> BatchPart:
         """The part of this process of batches of `count` images.
 
         Raises
@@ -51,13 +51,13 @@ class Ranks:
             There are fewer images than processes.
         """
         if self.world == 1:
-            return Share()
+            return BatchPart()
         if count < self.world:
             raise UserError(
                 f"{self.world} processes cannot share a batch of {count} images; raise batch_size or ask for fewer GPUs"
             )
         start, stop = (rank * count // self.world for rank in (self.rank, self.rank + 1))
-        return Share(self, slice(start, stop), count)
+        return BatchPart(self, slice(start, stop), count)
 
     def add_(self, tensor: Tensor) -> Tensor:
         """Sum of all processes' tensors, in place; the order of the processes is always the same."""
@@ -65,11 +65,11 @@ class Ranks:
             _together(dist.all_reduce, tensor)
         return tensor
 
-    def agree(self, *wishes: int) -> list[int]:
-        """The largest of all processes' wishes, one by one: a signal that reached one of them has reached all."""
+    def all_reduce_max(self, *values: int) -> list[int]:
+        """Largest value over all processes, one by one: a signal that reached one process is seen by all."""
         if self.world == 1:
-            return list(wishes)
-        numbers = torch.tensor(wishes)
+            return list(values)
+        numbers = torch.tensor(values)
         _together(dist.all_reduce, numbers, op=dist.ReduceOp.MAX)
         return numbers.tolist()
 
@@ -99,7 +99,7 @@ class Ranks:
         _together(dist.all_gather_object, found, own)
         return [found[index % self.world][index // self.world] for index in range(len(jobs))]
 
-    def part_ways(self) -> None:
+    def exit_unless_first(self) -> None:
         """End what is done together. Only the first process returns; the others end here.
 
         Raises
@@ -108,18 +108,18 @@ class Ranks:
             On all but the first.
         """
         if self.world > 1:
-            self.agree(0)  # nobody leaves while another one still needs it
+            self.all_reduce_max(0)  # nobody leaves while another one still needs it
             dist.destroy_process_group()
         if not self.first:
             raise SystemExit(0)
 
 
 @dataclass(frozen=True)
-class Share:
+class BatchPart:
     """One process's part of every batch of `count` images; alone, all of a batch of any size."""
 
     ranks: Ranks = Ranks()
-    part: slice = field(default_factory=lambda: slice(None))
+    rows: slice = field(default_factory=lambda: slice(None))
     count: int = 1
 
     @property
@@ -130,7 +130,7 @@ class Share:
     @property
     def weight(self) -> float:
         """Images of this part over images of the batch: a mean over the batch is the weighted sum of the parts'."""
-        return (self.part.stop - self.part.start) / self.count if self.several else 1.0
+        return (self.rows.stop - self.rows.start) / self.count if self.several else 1.0
 
     def total(self, tensor: Tensor) -> Tensor:
         """Sum over all processes; the argument stays as it is."""
@@ -153,7 +153,7 @@ class Share:
         if not self.several:
             return tensor
         full = tensor.new_zeros((self.count, *tensor.shape[1:]))
-        full[self.part] = tensor.detach()
+        full[self.rows] = tensor.detach()
         return self.ranks.add_(full)
 
     def whole_batch(self, batch: Batch) -> Batch:

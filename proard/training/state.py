@@ -105,7 +105,7 @@ class ResumeState:
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.ranks.first:
-            self.ranks.agree(0)
+            self.ranks.all_reduce_max(0)
             yield
             return
         with self._locked() as lock:
@@ -114,7 +114,7 @@ class ResumeState:
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {os.uname().nodename}")
             lock.flush()
-            self.ranks.agree(0)  # the others wait until the lock is held
+            self.ranks.all_reduce_max(0)  # the others wait until the lock is held
             yield
 
     def _locked(self) -> TextIO:

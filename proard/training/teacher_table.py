@@ -66,7 +66,7 @@ class TeacherTable:
     ) -> None:
         self.side, self.mirrors = 2 * padding + 1, 2 if flip else 1
         shape = (num_images * self.side**2 * self.mirrors, classes)
-        self.bytes = shape[0] * shape[1] * dtype.itemsize
+        self.key, self.bytes = key, shape[0] * shape[1] * dtype.itemsize
         self.sizes: list[int] | None = None
         try:
             self.logits = torch.full(shape, torch.nan, dtype=dtype, device=device)

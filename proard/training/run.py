@@ -1,0 +1,347 @@
+"""The training loop. One class trains teacher, control, phases and students; they differ in their `Plan`.
+
+Every random choice is keyed by (seed, step) or (seed, epoch), so that a resumed training repeats the uninterrupted one
+bit for bit on CPU at equal threads without any stored generator.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from proard.attacks import pgd
+from proard.config import Threat, UserError
+from proard.data import Views, keyed_generator
+from proard.nets import FixedNet, Supernet
+from proard.progress import Progress, duration
+from proard.training.budget import Budget
+from proard.training.counted import Network
+from proard.training.history import Done, Rows, epoch_rows, summary
+from proard.training.overfitting import overfitting
+from proard.training.plan import Plan
+from proard.training.ranks import Ranks
+from proard.training.state import Interrupted, ResumeState, StopFlag, stop_on_signal
+from proard.training.step import StepBatch, StepResult, Training, training_step
+
+START_UP, RATED = 5, 10  # steps that hold start-up; the last of those from which the remaining time is estimated
+READ_EVERY = 20  # steps after which the host waits for the device at the latest, to see that all losses were finite
+
+
+class ImageSource(Protocol):
+    """Training images: their number, the order of an epoch, and augmented batches in [0, 1]."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def order(self, seed: int, epoch: int) -> Tensor:
+        """Indices of all images in the order of this pass."""
+
+    def batch(self, indices: Tensor, generator: torch.Generator, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Augmented images of shape (batch, channels, height, width) and their labels, or a part of this batch."""
+
+    def views(self, indices: Tensor, generator: torch.Generator) -> Views:
+        """Which views `batch` gives for the same arguments."""
+
+    @property
+    def padded_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the padded images that views are windows of: (n, height, width, channels)."""
+
+
+def learning_rate(settings: Training, step: int, total: int, warmup: int) -> float:
+    """Linear warm-up to `lr`, then a cosine to zero, or what a student's `schedule` says."""
+    if step < warmup:
+        return settings.lr * (step + 1) / (warmup + 1)
+    if settings.schedule == "constant":
+        return settings.lr
+    if settings.schedule == "steps":  # a tenth at half, and again at three quarters: epochs 100 and 150 of 200
+        return settings.lr * 0.1 ** sum(step >= share * total for share in (0.5, 0.75))
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+
+
+class Run:
+    """One training, from its newest state to the averaged weights of its best validated epoch.
+
+    Parameters
+    ----------
+    net : Supernet or FixedNet
+        Changed in place.
+    label : str
+        Its name in messages and in the history.
+    plan : Plan
+        Subnets and objectives of every step.
+    settings : TrainTeacher, TrainControl, Phase or Student
+        Optimisation, augmentation and attack.
+    threat : Threat
+        Norm and radius, in pixel units.
+    source : ImageSource
+        Training images on the network's device.
+    validate : callable
+        Measures subnets of the averaged network on `val`: rows with `arch`, `macs`, `val_clean_acc`, `val_robust_acc`,
+        `val_num_images`. Epochs compare by the mean of `val_robust_acc`, then of `val_clean_acc`.
+    state : ResumeState
+        Where an interrupted training continues; the caller removes it after writing its output.
+    seed : int
+        Seed of order, augmentation, sampling and attack starts.
+    teacher, control : callable, optional
+        Frozen teacher and plainly trained network: images to logits.
+    ranks : Ranks, optional
+        The processes that train together; each makes a run with the same arguments.
+    budget : Budget, optional
+        The time that there is; without one, no limit.
+    search : callable
+        The attack, with the arguments of `pgd`.
+    read_every : int
+        Steps after which the host waits for the device at the latest.
+    clock : callable
+        Seconds that never go back.
+
+    Raises
+    ------
+    UserError
+        `teacher_logits` under a loss that would not read them.
+    """
+
+    def __init__(
+        self,
+        net: Supernet | FixedNet,
+        *,
+        label: str,
+        plan: Plan,
+        settings: Training,
+        threat: Threat,
+        source: ImageSource,
+        validate: Callable[[Supernet | FixedNet], Rows],
+        state: ResumeState,
+        seed: int,
+        teacher: Network | None = None,
+        control: Network | None = None,
+        ranks: Ranks | None = None,
+        budget: Budget | None = None,
+        search: Callable[..., Tensor] = pgd,
+        read_every: int = READ_EVERY,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.net, self.label, self.plan, self.settings, self.source = net, label, plan, settings, source
+        self.measure, self.state, self.seed = validate, state, seed
+        self.ranks, self.budget, self.read_every, self.clock = ranks or Ranks(), budget or Budget(), read_every, clock
+        self.part = self.ranks.part(min(settings.batch_size, len(source)))
+        self.steps_per_pass = max(len(source) // settings.batch_size, 1)
+        self.steps_per_epoch = self.steps_per_pass * plan.passes_per_epoch
+        total, self.warmup = (
+            round(epochs * self.steps_per_epoch) for epochs in (settings.epochs, settings.warmup_epochs)
+        )
+        self.total = max(total, 1)
+        networks = {"teacher": teacher, "control": control, "search": search}
+        where = {"padded_shape": source.padded_shape, "part": self.part}
+        self.step_on = training_step(
+            net, settings, plan, threat=threat, seed=seed, total_steps=self.total, **networks, **where
+        )
+        for table in filter(None, (self.step_on.teachers.logits, self.step_on.teachers.gradients)):
+            print(f"{label}: {table.key} take {table.bytes / 2**20:.1f} MiB on {net.mean.device}", flush=True)
+        self.done, self.history = Done(), []
+        self.sums = torch.zeros(3, dtype=torch.float64, device=net.mean.device)  # loss, correct clean, adversarial
+        self.unread: dict[int, Done] = {}  # what was done before each step whose loss the host has not seen
+        self.order, self.order_of = torch.empty(0), -1
+        self.saved_at = clock()
+
+    def train(self) -> Rows:
+        """Train to the end and leave the best averaged weights in the network.
+
+        Returns
+        -------
+        list of dict
+            Rows of the HISTORY table.
+
+        Raises
+        ------
+        UserError
+            A loss or its gradient is not finite: nothing has moved, the last good state is kept.
+        Interrupted
+            A signal, a successor or the end of the job's time asked to stop: the state is saved.
+        """
+        self._resume()
+        label, done, update = self.label, self.done, self.step_on.update
+        progress = Progress(label, self.total, "steps", done=done.step, start_up=START_UP)
+        first, rated = done.step, 0.0
+        with stop_on_signal() as stop:
+            while self.done.step < self.total and not self.done.overfitted:
+                started, number = self.clock(), self.done.step + 1 - first
+                result, lr = self.step()
+                if self.ends_epoch or number in (START_UP, RATED) or len(self.unread) == self.read_every:
+                    self.read()
+                seconds = self.clock() - started
+                self.done.seconds += seconds
+                progress.advance(note=partial(_note, result.loss, lr))
+                rated += seconds if START_UP < number <= RATED else 0
+                if number == RATED:
+                    left = rated / (RATED - START_UP) * (self.total - self.done.step)
+                    progress.say(f"{label}: about {duration(left)} to go, validation apart")
+                if self.ends_epoch:
+                    for line in self.validate(lr):
+                        progress.say(line)
+                self._save_or_stop(stop)
+        progress.close()
+        self.save()  # what follows may take long and be killed as well
+        if self.settings.keep == "last":
+            update.remember_best()
+            for row in self.history:
+                row["best"] = row["epoch"] == self.history[-1]["epoch"]
+        update.keep_best()
+        return self.history
+
+    @property
+    def ends_epoch(self) -> bool:
+        """Whether the newest step was the last of an epoch."""
+        return self._ends_epoch(self.done.step)
+
+    def step(self) -> tuple[StepResult, float]:
+        """Make the next step; its result and its learning rate. The host does not wait for the device."""
+        done, batch_size = self.done, self.settings.batch_size
+        step, data_pass = done.step, done.step // self.steps_per_pass
+        if self.order_of != data_pass:
+            self.order, self.order_of = self.source.order(self.seed, data_pass), data_pass
+        start = step % self.steps_per_pass * batch_size
+        lr = learning_rate(self.settings, step, self.total, self.warmup)
+        generator = keyed_generator(self.seed, step, 1)  # 1: another stream than the order of pass number `step`
+        indices, views = self.order[start : start + batch_size], None
+        if self.step_on.needs_views:
+            views = self.source.views(indices, keyed_generator(self.seed, step, 1))
+        images, labels = self.source.batch(indices, generator, *([self.part.rows] if self.part.several else []))
+        self.unread[step] = replace(done)
+        batch = StepBatch(images, labels, generator, step=step, data_pass=data_pass, lr=lr, views=views)
+        with rounded_convolutions():
+            result = self.step_on(batch)
+        measured = torch.stack([result.loss.double() * len(indices), result.clean, result.robust])
+        self.sums += torch.where(self.step_on.update.guard.failed > 0, 0, measured)
+        done.add(result.work, result.gradients, images=len(indices))
+        return result, lr
+
+    def read(self) -> None:
+        """Wait for the device and take over the sums of the epoch.
+
+        Raises
+        ------
+        UserError
+            A loss or its gradient was not finite; the state before that step is saved.
+        """
+        failure = self.step_on.update.guard.failure()
+        if failure is not None:
+            self.done = self.unread[failure[0]]
+        self.done.epoch_loss, self.done.epoch_clean, self.done.epoch_robust = self.sums.tolist()
+        self.unread.clear()
+        if failure is None:
+            return
+        self.save()
+        step, loss = failure
+        what = f"the loss is {loss}"
+        if math.isfinite(loss):
+            what += ", but its gradient is not finite,"
+        raise UserError(
+            f"{self.label}: {what} at step {step}; the weights before it are kept in "
+            f"{self.state.path}. Lower lr, lengthen warmup_epochs or set clip_norm, then rerun"
+        )
+
+    def validate(self, lr: float) -> list[str]:
+        """End an epoch: measure it where that is due, remember the best one, add its rows; lines about it."""
+        settings, done = self.settings, self.done
+        validation: Rows = [{"arch": ""}]
+        epoch, best, started = -(-done.step // self.steps_per_epoch), False, self.clock()
+        if done.step == self.total or epoch % settings.validation.every_epochs == 0:
+            with self.step_on.update.averaged():
+                validation = self.measure(self.net)
+            robust, clean = (
+                sum(row[f"val_{kind}_acc"] for row in validation) / len(validation) for kind in ("robust", "clean")
+            )
+            best = robust + 1e-3 * clean > done.best_score
+            if best:
+                done.best_score = robust + 1e-3 * clean
+                self.step_on.update.remember_best()
+                for row in self.history:
+                    row["best"] = False
+        done.seconds += self.clock() - started
+        types = {"dtype": self.step_on.dtype, "attack_dtype": self.step_on.attacker.dtype}
+        common = {"phase": self.label, "epoch": epoch, "lr": lr, "best": best, "seed": self.seed}
+        self.history.extend(epoch_rows(done, validation, types=types, **common))
+        done.begin_epoch()
+        self.sums.zero_()
+        lines = [summary(self.label, self.history)]
+        warning = overfitting(self.history, settings.validation, settings.attack)
+        if warning:
+            lines.append(f"{self.label}: {warning}")
+            done.overfitted = settings.validation.watch(settings.attack) == "stop"
+        return lines
+
+    def save(self) -> None:
+        """Save the state; every process waits until it is on disk."""
+        if self.ranks.first:
+            facts = {"done": vars(self.done), "history": self.history, "processes": self.ranks.world}
+            self.state.save(self.step_on.tensors(), facts)
+        self.ranks.all_reduce_max(0)  # barrier: wait until rank 0 has saved
+        self.budget.saved()
+        self.saved_at = self.clock()
+
+    # --- how a training goes on and stops ----------------------------------------------------------------------
+
+    def _resume(self) -> None:
+        """Take over the newest state, where there is one, on all processes."""
+        loaded = self.state.load() if self.ranks.first else None
+        if loaded is not None:
+            self.step_on.load(loaded[0])
+        facts = self.ranks.from_first(loaded and loaded[1])
+        self.ranks.follow_first_(self.step_on.tensors().values())
+        if facts is None:
+            return
+        self.done, self.history = Done(**facts["done"]), facts["history"]
+        sums = (self.done.epoch_loss, self.done.epoch_clean, self.done.epoch_robust)
+        self.sums.copy_(torch.tensor(sums, dtype=torch.float64))
+        print(f"resumed after step {self.done.step} of {self.total}", flush=True)
+        before = facts.get("processes", 1)
+        if before != self.ranks.world:
+            print(f"{before} processes before, {self.ranks.world} now: results differ in rounding")
+
+    def _ends_epoch(self, step: int) -> bool:
+        """Whether so many steps end an epoch."""
+        return step % self.steps_per_epoch == 0 or step == self.total
+
+    def _save_or_stop(self, stop: StopFlag) -> None:
+        """Save the state where it is due; save and stop where a signal, a successor or the time asks for it."""
+        self.budget.step(ends_epoch=self.ends_epoch)
+        due = self.clock() - self.saved_at > 60 * self.settings.save_every_minutes
+        short = self.budget.is_short(ends_epoch=self._ends_epoch(self.done.step + 1))
+        wanted = (stop.signal or 0, self.state.handover_asked(), short, due)
+        signalled, handover, short, due = self.ranks.all_reduce_max(*wanted)
+        reason = signal.Signals(signalled).name if signalled else "a successor" if handover else ""
+        reason = reason or ("the end of the job's time" if short else "")
+        stops = reason and self.done.step < self.total and not self.done.overfitted
+        if stops or due:
+            self.read()
+            self.save()
+        if stops:
+            raise Interrupted(
+                f"{self.label}: stopped by {reason} after step {self.done.step}; the same command continues"
+            )
+
+
+@contextmanager
+def rounded_convolutions() -> Iterator[None]:
+    """Let a GPU's convolutions round their inputs (TF32), as PyTorch does by default; measurements do not."""
+    kept = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = kept
+
+
+def _note(loss: Tensor, lr: float) -> str:
+    """The newest step in a few words; the host waits for the device."""
+    return f"loss {float(loss):.3f} · lr {lr:.4f}"

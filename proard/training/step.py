@@ -1,0 +1,346 @@
+"""One training step: draw subnets, ask the teachers, and for each subnet clean pass, attack, adversarial pass, loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from proard.attacks import pgd, start_point
+from proard.config import Phase, Student, Threat, TrainControl, TrainTeacher, UserError
+from proard.data import Views
+from proard.kernels import computed_type
+from proard.losses import Batch, kl_to_teacher
+from proard.nets import FixedNet, Supernet
+from proard.nets.view import Statistics
+from proard.space import Arch, Work
+from proard.training.attacker import Attacker
+from proard.training.attentive import choose_winners
+from proard.training.carried import CarriedPerturbations
+from proard.training.counted import Counted, Network, StepTally
+from proard.training.perturbation import perturbed
+from proard.training.plan import Drawn, Plan, pace
+from proard.training.ranks import BatchPart
+from proard.training.teacher_table import TeacherTable
+from proard.training.teachers import Guidance, Teachers, add_student_outputs, add_teacher_outputs
+from proard.training.update import Update
+
+Training = TrainTeacher | TrainControl | Phase | Student
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What one step is given.
+
+    Attributes
+    ----------
+    images : Tensor of shape (batch, channels, height, width)
+        This process's part of the batch, in [0, 1].
+    labels : Tensor of shape (batch,)
+    generator : torch.Generator
+        Source of noise.
+    step, data_pass : int
+        Numbers of the step and of the pass over the data.
+    lr : float
+        Learning rate.
+    views : Views, optional
+        Which views the images of the whole batch are, where the step `needs_views`.
+    """
+
+    images: Tensor
+    labels: Tensor
+    generator: torch.Generator
+    step: int = 0
+    data_pass: int = 0
+    lr: float = 0.0
+    views: Views | None = None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step gives: tensors of shape () on the device, for the whole batch; work per image.
+
+    Attributes
+    ----------
+    loss : Tensor
+        Mean over subnets and images.
+    clean, robust : Tensor
+        Correct clean and adversarial images in training mode, mean over subnets.
+    work : Work
+        Passes through all networks.
+    gradients : int
+        Backward passes of one image.
+    """
+
+    loss: Tensor
+    clean: Tensor
+    robust: Tensor
+    work: Work
+    gradients: int
+
+
+class TrainingStep:
+    """The step of a training; its collaborators are made once, by `training_step`.
+
+    Attributes
+    ----------
+    teachers : Teachers
+        Frozen, dynamic and control network.
+    attacker : Attacker
+        Crafts adversarial images.
+    update : Update
+        Moves the weights.
+    tally : StepTally
+        Counts every pass of the newest step.
+    """
+
+    def __init__(
+        self,
+        net: Supernet | FixedNet,
+        settings: Training,
+        plan: Plan,
+        *,
+        seed: int,
+        total_steps: int,
+        tally: StepTally,
+        teachers: Teachers,
+        attacker: Attacker,
+        update: Update,
+    ) -> None:
+        self.net, self.settings, self.plan, self.seed, self.total_steps = net, settings, plan, seed, total_steps
+        self.tally, self.teachers, self.attacker, self.update = tally, teachers, attacker, update
+        self.memory, self.part = update.memory, update.part
+        self.dtype = torch_type(settings.dtype, net)
+
+    @property
+    def needs_views(self) -> bool:
+        """Whether a batch must say which views its images are."""
+        return self.teachers.needs_views or self.attacker.carried is not None
+
+    def __call__(self, batch: StepBatch) -> StepResult:
+        """One optimizer step; if loss or gradient are not finite, it leaves all as it was, as do those that follow.
+
+        The host never waits for the device; `update.guard` remembers a failure.
+        """
+        images, labels, where = batch.images, batch.labels, {"data_pass": batch.data_pass, "views": batch.views}
+        self.tally.begin()
+        self.update.begin()
+        if self.settings.clean_noise:
+            eps = self.settings.clean_noise * self.attacker.threat.eps
+            around = {"eps": eps, "norm": self.attacker.threat.norm, "start": "uniform"}
+            images = start_point(images, **around, generator=batch.generator)
+        progress = min(batch.step / self.total_steps, 1.0)
+        drawn = self.plan.draw(self.seed, batch.step, batch.data_pass)
+        guidance = self.teachers.begin(drawn, images, labels, progress=progress, **where)
+        drawn = choose_winners(drawn, lambda arch: self._score(arch, images, labels, guidance.target))
+        drawn = self.attacker.begin(drawn, self.net.space, step=batch.step, **where)
+        losses, clean_right, adv_right = [], *torch.zeros(2, dtype=torch.float64, device=images.device)
+        for subnet in drawn:
+            student = self._student(subnet.arch)
+            seen = self._passes(student, subnet, images, labels, guidance, batch.generator)
+            rate = pace(self.net.space, subnet.arch, progress=progress, decay=self.settings.complexity_decay)
+            losses.append(self._backward(student, subnet, seen, len(drawn) / rate))
+            if subnet.guides:
+                guidance = self.teachers.led_by(guidance, seen.clean.detach(), partial(student, frozen=True))
+            clean_right = clean_right + _correct(seen.clean, labels) / len(drawn)
+            adv_right = adv_right + _correct(seen.adv, labels) / len(drawn)
+            student.net.scatter_gradients()
+        specs = [self.net.space.spec(subnet.arch) for subnet in drawn]
+        right = (clean_right, adv_right)
+        loss, clean, robust = self.update(torch.stack(losses).mean(), right, specs, lr=batch.lr, step=batch.step)
+        self.attacker.commit(self.update.guard.failed)
+        return StepResult(loss, clean, robust, self.tally.work, self.tally.gradients)
+
+    # --- parts of a step ---------------------------------------------------------------------------------------
+
+    def _student(self, arch: Arch) -> Counted:
+        """The network at this arch, for one step, its passes counted."""
+        view = self.net.view(arch, total=self.part.total if self.part.several else None)
+        return Counted(view, self.tally, macs=view.spec.macs, trained=True)
+
+    def _passes(
+        self,
+        student: Counted,
+        subnet: Drawn,
+        images: Tensor,
+        labels: Tensor,
+        guidance: Guidance,
+        generator: torch.Generator,
+    ) -> Batch:
+        """Clean pass, attack on this very subnet, adversarial pass, and what else its loss reads."""
+        objective = subnet.objective
+        needs, clean = objective.needs, None
+        statistics: Statistics | None = {} if self.attacker.needs_statistics(objective) else None
+        source = images.detach().requires_grad_() if "teacher_gradient" in needs else images
+        if objective.needs_clean or statistics is not None or subnet.guides or objective.inner == "kl_clean":
+            with torch.set_grad_enabled(objective.needs_clean), self._autocast():
+                clean = student(source, record=statistics, update_running=True).float()
+        batch = Batch(labels, clean=clean, teacher=guidance.target, images=source, memory=self.memory)
+        if objective.inner is None:
+            batch, given = replace(batch, adv=clean), {"clean"}
+        else:
+            known = replace(batch, clean=None if clean is None else clean.detach(), images=images)
+            adversarial = self.attacker.craft(student, subnet, known, statistics, guidance, generator)
+            adversarial.requires_grad_("teacher_gradient_adv" in needs)
+            with self._autocast():
+                adv = student(adversarial, update_running=clean is None).float()
+            batch, given = replace(batch, adv=adv, adversarial=adversarial), {"clean", "adv"}
+        batch = add_teacher_outputs(batch, needs, guidance)
+        return self._student_outputs(batch, needs - given, student)
+
+    def _student_outputs(self, batch: Batch, fields: frozenset[str], student: Counted) -> Batch:
+        """The batch with fresh logits of the subnet in training mode; running statistics keep their values."""
+
+        def predict(images: Tensor) -> Tensor:
+            with self._autocast():
+                return student(images).float()
+
+        return add_student_outputs(batch, fields, predict, reach=self.settings.helper_reach)
+
+    def _backward(self, student: Counted, subnet: Drawn, batch: Batch, count: float) -> Tensor:
+        """The loss, without graph, and its gradients / `count`, at perturbed weights where the settings say so."""
+        objective, options, gamma = subnet.objective, subnet.options, self.settings.awp_gamma
+        count = count / self.part.weight  # parts of a mean over the batch
+        if objective.remember is not None:
+            for name, value in objective.remember(self.part.whole_batch(batch), **options).items():
+                self.memory[name].copy_(value)
+        loss = objective.loss(batch, **options)
+        self.tally.gradients += 1
+        self.tally.work += Work(weight_gradients=1.0)
+        if not gamma or batch.progress * self.settings.epochs < self.settings.awp_warmup_epochs:
+            (loss / count).backward()
+            return loss.detach()
+        self.tally.gradients += 1
+        totals = self.part.totals
+        with perturbed(student.net.weights, loss * self.part.weight, gamma=gamma, totals=totals):
+            loss = objective.loss(self._student_outputs(batch, objective.needs, student), **options)
+            (loss / count).backward()
+        return loss.detach()
+
+    def _score(self, arch: Arch, images: Tensor, labels: Tensor, target: Tensor | None) -> Tensor:
+        """A subnet's loss on clean images: divergence from the frozen teacher, or cross-entropy without one."""
+        with self._autocast():
+            logits = self._student(arch)(images, frozen=True).float()
+        loss = F.cross_entropy(logits, labels) if target is None else kl_to_teacher(logits, target).mean()
+        return self.part.mean(loss)
+
+    def _autocast(self) -> torch.autocast:
+        """Mixed precision of the training passes, where asked for."""
+        enabled = self.dtype is not torch.float32
+        return torch.autocast(self.net.mean.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    # --- state -------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything a resumed training needs, by name."""
+        groups = self.update.tensors() | {"inner": self.attacker.tensors()}
+        return {f"{group}.{name}": tensor for group, members in groups.items() for name, tensor in members.items()}
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what `tensors` returned."""
+        for key, tensor in self.tensors().items():
+            tensor.copy_(tensors[key])
+
+
+def training_step(
+    net: Supernet | FixedNet,
+    settings: Training,
+    plan: Plan,
+    *,
+    threat: Threat,
+    seed: int = 0,
+    total_steps: int = 1,
+    teacher: Network | None = None,
+    control: Network | None = None,
+    padded_shape: tuple[int, int, int, int] | None = None,
+    part: BatchPart | None = None,
+    search: Callable[..., Tensor] = pgd,
+) -> TrainingStep:
+    """Make the step of a training with all its collaborators.
+
+    Parameters
+    ----------
+    net : Supernet or FixedNet
+        Changed in place by every step.
+    settings : TrainTeacher, TrainControl, Phase or Student
+        Optimisation, attack and loss.
+    plan : Plan
+        Subnets and objectives of every step.
+    threat : Threat
+        Norm and radius, in pixel units.
+    seed : int
+        Seed of the plan's draws.
+    total_steps : int
+        Steps of the whole training.
+    teacher, control : callable, optional
+        Frozen teacher and plainly trained network: images to logits.
+    padded_shape : tuple of int, optional
+        Of the padded training images, (n, height, width, channels); needed where anything is kept per image.
+    part : BatchPart, optional
+        The part of every batch that this process is given; by default all of it.
+    search : callable
+        The attack, with the arguments of `pgd`.
+
+    Raises
+    ------
+    UserError
+        `teacher_logits` under a loss that would not read them.
+    """
+    part, device, tally = part or BatchPart(), net.mean.device, StepTally()
+    carried, tables = None, {}
+    if settings.attack.carry_passes is not None and padded_shape is not None:
+        of = {"eps": threat.eps, "norm": threat.norm, "seed": seed, "device": device}
+        carried = CarriedPerturbations(settings.attack, padded_shape, **of)
+    for kept in ("logits", "gradients"):
+        if getattr(settings, f"teacher_{kept}") is not None and padded_shape is not None:
+            tables[kept] = _table(kept, net, settings, plan, padded_shape[0])
+    teachers = Teachers(teacher, control, tally, frozen_weight=plan.frozen_weight, part=part, **tables)
+    attacker = Attacker(
+        settings.attack,
+        tally,
+        threat=threat,
+        total_steps=total_steps,
+        carried=carried,
+        part=part,
+        dtype=torch_type(settings.attack.dtype, net),
+        batch_size=len(range(settings.batch_size)[part.rows]),
+        search=search,
+    )
+    memory = {} if plan.memory is None else plan.memory(net.space.settings.classes)
+    memory = {name: tensor.to(device) for name, tensor in memory.items()}
+    update = Update(net, settings, memory=memory, part=part)
+    made = {"tally": tally, "teachers": teachers, "attacker": attacker, "update": update}
+    return TrainingStep(net, settings, plan, seed=seed, total_steps=total_steps, **made)
+
+
+def torch_type(name: str, net: Supernet | FixedNet) -> torch.dtype:
+    """The type in which this device computes what a setting names."""
+    return getattr(torch, computed_type(name, net.mean.device))
+
+
+def _table(kept: str, net: Supernet | FixedNet, settings: Training, plan: Plan, images: int) -> TeacherTable:
+    """The table of the frozen teacher's `logits` or `gradients` at the views of the clean images."""
+    key = f"teacher_{kept}"
+    if kept == "logits" and not plan.reads_target:
+        raise UserError(f"teacher_logits keeps logits at clean images; loss {settings.loss} reads none there")
+    shape, augment = net.space.settings, settings.augment
+    numbers = shape.classes if kept == "logits" else shape.image_channels * shape.image_size**2
+    return TeacherTable(
+        images,
+        padding=augment.crop_padding,
+        flip=augment.flip,
+        classes=numbers,
+        dtype=getattr(torch, getattr(settings, key)),
+        device=net.mean.device,
+        key=key,
+    )
+
+
+def _correct(logits: Tensor | None, labels: Tensor) -> Tensor | float:
+    """Number of correctly classified images, float64 of shape (); not a number where nothing was computed."""
+    return float("nan") if logits is None else (logits.detach().argmax(1) == labels).sum(dtype=torch.float64)
