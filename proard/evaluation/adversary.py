@@ -19,7 +19,7 @@ from proard.config import Attack
 from proard.data import keyed_generator
 from proard.losses import CrossEntropy, InnerObjective, Margin
 
-OBJECTIVES: dict[str, Callable[[Tensor], InnerObjective]] = {"ce": CrossEntropy, "margin": Margin}
+ATTACK_LOSSES: dict[str, Callable[[Tensor], InnerObjective]] = {"ce": CrossEntropy, "margin": Margin}
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _one_restart(
             index, age, adv = index[stay], age[stay], adv[stay]
             continue
         truth = labels[index]
-        logits, gradient = gradient_at(OBJECTIVES[attack.objective](truth), adv)
+        logits, gradient = gradient_at(ATTACK_LOSSES[attack.objective](truth), adv)
         spent += len(index)
         stay = logits.argmax(1) == truth
         if accounting == "any_iterate" and attacked is not predict and not bool(stay.all()):
