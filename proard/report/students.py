@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from html import escape
-
 import matplotlib as mpl
 import pandas as pd
 import pyarrow as pa
@@ -13,8 +11,8 @@ from matplotlib.ticker import FuncFormatter
 
 from proard.report.figures import PERCENT
 from proard.report.svg import COLOURS, STYLE, to_svg
-from proard.report.text import count, percent, pixels
-from proard.report.view import Section, View, cell, head
+from proard.report.text import percent, pixels
+from proard.report.view import Section, View, section
 
 INT, FLOAT, TEXT = pa.int64(), pa.float64(), pa.string()
 SUMMARY: dict[str, tuple[pa.DataType, str]] = {
@@ -93,34 +91,21 @@ def trained_students(view: View) -> Section | None:
         return None
     summary = summary_of(table)
     at = summary[summary["eps"] == nearest(summary, view.eps)]
-    attacks = list(dict.fromkeys(at["attack"]))
-    shared = [name for name in attacks if name not in ("own", "worst")]
-    heads = [head("student"), head("network", "left"), head("MACs"), head("seeds"), head("clean"), head("own attack")]
-    heads += [head(escape(name)) for name in shared]
-    heads += [head("worst"), head("gradients"), head("peak memory")]
-    lines = []
-    for group, rows in at.groupby("group", sort=False):
-        first, by_attack = rows.iloc[0], rows.set_index("attack")
-        cells = [
-            cell(escape(str(group))),
-            cell(escape(str(first["net"])), "left"),
-            cell(count(first["macs"]), "nowrap"),
-        ]
-        cells += [cell(str(first["seeds"])), cell(_spread(first, "clean_acc"), "nowrap")]
-        for name in ("own", *shared, "worst"):
-            known = name in by_attack.index
-            cells.append(cell(_spread(by_attack.loc[name], "robust_acc") if known else "–", "nowrap"))
-        for value, unit, size in ((first["train_gradients"], " M", 1e6), (first["peak_memory"], " GB", 1e9)):
-            cells.append(cell("–" if pd.isna(value) else f"{value / size:.2f}{unit}", "nowrap"))
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    images = int(at["num_images"].max())
-    body = f"""<div class="scroll"><table><thead><tr>{"".join(heads)}</tr></thead>
-<tbody>{"".join(lines)}</tbody></table></div>
-<p class="caption">Percent of {images:,} test images at {escape(pixels(float(at["eps"].iloc[0])))}, mean ± standard
-deviation over seeds. Own attack: the one the student was trained with, which flatters; worst: an image counts only if
-it stands every shared attack. Gradients: backward passes of one image that the training took.</p>"""
-    caption = "Clean accuracy, accuracy under the training's own attack, and in the worst case of the shared attacks."
-    return Section("trained", "One by one", "Students trained one by one", body + view.figure("trained", caption))
+    shared = [name for name in dict.fromkeys(at["attack"]) if name not in ("own", "worst")]
+    return section(
+        "trained",
+        "One by one",
+        "Students trained one by one",
+        view=view,
+        attacks=["own", *shared, "worst"],
+        groups=[
+            (group, rows.iloc[0], {row["attack"]: row for _, row in rows.iterrows()})
+            for group, rows in at.groupby("group", sort=False)
+        ],
+        images=at["num_images"].max(),
+        eps=at["eps"].iloc[0],
+        spread=_spread,
+    )
 
 
 def nearest(summary: pd.DataFrame, eps: float) -> float:
