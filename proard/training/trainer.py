@@ -18,13 +18,12 @@ from proard.losses import INNER_OBJECTIVES, Batch, kl_to_teacher
 from proard.nets import FixedNet, FixedView, Supernet
 from proard.nets.view import Statistics, SubnetView
 from proard.space import Arch, Work, one_pass
-from proard.training.attentive import settle
 from proard.training.guard import Guard, flat
 from proard.training.guidance import Guidance, guided, passed, side_by_side
 from proard.training.inner import Inner
 from proard.training.optimizer import make_optimizer, optimizer_tensors
 from proard.training.perturbation import perturbed
-from proard.training.plan import Drawn, Plan, pace
+from proard.training.plan import Drawn, Plan, pace, settle
 from proard.training.ranks import Share
 from proard.training.sync import GradientSync
 from proard.training.teacher_table import TeacherTable
