@@ -36,6 +36,7 @@ test: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/snakefmt --check workflow
+	$(BIN)/python -m mypy
 	$(BIN)/snakemake --lint --configfile config/quickstart.yaml
 	$(BIN)/python -m pytest -n 2 --durations=8 -m "not cluster"
 	$(NARROW) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(NUMERIC) $(DAG)

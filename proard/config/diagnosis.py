@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -93,4 +93,4 @@ class Diagnose(Settings):
     clever: Clever = Clever()
     smoothing: Smoothing = Smoothing()
 
-    distinct = names_differ("networks")
+    distinct: ClassVar[Any] = names_differ("networks")

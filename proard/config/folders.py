@@ -51,7 +51,8 @@ def list_images(root: Path, name: str, left_out: Counter[str]) -> list[tuple[Pat
     """
     base, seen = os.path.realpath(root), set()
     files: list[tuple[Path, str]] = []
-    folders, linked = [root / name], []  # links come last: what they repeat keeps its own path
+    linked: list[Path] = []
+    folders = [root / name]  # links come last: what they repeat keeps its own path
     while folders or linked:
         folder = folders.pop() if folders else linked.pop()
         real = os.path.realpath(folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -285,7 +285,7 @@ class TrainPhase(Settings):
         shared = {key: entry for key, entry in value.items() if key != "phases"}
         return {"phases": [merge(shared, phase) if isinstance(phase, dict) else phase for phase in value["phases"]]}
 
-    distinct = names_differ("phases")
+    distinct: ClassVar[Any] = names_differ("phases")
 
 
 def merge(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
@@ -359,7 +359,7 @@ class VerifyFront(Settings):
         Attack(name="cw50x2", objective="margin", num_steps=50, restarts=2),
     )
 
-    distinct = names_differ("attacks", "worst")
+    distinct: ClassVar[Any] = names_differ("attacks", "worst")
 
 
 class SelectStudent(Settings):

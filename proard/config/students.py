@@ -6,7 +6,7 @@ import copy
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -133,7 +133,7 @@ class TrainStudent(Settings):
             students += expand(merge(shared, entry)) if isinstance(entry, dict) else [entry]
         return {"students": students}
 
-    distinct = names_differ("students")
+    distinct: ClassVar[Any] = names_differ("students")
 
 
 class EvaluateStudent(Settings):
@@ -153,7 +153,7 @@ class EvaluateStudent(Settings):
         Attack(name="cw50x2", objective="margin", num_steps=50, restarts=2),
     )
 
-    distinct = names_differ("attacks", "worst", "own")
+    distinct: ClassVar[Any] = names_differ("attacks", "worst", "own")
 
 
 class CompareStudents(Settings):

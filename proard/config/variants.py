@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -50,7 +50,7 @@ class MeasureVariant(Settings):
         Attack(name="cw50x2", objective="margin", num_steps=50, restarts=2),
     )
 
-    distinct = names_differ("test_attacks", "worst")
+    distinct: ClassVar[Any] = names_differ("test_attacks", "worst")
 
 
 class CompareVariants(Settings):
@@ -94,6 +94,6 @@ def expand_variants(train_phase: Mapping[str, Any], variants: Mapping[str, Any])
         shared = {key: value for key, value in train_phase.items() if key != "phases"}
         phases = changes.get("phases", train_phase.get("phases", [{"name": "all"}]))
         if "phases" not in changes:
-            phases = [merge(phase, own) if isinstance(phase, Mapping) else phase for phase in phases]
+            phases = [merge(dict(phase), own) if isinstance(phase, Mapping) else phase for phase in phases]
         expanded[name] = {**merge(shared, own), "phases": phases}
     return expanded

@@ -53,8 +53,7 @@ def packages() -> Iterator[Finding]:
 def within(version: str, bounds: str) -> bool:
     """Whether a version such as 9.27.1 meets bounds such as >=9.19,<10."""
     found = _numbers(version)
-    for bound in filter(None, bounds.split(",")):
-        sign, limit = re.match(r"\s*(>=|<=|==|<|>)\s*(.+)", bound).groups()
+    for sign, limit in re.findall(r"(>=|<=|==|<|>)\s*([^,]+)", bounds):
         wanted = _numbers(limit)
         here = found[: len(wanted)] if sign in ("==", "<=") else found
         met = {">=": here >= wanted, "<=": here <= wanted, "==": here == wanted, "<": here < wanted, ">": here > wanted}
@@ -65,7 +64,8 @@ def within(version: str, bounds: str) -> bool:
 
 def _numbers(version: str) -> tuple[int, ...]:
     """The leading numbers of a version."""
-    return tuple(int(part) for part in re.match(r"\d+(?:\.\d+)*", version)[0].split("."))
+    leading = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(int(part) for part in leading[0].split(".")) if leading else ()
 
 
 def torch_and_gpu() -> Finding:

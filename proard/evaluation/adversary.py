@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,6 +20,14 @@ from proard.data import keyed_generator
 from proard.losses import CrossEntropy, InnerObjective, Margin
 
 ATTACK_LOSSES: dict[str, Callable[[Tensor], InnerObjective]] = {"ce": CrossEntropy, "margin": Margin}
+
+
+@runtime_checkable
+class Rounds(Protocol):
+    """A network that also computes in another type."""
+
+    def rounded(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """The same network in that type."""
 
 
 @dataclass(frozen=True)
@@ -91,15 +99,27 @@ def attack_images(
     The start point counts as an iterate. An image lost in one restart is not attacked again.
     """
     robust, gradients, forwards = correct.clone(), 0, 0
-    exact = attack.dtype == "float32"
-    attacked = predict if exact else predict.rounded(getattr(torch, attack.dtype))
+    attacked = predict
+    if attack.dtype != "float32":
+        assert isinstance(predict, Rounds)
+        attacked = predict.rounded(getattr(torch, attack.dtype))
     for restart in range(attack.restarts):
         generator = keyed_generator(seed, restart)
         noise = torch.empty(images.shape)
         start_noise_(noise, eps=eps, start=attack.start, norm=norm, generator=generator)
         noise = noise.to(images.device)
-        options = {"attack": attack, "attacked": attacked, "ball": {"eps": eps, "norm": norm}, "accounting": accounting}
-        lost, spent, last = _one_restart(predict, images, labels, robust, noise, **options, batch_size=batch_size)
+        lost, spent, last = _one_restart(
+            predict,
+            images,
+            labels,
+            robust,
+            noise,
+            attacked=attacked,
+            attack=attack,
+            ball={"eps": eps, "norm": norm},
+            accounting=accounting,
+            batch_size=batch_size,
+        )
         robust &= ~lost
         gradients, forwards = gradients + spent, forwards + last
     return Outcome(robust.cpu(), gradients, forwards)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
@@ -62,12 +64,12 @@ def _draw_terms(axis: Axes, rows: pd.DataFrame, names: list[str]) -> None:
         start = start + width
     left = table["value"]["left"].to_numpy()
     reach = np.stack([left - table["low"]["left"].to_numpy(), table["high"]["left"].to_numpy() - left])
-    look = {"fmt": "D", "color": COLOURS["ink"], "ms": 4.5, "mec": COLOURS["paper"], "elinewidth": 1}
+    look: dict[str, Any] = {"fmt": "D", "color": COLOURS["ink"], "ms": 4.5, "mec": COLOURS["paper"], "elinewidth": 1}
     axis.errorbar(left, places, xerr=reach.clip(min=0), label="measured under attack, mean and 95 % interval", **look)
     limit = 1.05 * min(start.max(), LONGEST * float(np.median(start)))
     for place in np.flatnonzero(start > limit):
         words = f"{left[place]:.3g} of {start[place]:.3g} →"
-        axis.text(0.98 * limit, place, words, ha="right", va="center", color=COLOURS["ink"], bbox=LABEL)
+        axis.text(0.98 * limit, float(place), words, ha="right", va="center", color=COLOURS["ink"], bbox=LABEL)
     axis.set_xlim(0, limit)
     axis.xaxis.set_major_locator(MaxNLocator(4))
     axis.grid(visible=False, axis="y")

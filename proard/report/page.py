@@ -7,6 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from proard import __version__
 from proard.report import sections, text
 from proard.report.cost_page import cost_figure
@@ -60,7 +62,7 @@ def render(
     if verified is not None:
         comparison = compare_searches(verified, cost=cost, bootstraps=bootstraps, seed=results.seed)
     figures = _figures(results, students, eps)
-    costs = "" if results.ledgers is None else compare(results.folder, results.ledgers)
+    costs = "" if results.ledgers is None or results.folder is None else compare(results.folder, results.ledgers)
     if isinstance(costs, Comparison):
         figures["costs"] = to_svg(cost_figure(costs), "Cost of students one by one over that of the supernet")
     view = View(
@@ -96,16 +98,14 @@ def _figures(results: Results, students: list[Any], eps: float) -> dict[str, str
         figure = accuracy_figure(rows[rows["eps"] == nearest(rows, eps)])
         found["trained"] = to_svg(figure, "Clean and robust accuracy of students trained one by one")
     summary, radii = results.get("diagnosis_summary"), results.get("diagnosis_radii")
-    for name, figure, title in (
+    drawn: tuple[tuple[str, Figure | None, str], ...] = (
         ("training", training_figure(results), "Accuracy on val and loss over the epochs of every training"),
         ("predictor", predictor_figure(results), "Predicted and measured accuracy of held-out archs"),
         ("search", search_figure(results), "Hypervolume over evaluations of NSGA-II and of random search"),
         ("bound", bound_figure(summary), "Terms of the bound on how far student and teacher differ"),
         ("radius", radius_figure(radii), "Share of images right within a radius"),
-    ):
-        if figure is not None:
-            found[name] = to_svg(figure, title)
-    return found
+    )
+    return found | {name: to_svg(figure, title) for name, figure, title in drawn if figure is not None}
 
 
 def placeholder(name: str) -> str:

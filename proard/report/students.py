@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import matplotlib as mpl
 import pandas as pd
 import pyarrow as pa
@@ -177,9 +179,10 @@ def own_figure(at: pd.DataFrame) -> Figure:
             both = both.dropna(subset=["own", "worst"])
             steps = at.drop_duplicates("group").set_index("group")["train_steps"].reindex(both.index)
             for index, count in enumerate(sorted(steps.unique())):
-                rows, look = both[steps == count], {"color": CYCLE[index % len(CYCLE)], "s": 34, "linewidths": 0}
+                look: dict[str, Any] = {"color": CYCLE[index % len(CYCLE)], "marker": MARKERS[index % len(MARKERS)]}
                 words = f"{count:.0f} step" + ("s" if count > 1 else "")
-                axis.scatter(rows["worst"], rows["own"], marker=MARKERS[index % len(MARKERS)], label=words, **look)
+                rows = both[steps == count]
+                axis.scatter(rows["worst"], rows["own"], s=34, linewidths=0, label=words, **look)
             top = 1.05 * float(both[["own", "worst"]].max().max() or 1)
             axis.plot((0, top), (0, top), color=COLOURS["muted"], linewidth=0.9, zorder=1)
             axis.set(xlim=(0, top), ylim=(0, top))
@@ -221,7 +224,10 @@ def cost_figure(at: pd.DataFrame, table: pd.DataFrame) -> Figure:
         figure = Figure(figsize=(8.8, 4.4))
         axis = figure.subplots()
         for index, (group, rows) in enumerate(worst.groupby("group", sort=False)):
-            look = {"color": CYCLE[index % len(CYCLE)], "marker": MARKERS[index // len(CYCLE) % len(MARKERS)]}
+            look: dict[str, Any] = {
+                "color": CYCLE[index % len(CYCLE)],
+                "marker": MARKERS[index // len(CYCLE) % len(MARKERS)],
+            }
             axis.scatter(rows["train_gradients"], rows["robust_acc"], s=30, linewidths=0, label=group, **look)
         _million(axis)
         axis.set_ylabel("worst-case accuracy on test, %")

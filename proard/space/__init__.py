@@ -2,7 +2,8 @@
 
 from proard.config.budgets import Budget, parse_budget
 from proard.space.arch import DIMS, Arch
-from proard.space.fixed import FixedArch, FixedSpace, FixedSpec, read_arch, read_space, space_of
+from proard.space.fixed import FixedArch, FixedSpace, FixedSpec, read_space, space_of
+from proard.space.protocols import NetArch, NetShape, NetSpace
 from proard.space.search_space import SearchSpace
 from proard.space.spec import Activation, BlockSpec, ConvSpec, GateSpec, NetSpec, PoolSpec, Step
 from proard.space.work import Tally, Work, one_pass
@@ -18,6 +19,9 @@ __all__ = [
     "FixedSpace",
     "FixedSpec",
     "GateSpec",
+    "NetArch",
+    "NetShape",
+    "NetSpace",
     "NetSpec",
     "PoolSpec",
     "SearchSpace",
@@ -26,7 +30,6 @@ __all__ = [
     "Work",
     "one_pass",
     "parse_budget",
-    "read_arch",
     "read_space",
     "space_of",
 ]
