@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -103,23 +104,13 @@ def attack_images(
     if attack.dtype != "float32":
         assert isinstance(predict, Rounds)
         attacked = predict.rounded(getattr(torch, attack.dtype))
+    restarted = partial(_one_restart, attacked=attacked, attack=attack, accounting=accounting, batch_size=batch_size)
     for restart in range(attack.restarts):
         generator = keyed_generator(seed, restart)
         noise = torch.empty(images.shape)
         start_noise_(noise, eps=eps, start=attack.start, norm=norm, generator=generator)
         noise = noise.to(images.device)
-        lost, spent, last = _one_restart(
-            predict,
-            images,
-            labels,
-            robust,
-            noise,
-            attacked=attacked,
-            attack=attack,
-            ball={"eps": eps, "norm": norm},
-            accounting=accounting,
-            batch_size=batch_size,
-        )
+        lost, spent, last = restarted(predict, images, labels, robust, noise, ball={"eps": eps, "norm": norm})
         robust &= ~lost
         gradients, forwards = gradients + spent, forwards + last
     return Outcome(robust.cpu(), gradients, forwards)

@@ -12,7 +12,7 @@ from typing import Any
 from proard.config import Space, VisionTransformer, WideResNet
 from proard.space.protocols import NetSpace
 from proard.space.search_space import SearchSpace
-from proard.space.spec import ConvSpec
+from proard.space.spec import FixedSpec
 
 FAMILIES: dict[str, type[WideResNet] | type[VisionTransformer]] = {"wide_resnet": WideResNet, "vit": VisionTransformer}
 
@@ -31,18 +31,6 @@ class FixedArch:
     def arch_id(self) -> str:
         """Twelve hexadecimal digits that name this network in tables."""
         return hashlib.sha256(self.text.encode()).hexdigest()[:12]
-
-
-@dataclass(frozen=True)
-class FixedSpec:
-    """Costs and shape of a fixed network, as `NetSpec` has them."""
-
-    macs: int
-    params: int
-    classes: int
-    image_channels: int
-    image_size: int
-    convs: tuple[ConvSpec, ...] = ()
 
 
 class FixedSpace:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from proard.space.spec import ConvSpec
+from proard.space.spec import FixedSpec, NetSpec
 
 
 class NetArch(Protocol):
@@ -18,34 +18,6 @@ class NetArch(Protocol):
         """Canonical JSON; equal networks give equal text."""
 
 
-class NetShape(Protocol):
-    """Costs and shape of one network; `convs` are its convolutions where an arch decides on them."""
-
-    @property
-    def macs(self) -> int:
-        """Multiply-accumulates of one image."""
-
-    @property
-    def params(self) -> int:
-        """Trained numbers."""
-
-    @property
-    def convs(self) -> tuple[ConvSpec, ...]:
-        """Convolutions in order."""
-
-    @property
-    def classes(self) -> int:
-        """Number of logits."""
-
-    @property
-    def image_channels(self) -> int:
-        """Channels of an image."""
-
-    @property
-    def image_size(self) -> int:
-        """Side of an image."""
-
-
 class NetSpace(Protocol):
     """A set of networks in one set of weights: a `SearchSpace`, or a `FixedSpace` of one network."""
 
@@ -57,7 +29,7 @@ class NetSpace(Protocol):
     def largest(self) -> Any:
         """The arch of most multiply-accumulates."""
 
-    def spec(self, arch: Any) -> NetShape:
+    def spec(self, arch: Any) -> NetSpec | FixedSpec:
         """Costs and shape of an arch; an arch of another space is a ValueError."""
 
     def read_arch(self, text: str) -> NetArch:
