@@ -16,7 +16,7 @@ endif
 .PHONY: help quickstart test bench bench-gpu
 help:
 	@echo "make quickstart   install into .venv, run the whole pipeline on the bundled digits, print the students"
-	@echo "make test         install the test tools, run the linters and all tests"
+	@echo "make test         install the test tools, run the linters, mypy and all tests"
 	@echo "make bench        run the benchmarks, keep their results in benchmarks/results (BENCH=--quick shows that they run)"
 	@echo "make bench-gpu    prove kernels, check and time training, labels and data on a GPU, under 4 minutes"
 
@@ -36,6 +36,7 @@ test: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/snakefmt --check workflow
+	$(BIN)/python -m mypy
 	$(BIN)/snakemake --lint --configfile config/quickstart.yaml
 	$(BIN)/python -m pytest -n 2 --durations=8 -m "not cluster"
 	$(NARROW) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(NUMERIC) $(DAG)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -200,8 +201,8 @@ def pgd(
     """
     clip = clipper(images, eps=eps, norm=norm, clip_to_ball=clip_to_ball)
     if initial is None:
-        noise = {"start": start, "generator": generator, "scale": start_scale, "among": among}
-        adv = start_point(images, eps=eps, norm=norm, clip_to_ball=clip_to_ball, **noise)
+        noise = partial(start_point, start=start, generator=generator, scale=start_scale, among=among)
+        adv = noise(images, eps=eps, norm=norm, clip_to_ball=clip_to_ball)
     else:
         adv = clip(initial.detach().clone())
     if norm == "linf":

@@ -197,7 +197,7 @@ def format_value(value: Any, unit: str) -> str:
             return pixels(float(value))
         if unit.startswith("fraction"):
             return f"{value:.4f}"
-        return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.4g}"
+        return f"{value:,.0f}" if float(value).is_integer() and abs(float(value)) < 1e15 else f"{value:.4g}"
     text = str(value)
     return f"{text[: SHORT_TEXT - 1]}…" if len(text) > SHORT_TEXT else text
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
-
-Item = TypeVar("Item")
+from collections.abc import Callable
 
 
 def duration(seconds: float) -> str:
@@ -98,13 +95,3 @@ class Progress:
     def close(self) -> None:
         """End the bar with the whole duration."""
         self.say(f"{self.label}: {self.done} {self.unit} in {duration(self.clock() - self.started)}")
-
-
-def track(items: Iterable[Item], label: str, unit: str, *, total: int | None = None) -> Iterator[Item]:
-    """Iterate over `items` with a `Progress` over their number."""
-    items = items if total is not None else list(items)
-    progress = Progress(label, total if total is not None else len(items), unit)  # type: ignore[arg-type]
-    for item in items:
-        yield item
-        progress.advance()
-    progress.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -15,8 +14,9 @@ from pathlib import Path
 
 import pandas as pd
 import yaml
+from filelock import FileLock
 from mini_slurm import Slurm, die_with_parent
-from test_pipeline import SHORT, SMALL
+from pipeline_runs import SHORT, SMALL
 
 from proard.artifacts import read_header, read_table
 
@@ -190,8 +190,7 @@ def wait_until(holds: Callable[[], object], what: str, process: subprocess.Popen
 def made_once(folder: Path, make: Callable[[], None]) -> None:
     """Let one of the test processes make what all of them read."""
     folder.mkdir(parents=True, exist_ok=True)
-    with folder.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(folder.with_suffix(".lock")):
         done = folder.with_suffix(".done")
         if not done.exists():
             make()

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from test_pipeline import Run
+from pipeline_runs import Run
 
 
 class Stoppable(Run):

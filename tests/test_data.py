@@ -3,63 +3,30 @@
 from __future__ import annotations
 
 import io
-import json
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from image_files import (
+    SPLITS,
+    folder_settings,
+    parquet_settings,
+    png,
+    random_pixels,
+    rows_as_bytes,
+    run_stage,
+    write_folder,
+    write_parquet,
+)
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from proard import artifacts
 from proard.artifacts import ArtifactError
-from proard.config import PrepareData, job_settings, load
+from proard.config import PrepareData
 from proard.data import Augmenter, DataError, epoch_order, load_split, make_splits, stratified_order, to_float
-from proard.stages.prepare_data import main
-
-SPLITS = ("train", "val", "test")
-
-
-def random_pixels(number, *, height=8, width=8, seed=0):
-    shape = (number, height, width, 3)
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def png(pixels):
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_parquet(path, encoded, labels, *, nested=True, **more):
-    images = [{"bytes": entry, "path": None} for entry in encoded] if nested else encoded
-    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())]) if nested else pa.binary()
-    pq.write_table(pa.table({"picture": pa.array(images, kind), "target": pa.array(labels, pa.int64()), **more}), path)
-    return str(path)
-
-
-def write_folder(root, counts, *, size=(8, 8), seed=0):
-    rng = np.random.default_rng(seed)
-    for name, count in counts.items():
-        (root / name).mkdir(parents=True)
-        for index in range(count):
-            pixels = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{index}.png")
-    return str(root)
-
-
-def parquet_settings(train, **more):
-    return PrepareData(**{"source": "parquet", "train": train, "classes": 2, "image_size": 8, **more})
-
-
-def folder_settings(train, **more):
-    return PrepareData(**{"source": "imagefolder", "train": train, "classes": 2, "image_size": 8, **more})
-
-
-def rows_as_bytes(stack):
-    return [image.tobytes() for image in stack]
 
 
 def test_digits_keep_their_range_and_share_no_image():
@@ -310,15 +277,6 @@ def test_split_depends_on_the_seed_alone():
         assert not np.array_equal(first.images[name], other.images[name])
     larger_val = make_splits(PrepareData(val_fraction=0.3), seed=0)
     np.testing.assert_array_equal(first.images["test"], larger_val.images["test"])
-
-
-def run_stage(folder, **section):
-    config = load({"run": "tiny", "prepare_data": section})
-    paths = {name: str(folder / f"{name}.safetensors") for name in SPLITS}
-    paths["manifest"] = str(folder / "manifest.json")
-    flags = [text for name, path in paths.items() for text in (f"--{name}", path)]
-    main(["--settings", job_settings(config, "prepare_data"), "--seed", "3", "--threads", "1", *flags])
-    return paths, json.loads((folder / "manifest.json").read_text())
 
 
 def test_stage_writes_what_the_manifest_says(tmp_path, capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from proard.config import load
 from proard.doctor import here
@@ -205,9 +205,9 @@ def test_the_disk_that_a_run_takes_grows_with_its_networks():
 
 def test_a_probe_sees_the_askers_file_and_lock(tmp_path):
     (tmp_path / TOKEN).write_text("secret")
-    with (tmp_path / HELD).open("w") as held:
-        assert facts(tmp_path)["respects_locks"] is False  # nobody holds it
-        fcntl.flock(held, fcntl.LOCK_EX)
+    (tmp_path / HELD).touch()
+    assert facts(tmp_path)["respects_locks"] is False  # nobody holds it
+    with FileLock(tmp_path / HELD):
         done = subprocess.run(
             [sys.executable, "-m", "proard.doctor.probe", str(tmp_path)],
             env={**os.environ, "PYTHONPATH": str(ROOT)},

@@ -17,6 +17,7 @@ import onnx
 import pytest
 import torch
 import yaml
+from export_runs import BUDGET, WRITTEN, arguments, facts_of, onnx_logits
 from foreign import transparent, turned
 from helpers import (
     TINY_DEEP,
@@ -32,28 +33,19 @@ from PIL import Image
 
 from proard.artifacts import ArtifactError, Provenance, read_header, read_table, sha256, write_json, write_table
 from proard.artifacts.tables import PREDICTED, STUDENT
-from proard.config import Threat, UserError, job_settings
+from proard.config import UserError
 from proard.data import ImageSet, load_split, preprocess, to_float
 from proard.data.decode import decode_image
 from proard.evaluation import SubnetMeter
-from proard.export import StudentFacts, export_program, load_student, save_onnx
+from proard.export import export_program, load_student, save_onnx
 from proard.export.formats import OLDEST_RUNTIME
-from proard.export.parity import difference, open_session
+from proard.export.parity import difference
 from proard.nets import extract, fold, load_supernet, save_supernet
 from proard.space import Arch
 from proard.space.sampling import identity_columns
 from proard.stages import export_student, select_student
 
-BUDGET = "macs=60K"
 SIDE = 16  # of the example's images in colour
-WRITTEN = {
-    "weights": "student.safetensors",
-    "onnx": "student.onnx",
-    "pt2": "student.pt2",
-    "card": "card.md",
-    "parity": "parity.json",
-    "checksums": "SHA256SUMS",
-}
 ATTACKS = (
     {"name": "pgd3", "num_steps": 3, "step_size": 0.03},
     {"name": "cw3x2", "objective": "margin", "num_steps": 3, "step_size": 0.03, "restarts": 2},
@@ -99,11 +91,6 @@ def exported(inputs, tmp_path_factory) -> Path:
     return folder
 
 
-def arguments(stage, config, **flags):
-    argv = ["--settings", job_settings(config, stage), "--seed", "0", "--device", "cpu", "--threads", "1"]
-    return argv + [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-
-
 def export(inputs, folder, *, config=CONFIG, **changed):
     flags = {name: inputs[name] for name in ("student", "supernet", "train", "test", "manifest")}
     flags |= {"budget": BUDGET, **{name: folder / file for name, file in WRITTEN.items()}, **changed}
@@ -131,24 +118,6 @@ def measured_network(inputs):
 
 def pixels_of(images: ImageSet) -> torch.Tensor:
     return to_float(images.images)
-
-
-def onnx_logits(path, images):
-    return open_session(path, threads=1).run(["logits"], {"images": np.ascontiguousarray(images)})[0]
-
-
-def facts_of(space, arch):
-    return StudentFacts(
-        name="tiny",
-        budget=BUDGET,
-        space=space,
-        arch=arch,
-        classes=("left", "right", "low"),
-        threat=Threat(),
-        dataset="digits",
-        license="unspecified",
-        provenance=Provenance("tiny", "export_student"),
-    )
 
 
 def test_the_folder_holds_six_files_and_no_external_weights(exported):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from foreign import UPRIGHT, transparent, turned, wide_pixels
+from image_files import SPLITS, folder_settings, random_pixels, rows_as_bytes, run_stage, write_folder
 from PIL import Image
-from test_data import SPLITS, folder_settings, random_pixels, rows_as_bytes, run_stage, write_folder
 
+from proard.config.fingerprint import image_fingerprint
 from proard.data import DataError, make_splits, preprocess
 
 
@@ -47,6 +48,18 @@ def test_linked_folders_are_read_once_and_circles_end(tmp_path):
     assert len(pairs) == len(set(pairs)) == 13
     assert sum(label == 0 for _, label in pairs) == 9
     assert splits.notes == ("train: left out 3 linked in a circle, 1 linked twice",)
+
+
+def test_the_fingerprint_is_of_the_files_that_are_read(tmp_path):
+    write_folder(tmp_path / "train", {"a": 4, "b": 4})
+    settings = folder_settings(str(tmp_path / "train"))
+    before = image_fingerprint(settings)
+    write_folder(tmp_path / "train" / "a", {"@eaDir": 1})
+    for name in ("notes.txt", ".DS_Store"):
+        (tmp_path / "train" / "a" / name).write_bytes(b"no image")
+    assert image_fingerprint(settings) == before
+    (tmp_path / "train" / "a" / "0.png").rename(tmp_path / "train" / "a" / "@0.png")
+    assert image_fingerprint(settings) != before
 
 
 def test_one_file_in_two_classes_is_refused(tmp_path):

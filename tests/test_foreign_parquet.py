@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_data import parquet_settings, png, random_pixels
+from image_files import parquet_settings, png, random_pixels
 
 from proard.config import ConfigError, load
 from proard.data import DataError, make_splits

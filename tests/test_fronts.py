@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from export_runs import arguments
 from helpers import random_supernet, save_stripes, tiny_config, tiny_space
-from test_export import arguments
 
 from proard.artifacts import ArtifactError, Provenance, read_table, write_table
 from proard.artifacts.tables import PREDICTED

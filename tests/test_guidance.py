@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from test_workflow import ROOT, assert_one_line, planned, snakemake, write_file
+from workflow_runs import ROOT, assert_one_line, planned, snakemake, write_file
 
 SNAKEFILE = ROOT / "workflow" / "Snakefile"
 

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from test_export import WRITTEN, arguments, onnx_logits
+from export_runs import WRITTEN, arguments, onnx_logits
 
 from proard.artifacts import Provenance, read_header, read_table, write_table
 from proard.artifacts.tables import PREDICTED

@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from export_runs import WRITTEN, arguments, facts_of, onnx_logits
 from helpers import TINY_MOBILE, random_images, save_stripes, tiny_config
-from test_export import WRITTEN, arguments, facts_of, onnx_logits
 
 from proard.artifacts import read_header, read_table, write_json
 from proard.config import PRESETS, job_settings

@@ -41,7 +41,7 @@ OWN = {"proard", "triton"}  # triton comes with torch where there may be a GPU, 
 
 
 def test_every_imported_package_is_required():
-    required = {split(requirement)[0] for requirement in PROJECT["dependencies"]} | {"pydantic-core"}  # of pydantic
+    required = {split(requirement)[0] for requirement in PROJECT["dependencies"]} | {"markupsafe", "pydantic-core"}
     distributions, missing = packages_distributions(), {}
     for path in (ROOT / "proard").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
@@ -61,8 +61,9 @@ def test_versions_agree():
     assert "TERMS AND CONDITIONS FOR USE, REPRODUCTION, AND DISTRIBUTION" in (ROOT / "LICENSE").read_text("utf-8")
 
 
-def test_c_sources_are_packaged():
-    sources = {str(path.relative_to(ROOT / "proard")) for path in (ROOT / "proard").rglob("*.c")}
+def test_what_is_no_python_is_packaged():
+    files = [path for path in (ROOT / "proard").rglob("*.*") if path.is_file() and "__pycache__" not in path.parts]
+    sources = {str(path.relative_to(ROOT / "proard")) for path in files if path.suffix != ".py"}
     patterns = PYPROJECT["tool"]["setuptools"]["package-data"]["proard"]
     assert sources
     assert all(any(Path(source).match(pattern) for pattern in patterns) for source in sources)

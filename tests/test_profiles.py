@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from profiles import ROOT, edited_profile, rules_with_a_gpu
-from test_workflow import planned, snakemake
+from workflow_runs import planned, snakemake
 
 QUICKSTART = ["--dry-run", "--configfile", "config/quickstart.yaml"]
 

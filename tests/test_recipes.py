@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_workflow import planned, snakemake
+from workflow_runs import planned, snakemake
 
 from proard.config import RunConfig, load
 from proard.space import DIMS, SearchSpace

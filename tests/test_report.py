@@ -67,7 +67,7 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         """Words of a student's cell."""
         if self.in_student and self.rows[-1]:
-            self.rows[-1][-1] += data
+            self.rows[-1][-1] += data.strip("\n")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import SMALL_SPACES, TINY_MOBILE, random_images, random_supernet, save_stripes, tiny_config, tiny_space
-from test_interruption import Stage
+from stage_runs import Stage
 
 from proard.artifacts import Provenance, read_header
 from proard.config import Phase

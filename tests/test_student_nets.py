@@ -15,7 +15,7 @@ from proard.config import NETS, ConfigError, Space, VisionTransformer, WideResNe
 from proard.losses import CrossEntropy, kdiga_term, loss_gradient
 from proard.nets import FixedNet, FixedView, bare_network, fold, load_static, load_trades, recalibrate, save_static
 from proard.nets.wide import WideNet
-from proard.space import FixedSpace, read_arch, read_space, space_of
+from proard.space import FixedSpace, read_space, space_of
 from proard.stages import train_teacher
 from proard.stages.train_teacher import fitted_space, named_arch
 
@@ -229,7 +229,7 @@ def test_it_comes_back_from_its_file(settings, tmp_path):
     with torch.no_grad():
         assert torch.equal(again(images), net(images))
         assert torch.equal(fold(again)(images), net(images))
-    assert read_arch(read_space(settings.model_dump()), arch.to_json()) == arch
+    assert read_space(settings.model_dump()).read_arch(arch.to_json()) == arch
     assert len(arch.arch_id) == 12
     with pytest.raises(ValueError, match="is not network"):
         space.spec(FixedSpace(settings.model_copy(update={"classes": 4})).largest)

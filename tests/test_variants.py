@@ -15,8 +15,8 @@ import pandas as pd
 import pytest
 from helpers import CONFIG as TINY
 from helpers import save_stripes, tiny_config
-from test_workflow import CONFIG as WORKFLOW
-from test_workflow import FakeRun
+from workflow_runs import CONFIG as WORKFLOW
+from workflow_runs import FakeRun
 
 from proard.artifacts import ArtifactError, load_tensors, read_header, read_table
 from proard.artifacts.variants import COMPARED

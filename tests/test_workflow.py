@@ -5,21 +5,18 @@ Nothing is trained: one run is faked by writing its files and letting Snakemake 
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
+from workflow_runs import CONFIG, ROOT, FakeRun, assert_one_line, planned, snakemake, write_file
 
 from proard.config import EXPERIMENTS, NEEDS
 
-ROOT = Path(__file__).parents[1]
 RULES = sorted((ROOT / "workflow" / "rules").glob("*.smk"))
 BUDGETS = 3
 ON_REQUEST = {  # stages that `all` does not ask for
@@ -32,63 +29,9 @@ ON_REQUEST = {  # stages that `all` does not ask for
     "diagnose",
     "compare_diagnoses",
 }
-CONFIG = {
-    "run": "fake",
-    "train_phase": {"phases": [{"name": "wide"}, {"name": "all"}]},
-    "sample_archs": {"num_archs": 12},
-    "fit_predictor": {"held_out": 2, "folds": 2},
-    "evaluate_archs": {"archs_per_shard": 4},
-    "select_student": {"budgets": ["macs=100K", "macs=1M", "params=20K"]},
-}
 FROM_SELECTION = {"select_student": BUDGETS, "export_student": BUDGETS, "report": 1, "all": 1}
 FROM_SEARCH = {"search_front": 1, "verify_front": 1, **FROM_SELECTION}
 FROM_TABLE = {"merge_table": 1, "fit_predictor": 1, **FROM_SEARCH}
-
-
-def snakemake(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "snakemake", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=120)
-
-
-def planned(done: subprocess.CompletedProcess) -> dict[str, int]:
-    """Number of jobs per rule in a dry run."""
-    output = done.stdout + done.stderr
-    assert done.returncode == 0, output
-    if "Nothing to be done" in output:
-        return {}
-    rows = output.split("Job stats:")[-1].split("total")[0].splitlines()
-    return {name: int(count) for name, count in (row.split() for row in rows[3:] if row.strip())}
-
-
-class FakeRun:
-    """A finished run in a folder of its own."""
-
-    def __init__(self, folder: Path, config: Mapping = CONFIG) -> None:
-        self.folder = folder
-        self.config = self.write("config.yaml", config)
-        summary = self("--summary").stdout.splitlines()[1:]
-        for name in (line.split("\t")[0] for line in summary):
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(name)
-        touched = self("--touch", "--forceall", "--cores", "1")
-        assert touched.returncode == 0, touched.stderr
-
-    def write(self, name: str, values: Mapping) -> Path:
-        path = self.folder / name
-        path.write_text(yaml.safe_dump(values))
-        return path
-
-    def __call__(self, *arguments: str, more: Path | None = None, snakefile: Path | None = None):
-        where = ["--directory", self.folder, "--snakefile", snakefile or ROOT / "workflow" / "Snakefile"]
-        configs = ["--configfile", self.config, *([more] if more else [])]
-        return snakemake(*arguments, *where, *configs)
-
-    def plan(self, *arguments: str, **options) -> dict[str, int]:
-        return planned(self("--dry-run", *arguments, **options))
-
-    def plan_after(self, **sections) -> dict[str, int]:
-        return self.plan(more=self.write("edit.yaml", sections))
 
 
 @pytest.fixture(scope="module")
@@ -206,13 +149,6 @@ class FakeStage:
         assert planned(self.call("--dry-run")) == {}
 
 
-def write_file(path: Path, value: int) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(bytes([value]))
-    os.utime(path, (value, value))
-    return path
-
-
 def test_images_added_or_changed_after_they_were_read_are_read_again(tmp_path):
     first = write_file(tmp_path / "images" / "cat" / "a.png", 1)
     source = {"source": "imagefolder", "train": "images", "classes": ["cat", "dog"], "image_size": 32}
@@ -327,16 +263,6 @@ def test_an_error_in_the_config_is_one_line(arguments, words):
 @pytest.mark.parametrize("budget", ["macs=1K", "watts=3", "macs=1 M"])
 def test_an_impossible_budget_stops_before_the_first_job(finished, budget):
     assert_one_line(finished("--dry-run", f"results/fake/select_student/{budget}/student.parquet"), ["budget", budget])
-
-
-def assert_one_line(done: subprocess.CompletedProcess, words: list[str]) -> None:
-    """A failed call that says `words` in one line beginning with `error:`, and shows no traceback."""
-    assert done.returncode == 1
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, done.stderr
-    assert [word for word in words if word not in errors[0]] == []
-    assert "Traceback" not in done.stdout + done.stderr
-    assert ".smk" not in done.stderr
 
 
 @pytest.mark.parametrize("path", RULES, ids=lambda path: path.stem)

@@ -1,8 +1,8 @@
 """Settings of a run: one frozen class per stage, strict parsing, and the JSON schema generated from them."""
 
-from proard.config.attacks import Attack, Curriculum, Threat, TrainingAttack
+from proard.config.attacks import OBJECTIVE_WORDS, Attack, Curriculum, Threat, TrainingAttack
 from proard.config.diagnosis import TEACHER, Clever, Diagnose, Diagnosed, Smoothing
-from proard.config.fields import ConfigError, UserError
+from proard.config.fields import ConfigError, DataError, UserError
 from proard.config.files import read_file
 from proard.config.images import PrepareData
 from proard.config.nets import NETS, VisionTransformer, WideResNet, named_nets
@@ -44,6 +44,7 @@ __all__ = [
     "EXPERIMENTS",
     "NEEDS",
     "NETS",
+    "OBJECTIVE_WORDS",
     "PRESETS",
     "TEACHER",
     "Attack",
@@ -54,6 +55,7 @@ __all__ = [
     "CompareVariants",
     "ConfigError",
     "Curriculum",
+    "DataError",
     "Diagnose",
     "Diagnosed",
     "EvaluateArchs",

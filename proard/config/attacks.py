@@ -9,6 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from proard.config.fields import Count, Extended, Natural, NonNegative, PixelLength, Positive, Settings, in_pixel_units
 
 Dtype = Literal["float32", "bfloat16"]
+OBJECTIVE_WORDS = {"ce": "cross-entropy", "margin": "logit margin (CW)"}  # of attacks that measure
 
 
 class Threat(Settings):

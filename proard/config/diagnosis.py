@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from proard.config.budgets import OneBudget
-from proard.config.fields import Count, FolderName, Int, Natural, Number, PixelLength, Positive, Settings
+from proard.config.fields import Count, FolderName, Int, Natural, Number, PixelLength, Positive, Settings, names_differ
 
 TEACHER = "teacher"
 
@@ -93,10 +93,4 @@ class Diagnose(Settings):
     clever: Clever = Clever()
     smoothing: Smoothing = Smoothing()
 
-    @model_validator(mode="after")
-    def names_differ(self) -> Diagnose:
-        """A network's name is its folder."""
-        names = [network.name for network in self.networks]
-        if len(set(names)) < len(names):
-            raise ValueError(f"networks need different names; they are {names}")
-        return self
+    distinct: ClassVar[Any] = names_differ("networks")

@@ -16,6 +16,7 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     WithJsonSchema,
     model_serializer,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -26,6 +27,10 @@ class UserError(ValueError):
 
 class ConfigError(UserError):
     """A setting: the text names the key, the value and what was expected."""
+
+
+class DataError(UserError):
+    """Something in the user's images or labels: the text names the file, and the row or class."""
 
 
 def shown(value: Any) -> str:
@@ -122,6 +127,21 @@ def class_names(value: Any) -> Any:
     if len(set(value)) < len(value):
         raise PydanticCustomError("classes", "a list of different names")
     return value
+
+
+def names_differ(field: str, *reserved: str) -> Any:
+    """A validator for the body of a settings class: a field's entries have different names, none of them reserved."""
+
+    def check(settings: Any) -> Any:
+        names = [entry.name for entry in getattr(settings, field)]
+        wrong = sorted({name for name in names if names.count(name) > 1 or name in reserved})
+        if wrong:
+            kept = f", none of them {' or '.join(f'`{name}`' for name in reserved)}" if reserved else ""
+            found = f"they are {names}" if len(names) < 10 else f"given again or not allowed: {', '.join(wrong)}"
+            raise ValueError(f"{field} need different names{kept}; {found}")
+        return settings
+
+    return model_validator(mode="after")(check)
 
 
 NUMBER_SCHEMA = {"anyOf": [{"type": "number"}, {"type": "string", "pattern": r"^[-+0-9.eE/ ]+$"}]}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from proard.config.columns import matching_paths
+from proard.config.fields import DataError
+from proard.config.folders import class_folders, list_images
 from proard.config.images import PrepareData
 
 
@@ -26,28 +29,25 @@ def image_fingerprint(settings: PrepareData) -> str:
     for paths in (settings.train, settings.test):
         for text in (paths,) if isinstance(paths, str) else paths or ():
             digest.update(f"{text}\n".encode(errors="surrogateescape"))  # as written: another checkout, the same words
-            for path, status in _files(os.path.expanduser(text)):
+            for path, status in _files(text, settings.source):
                 line = f"{path}\t{status.st_size}\t{status.st_mtime_ns}\n"
                 digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]
 
 
-def _files(pattern: str) -> Iterator[tuple[str, os.stat_result]]:
-    """Files of one path or glob and those below its folders, in order, by their path from there."""
-    matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-    for match in matches:
-        for file in _below(Path(match)) if os.path.isdir(match) else [Path(match)]:
-            try:
-                yield os.path.relpath(file, match) if os.path.isdir(match) else file.name, file.stat()
-            except OSError:  # a broken link, or deleted meanwhile
-                continue
+def _files(pattern: str, source: str) -> Iterator[tuple[str, os.stat_result]]:
+    """Image files of one path or glob, in order, by their path from there: those that `prepare_data` reads."""
+    for match in matching_paths(pattern, folder_holds="*.parquet" if source == "parquet" else None):
+        in_folders = source == "imagefolder" and match.is_dir()
+        try:
+            files = _of_classes(match) if in_folders else [match]
+        except (OSError, DataError):  # a folder that cannot be read: `prepare_data` names it
+            continue
+        for file in files:
+            if file.exists():  # not deleted meanwhile
+                yield os.path.relpath(file, match) if in_folders else file.name, file.stat()
 
 
-def _below(folder: Path) -> Iterator[Path]:
-    """Files below a folder, linked folders included; hidden names and names in @ are no images."""
-    seen = {folder.resolve()}
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        inside = {name: (Path(parent) / name).resolve() for name in sorted(folders) if name[0] not in ".@"}
-        folders[:] = [name for name, place in inside.items() if place not in seen]  # a link may lead back up
-        seen |= set(inside.values())
-        yield from (Path(parent) / name for name in sorted(files) if name[0] not in ".@")
+def _of_classes(root: Path) -> list[Path]:
+    """Image files of all class folders."""
+    return [file for name in class_folders(root) for file, _ in list_images(root, name, Counter())]

@@ -18,7 +18,7 @@ from proard.config.images import PrepareData
 from proard.config.nets import named_nets
 from proard.config.presets import IMAGENET_SIZE, PRESETS
 from proard.config.spaces import Space
-from proard.config.students import CompareStudents, EvaluateStudent, TrainStudent
+from proard.config.students import CompareStudents, EvaluateStudent, Student, TrainStudent
 from proard.config.twins import CompareTwins, MeasureTwin
 from proard.config.variants import CompareVariants, MeasureVariant, TrainVariant, expand_variants
 
@@ -237,8 +237,9 @@ def _named_path(values: Any, location: tuple[Any, ...]) -> list[Any]:
             values = entry = values.get(part)
         elif isinstance(values, (list, tuple)) and isinstance(part, int) and part < len(values):
             values = entry = values[part]
-        named = isinstance(part, int) and isinstance(entry, Mapping) and "name" in entry
-        path.append(entry["name"] if named else part)
+        name = entry.get("name") if isinstance(part, int) and isinstance(entry, Mapping) else None
+        named = name is not None
+        path.append(name if named else part)
         if named and path[-2:-1] in (["phases"], ["students"], ["networks"]):
             del path[-2]  # train_phase.depth.eps rather than train_phase.phases.0.eps
     return path
@@ -316,7 +317,7 @@ def without_rhythm(config: RunConfig) -> tuple[RunConfig, dict[str, Any]]:
             others[stage] = section.save_every_minutes
         values = [value for _, value in section] if isinstance(section, BaseModel) else []
         parts = [part for value in values if isinstance(value, tuple) for part in value]
-        trainings = [part for part in parts if isinstance(part, s.Optimisation)]
+        trainings = [part for part in parts if isinstance(part, (s.Phase, Student))]
         names = {part.name: part.save_every_minutes for part in trainings if part.save_every_minutes != RHYTHM}
         if names:
             others[stage] = names

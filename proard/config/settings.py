@@ -19,6 +19,7 @@ from proard.config.fields import (
     Positive,
     Settings,
     Share,
+    names_differ,
 )
 from proard.config.losses import WITHOUT_ATTACK, Distillation, DistillationOptions, RobustObjective, RobustOptions
 
@@ -246,13 +247,7 @@ class TrainPhase(Settings):
         shared = {key: entry for key, entry in value.items() if key != "phases"}
         return {"phases": [merge(shared, phase) if isinstance(phase, dict) else phase for phase in value["phases"]]}
 
-    @model_validator(mode="after")
-    def names_differ(self) -> TrainPhase:
-        """A phase's name is its folder."""
-        names = [phase.name for phase in self.phases]
-        if len(set(names)) < len(names):
-            raise ValueError(f"phases need different names; they are {names}")
-        return self
+    distinct: ClassVar[Any] = names_differ("phases")
 
 
 def merge(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
@@ -326,13 +321,7 @@ class VerifyFront(Settings):
         Attack(name="cw50x2", objective="margin", num_steps=50, restarts=2),
     )
 
-    @model_validator(mode="after")
-    def names_differ(self) -> VerifyFront:
-        """Attack names are keys of the tables."""
-        names = [attack.name for attack in self.attacks]
-        if len(set(names)) < len(names) or "worst" in names:
-            raise ValueError(f"attacks need different names, none of them `worst`; they are {names}")
-        return self
+    distinct: ClassVar[Any] = names_differ("attacks", "worst")
 
 
 class SelectStudent(Settings):

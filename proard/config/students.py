@@ -20,6 +20,7 @@ from proard.config.fields import (
     Number,
     Positive,
     Settings,
+    names_differ,
     parse_number,
     shown,
 )
@@ -132,14 +133,7 @@ class TrainStudent(Settings):
             students += expand(merge(shared, entry)) if isinstance(entry, dict) else [entry]
         return {"students": students}
 
-    @model_validator(mode="after")
-    def names_differ(self) -> TrainStudent:
-        """A student's name is its folder."""
-        names = [student.name for student in self.students]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"students need different names; {', '.join(twice)} stands more than once")
-        return self
+    distinct: ClassVar[Any] = names_differ("students")
 
 
 class EvaluateStudent(Settings):
@@ -159,13 +153,7 @@ class EvaluateStudent(Settings):
         Attack(name="cw50x2", objective="margin", num_steps=50, restarts=2),
     )
 
-    @model_validator(mode="after")
-    def names_differ(self) -> EvaluateStudent:
-        """Attack names are keys of the tables."""
-        names = [attack.name for attack in self.attacks]
-        if len(set(names)) < len(names) or {"worst", "own"} & set(names):
-            raise ValueError(f"attacks need different names, none of them `worst` or `own`; they are {names}")
-        return self
+    distinct: ClassVar[Any] = names_differ("attacks", "worst", "own")
 
 
 class CompareStudents(Settings):

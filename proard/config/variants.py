@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
 from proard.config.attacks import Attack
-from proard.config.fields import ConfigError, Count, Int, Natural, NonNegative, Settings
+from proard.config.fields import ConfigError, Count, Int, Natural, NonNegative, Settings, names_differ
 from proard.config.settings import TrainPhase, merge
 
 VariantName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
@@ -50,13 +50,7 @@ class MeasureVariant(Settings):
         Attack(name="cw50x2", objective="margin", num_steps=50, restarts=2),
     )
 
-    @model_validator(mode="after")
-    def names_differ(self) -> MeasureVariant:
-        """Attack names are keys of the tables."""
-        names = [attack.name for attack in self.test_attacks]
-        if len(set(names)) < len(names) or "worst" in names:
-            raise ValueError(f"test_attacks need different names, none of them `worst`; they are {names}")
-        return self
+    distinct: ClassVar[Any] = names_differ("test_attacks", "worst")
 
 
 class CompareVariants(Settings):
@@ -100,6 +94,6 @@ def expand_variants(train_phase: Mapping[str, Any], variants: Mapping[str, Any])
         shared = {key: value for key, value in train_phase.items() if key != "phases"}
         phases = changes.get("phases", train_phase.get("phases", [{"name": "all"}]))
         if "phases" not in changes:
-            phases = [merge(phase, own) if isinstance(phase, Mapping) else phase for phase in phases]
+            phases = [merge(dict(phase), own) if isinstance(phase, Mapping) else phase for phase in phases]
         expanded[name] = {**merge(shared, own), "phases": phases}
     return expanded

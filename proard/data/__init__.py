@@ -1,7 +1,8 @@
 """Images: sources, the one train / val / test split, sets in memory, augmentation."""
 
+from proard.config import DataError
 from proard.data.augment import Augmenter, Views, epoch_order, keyed_generator
-from proard.data.decode import DataError, preprocess
+from proard.data.decode import preprocess
 from proard.data.images import ImageSet, load_split, pixel_statistics, save_split, to_float
 from proard.data.split import Splits, make_splits, stratified_order
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from proard.config import UserError
+from proard.config import DataError
 from proard.progress import Progress
 
 CHUNK = 64  # images per task: a task costs about as much as decoding one 32 x 32 image
@@ -32,10 +32,6 @@ class Decoded:
 
     images: NDArray[np.uint8]
     digests: tuple[bytes, ...] = ()
-
-
-class DataError(UserError):
-    """Something in the user's images or labels: the text names the file, and the row or class."""
 
 
 def preprocess(image: Image.Image, size: int | None = None, mode: str = "RGB") -> np.ndarray:

@@ -12,9 +12,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from proard.config import PrepareData
+from proard.config import DataError, PrepareData
 from proard.config.columns import LABEL_NAMES, hub_classes, is_text, label_candidates
-from proard.data.decode import DataError, Encoded
+from proard.data.decode import Encoded
 
 BATCH = 2048  # rows read at once
 

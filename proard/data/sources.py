@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from proard.config import PrepareData
+from proard.config import DataError, PrepareData
 from proard.config.columns import matching_paths
-from proard.data.decode import DataError, Decoded, Encoded, decode_all
-from proard.data.folders import is_hidden_folder, list_images
+from proard.config.folders import class_folders, list_images
+from proard.data.decode import Decoded, Encoded, decode_all
 from proard.data.parquet import ImageTable, open_parquet
 
 READ_AHEAD = 4096  # files per batch handed to the decoder
@@ -190,7 +190,7 @@ def _image_folder(
     for root in roots:
         if not root.is_dir():
             raise DataError(f"prepare_data.{key}: {root} is no folder; expected a folder of class folders")
-    found = sorted({entry.name for root in roots for entry in root.iterdir() if _is_class_folder(entry)})
+    found = sorted({name for root in roots for name in class_folders(root)})
     classes = classes or (settings.classes if isinstance(settings.classes, tuple) else tuple(found))
     places = ", ".join(map(str, roots))
     if isinstance(settings.classes, int) and len(classes) != settings.classes:
@@ -231,11 +231,6 @@ def _labelled(roots: tuple[Path, ...], classes: tuple[str, ...]) -> tuple[list[t
                     raise DataError(f"{file} and {known} are one file in two classes; remove one of the links")
                 left_out["linked twice"] += known != file
     return list(first.values()), +left_out
-
-
-def _is_class_folder(entry: Path) -> bool:
-    """A folder that is not hidden."""
-    return entry.is_dir() and not is_hidden_folder(entry.name)
 
 
 def _expand(key: str, paths: str | tuple[str, ...] | None, *, folder_holds: str | None = None) -> tuple[Path, ...]:

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from proard.config import PrepareData
-from proard.data.decode import DataError
+from proard.config import DataError, PrepareData
 from proard.data.sources import Source, open_sources
 
 

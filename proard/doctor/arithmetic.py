@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from proard.kernels import has_bfloat16
 from proard.kernels.compiled import maps_library
 from proard.losses import CrossEntropy
 from proard.nets import Supernet
+from proard.nets.modules import present
 from proard.nets.view import SubnetView
 from proard.space import Arch, SearchSpace
 
@@ -52,7 +54,7 @@ def lowest_cosine(space: SearchSpace, arch: Arch, *, batch: int, seed: int = 0) 
     images = torch.rand(batch, channels, side, side, generator=generator).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(space.settings.classes, (batch,), generator=generator)
     view = SubnetView(net, arch)
-    attack = {"eps": 8 / 255, "step_size": 4 / 255, "num_steps": 2, "generator": generator}
+    attack: dict[str, Any] = {"eps": 8 / 255, "step_size": 4 / 255, "num_steps": 2, "generator": generator}
     record: dict[str, tuple[Tensor, Tensor]] = {}
     with torch.no_grad():
         view(images, record=record)
@@ -65,7 +67,7 @@ def lowest_cosine(space: SearchSpace, arch: Arch, *, batch: int, seed: int = 0) 
         loss = F.cross_entropy(view(images), labels) + F.cross_entropy(view(adversarial), labels)
         loss.backward()
         view.scatter_gradients()
-        return {name: parameter.grad.double() for name, parameter in net.named_parameters()}
+        return {name: present(parameter.grad).double() for name, parameter in net.named_parameters()}
 
     found = gradients()
     with warnings.catch_warnings():

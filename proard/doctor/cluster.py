@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import re
@@ -14,6 +13,8 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from proard import __version__
 from proard.config import RunConfig
@@ -135,11 +136,10 @@ def job(kind: str, asked: Mapping[str, Any], folder: Path, *, patience: float) -
         Seconds to wait for its end; a job that still waits for its turn is cancelled and no failure.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as scratch, open(Path(scratch) / HELD, "w") as held:
+    with tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as scratch, FileLock(Path(scratch) / HELD):
         place = Path(scratch).resolve()
         token = secrets.token_hex(8)
-        (place / TOKEN).write_text(token)
-        fcntl.flock(held, fcntl.LOCK_EX)
+        (place / TOKEN).write_text(token, encoding="utf-8")
         step = ["srun", "-n1", "--cpu-bind=q", sys.executable, "-m", "proard.doctor.probe", str(place)]
         script = f"#!/bin/sh\nunset SLURM_CONF SLURM_CPU_BIND\nexec {shlex.join(step)}\n"
         words = [
@@ -168,13 +168,14 @@ def job(kind: str, asked: Mapping[str, Any], folder: Path, *, patience: float) -
                 return
             ask("scancel", number)
             log = place / "said"
-            last = [line for line in log.read_text(errors="replace").splitlines() if line] if log.exists() else []
+            written = log.read_text("utf-8", errors="replace") if log.exists() else ""
+            last = [line for line in written.splitlines() if line]
             mend = f"{place.parent} has to be on a disk that all nodes share"
             if last:
                 mend = "make what it says work in a job: sbatch --wrap '...'"
             yield failure(f"{kind} runs", f"job {number} ended without an answer: {last[-1] if last else state}", mend)
             return
-        yield from _judge(kind, asked, json.loads(answer.read_text()), token, place.parent)
+        yield from _judge(kind, asked, json.loads(answer.read_text("utf-8")), token, place.parent)
 
 
 def _wait(number: str, place: Path, patience: float) -> str:

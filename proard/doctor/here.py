@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -14,6 +13,8 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
+from filelock import FileLock
+
 from proard import __version__
 from proard.config import RunConfig
 from proard.doctor.finding import Finding, ask, failure
@@ -21,7 +22,7 @@ from proard.space import SearchSpace
 
 INSTALL = "pip install -e . in the environment that runs snakemake"
 WATCHED = ("snakemake", "snakemake-executor-plugin-slurm", "torch")  # packages whose version decides most
-LOCK = "import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+LOCK = "import filelock, sys; filelock.FileLock(sys.argv[1]).acquire(timeout=0)"
 
 
 def python() -> Finding:
@@ -52,8 +53,7 @@ def packages() -> Iterator[Finding]:
 def within(version: str, bounds: str) -> bool:
     """Whether a version such as 9.27.1 meets bounds such as >=9.19,<10."""
     found = _numbers(version)
-    for bound in filter(None, bounds.split(",")):
-        sign, limit = re.match(r"\s*(>=|<=|==|<|>)\s*(.+)", bound).groups()
+    for sign, limit in re.findall(r"(>=|<=|==|<|>)\s*([^,]+)", bounds):
         wanted = _numbers(limit)
         here = found[: len(wanted)] if sign in ("==", "<=") else found
         met = {">=": here >= wanted, "<=": here <= wanted, "==": here == wanted, "<": here < wanted, ">": here > wanted}
@@ -64,7 +64,8 @@ def within(version: str, bounds: str) -> bool:
 
 def _numbers(version: str) -> tuple[int, ...]:
     """The leading numbers of a version."""
-    return tuple(int(part) for part in re.match(r"\d+(?:\.\d+)*", version)[0].split("."))
+    leading = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(int(part) for part in leading[0].split(".")) if leading else ()
 
 
 def torch_and_gpu() -> Finding:
@@ -101,13 +102,12 @@ def file_system(folder: Path) -> Finding:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as scratch:
             old, new = Path(scratch) / "old", Path(scratch) / "new"
-            old.write_text("old")
-            new.write_text("new")
+            old.write_text("old", encoding="utf-8")
+            new.write_text("new", encoding="utf-8")
             new.replace(old)
-            if old.read_text() != "new" or new.exists():
+            if old.read_text("utf-8") != "new" or new.exists():
                 return failure(name, f"a renamed file in {place} is not there at once", "put the clone on another disk")
-            with old.open("r+") as held:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with FileLock(old, timeout=0):
                 other = subprocess.run([sys.executable, "-c", LOCK, str(old)], capture_output=True, check=False)
             if other.returncode == 0:
                 mend = "mount it with locks (NFS: without nolock; Lustre: flock) or put the clone on another disk"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from proard import __version__
 
@@ -28,21 +29,18 @@ def facts(folder: Path | None) -> dict[str, Any]:
         "visible": os.environ.get("CUDA_VISIBLE_DEVICES"),
     }
     if folder is not None:
-        found["token"] = (folder / TOKEN).read_text() if (folder / TOKEN).exists() else None
-        found["respects_locks"] = not _lockable(folder / HELD)
+        found["token"] = (folder / TOKEN).read_text("utf-8") if (folder / TOKEN).exists() else None
+        found["respects_locks"] = (folder / HELD).exists() and is_locked(folder / HELD)
     return found
 
 
-def _lockable(path: Path) -> bool:
-    """Whether this process gets a lock that another one holds."""
-    if not path.exists():
-        return False
-    with path.open("r+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+def is_locked(path: Path) -> bool:
+    """Whether another process holds the lock of a file: this one does not get it."""
+    try:
+        with FileLock(path, timeout=0):
             return False
-    return True
+    except OSError:  # a Timeout is one
+        return True
 
 
 def main() -> None:
@@ -50,7 +48,7 @@ def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None
     line = json.dumps(facts(folder))
     if folder is not None:
-        (folder / "answer.part").write_text(line)
+        (folder / "answer.part").write_text(line, encoding="utf-8")
         (folder / "answer.part").replace(folder / "answer.json")
     print(line)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,7 +20,15 @@ from proard.config import Attack
 from proard.data import keyed_generator
 from proard.losses import CrossEntropy, InnerObjective, Margin
 
-OBJECTIVES: dict[str, Callable[[Tensor], InnerObjective]] = {"ce": CrossEntropy, "margin": Margin}
+ATTACK_LOSSES: dict[str, Callable[[Tensor], InnerObjective]] = {"ce": CrossEntropy, "margin": Margin}
+
+
+@runtime_checkable
+class Rounds(Protocol):
+    """A network that also computes in another type."""
+
+    def rounded(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """The same network in that type."""
 
 
 @dataclass(frozen=True)
@@ -91,15 +100,17 @@ def attack_images(
     The start point counts as an iterate. An image lost in one restart is not attacked again.
     """
     robust, gradients, forwards = correct.clone(), 0, 0
-    exact = attack.dtype == "float32"
-    attacked = predict if exact else predict.rounded(getattr(torch, attack.dtype))
+    attacked = predict
+    if attack.dtype != "float32":
+        assert isinstance(predict, Rounds)
+        attacked = predict.rounded(getattr(torch, attack.dtype))
+    restarted = partial(_one_restart, attacked=attacked, attack=attack, accounting=accounting, batch_size=batch_size)
     for restart in range(attack.restarts):
         generator = keyed_generator(seed, restart)
         noise = torch.empty(images.shape)
         start_noise_(noise, eps=eps, start=attack.start, norm=norm, generator=generator)
         noise = noise.to(images.device)
-        options = {"attack": attack, "attacked": attacked, "ball": {"eps": eps, "norm": norm}, "accounting": accounting}
-        lost, spent, last = _one_restart(predict, images, labels, robust, noise, **options, batch_size=batch_size)
+        lost, spent, last = restarted(predict, images, labels, robust, noise, ball={"eps": eps, "norm": norm})
         robust &= ~lost
         gradients, forwards = gradients + spent, forwards + last
     return Outcome(robust.cpu(), gradients, forwards)
@@ -162,7 +173,7 @@ def _one_restart(
             index, age, adv = index[stay], age[stay], adv[stay]
             continue
         truth = labels[index]
-        logits, gradient = gradient_at(OBJECTIVES[attack.objective](truth), adv)
+        logits, gradient = gradient_at(ATTACK_LOSSES[attack.objective](truth), adv)
         spent += len(index)
         stay = logits.argmax(1) == truth
         if accounting == "any_iterate" and attacked is not predict and not bool(stay.all()):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -214,9 +215,9 @@ def certify(
     ----------
     Cohen et al., Certified Adversarial Robustness via Randomized Smoothing, ICML 2019, arXiv:1902.02918.
     """
-    options = {"sigma": sigma, "batch_size": batch_size, "generator": generator}
-    label = int(_votes(predict, image, num_choose, **options).argmax())
-    successes = int(_votes(predict, image, num_certify, **options)[label])
+    votes = partial(_votes, predict, image, sigma=sigma, batch_size=batch_size, generator=generator)
+    label = int(votes(num_choose).argmax())
+    successes = int(votes(num_certify)[label])
     share_low = clopper_pearson_low(successes, num_certify, alpha)
     if share_low <= 0.5:
         return Certificate(ABSTAIN, 0.0, share_low)

@@ -19,7 +19,7 @@ from proard.config import Attack, Measurement, Threat
 from proard.data import ImageSet, to_float
 from proard.evaluation.adversary import Outcome, attack_images, clean_correct, stands_training_attack
 from proard.kernels import computed_type
-from proard.nets import FoldedNet, Supernet, extract, fold, recalibrate
+from proard.nets import FixedNet, FoldedNet, Supernet, extract, fold, recalibrate
 from proard.space import Arch, SearchSpace, Tally, Work, one_pass
 
 Measured = dict[str, dict[str, Any]]
@@ -185,7 +185,7 @@ class SubnetMeter:
         self.recalibration = train.first(measurement.recalibration_images)
         self.student = lru_cache(maxsize=2)(self._student)
 
-    def _student(self, arch: Arch) -> FoldedNet:
+    def _student(self, arch: Arch) -> FoldedNet | FixedNet:
         """The subnet as it is measured and exported: extracted, recalibrated, folded."""
         net = extract(self.supernet, arch)
         recalibrate(net, to_float(self.recalibration.images), batch_size=self.measurement.batch_size)
@@ -309,8 +309,8 @@ def validation_rows(
         tally.spent += len(recalibration) * one_pass(net.spec.macs) + work_of([entry], net.spec.macs)
         own = {}
         if training_attack is not None:
-            options = {"batch_size": measurement.batch_size, "seed": seed, "attack": training_attack}
-            right = stands_training_attack(fold(net), to_float(val.images), val.labels, **options)
+            given: dict[str, Any] = {"batch_size": measurement.batch_size, "seed": seed, "attack": training_attack}
+            right = stands_training_attack(fold(net), to_float(val.images), val.labels, **given)
             own = {"val_train_attack_acc": float(right.double().mean())}
             tally.spent += len(val) * (2 * training_attack["num_steps"] + 1) * one_pass(net.spec.macs)
         rows.append(

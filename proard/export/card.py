@@ -13,11 +13,11 @@ import pandas as pd
 import torch
 
 from proard import __version__
+from proard.config import OBJECTIVE_WORDS
 from proard.data import preprocess
 from proard.export.formats import OLDEST_RUNTIME, StudentFacts
 
 HUB_DATASETS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
-OBJECTIVES = {"ce": "cross-entropy", "margin": "logit margin (CW)"}
 ACCOUNTING = {
     "any_iterate": "an image is lost if any iterate of any restart is misclassified",
     "last_iterate": "an image is lost if the last iterate of any restart is misclassified",
@@ -191,7 +191,7 @@ def model_card(
     header, adversarial, made = facts.to_header(), parity["adversarial"], supernet.get("provenance", {})
     grey = facts.space.settings.image_channels == 1
     phases = made.get("settings", {}).get("train_phase", {}).get("phases", [{}])
-    objectives = {attack["name"]: OBJECTIVES[attack["objective"]] for attack in attacks}
+    objectives = {attack["name"]: OBJECTIVE_WORDS[attack["objective"]] for attack in attacks}
     oldest = OLDEST_RUNTIME.get(opset)
     further = f", ... ({len(facts.classes)} in all)" if len(facts.classes) > LISTED_CLASSES else ""
     values = {

@@ -19,8 +19,9 @@ import torch
 from proard import __version__
 from proard.artifacts import ArtifactError, Provenance, atomic_path, load_tensors, save_tensors
 from proard.config import Threat
-from proard.nets import FixedNet, FoldedNet, bare_network
-from proard.space import Arch, FixedArch, FixedSpace, FixedSpec, SearchSpace, read_arch, read_space
+from proard.nets import FixedNet, FoldedNet
+from proard.nets.files import bare_fixed
+from proard.space import NetArch, NetSpace, SearchSpace, read_space
 
 INPUT, OUTPUT = "images", "logits"
 CHANNEL_ORDERS = {1: "grey", 3: "RGB"}
@@ -46,8 +47,8 @@ class StudentFacts:
 
     name: str
     budget: str
-    space: SearchSpace | FixedSpace
-    arch: Arch | FixedArch
+    space: NetSpace
+    arch: NetArch
     classes: tuple[str, ...]
     threat: Threat
     dataset: str
@@ -97,8 +98,7 @@ class StudentFacts:
 
 def save_student(path: str | Path, net: FoldedNet | FixedNet, facts: StudentFacts) -> None:
     """Write a folded (or fixed) network so that `load_student` needs nothing but the file."""
-    spec = facts.space.spec(facts.arch)
-    convs = () if isinstance(spec, FixedSpec) else spec.convs
+    convs = facts.space.spec(facts.arch).convs
     layers = [[conv.name, conv.in_channels, conv.out_channels, conv.kernel, conv.stride] for conv in convs]
     save_tensors(
         path,
@@ -128,10 +128,9 @@ def load_student(path: str | Path) -> FoldedNet | FixedNet:
     tensors, header = load_tensors(path, kind="student")
     try:
         space = read_space(header["space"])
-        arch = read_arch(space, header["arch"])
         if isinstance(space, SearchSpace):
-            return FoldedNet.from_state(space.spec(arch), tensors).eval()
-        net = bare_network(space, arch)
+            return FoldedNet.from_state(space.spec(space.read_arch(header["arch"])), tensors).eval()
+        net = bare_fixed(space)
         net.load_state_dict(tensors)
         return net.frozen()
     except (KeyError, ValueError, RuntimeError) as error:
@@ -183,6 +182,7 @@ def save_onnx(path: str | Path, program: torch.export.ExportedProgram, facts: St
             verbose=False,
             dynamo=True,
         )
+    assert exported is not None
     model = exported.model_proto
     _strip(model)
     model.ir_version = onnx.helper.find_min_ir_version_for(model.opset_import)

@@ -181,7 +181,7 @@ def check_parity(
     few = clean[:ADVERSARIAL_IMAGES]
     start = torch.Generator().manual_seed(seed)
     objective = CrossEntropy(labels[: len(few)])
-    ball = {"norm": norm, "eps": eps}
+    ball: dict[str, Any] = {"norm": norm, "eps": eps}
     adv = pgd(student, objective, few, **ball, step_size=step_size, num_steps=num_steps, generator=start)
     adv_reference = _logits(_torch_predict(student), adv, batch_size)
     attacked = difference(adv_reference, _logits(_onnx_predict(session), adv, batch_size))
@@ -236,7 +236,8 @@ def latency(path: Path, image: NDArray[np.float32]) -> dict[str, Any]:
     predict, image = _onnx_predict(session), np.ascontiguousarray(image)
     for _ in range(10):
         predict(image)
-    times, started = [], time.perf_counter()
+    times: list[float] = []
+    started = time.perf_counter()
     while len(times) < LATENCY_RUNS and time.perf_counter() - started < LATENCY_SECONDS:
         before = time.perf_counter()
         predict(image)

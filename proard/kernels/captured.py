@@ -118,10 +118,13 @@ class CapturedSteps:
         images = [adv, low, high]
         key = self._key(predict, objective, images, step_size) if num_steps > 0 and not self.failed else None
         graph, replays = None, num_steps
+        if key is None:
+            return self.take_steps(predict, objective, adv, low, high, step_size=step_size, num_steps=num_steps)
+        assert isinstance(predict, nn.Module)  # only modules have a key
         if key in self.graphs:
             graph = self.graphs[key]
             graph.load(predict, objective, images)
-        elif key is not None and self._pays(key, num_steps):
+        elif self._pays(key, num_steps):
             graph, replays = self._captured(predict, objective, images, step_size), num_steps - 1
         if graph is None:
             return self.take_steps(predict, objective, adv, low, high, step_size=step_size, num_steps=num_steps)
@@ -129,6 +132,7 @@ class CapturedSteps:
         self.graphs.move_to_end(key)
         if len(self.graphs) > self.capacity:  # never the last one, with which the shared pool would go
             self.graphs.popitem(last=False)
+        assert graph.replay is not None
         for _ in range(replays):
             graph.replay()
         return graph.images[0].clone()

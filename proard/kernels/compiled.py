@@ -42,6 +42,13 @@ def maps_library() -> ctypes.CDLL | None:
     return library
 
 
+def loaded_maps() -> ctypes.CDLL:
+    """The compiled `maps.c` where it is known to be there."""
+    library = maps_library()
+    assert library is not None
+    return library
+
+
 def build(source: Path) -> Path:
     """Compile a source file unless that was done before for this text, compiler and processor; the library's path.
 

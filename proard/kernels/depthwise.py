@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from proard.kernels.maps import TYPES, maps_library
+from proard.kernels.maps import TYPES, loaded_maps, maps_library
 
 WIDE = 5  # kernel from which the C kernel is the faster filter gradient
 
@@ -104,7 +104,7 @@ def _filter_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tens
     if weight.shape[-1] < WIDE:
         return _by_library(dy, x, weight, stride, of_input=False)
     found = torch.empty(weight.shape, dtype=torch.float32)
-    failed = maps_library().depthwise_filter_gradient(
+    failed = loaded_maps().depthwise_filter_gradient(
         TYPES[x.dtype],
         dy.data_ptr(),
         x.data_ptr(),

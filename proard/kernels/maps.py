@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from proard.kernels.compiled import maps_library
+from proard.kernels.compiled import loaded_maps, maps_library
 
 KINDS = ("none", "relu", "relu6", "h_swish")  # as numbered in maps.c
 PLAIN = {"relu": F.relu, "relu6": F.relu6, "h_swish": F.hardswish, "none": lambda x: x}
@@ -64,9 +64,10 @@ def mask_gradient_(gradient: Tensor, out: Tensor | None, side: Tensor | None = N
         A gradient that joins here.
     """
     others = [each for each in (side, out) if each is not None]
-    if others and all(_alike(each, gradient) for each in others) and maps_library() is not None:
+    library = maps_library() if others and all(_alike(each, gradient) for each in others) else None
+    if library is not None:
         places = (None if each is None else each.data_ptr() for each in (side, out))
-        maps_library().mask_gradient(
+        library.mask_gradient(
             TYPES[gradient.dtype], gradient.data_ptr(), *places, gradient.numel(), torch.get_num_threads()
         )
         return gradient
@@ -118,7 +119,7 @@ class _Fused(torch.autograd.Function):
         ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, eps: float, activation: str
     ) -> tuple[Tensor, Tensor, Tensor]:
         y, mean, var = torch.empty_like(x), torch.empty_like(scale), torch.empty_like(scale)
-        failed = maps_library().norm_forward(
+        failed = loaded_maps().norm_forward(
             TYPES[x.dtype],
             KINDS.index(activation),
             *(each.data_ptr() for each in (x, scale, shift)),
@@ -139,13 +140,13 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, shift, mean, var = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody wants a gradient of this gradient
-            y, *_ = plain_norm_activation(x, scale, shift, eps=ctx.eps, activation=ctx.activation)
+            y = plain_norm_activation(x, scale, shift, eps=ctx.eps, activation=ctx.activation)[0]
             wanted = [each for each, needed in zip((x, scale, shift), ctx.needs_input_grad, strict=False) if needed]
             found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
             return (*(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None, None)
         dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
         dx, dscale, dshift = torch.empty_like(x), torch.empty_like(scale), torch.empty_like(shift)
-        failed = maps_library().norm_backward(
+        failed = loaded_maps().norm_backward(
             TYPES[x.dtype],
             KINDS.index(ctx.activation),
             *(each.data_ptr() for each in (dy, x, scale, shift)),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +21,12 @@ from proard.losses.inner import CrossEntropy, InnerObjective, KLBetweenNets, KLT
 from proard.losses.robust import hat_loss, mart_loss, sat_loss, trades_loss
 
 Memory = dict[str, Tensor]
+ABSENT: Any = None  # in a field of a batch that its objective does not need, and so does not read
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What an objective may look at, all for one subnet and one batch; what it does not need is None.
+    """What an objective may look at, all for one subnet and one batch; what it does not need is `ABSENT`.
 
     Attributes
     ----------
@@ -53,19 +54,19 @@ class Batch:
     """
 
     labels: Tensor
-    clean: Tensor | None = None
-    teacher: Tensor | None = None
-    adv: Tensor | None = None
-    images: Tensor | None = None
-    adversarial: Tensor | None = None
-    teacher_adv: Tensor | None = None
-    mirrored: Tensor | None = None
-    teacher_mirrored: Tensor | None = None
-    beyond: Tensor | None = None
-    teacher_gradient: Tensor | None = None
-    teacher_gradient_adv: Tensor | None = None
-    control: Tensor | None = None
-    control_adv: Tensor | None = None
+    clean: Tensor = ABSENT
+    teacher: Tensor = ABSENT
+    adv: Tensor = ABSENT
+    images: Tensor = ABSENT
+    adversarial: Tensor = ABSENT
+    teacher_adv: Tensor = ABSENT
+    mirrored: Tensor = ABSENT
+    teacher_mirrored: Tensor = ABSENT
+    beyond: Tensor = ABSENT
+    teacher_gradient: Tensor = ABSENT
+    teacher_gradient_adv: Tensor = ABSENT
+    control: Tensor = ABSENT
+    control_adv: Tensor = ABSENT
     progress: float = 0.0
     data_pass: int = 0
     memory: Memory = field(default_factory=dict)

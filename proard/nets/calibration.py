@@ -9,6 +9,7 @@ from torch import Tensor
 from proard.nets.elastic import BN_EPS, key_of
 from proard.nets.fixed import FixedNet, recalibrate_fixed
 from proard.nets.forward import run_network
+from proard.nets.modules import statistics_of
 from proard.nets.subnet import StaticNet
 from proard.space import ConvSpec
 
@@ -33,7 +34,7 @@ def recalibrate(net: StaticNet | FixedNet, images: Tensor, *, batch_size: int) -
     """
     if isinstance(net, FixedNet):
         return recalibrate_fixed(net, images, batch_size=batch_size)
-    totals = {key: [torch.zeros_like(norm.running_mean) for _ in range(2)] for key, norm in net.norms.items()}
+    totals = {key: [torch.zeros_like(values) for values in statistics_of(norm)] for key, norm in net.norms.items()}
     batches = [batch for batch in images.split(batch_size) if len(batch) == min(batch_size, len(images))]
     for batch in batches:
 
@@ -43,14 +44,14 @@ def recalibrate(net: StaticNet | FixedNet, images: Tensor, *, batch_size: int) -
             if not layer.norm:
                 return out
             norm = net.norms[key]
-            mean, var = torch.zeros_like(norm.running_mean), torch.zeros_like(norm.running_mean)
+            mean, var = (torch.zeros_like(values) for values in statistics_of(norm))
             out = F.batch_norm(out, mean, var, norm.weight, norm.bias, training=True, momentum=1.0, eps=BN_EPS)
             totals[key][0] += mean
             totals[key][1] += var
             return out
 
         run_network(net.spec, (batch - net.mean[:, None, None]) / net.std[:, None, None], conv, net.head)
-    for key, (mean, var) in totals.items():
-        net.norms[key].running_mean.copy_(mean / len(batches))
-        net.norms[key].running_var.copy_(var / len(batches))
+    for key, sums in totals.items():
+        for values, total in zip(statistics_of(net.norms[key]), sums, strict=True):
+            values.copy_(total / len(batches))
     return net.eval()

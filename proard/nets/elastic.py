@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from proard.kernels import convolution
 from proard.nets.forward import run_network
+from proard.nets.modules import ModulesOf, statistics_of
 from proard.nets.norm import Total
 from proard.space import Arch, ConvSpec, SearchSpace
 
@@ -100,13 +101,13 @@ class ElasticConvNorm(nn.Module):
         out = convolution(x, weight, bias, stride=self.stride, groups=groups)
         if self.bn is None:
             return out
-        bn = self.bn
+        mean, var = statistics_of(self.bn)
         return F.batch_norm(
             out,
-            bn.running_mean[:out_channels],
-            bn.running_var[:out_channels],
-            bn.weight[:out_channels],
-            bn.bias[:out_channels],
+            mean[:out_channels],
+            var[:out_channels],
+            self.bn.weight[:out_channels],
+            self.bn.bias[:out_channels],
             training=self.training,
             momentum=BN_MOMENTUM,
             eps=BN_EPS,
@@ -134,6 +135,9 @@ class Supernet(nn.Module):
         Source of the initial weights; without it they stay unset, to be loaded.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         space: SearchSpace,
@@ -147,7 +151,7 @@ class Supernet(nn.Module):
         self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32).reshape(-1))
         self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32).reshape(-1))
         full = space.spec(space.largest)
-        self.layers = nn.ModuleDict()
+        self.layers = ModulesOf[ElasticConvNorm]()
         for conv in full.convs:
             self.layers[key_of(conv)] = ElasticConvNorm(
                 conv.in_channels,

@@ -11,7 +11,7 @@ from proard.nets.elastic import Supernet
 from proard.nets.fixed import FixedNet
 from proard.nets.subnet import StaticNet
 from proard.nets.wide import read_trades
-from proard.space import Arch, FixedArch, FixedSpace, SearchSpace, read_arch, read_space
+from proard.space import FixedArch, FixedSpace, NetArch, NetSpace, SearchSpace, read_space
 
 
 def save_supernet(path: str | Path, net: Supernet, provenance: Provenance, **extra: Any) -> None:
@@ -43,8 +43,8 @@ def save_static(
     path: str | Path,
     net: StaticNet | FixedNet,
     *,
-    space: SearchSpace | FixedSpace,
-    arch: Arch | FixedArch,
+    space: NetSpace,
+    arch: NetArch,
     kind: str,
     **extra: Any,
 ) -> None:
@@ -55,7 +55,7 @@ def save_static(
 
 def load_static(
     path: str | Path, *, kind: str | tuple[str, ...]
-) -> tuple[StaticNet | FixedNet, SearchSpace | FixedSpace, Arch | FixedArch, str]:
+) -> tuple[StaticNet | FixedNet, NetSpace, NetArch, str]:
     """Read a static network: the network in evaluation mode, its space, its arch, the checksum of its weights.
 
     Raises
@@ -66,24 +66,28 @@ def load_static(
     tensors, header = load_tensors(path, kind=kind)
     check_finite(path, tensors)
     space = read_space(header["space"])
-    arch = read_arch(space, header["arch"])
+    arch = space.read_arch(header["arch"])
     net = bare_network(space, arch)
     net.load_state_dict(tensors)
     return net.eval(), space, arch, header["checksum"]
 
 
-def bare_network(space: SearchSpace | FixedSpace, arch: Arch | FixedArch) -> StaticNet | FixedNet:
-    """The static network of an arch, its weights to be loaded."""
-    if isinstance(space, FixedSpace):
-        channels = space.settings.image_channels
-        return FixedNet(space, mean=[0.0] * channels, std=[1.0] * channels)
-    return StaticNet(space.spec(arch))
+def bare_network(space: NetSpace, arch: Any) -> StaticNet | FixedNet:
+    """The static network of an arch, its weights and the normalisation of pixels to be loaded."""
+    return StaticNet(space.spec(arch)) if isinstance(space, SearchSpace) else bare_fixed(space)
+
+
+def bare_fixed(space: NetSpace) -> FixedNet:
+    """The network of a space that has one, its weights and the normalisation of pixels to be loaded."""
+    assert isinstance(space, FixedSpace)
+    channels = space.settings.image_channels
+    return FixedNet(space, mean=[0.0] * channels, std=[1.0] * channels)
 
 
 def load_trades(path: str | Path, *, image_size: int) -> tuple[FixedNet, FixedSpace, FixedArch]:
     """Read a WideResNet checkpoint of TRADES' layout (see `read_trades`): network, space, arch."""
     settings, tensors = read_trades(str(path), image_size=image_size)
     space = FixedSpace(settings)
-    net = bare_network(space, space.largest)
+    net = bare_fixed(space)
     net.module.load_state_dict(tensors)
     return net.eval(), space, space.largest

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from proard.config import VisionTransformer
+from proard.nets.modules import present, statistics_of
 from proard.nets.norm import Total
 from proard.nets.wide import WideNet
 from proard.space import FixedArch, FixedSpace, FixedSpec
@@ -31,6 +32,9 @@ class FixedNet(nn.Module):
     generator : torch.Generator, optional
         Its seed draws the initial weights.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -185,10 +189,10 @@ class FixedView:
     @torch.no_grad()
     def running_statistics(self) -> Statistics:
         """The stored statistics of every batch norm."""
-        return {name: (norm.running_mean, norm.running_var) for name, norm in self.net.norms().items()}
+        return {name: statistics_of(norm) for name, norm in self.net.norms().items()}
 
     @torch.no_grad()
-    def folded(self, statistics: Statistics, *, dtype: torch.dtype = torch.float32) -> FixedNet:
+    def folded(self, statistics: Statistics, *, dtype: torch.dtype = torch.float32) -> FixedNet | Rounded:
         """The network as it is now, batch norm fixed at `statistics`; its weights want no gradient."""
         net = self.net.frozen()
         for name, norm in net.norms().items():
@@ -201,7 +205,7 @@ class FixedView:
         for name, weight in self.net.module.named_parameters():
             leaf = self.leaves[name]
             if leaf.grad is not None:
-                weight.grad += leaf.grad
+                present(weight.grad).add_(leaf.grad)
             leaf.grad = None
 
 
@@ -232,6 +236,6 @@ def recalibrate_fixed(net: FixedNet, images: Tensor, *, batch_size: int) -> Fixe
             before = totals.get(name, [torch.zeros_like(value) for value in values])
             totals[name] = [total + value for total, value in zip(before, values, strict=True)]
     for name, norm in net.norms().items():
-        for buffer, total in zip((norm.running_mean, norm.running_var), totals[name], strict=True):
+        for buffer, total in zip(statistics_of(norm), totals[name], strict=True):
             buffer.copy_(total / len(batches))
     return net.eval()

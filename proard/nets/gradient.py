@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from proard.kernels import every, mask_gradient_, one_pass
+from proard.nets.modules import present
 from proard.space import BlockSpec, ConvSpec, NetSpec
 
 LAYOUT = torch.channels_last
@@ -80,7 +81,7 @@ class Convolution:
         if not self.sliced:
             return mask_gradient_(total, x if masked else None, self.backward(gradient, x, masked=False))
         reached = total[:, :, :: self.stride, :: self.stride]
-        reached += F.conv2d(gradient, self.transposed)
+        reached += F.conv2d(gradient, present(self.transposed))
         return mask_gradient_(total, x) if masked else total
 
 
@@ -90,11 +91,11 @@ def convolve_activate(
     """Convolution, sum and ReLU; oneDNN does all three in one pass over the output where its types allow."""
     if (relu or side is not None) and x.dtype in (torch.float32, torch.bfloat16) and one_pass(x.dtype):
         shape = ([padding] * 2, [stride] * 2, [1, 1], 1)
-        after = "relu" if relu else "none"
         if side is None:
+            after = "relu" if relu else "none"
             return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *shape, after, [], "")
-        after = (after, [], "") if relu else (None, [], None)
-        return torch.ops.mkldnn._convolution_pointwise.binary(x, side, weight, bias, *shape, "add", 1.0, *after)
+        last: tuple[str | None, list[float], str | None] = ("relu", [], "") if relu else (None, [], None)
+        return torch.ops.mkldnn._convolution_pointwise.binary(x, side, weight, bias, *shape, "add", 1.0, *last)
     out = F.conv2d(x, weight, bias, stride, padding)
     out = out if side is None else out.add_(side)
     return out.relu_() if relu else out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,8 @@ from proard.nets.elastic import BN_EPS, Supernet, key_of
 from proard.nets.fixed import FixedNet
 from proard.nets.forward import convolve, run_network
 from proard.nets.gradient import InputGradient, is_plain
-from proard.space import Arch, ConvSpec, FixedArch, NetSpec
+from proard.nets.modules import ModulesOf, present, statistics_of
+from proard.space import ConvSpec, NetSpec
 
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
@@ -21,12 +23,15 @@ NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 class StaticNet(nn.Module):
     """An ordinary network with the layers of a `NetSpec`: convolutions, batch norms, a linear head."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, spec: NetSpec) -> None:
         super().__init__()
         self.spec = spec
         self.register_buffer("mean", torch.zeros(spec.image_channels))
         self.register_buffer("std", torch.ones(spec.image_channels))
-        self.convs, self.norms = nn.ModuleDict(), nn.ModuleDict()
+        self.convs, self.norms = ModulesOf[Conv2d](), ModulesOf[nn.BatchNorm2d]()
         for conv in spec.convs:
             self.convs[key_of(conv)] = Conv2d(
                 conv.in_channels,
@@ -67,6 +72,12 @@ class FoldedNet(nn.Module):
     dtype : torch.dtype
         Type of the convolutions; images, normalisation and the head keep theirs.
     """
+
+    head_weight: Tensor
+    head_bias: Tensor
+    scale: Tensor
+    shift: Tensor
+    _buffers: dict[str, Any]  # those of the convolutions by name
 
     def __init__(
         self,
@@ -154,7 +165,7 @@ def unfolded_layer(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
-def extract(supernet: Supernet | FixedNet, arch: Arch | FixedArch) -> StaticNet | FixedNet:
+def extract(supernet: Supernet | FixedNet, arch: Any) -> StaticNet | FixedNet:
     """The subnet as a network of its own, weights copied; its logits equal the supernet's at `arch` exactly."""
     if isinstance(supernet, FixedNet):
         return supernet.frozen().train(supernet.training)
@@ -167,7 +178,7 @@ def extract(supernet: Supernet | FixedNet, arch: Arch | FixedArch) -> StaticNet 
         layer = supernet.layers[key]
         net.convs[key].weight.copy_(layer.filters(out, conv.in_channels, conv.kernel))
         if conv.bias:
-            net.convs[key].bias.copy_(layer.bias[:out])
+            present(net.convs[key].bias).copy_(present(layer.bias)[:out])
         if conv.norm:
             for name in NORM_TENSORS:
                 getattr(net.norms[key], name).copy_(getattr(layer.bn, name)[:out])
@@ -184,9 +195,9 @@ def implant(supernet: Supernet, net: StaticNet) -> None:
         layer = supernet.layers[key]
         layer.weight.copy_(net.convs[key].weight)
         if conv.bias:
-            layer.bias.copy_(net.convs[key].bias)
+            present(layer.bias).copy_(present(net.convs[key].bias))
         if conv.norm:
-            layer.bn.load_state_dict(net.norms[key].state_dict())
+            present(layer.bn).load_state_dict(net.norms[key].state_dict())
     supernet.head.load_state_dict(net.head.state_dict())
 
 
@@ -202,7 +213,6 @@ def fold(net: StaticNet | FixedNet, *, dtype: torch.dtype = torch.float32) -> Fo
             layers[conv.name] = unfolded_layer(layer.weight, layer.bias)
             continue
         norm = net.norms[key_of(conv)]
-        statistics = (norm.running_mean, norm.running_var)
-        layers[conv.name] = folded_layer(layer.weight, norm.weight, norm.bias, *statistics)
+        layers[conv.name] = folded_layer(layer.weight, norm.weight, norm.bias, *statistics_of(norm))
     head = (net.head.weight.detach().clone(), net.head.bias.detach().clone())
     return FoldedNet(net.spec, layers, head, mean=net.mean, std=net.std, dtype=dtype)

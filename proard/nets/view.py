@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from proard.kernels import norm_activation
 from proard.nets.elastic import BN_EPS, BN_MOMENTUM, ElasticConvNorm, Supernet, key_of
 from proard.nets.forward import activate, convolve, run_network
+from proard.nets.modules import present, statistics_of
 from proard.nets.norm import Total, batch_norm_of_all
 from proard.nets.subnet import FoldedNet, folded_layer, unfolded_layer
 from proard.space import Arch, ConvSpec
@@ -84,10 +85,9 @@ class SubnetView:
             if record is not None:
                 record[layer.name] = (mean, var)
             if update_running:
-                bn = self.supernet.layers[key_of(layer)].bn
-                bn.running_mean[: layer.out_channels].lerp_(mean, BN_MOMENTUM)
-                unbiased = (var * (values / (values - 1))).to(var)
-                bn.running_var[: layer.out_channels].lerp_(unbiased, BN_MOMENTUM)
+                running_mean, running_var = self._running(layer)
+                running_mean.lerp_(mean, BN_MOMENTUM)
+                running_var.lerp_((var * (values / (values - 1))).to(var), BN_MOMENTUM)
             return out
 
         head = (self.head_weight.detach(), self.head_bias.detach()) if frozen else (self.head_weight, self.head_bias)
@@ -97,13 +97,12 @@ class SubnetView:
     @torch.no_grad()
     def running_statistics(self) -> Statistics:
         """The supernet's stored statistics of the leading channels."""
-        statistics = {}
-        for conv in self.spec.convs:
-            bn = self.supernet.layers[key_of(conv)].bn
-            if bn is None:
-                continue
-            statistics[conv.name] = (bn.running_mean[: conv.out_channels], bn.running_var[: conv.out_channels])
-        return statistics
+        return {conv.name: self._running(conv) for conv in self.spec.convs if conv.norm}
+
+    def _running(self, conv: ConvSpec) -> tuple[Tensor, Tensor]:
+        """The supernet's running mean and variance of a layer's channels, to be read or changed."""
+        mean, var = statistics_of(present(self.supernet.layers[key_of(conv)].bn))
+        return mean[: conv.out_channels], var[: conv.out_channels]
 
     @torch.no_grad()
     def folded(self, statistics: Statistics, *, dtype: torch.dtype = torch.float32) -> FoldedNet:
@@ -112,9 +111,10 @@ class SubnetView:
         for name, leaves in self.leaves.items():
             weight, *others = (leaf.detach() for leaf in leaves)
             if name in statistics:
-                layers[name] = folded_layer(weight, *others, *statistics[name])
+                scale, shift = others
+                layers[name] = folded_layer(weight, scale, shift, *statistics[name])
             else:
-                layers[name] = unfolded_layer(weight, *others or [None])
+                layers[name] = unfolded_layer(weight, others[0] if others else None)
         net = self.supernet
         head = (self.head_weight.detach(), self.head_bias.detach())
         return FoldedNet(self.spec, layers, head, mean=net.mean, std=net.std, dtype=dtype)
@@ -129,13 +129,13 @@ class SubnetView:
                 with torch.enable_grad():
                     layer.filters(out, conv.in_channels, conv.kernel).backward(weight.grad)
             else:
-                layer.weight.grad[:out, : weight.shape[1]] += weight.grad
+                present(layer.weight.grad)[:out, : weight.shape[1]] += present(weight.grad)
             for leaf, values in zip(others, _per_channel(layer), strict=True):
-                values.grad[:out] += leaf.grad
+                present(values.grad)[:out] += present(leaf.grad)
             for leaf in (weight, *others):
                 leaf.grad = None
-        self.supernet.head.weight.grad[:, : self.spec.features] += self.head_weight.grad
-        self.supernet.head.bias.grad += self.head_bias.grad
+        present(self.supernet.head.weight.grad)[:, : self.spec.features] += present(self.head_weight.grad)
+        present(self.supernet.head.bias.grad).add_(present(self.head_bias.grad))
         self.head_weight.grad = self.head_bias.grad = None
 
 

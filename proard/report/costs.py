@@ -13,7 +13,7 @@ import pandas as pd
 
 from proard import artifacts
 from proard.config import NEEDS, RunConfig, UserError, parse
-from proard.space import SearchSpace, read_arch, read_space
+from proard.space import SearchSpace, read_space
 
 LEDGER = "costs.parquet"
 BOTH_NEED = ("prepare_data", "train_teacher")  # students trained one by one have the same data and the same teacher
@@ -119,7 +119,7 @@ def _macs_of(path: Path) -> int:
     """Multiply-accumulates of a network on disk, from its header."""
     header = artifacts.read_header(path)
     space = read_space(header["space"])
-    return space.spec(read_arch(space, header["arch"])).macs
+    return space.spec(space.read_arch(header["arch"])).macs
 
 
 def by_stage(ledgers: pd.DataFrame) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from html import escape
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -13,8 +13,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from proard.config import TEACHER
 from proard.report.svg import COLOURS, STYLE
-from proard.report.text import NORMS, count, percent, pixels
-from proard.report.view import Section, View, cell, head
+from proard.report.text import NORMS, pixels
+from proard.report.view import Section, View, section
 
 TERMS = {
     "loss_gap": ("|l_S − l_T| at the image", COLOURS["navy"]),
@@ -64,12 +64,12 @@ def _draw_terms(axis: Axes, rows: pd.DataFrame, names: list[str]) -> None:
         start = start + width
     left = table["value"]["left"].to_numpy()
     reach = np.stack([left - table["low"]["left"].to_numpy(), table["high"]["left"].to_numpy() - left])
-    look = {"fmt": "D", "color": COLOURS["ink"], "ms": 4.5, "mec": COLOURS["paper"], "elinewidth": 1}
+    look: dict[str, Any] = {"fmt": "D", "color": COLOURS["ink"], "ms": 4.5, "mec": COLOURS["paper"], "elinewidth": 1}
     axis.errorbar(left, places, xerr=reach.clip(min=0), label="measured under attack, mean and 95 % interval", **look)
     limit = 1.05 * min(start.max(), LONGEST * float(np.median(start)))
     for place in np.flatnonzero(start > limit):
         words = f"{left[place]:.3g} of {start[place]:.3g} →"
-        axis.text(0.98 * limit, place, words, ha="right", va="center", color=COLOURS["ink"], bbox=LABEL)
+        axis.text(0.98 * limit, float(place), words, ha="right", va="center", color=COLOURS["ink"], bbox=LABEL)
     axis.set_xlim(0, limit)
     axis.xaxis.set_major_locator(MaxNLocator(4))
     axis.grid(visible=False, axis="y")
@@ -136,49 +136,28 @@ def diagnosis(view: View) -> Section | None:
     summary = view.results.get("diagnosis_summary")
     if summary is None:
         return None
-    body = ""
-    if "bound" in view.figures:
-        body += view.figure(
-            "bound",
-            "How far the student's loss can differ from the teacher's inside the ball: the four terms on the right "
-            "side of KDIGA's bound, and the largest difference that attacks found (diamond). Linearisation errors were "
-            "maximised by search, so the true ones may be larger: the bars bound every point that was searched.",
-        )
-    body += _network_table(summary)
-    if "radius" in view.figures:
-        body += view.figure(
-            "radius",
-            "Share of test images that are right and have at least that radius. CLEVER's radii are estimates for the "
-            "network itself; smoothing's are certificates, each wrong with a small stated probability, for the "
-            "majority vote under noise of that standard deviation, which is another classifier.",
-        )
-    return Section("diagnosis", "Diagnosis", "Students beside their teacher", body + _pair_table(view))
-
-
-def _network_table(summary: pd.DataFrame) -> str:
-    """One row per network: terms at the largest radius, alignment, accuracy, mean radii."""
     eps = summary["eps"].max()
     whole = summary[summary["eps"].isna() | (summary["eps"] == eps)]
     radii = whole[whole["quantity"].isin(["clever_radius", "smoothing_radius"])]
     kinds = list(radii[["quantity", "norm", "sigma"]].drop_duplicates().itertuples(index=False))
-    heads = [head("network"), head("MACs"), *(head(escape(label)) for label, _ in TERMS.values())]
-    heads += [head("bound"), head("measured"), head("cosine"), head("clean"), head("stands")]
-    heads += [head(escape(_radius_words(*kind))) for kind in kinds]
-    lines = []
+    networks = []
     for name, rows in whole.groupby("network", sort=False):
         values = rows[rows["sigma"].isna()].set_index("quantity")["value"]
-        macs = rows["macs"].iloc[0]
-        cells = [cell(escape(str(name))), cell("–" if pd.isna(macs) else count(macs), "nowrap")]
-        cells += [cell(f"{values[term]:.3f}") for term in (*TERMS, "right", "left", "cosine")]
-        cells += [cell(percent(values[share])) for share in ("student_correct", "student_stands")]
-        cells += [cell(_radius_value(rows, *kind)) for kind in kinds]
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    images = int(whole["num_images"].max())
-    return f"""<div class="scroll"><table><thead><tr>{"".join(heads)}</tr></thead>
-<tbody>{"".join(lines)}</tbody></table></div>
-<p class="caption">Means over {images:,} test images at the largest radius, {escape(pixels(eps))}; nats, and percent for
-clean accuracy and for the images that stand every point found. Radii: means over the images that were sampled, 0 where
-the class is wrong or smoothing abstains. Intervals and smaller radii: summary.parquet.</p>"""
+        networks.append((name, rows["macs"].iloc[0], values, [_radius_value(rows, *kind) for kind in kinds]))
+    pairs = view.results.get("diagnosis_pairs")
+    return section(
+        "diagnosis",
+        "Diagnosis",
+        "Students beside their teacher",
+        view=view,
+        terms=[label for label, _ in TERMS.values()],
+        sizes=[*TERMS, "right", "left", "cosine"],
+        kinds=[_radius_words(*kind) for kind in kinds],
+        networks=networks,
+        images=whole["num_images"].max(),
+        eps=eps,
+        pairs=[] if pairs is None else pairs[pairs["eps"] == pairs["eps"].max()].to_dict("records"),
+    )
 
 
 def _radius_words(quantity: str, norm: str, sigma: float) -> str:
@@ -193,29 +172,3 @@ def _radius_value(rows: pd.DataFrame, quantity: str, norm: str, sigma: float) ->
     same_noise = rows["sigma"].isna() if pd.isna(sigma) else rows["sigma"] == sigma
     found = rows[(rows["quantity"] == quantity) & (rows["norm"] == norm) & same_noise]["value"]
     return "–" if found.empty else f"{found.iloc[0] * (255 if norm == 'linf' else 1):.3g}"
-
-
-def _pair_table(view: View) -> str:
-    """Which of two networks stands an image, and which is aligned better there."""
-    pairs = view.results.get("diagnosis_pairs")
-    if pairs is None:
-        return ""
-    rows = pairs[pairs["eps"] == pairs["eps"].max()]
-    names = ("first", "second", "only first", "only second", "p", "first nearer, %", "nearer one stands, %", "p")
-    lines = []
-    for _, row in rows.iterrows():
-        span = f"{percent(row['nearer_stands_low'])}–{percent(row['nearer_stands_high'])}"
-        known = not pd.isna(row["nearer_stands"])
-        stands = f'{percent(row["nearer_stands"])}<span class="rangy">{span}</span>' if known else "–"
-        cells = [cell(escape(row["first"])), cell(escape(row["second"]), "left")]
-        cells += [cell(str(int(row[only]))) for only in ("first_only", "second_only")]
-        cells += [cell(f"{row['mcnemar_p']:.2g}"), cell(percent(row["first_nearer"]))]
-        cells += [cell(stands), cell(f"{row['nearer_stands_p']:.2g}")]
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    heads = "".join(head(name, "left") if name == "second" else head(name) for name in names)
-    return f"""<h3>Does the better aligned network stand?</h3>
-<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>
-<p class="caption">{int(rows["num_images"].iloc[0]):,} images, the same for both networks of a pair. Only first, only
-second: images that one of them stands, with McNemar's exact p. Of those images, the share at which the one that
-stands also has the input gradient nearer to the teacher's, with its 95 % Wilson interval and the exact p of one
-half.</p>"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -76,7 +77,7 @@ def _draw_predicted(axis: Axes, front: pd.DataFrame | None, column: str) -> None
     for search, (colour, _) in SEARCH_LOOKS.items():
         rows = front[front["found_by"] == search].sort_values("macs")
         if not rows.empty:
-            look = {"color": colour, "linestyle": (0, (4, 2)), "linewidth": 1.1, "alpha": 0.9}
+            look: dict[str, Any] = {"color": colour, "linestyle": (0, (4, 2)), "linewidth": 1.1, "alpha": 0.9}
             best = rows[f"predicted_{column}"].cummax()
             axis.step(rows["macs"], best, where="post", label=f"{SEARCH_NAMES[search]}, predicted", **look)
 
@@ -162,12 +163,12 @@ def training_figure(results: Results) -> Figure | None:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.4, 3.4 * lines + 0.4))
         grid = figure.add_gridspec(2 * lines, columns, height_ratios=[2.2, 1] * lines)
-        first: Axes | None = None
+        panels: list[Axes] = []
         for index, (name, rows) in enumerate(runs):
             line, column = divmod(index, columns)
-            upper = figure.add_subplot(grid[2 * line, column], sharey=first)
+            upper = figure.add_subplot(grid[2 * line, column], sharey=panels[0] if panels else None)
             lower = figure.add_subplot(grid[2 * line + 1, column], sharex=upper)
-            first = first or upper
+            panels.append(upper)
             _draw_validation(upper, rows)
             _draw_loss(lower, rows)
             upper.set_title(name)
@@ -175,9 +176,9 @@ def training_figure(results: Results) -> Figure | None:
             if column == 0:
                 upper.set_ylabel("accuracy on val, %")
                 lower.set_ylabel("loss, nats")
-        first.set_ylim(bottom=0)  # only now: it ends the scaling of all panels
+        panels[0].set_ylim(bottom=0)  # only now: it ends the scaling of all panels
         archs = [name for name in ARCH_COLOURS if any((rows["arch"] == name).any() for _, rows in runs)]
-        looks = [(name, {"color": ARCH_COLOURS[name]}) for name in archs]
+        looks: list[tuple[str, dict[str, Any]]] = [(name, {"color": ARCH_COLOURS[name]}) for name in archs]
         looks += [("robust", {"color": COLOURS["muted"]}), ("clean", {"color": COLOURS["muted"], "linestyle": CLEAN})]
         looks += [("kept epoch", {"color": COLOURS["gold"]})]
         handles = [Line2D([], [], label=name, **look) for name, look in looks]
@@ -192,7 +193,7 @@ def _draw_validation(axis: Axes, rows: pd.DataFrame) -> None:
     for arch, of_arch in validated.groupby("arch", sort=False):
         colour = ARCH_COLOURS.get(str(arch), COLOURS["blue"])
         marker = "o" if len(of_arch) < 2 else ""
-        look = {"color": colour, "marker": marker, "markersize": 4}
+        look: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4}
         axis.plot(of_arch["epoch"], of_arch["val_clean_acc"], **look, linestyle=CLEAN)
         axis.plot(of_arch["epoch"], of_arch["val_robust_acc"], **look)
     kept = rows.loc[rows["best"].eq(True), "epoch"]

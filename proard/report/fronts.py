@@ -76,9 +76,10 @@ def compare_outcomes(first: Outcomes, second: Outcomes, *, bootstraps: int = 100
     volumes = np.asarray([[hypervolume(run.objectives(row), scale) for run in (first, second)] for row in redraws])
     values = [hypervolume(run.objectives(), scale) for run in (first, second)]
     columns = [volumes[:, 0], volumes[:, 1], volumes[:, 1] - volumes[:, 0]]
-    intervals = [tuple(np.percentile(column, [2.5, 97.5]).tolist()) for column in columns]
-    found = [(value, *interval) for value, interval in zip([*values, values[1] - values[0]], intervals, strict=True)]
-    return FrontComparison(*found, num_archs=(len(first.macs), len(second.macs)), num_images=count)
+    intervals = [np.percentile(column, [2.5, 97.5]).tolist() for column in columns]
+    pairs = zip([*values, values[1] - values[0]], intervals, strict=True)
+    one, other, difference = ((value, low, high) for value, (low, high) in pairs)
+    return FrontComparison(one, other, difference, (len(first.macs), len(second.macs)), count)
 
 
 def verified_outcomes(run_folder: str | Path) -> Outcomes:

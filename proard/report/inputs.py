@@ -130,27 +130,31 @@ def load_results(
         A file that was named is missing or damaged, or a table lacks a column.
     """
     results = Results(run, seed, {})
-    if files.get("manifest"):
-        results.manifest = _read_json(results, files["manifest"], MANIFEST_KEYS)
+    for path in _paths(files.get("manifest")):
+        results.manifest = _read_json(results, path, MANIFEST_KEYS)
         _merge_sections(results.settings, results.manifest.get("settings", {}))
     for name, columns in TABLES.items():
-        if files.get(name):
-            results.frames[name] = _read_table(results, files[name], columns)
+        for path in _paths(files.get(name)):
+            results.frames[name] = _read_table(results, path, columns)
     lists = {
-        name: [_read_table(results, path, columns) for path in files.get(name) or () if path]
+        name: [_read_table(results, path, columns) for path in _paths(files.get(name))]
         for name, columns in LISTS.items()
     }
     trained = [results.get("teacher_history"), results.get("control_history"), *lists["phase_histories"]]
     results.histories = [frame for frame in trained if frame is not None and not frame.empty]
     results.students = [frame for frame in lists["students"] if not frame.empty]
-    results.cards = [
-        Card(Path(path).parent, _read_json(results, path, PARITY_KEYS)) for path in files.get("cards") or () if path
-    ]
+    cards = _paths(files.get("cards"))
+    results.cards = [Card(Path(path).parent, _read_json(results, path, PARITY_KEYS)) for path in cards]
     if benchmarks and Path(benchmarks).is_dir():
         results.benchmarks = Path(benchmarks)
     if ledgers:
         results.folder, results.ledgers = Path(ledgers), read_ledgers(ledgers)
     return results
+
+
+def _paths(given: str | Sequence[str] | None) -> list[str]:
+    """The paths of a flag, one or several; empty ones are left out."""
+    return [path for path in ([given] if isinstance(given, str) else given or ()) if path]
 
 
 def _read_table(results: Results, path: str | Path, columns: Sequence[str]) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from html import escape
+from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
@@ -13,8 +13,8 @@ from matplotlib.ticker import FuncFormatter
 
 from proard.report.figures import PERCENT
 from proard.report.svg import COLOURS, STYLE, to_svg
-from proard.report.text import count, percent, pixels
-from proard.report.view import Section, View, cell, head
+from proard.report.text import percent, pixels
+from proard.report.view import Section, View, section
 
 INT, FLOAT, TEXT = pa.int64(), pa.float64(), pa.string()
 SUMMARY: dict[str, tuple[pa.DataType, str]] = {
@@ -93,34 +93,21 @@ def trained_students(view: View) -> Section | None:
         return None
     summary = summary_of(table)
     at = summary[summary["eps"] == nearest(summary, view.eps)]
-    attacks = list(dict.fromkeys(at["attack"]))
-    shared = [name for name in attacks if name not in ("own", "worst")]
-    heads = [head("student"), head("network", "left"), head("MACs"), head("seeds"), head("clean"), head("own attack")]
-    heads += [head(escape(name)) for name in shared]
-    heads += [head("worst"), head("gradients"), head("peak memory")]
-    lines = []
-    for group, rows in at.groupby("group", sort=False):
-        first, by_attack = rows.iloc[0], rows.set_index("attack")
-        cells = [
-            cell(escape(str(group))),
-            cell(escape(str(first["net"])), "left"),
-            cell(count(first["macs"]), "nowrap"),
-        ]
-        cells += [cell(str(first["seeds"])), cell(_spread(first, "clean_acc"), "nowrap")]
-        for name in ("own", *shared, "worst"):
-            known = name in by_attack.index
-            cells.append(cell(_spread(by_attack.loc[name], "robust_acc") if known else "–", "nowrap"))
-        for value, unit, size in ((first["train_gradients"], " M", 1e6), (first["peak_memory"], " GB", 1e9)):
-            cells.append(cell("–" if pd.isna(value) else f"{value / size:.2f}{unit}", "nowrap"))
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    images = int(at["num_images"].max())
-    body = f"""<div class="scroll"><table><thead><tr>{"".join(heads)}</tr></thead>
-<tbody>{"".join(lines)}</tbody></table></div>
-<p class="caption">Percent of {images:,} test images at {escape(pixels(float(at["eps"].iloc[0])))}, mean ± standard
-deviation over seeds. Own attack: the one the student was trained with, which flatters; worst: an image counts only if
-it stands every shared attack. Gradients: backward passes of one image that the training took.</p>"""
-    caption = "Clean accuracy, accuracy under the training's own attack, and in the worst case of the shared attacks."
-    return Section("trained", "One by one", "Students trained one by one", body + view.figure("trained", caption))
+    shared = [name for name in dict.fromkeys(at["attack"]) if name not in ("own", "worst")]
+    return section(
+        "trained",
+        "One by one",
+        "Students trained one by one",
+        view=view,
+        attacks=["own", *shared, "worst"],
+        groups=[
+            (group, rows.iloc[0], {row["attack"]: row for _, row in rows.iterrows()})
+            for group, rows in at.groupby("group", sort=False)
+        ],
+        images=at["num_images"].max(),
+        eps=at["eps"].iloc[0],
+        spread=_spread,
+    )
 
 
 def nearest(summary: pd.DataFrame, eps: float) -> float:
@@ -192,9 +179,10 @@ def own_figure(at: pd.DataFrame) -> Figure:
             both = both.dropna(subset=["own", "worst"])
             steps = at.drop_duplicates("group").set_index("group")["train_steps"].reindex(both.index)
             for index, count in enumerate(sorted(steps.unique())):
-                rows, look = both[steps == count], {"color": CYCLE[index % len(CYCLE)], "s": 34, "linewidths": 0}
+                look: dict[str, Any] = {"color": CYCLE[index % len(CYCLE)], "marker": MARKERS[index % len(MARKERS)]}
                 words = f"{count:.0f} step" + ("s" if count > 1 else "")
-                axis.scatter(rows["worst"], rows["own"], marker=MARKERS[index % len(MARKERS)], label=words, **look)
+                rows = both[steps == count]
+                axis.scatter(rows["worst"], rows["own"], s=34, linewidths=0, label=words, **look)
             top = 1.05 * float(both[["own", "worst"]].max().max() or 1)
             axis.plot((0, top), (0, top), color=COLOURS["muted"], linewidth=0.9, zorder=1)
             axis.set(xlim=(0, top), ylim=(0, top))
@@ -236,7 +224,10 @@ def cost_figure(at: pd.DataFrame, table: pd.DataFrame) -> Figure:
         figure = Figure(figsize=(8.8, 4.4))
         axis = figure.subplots()
         for index, (group, rows) in enumerate(worst.groupby("group", sort=False)):
-            look = {"color": CYCLE[index % len(CYCLE)], "marker": MARKERS[index // len(CYCLE) % len(MARKERS)]}
+            look: dict[str, Any] = {
+                "color": CYCLE[index % len(CYCLE)],
+                "marker": MARKERS[index // len(CYCLE) % len(MARKERS)],
+            }
             axis.scatter(rows["train_gradients"], rows["robust_acc"], s=30, linewidths=0, label=group, **look)
         _million(axis)
         axis.set_ylabel("worst-case accuracy on test, %")

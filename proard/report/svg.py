@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib as mpl
@@ -30,7 +31,7 @@ COLOURS: dict[str, str] = {
     "navy": "#0b3c5d",
     "gold": "#e6a100",
 }
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "proard",
     "font.size": 9.5,
@@ -108,9 +109,9 @@ def inline(svg: str, prefix: str) -> str:
     """
     root = svg[svg.index("<svg") :].strip()
     head, body = root.split(">", 1)
-    width = float(re.search(r'width="([\d.]+)pt"', head)[1])  # type: ignore[index] - matplotlib always writes it
+    (width,) = re.findall(r'width="([\d.]+)pt"', head)
     head = re.sub(r' (?:width|height)="[^"]*"', "", head)
-    text = f'{head} style="max-width: {PIXELS_PER_POINT * width:.0f}px">{body}'
+    text = f'{head} style="max-width: {PIXELS_PER_POINT * float(width):.0f}px">{body}'
     text = re.sub(r'\bid="', f'id="{prefix}-', text)
     text = re.sub(r'href="#', f'href="#{prefix}-', text)
     text = re.sub(r"url\(#", f"url(#{prefix}-", text)

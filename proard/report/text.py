@@ -9,10 +9,10 @@ from typing import Any
 
 import pandas as pd
 
+from proard.config import OBJECTIVE_WORDS
 from proard.space.cost import human
 
 SEARCH_NAMES = {"nsga2": "NSGA-II", "random": "random search"}
-OBJECTIVES = {"ce": "cross-entropy", "margin": "logit margin (CW)"}
 NORMS = {"linf": "ℓ∞", "l2": "ℓ₂"}
 
 
@@ -52,6 +52,16 @@ def amount(number: float) -> str:
     return f"{digits}\u202f{' KMGTPE'[exponent]}" if exponent else digits
 
 
+def whole(number: float) -> str:
+    """A whole number with commas between thousands."""
+    return f"{int(number):,}"
+
+
+def signed(value: float) -> str:
+    """A difference with its sign."""
+    return f"{value:+.4f}".replace("-", "−")
+
+
 def plural(number: int, noun: str) -> str:
     """A number with its noun."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
@@ -61,7 +71,7 @@ def attack_words(row: Mapping[str, Any], objective: str | None = None) -> str:
     """What an attack does: objective, steps, restarts."""
     if row["attack"] == "worst":
         return "worst case per image over all attacks"
-    parts = [f"PGD on {OBJECTIVES.get(objective or '', objective)}" if objective else "PGD"]
+    parts = [f"PGD on {OBJECTIVE_WORDS.get(objective or '', objective)}" if objective else "PGD"]
     if not pd.isna(row.get("num_steps")):
         step = row.get("step_size")
         length = "" if step is None or pd.isna(step) else f" of {pixels(step)}"

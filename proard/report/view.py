@@ -1,21 +1,33 @@
-"""What the page's sections share: the facts they read and the few shapes of HTML they are made of."""
+"""What the page's sections share: the facts they read, and the templates that turn them into HTML."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
+from proard.progress import duration
+from proard.report import text
 from proard.report.costs import Comparison as CostComparison
 from proard.report.facts import Comparison, Duration, Student, chosen_quality, headline_row, rows_by_attack
 from proard.report.inputs import Card, Results
 from proard.report.svg import inline
-from proard.report.text import interval, percent
+
+WORDS = (text.amount, text.count, text.decimal, text.interval, text.percent, text.pixels, text.plural, text.signed)
+TEMPLATES = Environment(
+    loader=PackageLoader("proard.report"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+TEMPLATES.filters |= {"duration": duration, "whole": text.whole, **{shown.__name__: shown for shown in WORDS}}
+TEMPLATES.tests["known"] = lambda value: not pd.isna(value)
 
 
 @dataclass(frozen=True)
@@ -25,7 +37,17 @@ class Section:
     id: str
     short: str
     title: str
-    body: str
+    body: Markup
+
+
+def section(name: str, short: str, title: str, **values: Any) -> Section:
+    """A part of the page from its template and the values that the template reads."""
+    return Section(name, short, title, fill(name, **values))
+
+
+def fill(name: str, **values: Any) -> Markup:
+    """The HTML of a template; values are escaped."""
+    return Markup(TEMPLATES.get_template(f"{name}.html.j2").render(values))
 
 
 @dataclass(frozen=True)
@@ -74,38 +96,14 @@ class View:
         known += [settings[stage]["attack"] for stage in ("evaluate_archs", "select_student") if stage in settings]
         return next((entry["objective"] for entry in known if entry["name"] == attack), None)
 
-    def link(self, path: Path, text: str) -> str:
-        """A link relative to the page's folder."""
-        target = Path(os.path.relpath(path, self.folder)).as_posix()
-        return f'<a href="{escape(target)}">{escape(text)}</a>'
+    def words(self, row: pd.Series) -> str:
+        """The attack of a row in words."""
+        return text.attack_words(row, self.objective(str(row["attack"])))
 
-    def figure(self, name: str, caption: str) -> str:
-        """A figure with its caption."""
-        svg = inline(self.figures[name], name)
-        return f'<div class="scroll figure">{svg}</div>\n<p class="caption">{caption}</p>'
+    def path(self, path: Path, start: Path | None = None) -> str:
+        """A path as seen from the page's folder, or from another one."""
+        return Path(os.path.relpath(path, start or self.folder)).as_posix()
 
-
-def cell(content: str, *classes: str, span: int = 1) -> str:
-    """A table cell; `content` is HTML."""
-    kind = f' class="{" ".join(classes)}"' if classes else ""
-    width = f' colspan="{span}"' if span > 1 else ""
-    return f"<td{kind}{width}>{content}</td>"
-
-
-def head(content: str, *classes: str, span: int = 1) -> str:
-    """A heading cell."""
-    return cell(content, *classes, span=span).replace("<td", "<th").replace("</td>", "</th>")
-
-
-def accuracy(row: Mapping[str, Any] | None, column: str, *classes: str) -> str:
-    """A cell with an accuracy in percent and its interval below."""
-    if row is None or pd.isna(row[column]):
-        return cell("–", *classes)
-    span = interval(row, column)
-    below = f'<span class="rangy">{span}</span>' if span else ""
-    return cell(f"{percent(row[column])}{below}", *classes)
-
-
-def definitions(entries: Iterable[tuple[str, str]]) -> str:
-    """A list of terms; the texts are HTML, empty ones are left out."""
-    return "<dl>" + "".join(f"<dt>{escape(term)}</dt><dd>{text}</dd>" for term, text in entries if text) + "</dl>"
+    def inline(self, name: str) -> Markup:
+        """A figure as a part of the page."""
+        return Markup(inline(self.figures[name], name))

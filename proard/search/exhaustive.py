@@ -74,10 +74,10 @@ def exhaustive(
     if not size:
         return None
     genotypes, objectives = np.zeros((0, len(choices)), dtype=np.int64), np.zeros((0, 3))
-    ends = np.full((2, 3), np.nan)
+    low, high = np.full((2, 3), np.nan)
     for block in genotype_blocks(choices, canonical, keep=keep):
         values = np.column_stack([-predict(block), cost(block)])
-        ends = np.fmin(ends[0], values.min(axis=0)), np.fmax(ends[1], values.max(axis=0))
+        low, high = np.fmin(low, values.min(axis=0)), np.fmax(high, values.max(axis=0))
         best = non_dominated(values)
         genotypes, objectives = np.concatenate([genotypes, block[best]]), np.concatenate([objectives, values[best]])
         best = non_dominated(objectives)
@@ -85,4 +85,4 @@ def exhaustive(
         on_block(len(block), size)
     costs = objectives[:, 2].astype(cost(genotypes[:1]).dtype)
     front = Archive(genotypes, -objectives[:, :2], costs, np.ones(len(genotypes), dtype=np.int64))
-    return Exhaustive(size, front, Scale(tuple(ends[0].tolist()), tuple(ends[1].tolist())))
+    return Exhaustive(size, front, Scale(tuple(low.tolist()), tuple(high.tolist())))

@@ -2,9 +2,10 @@
 
 from proard.config.budgets import Budget, parse_budget
 from proard.space.arch import DIMS, Arch
-from proard.space.fixed import FixedArch, FixedSpace, FixedSpec, read_arch, read_space, space_of
+from proard.space.fixed import FixedArch, FixedSpace, read_space, space_of
+from proard.space.protocols import NetArch, NetSpace
 from proard.space.search_space import SearchSpace
-from proard.space.spec import Activation, BlockSpec, ConvSpec, GateSpec, NetSpec, PoolSpec, Step
+from proard.space.spec import Activation, BlockSpec, ConvSpec, FixedSpec, GateSpec, NetSpec, PoolSpec, Step
 from proard.space.work import Tally, Work, one_pass
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "FixedSpace",
     "FixedSpec",
     "GateSpec",
+    "NetArch",
+    "NetSpace",
     "NetSpec",
     "PoolSpec",
     "SearchSpace",
@@ -26,7 +29,6 @@ __all__ = [
     "Work",
     "one_pass",
     "parse_budget",
-    "read_arch",
     "read_space",
     "space_of",
 ]

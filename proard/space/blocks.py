@@ -91,7 +91,9 @@ def unit_block(
 
 def tail(space: Space, channels: int, size: int) -> tuple[list[BlockSpec], tuple[ConvSpec, ...], int]:
     """What follows the last unit: blocks before the pooling, convolutions after it, features of the linear layer."""
-    final, blocks, mixer = space.final, [], ()
+    final = space.final
+    blocks: list[BlockSpec] = []
+    mixer: tuple[ConvSpec, ...] = ()
     if final.channels:
         conv = ConvSpec("final.out", channels, final.channels, 1, 1, size, final.activation)
         blocks, channels = [BlockSpec((conv,))], final.channels

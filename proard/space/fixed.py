@@ -10,10 +10,11 @@ from functools import cached_property
 from typing import Any
 
 from proard.config import Space, VisionTransformer, WideResNet
-from proard.space.arch import Arch
+from proard.space.protocols import NetSpace
 from proard.space.search_space import SearchSpace
+from proard.space.spec import FixedSpec
 
-FAMILIES = {"wide_resnet": WideResNet, "vit": VisionTransformer}
+FAMILIES: dict[str, type[WideResNet] | type[VisionTransformer]] = {"wide_resnet": WideResNet, "vit": VisionTransformer}
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,6 @@ class FixedArch:
     def arch_id(self) -> str:
         """Twelve hexadecimal digits that name this network in tables."""
         return hashlib.sha256(self.text.encode()).hexdigest()[:12]
-
-
-@dataclass(frozen=True)
-class FixedSpec:
-    """Costs and shape of a fixed network, as `NetSpec` has them."""
-
-    macs: int
-    params: int
-    classes: int
-    image_channels: int
-    image_size: int
 
 
 class FixedSpace:
@@ -68,6 +58,10 @@ class FixedSpace:
         """
         self.genotype(arch)
         return self._spec
+
+    def read_arch(self, text: str) -> FixedArch:
+        """The arch whose JSON this is."""
+        return FixedArch(text)
 
     def genotype(self, arch: FixedArch) -> tuple[int, ...]:
         """No gene; an arch of another network is a ValueError."""
@@ -110,19 +104,12 @@ def vit_cost(net: VisionTransformer) -> tuple[int, int]:
     return macs, params + (hidden + 1) * net.classes
 
 
-def read_space(described: Mapping[str, Any]) -> SearchSpace | FixedSpace:
+def read_space(described: Mapping[str, Any]) -> NetSpace:
     """The space whose settings a file's header holds."""
-    family = FAMILIES.get(described.get("family", ""))
-    return (
-        SearchSpace(Space.model_validate(described)) if family is None else FixedSpace(family.model_validate(described))
-    )
+    family = FAMILIES.get(described.get("family", ""), Space)
+    return space_of(family.model_validate(described))
 
 
-def read_arch(space: SearchSpace | FixedSpace, text: str) -> Arch | FixedArch:
-    """The arch whose JSON a file's header holds."""
-    return FixedArch(text) if isinstance(space, FixedSpace) else Arch.from_json(text)
-
-
-def space_of(net: Space | WideResNet | VisionTransformer) -> SearchSpace | FixedSpace:
+def space_of(net: Space | WideResNet | VisionTransformer) -> NetSpace:
     """The space of a network's settings."""
     return SearchSpace(net) if isinstance(net, Space) else FixedSpace(net)

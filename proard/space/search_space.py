@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from itertools import product
 from math import prod
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,6 +20,8 @@ from proard.config import Space
 from proard.space.arch import DIMS, Arch
 from proard.space.blocks import shrunk, stem_blocks, tail, unit_block, unit_width
 from proard.space.spec import BlockSpec, NetSpec
+
+Choices = TypeVar("Choices", bound=tuple[float, ...])
 
 
 class SearchSpace:
@@ -43,15 +46,17 @@ class SearchSpace:
         self.slots = [unit.blocks + extra[-1] for unit, extra in zip(units, depths, strict=True)]
         if self.deep_stem:  # its residual block is kept exactly when the stem's depth is the largest
             depths.insert(0, tuple(sorted({settings.depth[0], settings.depth[-1]})))
-        self.options: dict[str, list[tuple[float, ...]]] = {
+        self.depths = depths
+        self.kernels = self._per_slot([unit.kernel or settings.kernel for unit in units])
+        self.options: dict[str, Sequence[tuple[float, ...]]] = {
             "depth": depths,
             "width": [settings.width] * (len(units) + (2 if self.deep_stem else 1)),
             "expand": self._per_slot([unit.expand or settings.expand for unit in units]),
         }
         if settings.block == "mbconv":
-            self.options["kernel"] = self._per_slot([unit.kernel or settings.kernel for unit in units])
+            self.options["kernel"] = self.kernels
 
-    def _per_slot(self, per_unit: Sequence[tuple[float, ...]]) -> list[tuple[float, ...]]:
+    def _per_slot(self, per_unit: Sequence[Choices]) -> list[Choices]:
         """The choices of every block slot from those of every unit."""
         return [options for options, slots in zip(per_unit, self.slots, strict=True) for _ in range(slots)]
 
@@ -80,17 +85,16 @@ class SearchSpace:
     @property
     def _unit_depths(self) -> list[tuple[int, ...]]:
         """The depth choices of every unit, without the stem's."""
-        return self.options["depth"][int(self.deep_stem) :]
+        return self.depths[int(self.deep_stem) :]
 
     @cached_property
     def elastic_kernels(self) -> dict[str, tuple[int, ...]]:
         """The kernels of every convolution that has more than one, by name, smallest first."""
         slots = [(unit, index) for unit, count in enumerate(self.slots) for index in range(count)]
-        options = self.options.get("kernel", [(3,)] * len(slots))
         return {
             f"unit{unit + 1}.block{index + 1}.depthwise": kernels
-            for (unit, index), kernels in zip(slots, options, strict=True)
-            if len(kernels) > 1
+            for (unit, index), kernels in zip(slots, self.kernels, strict=True)
+            if len(kernels) > 1 and "kernel" in self.options
         }
 
     # --- archs and genotypes -----------------------------------------------------------------------------------
@@ -107,6 +111,10 @@ class SearchSpace:
                 for choices, gene, on in zip(options, genes[part], kept, strict=True)
             )
         return Arch(**dims)
+
+    def read_arch(self, text: str) -> Arch:
+        """The arch whose JSON this is."""
+        return Arch.from_json(text)
 
     def genotype(self, arch: Arch) -> tuple[int, ...]:
         """Canonical genotype of an arch.
@@ -277,7 +285,7 @@ class SearchSpace:
         units, slot = [], 0
         for unit, settings in enumerate(s.units):
             expands = self.options["expand"][slot]
-            kernels = self.options["kernel"][slot] if "kernel" in self.options else (3,)
+            kernels = self.kernels[slot] if "kernel" in self.options else (3,)
             inside = (len(expands), *([len(kernels)] if "kernel" in self.options else []), 2)
             after = shrunk(size, settings.stride)
 
@@ -324,8 +332,10 @@ class SearchSpace:
             width = arch.width[first_unit + unit]
             for index in range(settings.blocks + arch.depth[int(self.deep_stem) + unit]):
                 kernel = arch.kernel[slot + index] if arch.kernel else 3
-                choice = {"width": width, "expand": arch.expand[slot + index], "kernel": kernel}
-                blocks.append(unit_block(s, unit, index, channels, size=size, **choice))
+                expand = arch.expand[slot + index]
+                blocks.append(
+                    unit_block(s, unit, index, channels, size=size, width=width, expand=expand, kernel=kernel)
+                )
                 channels, size = unit_width(s, unit, width), blocks[-1].out_size
             slot += self.slots[unit]
         after, mixer, features = tail(s, channels, size)

@@ -124,3 +124,15 @@ def convs_of(steps: tuple[Step, ...]) -> Iterator[ConvSpec]:
             yield step
         elif isinstance(step, GateSpec):
             yield from step.convs
+
+
+@dataclass(frozen=True)
+class FixedSpec:
+    """Costs and shape of a fixed network, as `NetSpec` has them."""
+
+    macs: int
+    params: int
+    classes: int
+    image_channels: int
+    image_size: int
+    convs: tuple[ConvSpec, ...] = ()

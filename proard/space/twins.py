@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 
 from proard.config import ConfigError, Phase, RunConfig, Student, parse
-from proard.config.settings import merge
+from proard.config.settings import Optimisation, merge
 from proard.space.arch import Arch
 from proard.space.sampling import spread_archs
 from proard.space.search_space import SearchSpace
@@ -64,6 +64,7 @@ def twin_epochs(run: RunConfig) -> float:
         The budget is that of phases whose length is known only when they begin.
     """
     settings, (first, *_), last = run.compare_twins, run.train_phase.phases, run.train_phase.phases[-1]
+    assert settings is not None
     if not isinstance(settings.budget, str):
         return settings.budget
     for phase in run.train_phase.phases:
@@ -74,7 +75,7 @@ def twin_epochs(run: RunConfig) -> float:
             )
     batch = settings.student.get("batch_size", last.batch_size)
 
-    def epochs(training: object, passes: int = 1) -> float:
+    def epochs(training: Optimisation, passes: int = 1) -> float:
         return training.epochs * passes * batch / training.batch_size
 
     total = sum(

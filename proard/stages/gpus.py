@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import tempfile
 from itertools import count as numbers
 from pathlib import Path
-from typing import TextIO
 
-HELD: list[TextIO] = []  # locks of this process
+from filelock import BaseFileLock, FileLock, Timeout
+
+HELD: list[BaseFileLock] = []  # locks of this process
 
 
 def claim_gpu(visible: int, *, folder: Path | None = None) -> int:
@@ -33,11 +33,10 @@ def claim_gpu(visible: int, *, folder: Path | None = None) -> int:
     names = names if len(names) == visible else [str(index) for index in range(visible)]
     for share in numbers():
         for index, name in enumerate(names):
-            lock = (folder / f"{name}.{share}").open("a", encoding="utf-8")
+            lock = FileLock(folder / f"{name}.{share}")
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.close()
+                lock.acquire(timeout=0)
+            except Timeout:
                 continue
             HELD.append(lock)
             return index

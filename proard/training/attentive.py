@@ -1,19 +1,12 @@
-"""Attentive sampling: subnets of one cost compete, and the one that does best or worst on the batch is trained."""
+"""Attentive sampling: subnets of one cost, of which the one that does best or worst on the batch is trained."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from proard.space import Arch, SearchSpace
-
-if TYPE_CHECKING:
-    from proard.training.plan import Drawn
 
 POOL = 256  # draws, half uniform, half with one scale for all genes: uniform draws hardly reach the ends of the range
 
@@ -45,32 +38,3 @@ def at_one_cost(space: SearchSpace, among: Sequence[np.ndarray], count: int, rng
     low, high = np.log(space.costs(ends)["macs"])
     distance = np.abs(np.log(space.costs(genotypes)["macs"]) - rng.uniform(low, high))
     return [space.arch(genotypes[index]) for index in np.argsort(distance, kind="stable")[:count]]
-
-
-@torch.no_grad()
-def choose_winners(drawn: list[Drawn], score: Callable[[Arch], Tensor]) -> list[Drawn]:
-    """Leave in each place the winner of its comparison.
-
-    Parameters
-    ----------
-    drawn : list of Drawn
-        A step's subnets.
-    score : callable
-        A subnet's loss on the batch, of shape ().
-
-    Returns
-    -------
-    list of Drawn
-        Without rivals; the same list where there were none.
-    """
-    if not any(place.rivals for place in drawn):
-        return drawn
-    chosen = []
-    for place in drawn:
-        if place.rivals:
-            archs = [place.arch, *place.rivals]
-            losses = torch.stack([score(arch) for arch in archs])
-            winner = int(losses.argmin() if place.pick == "best" else losses.argmax())
-            place = replace(place, arch=archs[winner], rivals=())
-        chosen.append(place)
-    return chosen

@@ -9,6 +9,8 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from proard.config import Phase, Student
 from proard.losses import OBJECTIVES, Memory, Objective, scaled, with_igdm, with_kdiga
@@ -122,6 +124,35 @@ def phase_plan(space: SearchSpace, phase: Phase) -> Plan:
     weight = {"frozen": 1.0, "dynamic": 0.0, "both": phase.frozen_weight}[phase.teacher]
     memory = None if objective.memory is None else partial(objective.memory, **options)
     return Plan(draw, passes, weight, memory, reads_target=objective.needs_target or phase.sampling == "pareto")
+
+
+@torch.no_grad()
+def choose_winners(drawn: list[Drawn], score: Callable[[Arch], Tensor]) -> list[Drawn]:
+    """Leave in each place the winner of its comparison.
+
+    Parameters
+    ----------
+    drawn : list of Drawn
+        A step's subnets.
+    score : callable
+        A subnet's loss on the batch, of shape ().
+
+    Returns
+    -------
+    list of Drawn
+        Without rivals; the same list where there were none.
+    """
+    if not any(place.rivals for place in drawn):
+        return drawn
+    chosen = []
+    for place in drawn:
+        if place.rivals:
+            archs = [place.arch, *place.rivals]
+            losses = torch.stack([score(arch) for arch in archs])
+            winner = int(losses.argmin() if place.pick == "best" else losses.argmax())
+            place = replace(place, arch=archs[winner], rivals=())
+        chosen.append(place)
+    return chosen
 
 
 def pace(space: SearchSpace, arch: Arch, *, progress: float, decay: float) -> float:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import signal
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from proard import __version__
@@ -108,35 +107,27 @@ class ResumeState:
             self.ranks.all_reduce_max(0)
             yield
             return
-        with self._locked() as lock:
+        with self._locked():
             for stale in self._left_over():
                 stale.unlink(missing_ok=True)  # left by a process that was killed while it wrote
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {os.uname().nodename}")
-            lock.flush()
+            self.lock_path.write_text(f"process {os.getpid()} on {os.uname().nodename}", encoding="utf-8")
             self.ranks.all_reduce_max(0)  # the others wait until the lock is held
             yield
 
-    def _locked(self) -> TextIO:
-        """Lock the file; one that its owner removed in the meantime (it finished) does not count."""
-        deadline, asked = time.monotonic() + self.patience, False
-        while True:
-            lock = self.lock_path.open("a+", encoding="utf-8")
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if self.lock_path.exists() and os.path.samestat(os.fstat(lock.fileno()), self.lock_path.stat()):
-                    return lock
-            except BlockingIOError:
-                lock.seek(0)
-                holder = lock.read().strip() or "another process"
-                if not asked:
-                    print(f"{holder} still trains {self.path.stem}; asking it to save and stop", flush=True)
-                    self.request_path.touch()
-                    asked = True
-                if time.monotonic() > deadline:
-                    raise UserError(f"{holder} holds {self.lock_path} and does not stop; end it and rerun") from None
-                time.sleep(0.2)
-            lock.close()
+    def _locked(self) -> AbstractContextManager[object]:
+        """The lock, held; its holder is asked to save and stop."""
+        lock = FileLock(self.lock_path)
+        try:
+            return lock.acquire(timeout=0)
+        except Timeout:
+            holder = self.lock_path.read_text("utf-8").strip() if self.lock_path.exists() else ""
+            holder = holder or "another process"
+            print(f"{holder} still trains {self.path.stem}; asking it to save and stop", flush=True)
+            self.request_path.touch()
+        try:
+            return lock.acquire(timeout=self.patience, poll_interval=0.2)
+        except Timeout:
+            raise UserError(f"{holder} holds {self.lock_path} and does not stop; end it and rerun") from None
 
     def handover_asked(self) -> bool:
         """Whether a successor waits for the lock."""

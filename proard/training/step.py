@@ -19,11 +19,10 @@ from proard.nets import FixedNet, Supernet
 from proard.nets.view import Statistics
 from proard.space import Arch, Work
 from proard.training.attacker import Attacker
-from proard.training.attentive import choose_winners
 from proard.training.carried import CarriedPerturbations
 from proard.training.counted import Counted, Network, StepTally
 from proard.training.perturbation import perturbed
-from proard.training.plan import Drawn, Plan, pace
+from proard.training.plan import Drawn, Plan, choose_winners, pace
 from proard.training.ranks import BatchPart
 from proard.training.teacher_table import TeacherTable
 from proard.training.teachers import Guidance, Teachers, add_student_outputs, add_teacher_outputs

@@ -7,9 +7,7 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
-from PIL import Image, ImageFile
-
-from proard.data.decode import DataError
+from proard.config.fields import DataError
 
 NOT_DECODED = {"EPS", "MPEG"}  # the one needs Ghostscript, of the other Pillow reads nothing but the size
 
@@ -17,8 +15,11 @@ NOT_DECODED = {"EPS", "MPEG"}  # the one needs Ghostscript, of the other Pillow 
 @cache
 def readable_suffixes() -> frozenset[str]:
     """Suffixes, in lower case, of the formats that the installed Pillow decodes by itself."""
+    from PIL import Image, ImageFile  # not at the top: Snakemake, which reads settings first, seldom needs it
+
     Image.init()
-    stubs = {name for name, (reader, _) in Image.OPEN.items() if _is_stub(reader)}
+    readers = {name: reader for name, (reader, _) in Image.OPEN.items() if isinstance(reader, type)}
+    stubs = {name for name, reader in readers.items() if issubclass(reader, ImageFile.StubImageFile)}  # decode nothing
     formats = {*Image.OPEN, "MPO"} - stubs - NOT_DECODED  # the reader of JPEG opens MPO
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
 
@@ -26,6 +27,11 @@ def readable_suffixes() -> frozenset[str]:
 def is_hidden_folder(name: str) -> bool:
     """Whether tools, not people, made the folder: `.ipynb_checkpoints`, `.thumbnails`, `@eaDir`."""
     return name.startswith((".", "@"))
+
+
+def class_folders(root: Path) -> list[str]:
+    """Names of the folders of a class folder's images, in order."""
+    return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not is_hidden_folder(entry.name))
 
 
 def list_images(root: Path, name: str, left_out: Counter[str]) -> list[tuple[Path, str]]:
@@ -45,7 +51,8 @@ def list_images(root: Path, name: str, left_out: Counter[str]) -> list[tuple[Pat
     """
     base, seen = os.path.realpath(root), set()
     files: list[tuple[Path, str]] = []
-    folders, linked = [root / name], []  # links come last: what they repeat keeps its own path
+    linked: list[Path] = []
+    folders = [root / name]  # links come last: what they repeat keeps its own path
     while folders or linked:
         folder = folders.pop() if folders else linked.pop()
         real = os.path.realpath(folder)
@@ -70,11 +77,6 @@ def list_images(root: Path, name: str, left_out: Counter[str]) -> list[tuple[Pat
             else:
                 left_out[path.suffix.lower() or "without suffix"] += 1
     return sorted(files)
-
-
-def _is_stub(reader: object) -> bool:
-    """A reader that knows the format and decodes nothing."""
-    return isinstance(reader, type) and issubclass(reader, ImageFile.StubImageFile)
 
 
 def _holds(folder: str, inner: str) -> bool:
