@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -115,12 +116,14 @@ def price(
     teacher = None if getattr(settings, "teacher", "frozen") == "dynamic" else other
     exact = settings.attack.model_copy(update={"dtype": "float32", "graph": "off"})
     settings = settings.model_copy(update={"attack": exact, "dtype": "float32", "optimizer": "sgd"})
-    made = {"threat": Threat(eps=1 / 255), "seed": seed, "total_steps": total_steps}
-    step_on = training_step(net, settings, plan, teacher=teacher, control=other, **made)
+    threat = Threat(eps=1 / 255)
+    step_on = training_step(
+        net, settings, plan, threat=threat, seed=seed, total_steps=total_steps, teacher=teacher, control=other
+    )
     images = torch.rand((IMAGES, channels, SIDE, SIDE), generator=generator)
-    batch = {"images": images, "labels": torch.arange(IMAGES) % classes, "generator": generator}
+    batch = StepBatch(images, torch.arange(IMAGES) % classes, generator)
     steps = np.unique(np.linspace(0, total_steps - 1, min(SAMPLES, total_steps)).round().astype(int)).tolist()
-    works = [step_on(StepBatch(**batch, step=step, data_pass=step // steps_per_pass)).work for step in steps]
+    works = [step_on(replace(batch, step=step, data_pass=step // steps_per_pass)).work for step in steps]
     return sum(works, start=Work()) * (1 / len(works))
 
 

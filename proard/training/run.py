@@ -140,14 +140,23 @@ class Run:
             round(epochs * self.steps_per_epoch) for epochs in (settings.epochs, settings.warmup_epochs)
         )
         self.total = max(total, 1)
-        networks = {"teacher": teacher, "control": control, "search": search}
-        where = {"padded_shape": source.padded_shape, "part": self.part}
         self.step_on = training_step(
-            net, settings, plan, threat=threat, seed=seed, total_steps=self.total, **networks, **where
+            net,
+            settings,
+            plan,
+            threat=threat,
+            seed=seed,
+            total_steps=self.total,
+            teacher=teacher,
+            control=control,
+            padded_shape=source.padded_shape,
+            part=self.part,
+            search=search,
         )
         for table in filter(None, (self.step_on.teachers.logits, self.step_on.teachers.gradients)):
             print(f"{label}: {table.key} take {table.bytes / 2**20:.1f} MiB on {net.mean.device}", flush=True)
-        self.done, self.history = Done(), []
+        self.done = Done()
+        self.history: Rows = []
         self.sums = torch.zeros(3, dtype=torch.float64, device=net.mean.device)  # loss, correct clean, adversarial
         self.unread: dict[int, Done] = {}  # what was done before each step whose loss the host has not seen
         self.order, self.order_of = torch.empty(0), -1
@@ -315,10 +324,11 @@ class Run:
     def _save_or_stop(self, stop: StopFlag) -> None:
         """Save the state where it is due; save and stop where a signal, a successor or the time asks for it."""
         self.budget.step(ends_epoch=self.ends_epoch)
-        due = self.clock() - self.saved_at > 60 * self.settings.save_every_minutes
-        short = self.budget.is_short(ends_epoch=self._ends_epoch(self.done.step + 1))
-        wanted = (stop.signal or 0, self.state.handover_asked(), short, due)
-        signalled, handover, short, due = self.ranks.all_reduce_max(*wanted)
+        late = self.clock() - self.saved_at > 60 * self.settings.save_every_minutes
+        ends = self.budget.is_short(ends_epoch=self._ends_epoch(self.done.step + 1))
+        signalled, handover, short, due = self.ranks.all_reduce_max(
+            stop.signal or 0, self.state.handover_asked(), ends, late
+        )
         reason = signal.Signals(signalled).name if signalled else "a successor" if handover else ""
         reason = reason or ("the end of the job's time" if short else "")
         stops = reason and self.done.step < self.total and not self.done.overfitted

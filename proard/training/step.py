@@ -15,8 +15,7 @@ from proard.config import Phase, Student, Threat, TrainControl, TrainTeacher, Us
 from proard.data import Views
 from proard.kernels import computed_type
 from proard.losses import Batch, kl_to_teacher
-from proard.nets import FixedNet, Supernet
-from proard.nets.view import Statistics
+from proard.nets.trainee import Statistics, Trainee
 from proard.space import Arch, Work
 from proard.training.attacker import Attacker
 from proard.training.carried import CarriedPerturbations
@@ -99,7 +98,7 @@ class TrainingStep:
 
     def __init__(
         self,
-        net: Supernet | FixedNet,
+        net: Trainee,
         settings: Training,
         plan: Plan,
         *,
@@ -247,7 +246,7 @@ class TrainingStep:
 
 
 def training_step(
-    net: Supernet | FixedNet,
+    net: Trainee,
     settings: Training,
     plan: Plan,
     *,
@@ -317,12 +316,12 @@ def training_step(
     return TrainingStep(net, settings, plan, seed=seed, total_steps=total_steps, **made)
 
 
-def torch_type(name: str, net: Supernet | FixedNet) -> torch.dtype:
+def torch_type(name: str, net: Trainee) -> torch.dtype:
     """The type in which this device computes what a setting names."""
     return getattr(torch, computed_type(name, net.mean.device))
 
 
-def _table(kept: str, net: Supernet | FixedNet, settings: Training, plan: Plan, images: int) -> TeacherTable:
+def _table(kept: str, net: Trainee, settings: Training, plan: Plan, images: int) -> TeacherTable:
     """The table of the frozen teacher's `logits` or `gradients` at the views of the clean images."""
     key = f"teacher_{kept}"
     if kept == "logits" and not plan.reads_target:
