@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from proard.config import Threat
 from proard.data import ImageSet, load_split
 from proard.evaluation import SubnetMeter
 from proard.nets import load_supernet
@@ -9,15 +10,17 @@ from proard.space import SearchSpace
 from proard.stages.common import Job
 
 
-def subnet_meter(job: Job, *, cache: str | None) -> SubnetMeter:
-    """The meter of a job that reads `--supernet` and `--train`."""
+def subnet_meter(
+    job: Job, *, cache: str | None, supernet: str | None = None, threat: Threat | None = None
+) -> SubnetMeter:
+    """The meter of a job that reads `--train` and, where no other supernet and threat are given, `--supernet`."""
     space = SearchSpace(job.config.space)
-    supernet, checksum = load_supernet(job.files.supernet, space)
+    net, checksum = load_supernet(supernet or job.files.supernet, space)
     return SubnetMeter(
-        supernet.to(job.device),
+        net.to(job.device),
         checksum=checksum,
         train=load_split(job.files.train, job.device),
-        threat=job.config.threat,
+        threat=threat or job.config.threat,
         measurement=job.config.measurement,
         seed=job.seed,
         cache=cache,
