@@ -40,6 +40,7 @@ SECTIONS = {
             "num_archs": 4,
             "num_val_images": 20,
             "num_test_images": 24,
+            "eps": [0.05, 0.1],
             "val_attacks": [ATTACK],
             "attacks": [{"name": "pgd2", **ATTACK}, {"name": "cw2", "objective": "margin", **ATTACK}],
         },
@@ -284,7 +285,9 @@ def test_every_supernet_is_measured_at_the_same_archs_with_the_same_noise(files)
             ("test", "cw2"): 24,
             ("test", "worst"): 24,
         }
-        for _, rows in table[table["split"] == "test"].groupby("arch_id"):
+        assert table.groupby("split")["eps"].unique().map(list).to_dict() == {"val": [0.1], "test": [0.05, 0.1]}
+        assert set(table.loc[table["attack"] == "cw2", "step_size"]) == {0.025, 0.05}
+        for _, rows in table[table["split"] == "test"].groupby(["arch_id", "eps"]):
             by = rows.set_index("attack")
             assert (by.at["worst", "robust"] == by.at["pgd2", "robust"] & by.at["cw2", "robust"]).all()
             assert by.at["worst", "robust_acc"] == by.at["worst", "robust"].mean()
@@ -304,13 +307,14 @@ def test_nothing_is_measured_or_read_from_the_cache_twice(files):
 def test_the_gains_say_what_was_measured_and_what_it_took(files, tmp_path, capsys):
     table = read_table(compare(files, tmp_path))
     assert set(GAINS) == set(table.columns)
-    assert len(table) == 2 * 4 * 4  # groups, attacks on a split, subnets
+    assert len(table) == 2 * (1 + 2 * 3) * 4  # groups, attacks on val and at both radii on test, subnets
     assert set(table["baseline"]) == {"drawn"}
     assert list(read_table(tmp_path / "table.parquet").columns) == list(TRAINED)
     for name in ("drawn", "phases"):
         rows = table[(table["group"] == name) & (table["split"] == "test") & (table["attack"] == "cw2")]
+        rows = rows[rows["eps"] == 0.1]
         measured = [read_table(files.outcomes(f"{name}_seed={seed}")) for seed in (0, 5)]
-        own = [part.query("split == 'test' and attack == 'cw2'")["robust_acc"] for part in measured]
+        own = [part.query("split == 'test' and attack == 'cw2' and eps == 0.1")["robust_acc"] for part in measured]
         expected = {
             "mean": np.mean([accuracy.mean() for accuracy in own]),
             "worst": np.mean([accuracy.min() for accuracy in own]),
@@ -401,7 +405,7 @@ def test_an_edit_repeats_the_training_it_touches_and_a_new_seed_nothing(finished
     plan = finished.plan_after(experiment={"trainings": edited})
     assert plan == {"train_experiment": 2, "measure_experiment": 2, **COMPARED_AGAIN}
     plan = finished.plan_after(experiment={"defaults": {**DEFAULTS, "seeds": [0, 1, 7]}})
-    assert plan == {"train_experiment": 2 + 2 - 1, "measure_experiment": 2, **COMPARED_AGAIN}
+    assert plan == {"train_experiment": 2 + 2, "measure_experiment": 2, **COMPARED_AGAIN}
     assert finished.plan_after(experiment={"bootstraps": 7}) == COMPARED_AGAIN
     assert finished.plan_after(experiment={"measure": {"num_archs": 3}}) == {"measure_experiment": 4, **COMPARED_AGAIN}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,14 @@ from helpers import random_supernet, save_stripes, tiny_config, tiny_space
 
 from proard.artifacts import ArtifactError, Provenance, read_table
 from proard.config import NEEDS, PRESETS, ConfigError, RunConfig, job_settings, load
+from proard.data import load_split
 from proard.nets import extract, save_static, save_supernet
 from proard.report.twins import gaps_of
 from proard.space import Arch, SearchSpace
 from proard.space.sampling import spread_archs
 from proard.space.twins import with_twins
-from proard.stages import compare_experiment, measure_experiment, train_experiment
+from proard.stages import compare_experiment, export_student, measure_experiment, train_experiment
+from proard.stages.export_student import WRITES
 
 TWINS = {"trains": "twins", "archs": 2, "seeds": [0, 1]}
 
@@ -197,6 +200,19 @@ def test_twins_are_trained_measured_and_compared(tmp_path):
         assert len(row["clean"]) == row["num_images"] == 30
     on_test = first[(first["role"] == "twin") & (first["split"] == "test")].set_index("attack")["robust"]
     assert (on_test["worst"] == on_test["pgd2"] & on_test["cw2"]).all()
+
+    files = {"trained": tmp_path / "train_experiment" / students[0].name / "weights.safetensors", **images}
+    files |= {"student": outcomes[0], "manifest": tmp_path / "manifest.json", "budget": students[0].name}
+    splits = {split: {"count": len(load_split(images[split]))} for split in images}
+    files["manifest"].write_text(
+        json.dumps({"source": "digits", "classes": ["left", "right", "low"], "splits": splits})
+    )
+    written = {name: tmp_path / "export" / name for name in WRITES}
+    del files["val"]
+    stage(export_student.main, job_settings(run, "export_student"), 0, **files, **written)
+    parity = json.loads(written["parity"].read_text())
+    of_twin = first[(first["role"] == "twin") & (first["split"] == "test")]
+    assert parity["onnx_test_accuracy"] == of_twin["clean_acc"].iloc[0]
 
     written = {name: tmp_path / "compare" / name for name in ("table", "gaps", "gaps-figure")}
     inputs = {"outcomes": outcomes, "budgets": [], "bounds": [], "all-radii": [], "diagnoses": []}

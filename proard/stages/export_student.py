@@ -28,10 +28,10 @@ from proard.export import (
     save_pt2,
     save_student,
 )
-from proard.nets import FixedNet, FoldedNet, fold, load_static
+from proard.nets import FixedNet, FoldedNet
 from proard.space import Arch, FixedArch, FixedSpace, SearchSpace, one_pass, parse_budget
 from proard.stages.common import Job, parse_arguments, run
-from proard.stages.measuring import load_images, subnet_meter
+from proard.stages.measuring import load_images, subnet_meter, trained_network
 
 WRITES = ("weights", "onnx", "pt2", "card", "parity", "checksums")
 COLUMNS = ("arch", "arch_id", "macs", "split", "attack", "num_images", "clean_acc", "budget", "role", "chosen")
@@ -109,7 +109,7 @@ def of_training(job: Job) -> Measured:
     """
     files, eps = job.files, job.config.threat.eps
     rows = read_table(files.student, columns=OUTCOMES)
-    net, space, arch, _ = load_static(files.trained, kind="trained_student")
+    net, space, arch = trained_network(job, files.trained, trains=rows["trains"].iloc[0])
     rows = rows[rows["role"] != "subnet"]
     if set(rows["training"]) != {files.budget} or set(rows["arch_id"]) != {arch.arch_id}:
         raise ArtifactError(
@@ -120,7 +120,7 @@ def of_training(job: Job) -> Measured:
     test = load_images(job, "test", int(rows.loc[rows["split"] == "test", "num_images"].iloc[0]))
     measure = read_metadata(files.student)["settings"]["experiment"]["measure"]
     describe = {"attacks": measure["attacks"], "supernet": read_header(files.trained), "origin": TRAINED_ALONE}
-    return Measured(fold(net.to(job.device)), space, arch, rows, test, describe)
+    return Measured(net, space, arch, rows, test, describe)
 
 
 def write_files(

@@ -15,12 +15,11 @@ from proard.config import Attack, Student, SupernetTraining, Threat, UserError, 
 from proard.data import ImageSet, to_float
 from proard.evaluation import SubnetMeter, measure, rows_of, stands_training_attack, work_of
 from proard.evaluation.meter import Measured
-from proard.nets import fold, load_static, recalibrate
 from proard.progress import Progress
 from proard.space import Arch, SearchSpace, one_pass
 from proard.space.cost import human
 from proard.stages.common import Job, parse_arguments, run
-from proard.stages.measuring import load_images, subnet_meter
+from proard.stages.measuring import load_images, subnet_meter, trained_network
 from proard.training.inner import pgd_options
 
 Rows = list[dict[str, Any]]
@@ -76,26 +75,21 @@ def subnets(job: Job) -> Rows:
 def network(job: Job, student: Student) -> Rows:
     """Rows of a network that was trained alone; of a twin, also those of the subnet with its arch."""
     files, config = job.files, job.config
-    net, space, arch, _ = load_static(files.weights, kind="trained_student")
-    net = net.to(job.device)
-    if student.trains == "twin":
-        if space.settings != SearchSpace(config.space).settings:
-            raise UserError(
-                f"{files.weights} is of space {space.settings.name}, not of the supernet's; rerun train_experiment"
-            )
-        images = load_images(job, "train", config.measurement.recalibration_images)
-        recalibrate(net, to_float(images.images), batch_size=config.measurement.batch_size)
-        job.ledger.tally.spent += len(images) * one_pass(net.spec.macs)
-    predict = fold(net).eval()
+    predict, space, arch = trained_network(job, files.weights, trains=student.trains)
+    if student.trains == "twin" and space.settings != SearchSpace(config.space).settings:
+        raise UserError(
+            f"{files.weights} is of space {space.settings.name}, not of the supernet's; rerun train_experiment"
+        )
+    macs = predict.spec.macs
 
     def measured(images: ImageSet, attacks: Sequence[Attack], threat: Threat) -> Measured:
         found = measure(predict, images, attacks, threat=threat, measurement=config.measurement, seed=job.seed)
-        job.ledger.tally.spent += work_of(found.values(), net.spec.macs)
+        job.ledger.tally.spent += work_of(found.values(), macs)
         return found
 
     rows = outcome_rows(job, measured, role=student.trains, space=space, arch=arch)
     if student.attack_steps:
-        rows += own_attack_rows(job, student, predict, space=space, arch=arch, macs=net.spec.macs)
+        rows += own_attack_rows(job, student, predict, space=space, arch=arch, macs=macs)
     if student.trains == "twin":
         rows += outcome_rows(job, supernet_measuring(job, files.supernet)(arch), role="subnet", space=space, arch=arch)
     return rows

@@ -190,8 +190,9 @@ def supernet_to_export(wildcards):
 
 
 def images_to_export(wildcards):
-    """The images that reset the batch norm of a budget's student."""
-    return [] if is_of_training(wildcards.budget) else ["<results>/prepare_data/train.safetensors"]
+    """The images that reset the batch norm of a budget's student, or of a twin."""
+    alone = is_of_training(wildcards.budget) and TRAININGS[wildcards.budget].trains == "network"
+    return [] if alone else ["<results>/prepare_data/train.safetensors"]
 
 
 def previous_supernet(wildcards):
