@@ -1,4 +1,4 @@
-"""What the stages that measure share: one meter, one recalibration, and an experiment's networks as they are measured."""
+"""What stages that measure share: one meter, one recalibration, and an experiment's networks as they are measured."""
 
 from __future__ import annotations
 
