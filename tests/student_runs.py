@@ -1,4 +1,4 @@
-"""Students trained one by one on the stripes: the stages from settings to files."""
+"""Networks trained alone on the stripes: the stages from settings to files."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from proard.config import job_settings, load
 from proard.nets import load_static, save_static
 from proard.nets.elastic import Supernet
 from proard.nets.subnet import extract
-from proard.stages import evaluate_student, train_student
+from proard.stages import measure_experiment, train_experiment
 
 SHORT = {key: value for key, value in CONFIG["train_phase"]["phases"][0].items() if key != "name"}
 
 
-def config_of(*students, **shared):
-    """The tiny run with these students."""
-    return load({**CONFIG, "train_student": {**SHORT, **shared, "students": list(students)}})
+def config_of(*students, measure=None, **shared):
+    """The tiny run with these networks as its experiment."""
+    section = {"defaults": {**SHORT, **shared}, "trainings": list(students), "measure": measure or {}}
+    return load({**CONFIG, "experiment": section})
 
 
 def student_files(folder):
@@ -36,25 +37,26 @@ def student_files(folder):
 def train(files, folder, student, *, seed=0, networks=("teacher", "control"), search=pgd):
     """Train one student as the stage does; the network, its space and arch, its history and its files."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = {"student": folder / "student.safetensors", "history": folder / "history.parquet"}
+    written = {"weights": folder / "weights.safetensors", "history": folder / "history.parquet"}
     flags = {**{name: files[name] for name in ("train", "val", *networks)}, **written}
-    settings = job_settings(config_of(student), "train_student", student=student["name"])
+    settings = job_settings(config_of(student), "train_experiment", training=student["name"])
     argv = ["--settings", settings, "--seed", str(seed), "--threads", "1", "--device", "cpu"]
     argv += [word for name, path in flags.items() for word in (f"--{name}", str(path))]
-    train_student.main(argv, search=search)
-    net, space, arch, _ = load_static(written["student"], kind="trained_student")
+    train_experiment.main(argv, search=search)
+    net, space, arch, _ = load_static(written["weights"], kind="trained_student")
     return net, space, arch, read_table(written["history"]), written
 
 
 def evaluated(files, folder, student):
-    """Train and measure a student; the rows of its table and the files."""
+    """Train and measure a network; its outcomes and the files."""
     *_, written = train(files, folder, student)
-    config = load({**config_of(student).model_dump(mode="json"), "evaluate_student": MEASURE})
-    settings = job_settings(config, "evaluate_student", student=student["name"])
-    written["table"] = folder / "table.parquet"
-    argv = ["--settings", settings, "--seed", "0", "--threads", "1", "--device", "cpu", "--test", str(files["test"])]
-    evaluate_student.main([*argv, "--student", str(written["student"]), "--table", str(written["table"])])
-    return read_table(written["table"]), written
+    settings = job_settings(config_of(student, measure=MEASURE), "measure_experiment", training=student["name"])
+    written["outcomes"] = folder / "outcomes.parquet"
+    flags = {"test": files["test"], "weights": written["weights"], "histories": written["history"]}
+    argv = ["--settings", settings, "--seed", "0", "--threads", "1", "--device", "cpu"]
+    argv += [word for name, path in flags.items() for word in (f"--{name}", str(path))]
+    measure_experiment.main([*argv, "--outcomes", str(written["outcomes"])])
+    return read_table(written["outcomes"]), written
 
 
 MEASURE = {

@@ -91,7 +91,7 @@ def test_classes_are_a_number_or_names(classes):
 @pytest.mark.parametrize("name", ["..", ".", ".hidden", "-x", "a/b", "a b", ""])
 def test_names_that_lead_out_of_their_folder_are_refused(name):
     assert f"run is {name!r}; expected: letters, digits" in refusal(run=name)
-    assert "expected: letters, digits" in refusal(train_student={"students": [{"name": name}]})
+    assert "expected: letters, digits" in refusal(experiment={"trainings": [{"name": name}]})
     assert "expected: letters, digits" in refusal(diagnose={"networks": [{"name": name, "arch": "largest"}]})
 
 
@@ -101,7 +101,7 @@ def test_a_name_that_yaml_does_not_read_as_text_is_to_be_quoted(written):
     name = yaml.safe_load(written)
     assert words in refusal(run=name)
     assert words in refusal(train_phase={"phases": [{"name": name}]})
-    assert "quote it" in refusal(**{"train_variant": {"variants": {name: {}}}})
+    assert "quote it" in refusal(experiment={"trainings": [{"name": name, "trains": "supernet"}]})
 
 
 @pytest.mark.parametrize(
@@ -172,8 +172,8 @@ def test_seeds_grids_and_ratios_are_bounded_too():
     assert "seed is 9223372036854775808; expected: an integer below 9.2e18" in refusal(seed=2**63)
     assert refusal(threat={"eps": "510/255"}).endswith("write 2/255")
     for attack in ({"num_steps": -1}, {"num_steps": 10**400}):
-        student = {"name": "a", "attack_budget": 10, "attack": attack}
-        assert "num_steps" in refusal(train_student={"students": [student]})
+        student = {"name": "a", "effort": {"gradients": 10}, "attack": attack}
+        assert "num_steps" in refusal(experiment={"trainings": [student]})
 
 
 def test_an_unknown_key_names_the_three_nearest():

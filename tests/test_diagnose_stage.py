@@ -1,4 +1,4 @@
-"""The stages diagnose and compare_diagnoses: which network, what the tables and figures say, and where it is shown."""
+"""The stage diagnose, and the comparison of diagnoses: what tables and figures say, where they are shown."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from helpers import TINY, random_supernet, save_stripes, tiny_config, tiny_space
 from synthetic_run import SyntheticRun
 
 from proard.artifacts import ArtifactError, Provenance, read_metadata, read_table, save_tensors
-from proard.config import ConfigError, Threat, job_settings, load
+from proard.config import COMPARED, ConfigError, Threat, job_settings, load
 from proard.data import load_split
 from proard.evaluation import SubnetMeter
 from proard.evaluation.tables import BOUND, PAIRS, RADII, SUMMARY
 from proard.export import StudentFacts, save_student
 from proard.nets import extract, fold, load_supernet, save_static, save_supernet
 from proard.report.diagnosis import bound_figure, certified_curve, radius_figure
-from proard.stages import compare_diagnoses, diagnose
+from proard.stages import compare_experiment, diagnose
 from proard.stages import report as report_stage
 
 QUICK = {
@@ -96,16 +96,13 @@ def tables(files, tmp_path_factory):
 @pytest.fixture(scope="module")
 def compared(tables) -> Path:
     folder, _ = tables
+    read = {"bounds": "bound", "all_radii": "radii", "diagnoses": "summary"}
     flags = {
-        f"{'summaries' if table == 'summary' else 'bounds' if table == 'bound' else table}": [
-            folder / name / f"{table}.parquet" for name in ("teacher", *NETWORKS)
-        ]
-        for table in TABLES
+        flag: [folder / who / f"{table}.parquet" for who in ("teacher", *NETWORKS)] for flag, table in read.items()
     }
-    written = {"bound_table": "bound.parquet", "radii_table": "radii.parquet", "summary": "summary.parquet"}
-    written |= {"pairs": "pairs.parquet", "bound_figure": "bound.svg", "radius_figure": "radius.svg"}
-    flags |= {name: folder / file for name, file in written.items()}
-    run_stage(compare_diagnoses, job_settings(config_of("teacher"), "compare_diagnoses"), flags)
+    flags |= {"outcomes": [], "budgets": [], "table": folder / "table.parquet"}
+    flags |= {name: folder / file for name, file in COMPARED["diagnoses"].items()}
+    run_stage(compare_experiment, job_settings(config_of("teacher"), "compare_experiment"), flags)
     return folder
 
 
@@ -232,7 +229,7 @@ def test_pairs_are_of_students_at_every_radius(compared, tables):
 
 
 def test_figures_stand_alone_and_are_the_same_every_time(compared):
-    summary, radii = read_table(compared / "summary.parquet"), read_table(compared / "radii.parquet")
+    summary, radii = read_table(compared / "diagnosis.parquet"), read_table(compared / "radii.parquet")
     for name in ("bound", "radius"):
         assert ElementTree.fromstring((compared / f"{name}.svg").read_text()).tag.endswith("svg")
     figure = bound_figure(summary)
@@ -256,13 +253,13 @@ def test_the_report_shows_the_diagnosis_where_there_is_one(compared, tmp_path):
     report_stage.main(run.flags())
     page = run.path("report", "report.html")
     assert 'id="diagnosis"' not in page.read_text()
-    given = [("diagnosis-summary", "summary"), ("diagnosis-radii", "radii"), ("diagnosis-pairs", "pairs")]
+    given = [("diagnosis-summary", "diagnosis"), ("diagnosis-radii", "radii"), ("diagnosis-pairs", "pairs")]
     report_stage.main(
         run.flags() + [word for flag, name in given for word in (f"--{flag}", str(compared / f"{name}.parquet"))]
     )
     section = re.search(r'<section id="diagnosis">.*?</section>', page.read_text(), re.DOTALL).group()
     assert section.count("<svg") == 2
-    summary = read_table(compared / "summary.parquet")
+    summary = read_table(compared / "diagnosis.parquet")
     right = summary[(summary["network"] == "trained") & (summary["eps"] == 0.1) & (summary["quantity"] == "right")]
     assert f"{right['value'].iloc[0]:.3f}" in section
     assert section.count("<tr>") == 1 + 5 + 1 + 6
@@ -327,7 +324,7 @@ def test_diagnoses_of_different_teachers_are_not_paired(files, tables, tmp_path)
     )
     run_stage(diagnose, job_settings(config_of("exported"), "diagnose"), flags)
     with pytest.raises(ArtifactError, match=r"another teacher\.safetensors"):
-        compare_diagnoses.same_images([str(folder / "trained" / "bound.parquet"), str(tmp_path / "bound.parquet")])
+        compare_experiment.same_images([str(folder / "trained" / "bound.parquet"), str(tmp_path / "bound.parquet")])
 
 
 def test_settings_of_a_job_name_one_network_and_no_other_stage_hears_of_it():

@@ -43,7 +43,7 @@ def test_a_folder_with_the_name_of_the_package_is_named(tmp_path):
     ("arguments", "words"),
     [
         (["select_student"], ["the rule select_student has a wildcard", "type select_students"]),
-        (["diagnose"], ["type compare_diagnoses"]),
+        (["diagnose"], ["type compare_experiment"]),
         (["serch_front"], ["serch_front is no target; did you mean search_front?"]),
         (["slect_student"], ["did you mean select_students?"]),
         (["-R", "slect_student"], ["slect_student is no rule; did you mean select_student?"]),

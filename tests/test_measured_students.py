@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from student_runs import MEASURE, config_of, evaluated, student_files
+from student_runs import config_of, evaluated, student_files
 from synthetic_run import SyntheticRun
 
 from proard.artifacts import STUDENT, Provenance, read_table, write_table
@@ -18,7 +18,7 @@ from proard.export import load_student
 from proard.nets import load_static
 from proard.report.students import FIGURES, nearest
 from proard.report.text import percent
-from proard.stages import compare_students, export_trained
+from proard.stages import compare_experiment, export_student
 from proard.stages import report as report_stage
 
 
@@ -41,7 +41,7 @@ def test_every_student_stands_the_same_attacks_and_its_own(files, tmp_path):
     assert (own["num_steps"], own["accounting"]) == (2, "last_iterate")
     assert by["worst", 0.1] <= own["robust_acc"]
     first = rows.iloc[0]
-    assert (first["student"], first["group"], first["loss"], first["net"]) == ("s_seed=3", "s", "ard", "tiny")
+    assert (first["training"], first["group"], first["loss"], first["net"]) == ("s_seed=3", "s", "ard", "tiny")
     assert (first["train_steps"], first["lr"], first["epochs"]) == (2, 0.03, 2)
     history = read_table(written["history"])
     assert first["train_gradients"] == history["gradients"].iloc[-1] == 3 * history["images"].iloc[-1]
@@ -52,7 +52,7 @@ def test_every_student_stands_the_same_attacks_and_its_own(files, tmp_path):
 def test_fgsm_measures_one_step_of_eps_from_the_image(files, tmp_path):
     rows, written = evaluated(files, tmp_path, {"name": "s", "loss": "plain"})
     assert "own" not in set(rows["attack"])
-    net, *_ = load_static(written["student"], kind="trained_student")
+    net, *_ = load_static(written["weights"], kind="trained_student")
     test = load_split(files["test"])
     images = to_float(test.images)
     inputs = images.clone().requires_grad_()
@@ -72,13 +72,15 @@ def test_students_are_compared_in_one_table_with_figures(files, tmp_path):
     config = config_of(*students)
     figures = {name: tmp_path / f"{name}.svg" for name in FIGURES}
     flags = {"table": tmp_path / "all.parquet", "summary": tmp_path / "summary.parquet", **figures}
-    argv = ["--settings", job_settings(config, "compare_students"), "--threads", "1", "--device", "cpu"]
-    argv += ["--tables", *(str(written["table"]) for _, written in tables.values())]
+    config = load({**config.model_dump(mode="json"), "experiment": {"title": "Some networks"}})
+    argv = ["--settings", job_settings(config, "compare_experiment"), "--threads", "1", "--device", "cpu"]
+    argv += ["--bounds", "--all-radii", "--diagnoses"]
+    argv += ["--outcomes", *(str(written["outcomes"]) for _, written in tables.values())]
     rows = tables["plain"][0].assign(budget="macs=1M", role="choice", chosen=True, found_by="nsga2")
     chosen = rows.reindex(columns=list(STUDENT))
     write_table(tmp_path / "chosen.parquet", chosen, STUDENT, Provenance("tiny", "select_student"))
-    argv += ["--supernet", str(tmp_path / "chosen.parquet")]
-    compare_students.main(
+    argv += ["--budgets", str(tmp_path / "chosen.parquet")]
+    compare_experiment.main(
         [*argv, *(w for name, path in flags.items() for w in (f"--{name.replace('_', '-')}", str(path)))]
     )
     table, summary = read_table(flags["table"]), read_table(flags["summary"])
@@ -94,7 +96,7 @@ def test_students_are_compared_in_one_table_with_figures(files, tmp_path):
     for path in figures.values():
         text = path.read_text("utf-8")
         assert "</svg>" in text
-        assert "Students trained one by one" in text
+        assert "Some networks" in text
     assert ">ard</text>" in figures["accuracy_figure"].read_text("utf-8")
 
     run = SyntheticRun(tmp_path / "run")
@@ -122,17 +124,16 @@ def test_the_exported_student_is_the_measured_one(files, tmp_path, net):
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     names = {"weights": "out.safetensors", "onnx": "a.onnx", "pt2": "a.pt2", "card": "card.md", "parity": "p.json"}
     flags = {name: tmp_path / path for name, path in {**names, "checksums": "SHA256SUMS"}.items()}
-    flags |= {"student": written["student"], "table": written["table"], "test": files["test"]}
-    config = load({**config_of(student).model_dump(mode="json"), "evaluate_student": MEASURE})
-    argv = ["--settings", job_settings(config, "export_trained", student="s"), "--threads", "1", "--device", "cpu"]
-    argv += ["--manifest", str(tmp_path / "manifest.json")]
-    export_trained.main([*argv, *(word for name, path in flags.items() for word in (f"--{name}", str(path)))])
+    flags |= {"trained": written["weights"], "student": written["outcomes"], "test": files["test"]}
+    argv = ["--settings", job_settings(config_of(student), "export_student"), "--threads", "1", "--device", "cpu"]
+    argv += ["--manifest", str(tmp_path / "manifest.json"), "--budget", "s"]
+    export_student.main([*argv, *(word for name, path in flags.items() for word in (f"--{name}", str(path)))])
     parity = json.loads(flags["parity"].read_text())
     assert parity["passed"]
     assert parity["onnx_test_accuracy"] == rows["clean_acc"].iloc[0]
     assert "trained by itself" in flags["card"].read_text()
     assert "Supernet" not in flags["card"].read_text()
     images = to_float(splits["test"].images)
-    trained, *_ = load_static(written["student"], kind="trained_student")
+    trained, *_ = load_static(written["weights"], kind="trained_student")
     with torch.no_grad():
         torch.testing.assert_close(load_student(flags["weights"])(images), trained(images), atol=1e-4, rtol=1e-4)

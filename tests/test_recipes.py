@@ -39,8 +39,7 @@ def test_a_recipe_plans_its_whole_dag(name, tmp_path):
     run = recipe(name)
     assert plan["train_phase"] == len(run.train_phase.phases)
     assert plan.get("export_student", 0) == len(run.select_student.budgets)
-    seeds, variants = run.train_variant.seeds, run.train_variant.variants.values()
-    assert plan.get("train_variant", 0) == len(seeds) * sum(len(variant.phases) for variant in variants)
+    assert plan.get("train_experiment", 0) == sum(len(training.phases) for training in run.experiment.trainings)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

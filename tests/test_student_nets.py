@@ -117,14 +117,14 @@ def test_the_vision_transformer_is_torchvisions():
         ({"family": "wide_resnet", "depth": 35}, ["depth is 35", "6n + 4"]),
         ({"family": "vit", "heads": 3, "hidden": 64}, ["hidden is 64", "heads, 3"]),
         ({"family": "vit", "layer": 3}, ["layer", "did you mean layers"]),
-        ({"family": "vitt"}, ["train_student.s.net", "vitt", "wide_resnet"]),
+        ({"family": "vitt"}, ["experiment.s.net", "vitt", "wide_resnet"]),
         ("resnet19", ["resnet19", "resnet18", "mobilenet_v3_cifar"]),
     ],
     ids=str,
 )
 def test_a_wrong_network_is_one_clear_line(net, words):
     with pytest.raises(ConfigError) as caught:
-        load({"run": "r", "train_student": {"students": [{"name": "s", "net": net}]}})
+        load({"run": "r", "experiment": {"trainings": [{"name": "s", "net": net}]}})
     assert [word for word in words if word not in str(caught.value)] == []
     assert "\n" not in str(caught.value)
 

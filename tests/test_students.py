@@ -21,11 +21,11 @@ from training_runs import EPS, plain_network, same, step_of, take
 from proard.artifacts import read_header
 from proard.attacks import pgd
 from proard.config import ConfigError, UserError, job_settings, load
-from proard.config.students import expand
+from proard.config.experiment import expand
 from proard.losses import Batch, Objective, fast_edge_loss
 from proard.nets import load_static
 from proard.nets.elastic import Supernet
-from proard.stages import train_student
+from proard.stages import train_experiment
 from proard.stages.train_teacher import fitted_space
 from proard.training import Drawn, Interrupted, Plan, single_plan
 from proard.training.run import learning_rate
@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def names(config):
-    return [student.name for student in config.train_student.students]
+    return [student.name for student in config.experiment.trainings]
 
 
 # --- settings -----------------------------------------------------------------------------------------------------
@@ -60,35 +60,35 @@ def test_a_grid_is_every_combination_with_a_name_of_its_own():
 def test_students_take_the_shared_keys_and_their_grid_is_parsed():
     config = config_of({"name": "a", "loss": "ard", "grid": {"lr": [0.1, "1/4"]}}, {"name": "b", "lr": 0.3}, epochs=7)
     assert names(config) == ["a_lr=0.1", "a_lr=1-4", "b"]
-    assert [student.lr for student in config.train_student.students] == [0.1, 0.25, 0.3]
-    assert {student.epochs for student in config.train_student.students} == {7}
-    assert [student.temperature for student in config.train_student.students] == [30, 30, 1]
-    again = load(json.loads(job_settings(config, "train_student")))
-    assert again.train_student == config.train_student
+    assert [student.lr for student in config.experiment.trainings] == [0.1, 0.25, 0.3]
+    assert {student.epochs for student in config.experiment.trainings} == {7}
+    assert [student.temperature for student in config.experiment.trainings] == [30, 30, 1]
+    again = load(json.loads(job_settings(config, "train_experiment")))
+    assert again.experiment.trainings == config.experiment.trainings
 
 
 def test_a_job_is_told_of_its_own_student_alone():
     before = config_of({"name": "a", "grid": {"lr": [0.1, 0.2]}})
     after = config_of({"name": "a", "grid": {"lr": [0.1, 0.2, 0.3]}}, {"name": "c"})
-    one, other = (job_settings(config, "train_student", student="a_lr=0.2") for config in (before, after))
+    one, other = (job_settings(config, "train_experiment", training="a_lr=0.2") for config in (before, after))
     assert one == other
-    assert [entry["name"] for entry in json.loads(one)["train_student"]["students"]] == ["a_lr=0.2"]
-    with pytest.raises(ConfigError, match=r"a_lr=0\.4 is no student.*did you mean a_lr=0\.[12]"):
-        job_settings(before, "train_student", student="a_lr=0.4")
+    assert [entry["name"] for entry in json.loads(one)["experiment"]["trainings"]] == ["a_lr=0.2"]
+    with pytest.raises(ConfigError, match=r"a_lr=0\.4 is no training.*did you mean a_lr=0\.[12]"):
+        job_settings(before, "train_experiment", training="a_lr=0.4")
 
 
 @pytest.mark.parametrize(
     ("student", "words"),
     [
-        ({"name": "a", "grid": {"lr": 0.1}}, ["train_student.a.grid", "lists"]),
-        ({"name": "a", "grid": {"lr": []}}, ["train_student.a.grid", "lists"]),
-        ({"name": "a", "seeds": 3}, ["train_student.a.seeds", "list"]),
+        ({"name": "a", "grid": {"lr": 0.1}}, ["experiment.a.grid", "lists"]),
+        ({"name": "a", "grid": {"lr": []}}, ["experiment.a.grid", "lists"]),
+        ({"name": "a", "seeds": 3}, ["experiment.a.seeds", "list"]),
         ({"name": "a", "grid": {"attack.num_step": [1]}}, ["num_step", "did you mean", "num_steps"]),
         ({"name": "a", "grid": {"lr": [0.1, 0.1]}}, ["different names", "a_lr=0.1"]),
         ({"name": "a", "loss": "kd", "kdiga_weight": 1, "kdiga_at": "adv"}, ["a", "no attack", "kdiga_at"]),
         ({"name": "a", "loss": "trades", "teacher_logits": "float32"}, ["teacher_logits", "trades"]),
-        ({"name": "a", "loss": "rslat"}, ["train_student.a.loss", "rslat", "rslad"]),
-        ({"name": "a", "attack": {"step_size": 2}}, ["train_student.a", "2/255"]),
+        ({"name": "a", "loss": "rslat"}, ["experiment.a.loss", "rslat", "rslad"]),
+        ({"name": "a", "attack": {"step_size": 2}}, ["experiment.a", "2/255"]),
     ],
     ids=lambda value: None if isinstance(value, list) else str(sorted(value)),
 )
@@ -102,12 +102,12 @@ def test_a_wrong_student_is_one_clear_line(student, words):
 @pytest.mark.parametrize("name", ["fast_edge", "fast_edge_micro", "kdiga", "kdiga_micro"])
 def test_a_committed_experiment_holds_what_it_says(name):
     config = load(yaml.safe_load((ROOT / "config" / "experiments" / f"{name}.yaml").read_text("utf-8")))
-    students = config.train_student.students
+    students = config.experiment.trainings
     seeds = {}
     for student in students:
         seeds.setdefault(student.name.rsplit("_seed=", 1)[0], set()).add(student.seed)
     assert {len(found) for found in seeds.values()} <= {2, 3}
-    assert {attack.objective for attack in config.evaluate_student.attacks} == {"ce", "margin"}
+    assert {attack.objective for attack in config.experiment.measure.attacks} == {"ce", "margin"}
     assert len({student.net.family for student in students}) == 2
     for student in students:
         fitted_space(student.net, config.space, where=student.name)
@@ -134,7 +134,7 @@ def test_any_loss_trains_an_arch_of_the_runs_space(files, tmp_path, loss):
     assert set(history["phase"]) == {"s"}
     assert set(history["macs"]) == {net.spec.macs}
     assert not list(tmp_path.glob("*.state"))
-    assert read_header(written["student"])["provenance"]["stage"] == "train_student"
+    assert read_header(written["weights"])["provenance"]["stage"] == "train_experiment"
 
 
 def test_the_seed_and_the_loss_decide_the_weights(files, tmp_path):
@@ -147,7 +147,7 @@ def test_the_seed_and_the_loss_decide_the_weights(files, tmp_path):
 
 
 def test_a_loss_that_asks_a_teacher_needs_its_file_and_others_do_not(files, tmp_path):
-    with pytest.raises(UserError, match=r"train_student\.s: its loss asks a teacher.*--teacher"):
+    with pytest.raises(UserError, match=r"experiment\.s: its loss needs a teacher.*--teacher"):
         train(files, tmp_path, {"name": "s", "loss": "kd"}, networks=())
     with pytest.raises(UserError, match=r"--control"):
         train(files, tmp_path, {"name": "s", "loss": "hat"}, networks=("teacher",))
@@ -169,16 +169,16 @@ def test_an_arch_is_written_out_and_a_preset_takes_the_runs_images(files, tmp_pa
     assert arch.depth == (1, 0)
     _, space, arch, *_ = train(files, tmp_path / "preset", {**student, "net": "resnet_digits", "arch": "smallest"})
     assert (space.settings.name, space.settings.classes, arch) == ("resnet_digits", 3, space.smallest)
-    with pytest.raises(ConfigError, match=r"train_student\.s\.arch lists depth, width and expand"):
+    with pytest.raises(ConfigError, match=r"experiment\.s\.arch lists depth, width and expand"):
         train(files, tmp_path / "wrong", {**student, "arch": {"depth": [1]}})
-    with pytest.raises(ConfigError, match=r"train_student.s: net is .resnet_tiny."):
+    with pytest.raises(ConfigError, match=r"experiment.s: net is .resnet_tiny."):
         train(files, tmp_path / "wrong", {**student, "net": "resnet_tiny"})
 
 
 def test_the_frozen_teacher_is_the_one_in_the_file(files):
     config = config_of({"name": "s", "loss": "kd"})
     job = type("Job", (), {"files": type("Files", (), {"teacher": files["teacher"]}), "device": "cpu"})
-    teacher = train_student.frozen_teacher(job, config.train_student.students[0])
+    teacher = train_experiment.frozen_teacher(job, config.experiment.trainings[0])
     images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     net, *_ = load_static(files["teacher"], kind="teacher")
     with torch.no_grad():
@@ -263,7 +263,7 @@ def test_a_scaled_loss_has_scaled_gradients(files):
     batch = Batch(torch.arange(4) % 3, clean=logits, adv=2 * logits, teacher=teacher)
     small, whole = (
         float(drawn.objective.loss(batch, **drawn.options))
-        for student in config.train_student.students
+        for student in config.experiment.trainings
         for drawn in single_plan(tiny_space().largest, student.loss, student).draw(0, 0, 0)
     )
     assert small == pytest.approx(whole / 10)
@@ -271,7 +271,7 @@ def test_a_scaled_loss_has_scaled_gradients(files):
 
 def test_schedules():
     config = config_of({"name": "s", "lr": 0.8, "grid": {"schedule": ["constant", "steps", "cosine"]}})
-    rates = [[learning_rate(s, step, 8, 0) for step in range(8)] for s in config.train_student.students]
+    rates = [[learning_rate(s, step, 8, 0) for step in range(8)] for s in config.experiment.trainings]
     assert rates[0] == [0.8] * 8
     assert rates[1] == pytest.approx([0.8] * 4 + [0.08] * 2 + [0.008] * 2)
     assert rates[2][4] == pytest.approx(0.4)
@@ -282,16 +282,23 @@ def test_the_last_epoch_is_kept_where_asked(files, tmp_path):
     assert history.loc[history["best"], "epoch"].tolist() == [4]
 
 
-def test_an_attack_budget_becomes_epochs():
+def test_equal_gradients_become_epochs():
     config = config_of(
-        {"name": "s", "epochs": 2, "attack_budget": 10, "grid": {"attack.num_steps": [1, "2", 10]}},
-        {"name": "t", "attack_budget": 3},
+        {"name": "s", "effort": {"gradients": 22}, "grid": {"attack.num_steps": [1, "2", 10]}},
+        {"name": "t", "effort": {"gradients": 8}},
+        {"name": "u", "effort": {"gradients": 8}, "loss": "kd"},  # without an attack
     )
-    assert [student.epochs for student in config.train_student.students] == pytest.approx([11, 22 / 3, 2, 8 / 3])
-    again = load(json.loads(job_settings(config, "train_student")))
-    assert again.train_student == config.train_student
-    with pytest.raises(ConfigError, match=r"attack_budget, epochs and attack\.num_steps are numbers"):
-        config_of({"name": "s", "attack_budget": "ten"})
+    assert [student.epochs for student in config.experiment.trainings] == pytest.approx([11, 22 / 3, 2, 8 / 3, 8])
+    again = load(json.loads(job_settings(config, "train_experiment")))
+    assert again.experiment.trainings == config.experiment.trainings
+    with pytest.raises(ConfigError, match=r"experiment\.s\.effort\.gradients is 'ten'; expected: a number"):
+        config_of({"name": "s", "effort": {"gradients": "ten"}})
+    with pytest.raises(
+        ConfigError, match="needs one of forward_equivalents, gradients, steps; given: gradients, steps"
+    ):
+        config_of({"name": "s", "effort": {"gradients": 1, "steps": "path"}})
+    with pytest.raises(ConfigError, match=r"experiment\.s\.effort: forward_equivalents are for supernets"):
+        config_of({"name": "s", "effort": {"forward_equivalents": 1}})
 
 
 def test_noise_moves_every_clean_image_inside_the_ball():
@@ -300,7 +307,7 @@ def test_noise_moves_every_clean_image_inside_the_ball():
     plan = Plan(lambda seed, step, data_pass: [Drawn(space.largest, watched, {})])
     images = random_images(space, 6, dtype=torch.float32)
     for noise in (0, 1):
-        (student,) = config_of({"name": "s", "loss": "kd", "clean_noise": noise}).train_student.students
+        (student,) = config_of({"name": "s", "loss": "kd", "clean_noise": noise}).experiment.trainings
         take(step_of(random_supernet(space, dtype=torch.float32), student, plan), images, torch.arange(6) % 3)
     before, after = seen
     assert torch.equal(before, images)
@@ -362,15 +369,15 @@ def test_fast_edge_by_hand():
 
 def test_snakemake_trains_the_students_asked_for_with_their_seeds_and_teachers(tmp_path):
     students = [{"name": "plain", "loss": "plain"}, {"name": "s", "loss": "kd", "seeds": [4, 5]}]
-    values = {"run": "few", "seed": 2, "train_student": {"epochs": 1, "students": students}}
+    values = {"run": "few", "seed": 2, "experiment": {"defaults": {"epochs": 1}, "trainings": students}}
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "snakemake", "train_students", "--dry-run", "--printshellcmds"]
+    command = [sys.executable, "-m", "snakemake", "train_experiments", "--dry-run", "--printshellcmds"]
     where = ["--snakefile", ROOT / "workflow" / "Snakefile", "--directory", tmp_path, "--configfile", config]
     done = subprocess.run([*command, *where], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = [line for line in done.stdout.splitlines() if "proard.stages.train_student " in line]
-    assert [f"--student results/few/train_student/{name}/" in "".join(lines) for name in ("plain", "s_seed=5")]
+    lines = [line for line in done.stdout.splitlines() if "proard.stages.train_experiment " in line]
+    assert [f"--weights results/few/train_experiment/{name}/" in "".join(lines) for name in ("plain", "s_seed=5")]
     by_seed = {line.split("--seed ")[1].split()[0]: line for line in lines}
     assert sorted(by_seed) == ["2", "4", "5"]
     assert "--teacher" not in by_seed["2"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,23 @@ import yaml
 from helpers import random_supernet, save_stripes, tiny_config, tiny_space
 
 from proard.artifacts import ArtifactError, Provenance, read_table
-from proard.config import NEEDS, PRESETS, ConfigError, job_settings, load
+from proard.config import NEEDS, PRESETS, ConfigError, RunConfig, job_settings, load
+from proard.data import load_split
 from proard.nets import extract, save_static, save_supernet
 from proard.report.twins import gaps_of
 from proard.space import Arch, SearchSpace
 from proard.space.sampling import spread_archs
-from proard.space.twins import twin_epochs, twin_students
-from proard.stages import compare_twins, measure_twin, train_student
+from proard.space.twins import with_twins
+from proard.stages import compare_experiment, export_student, measure_experiment, train_experiment
+from proard.stages.export_student import WRITES
 
-TWINS = {"num_archs": 2, "seeds": [0, 1], "bootstraps": 300}
+TWINS = {"trains": "twins", "archs": 2, "seeds": [0, 1]}
+
+
+def run_with(twins: dict, *, measure: dict | None = None, **changes: object) -> RunConfig:
+    """The tiny run with twins."""
+    section = {"trainings": [twins], "bootstraps": 300, "measure": measure or {}}
+    return with_twins(tiny_config(experiment=section, **changes))
 
 
 def test_one_arch_comes_from_each_part_of_the_range_and_no_end():
@@ -36,37 +45,39 @@ def test_one_arch_comes_from_each_part_of_the_range_and_no_end():
 
 
 def test_more_parts_than_the_space_can_fill_is_an_error():
-    with pytest.raises(ValueError, match=r"num_archs is 400; space tiny has no arch in \d+ of as many equal parts"):
+    with pytest.raises(
+        ValueError, match=r"archs is 400 for twins; space tiny has no arch in \d+ of as many equal parts"
+    ):
         spread_archs(tiny_space(), 400, seed=0)
 
 
 @pytest.mark.parametrize(
-    ("changes", "epochs"),
+    ("twins", "changes", "epochs"),
     [
-        ({}, 2),
-        ({"compare_twins__budget": "path"}, 2 + 2),
-        ({"compare_twins__budget": "path", "phase__warm_start": "random"}, 2),
-        ({"compare_twins__budget": 0.5}, 0.5),
-        ({"phase__sampling": "per_pass", "phase__archs_per_step": 3}, 6),
-        ({"compare_twins__student": {"batch_size": 32}}, 4),  # as many steps of twice as many images
+        ({}, {}, 2),
+        ({"effort": {"steps": "path"}}, {}, 2 + 2),
+        ({"effort": {"steps": "path"}}, {"phase__warm_start": "random"}, 2),
+        ({"epochs": 0.5}, {}, 0.5),
+        ({"effort": {"gradients": 6}}, {}, 2),  # two attack steps and an update
+        ({}, {"phase__sampling": "per_pass", "phase__archs_per_step": 3}, 6),
+        ({"batch_size": 32}, {}, 4),  # as many steps of twice as many images
     ],
 )
-def test_a_twin_makes_as_many_steps_as_its_subnet_went_through(changes, epochs):
-    run = tiny_config(**{"compare_twins__num_archs": 2, **changes})
-    assert twin_epochs(run) == epochs
+def test_a_twin_makes_as_many_steps_as_its_subnet_went_through(twins, changes, epochs):
+    run = run_with({**TWINS, **twins}, **changes)
+    assert {training.epochs for training in run.experiment.trainings} == {epochs}
 
 
-@pytest.mark.parametrize("budget", ["steps", "path"])
-def test_a_budget_of_stretched_phases_must_be_a_number(budget):
-    run = tiny_config(compare_twins__budget=budget, phase__forward_equivalents=1e4)
+@pytest.mark.parametrize("steps", ["phases", "path"])
+def test_epochs_of_stretched_phases_must_be_a_number(steps):
     with pytest.raises(ConfigError, match=r"phase all is stretched .*give a number of epochs"):
-        twin_epochs(run)
-    assert twin_epochs(tiny_config(compare_twins__budget=1.5, phase__forward_equivalents=1e4)) == 1.5
+        run_with({**TWINS, "effort": {"steps": steps}}, phase__forward_equivalents=1e4)
+    run = run_with({**TWINS, "epochs": 1.5}, phase__forward_equivalents=1e4)
+    assert {training.epochs for training in run.experiment.trainings} == {1.5}
 
 
 def test_twins_inherit_the_last_phase_and_take_their_overrides():
-    run = tiny_config(compare_twins=TWINS | {"student": {"attack": {"num_steps": 1}, "lr": 0.5}}, phase__loss="ard")
-    students = twin_students(run)
+    students = run_with({**TWINS, "attack": {"num_steps": 1}, "lr": 0.5}, phase__loss="ard").experiment.trainings
     assert [student.name for student in students] == [f"twin{arch}_seed={seed}" for arch in (0, 1) for seed in (0, 1)]
     first = students[0]
     assert (first.loss, first.temperature, first.lr, first.seed) == ("ard", 30, 0.5, 0)
@@ -74,9 +85,10 @@ def test_twins_inherit_the_last_phase_and_take_their_overrides():
     space = tiny_space()
     macs = [space.spec(Arch.from_dims(student.arch)).macs for student in students]
     assert macs[0] == macs[1] < macs[2] == macs[3]
-    assert twin_students(tiny_config()) == ()
-    with pytest.raises(ConfigError, match=r"compare_twins.student.lrr is no setting; did you mean lr\?"):
-        twin_students(tiny_config(compare_twins=TWINS | {"student": {"lrr": 1}}))
+    with pytest.raises(ConfigError, match=r"experiment.twin.lrr is no setting; did you mean lr\?"):
+        run_with({**TWINS, "lrr": 1})
+    with pytest.raises(ConfigError, match=r"experiment.twin: a twin is an arch of the run's own space"):
+        run_with({**TWINS, "net": "resnet18"})
 
 
 def test_the_committed_experiment_follows_a_finished_run_without_touching_it():
@@ -84,12 +96,14 @@ def test_the_committed_experiment_follows_a_finished_run_without_touching_it():
     micro, twin = (
         yaml.safe_load((folder / name).read_text()) for name in ("cifar10_micro_better.yaml", "experiments/twin.yaml")
     )
-    before, run = load(micro), load({**micro, **twin})
+    before, run = load(micro), with_twins(load({**micro, **twin}))
     assert {stage for stage in NEEDS if job_settings(before, stage) != job_settings(run, stage)} == {
-        "measure_twin",
-        "compare_twins",
+        "train_experiment",
+        "measure_experiment",
+        "compare_experiment",
     }
-    students = twin_students(run)
+    students = run.experiment.trainings
+    assert run.experiment.measure.attacks == run.experiment.measure.val_attacks == run.verify_front.attacks
     assert len(students) == 4
     assert {student.optimizer for student in students} == {"muon"}
     assert {(student.epochs, student.loss, student.lr) for student in students} == {(10.1766, "rslad", 0.1)}
@@ -148,9 +162,8 @@ def test_an_arch_without_its_twin_and_other_images_are_errors():
 def test_twins_are_trained_measured_and_compared(tmp_path):
     attacks = [{"name": "pgd2", "num_steps": 2, "step_size": 0.05}, {"name": "cw2", "objective": "margin"}]
     attacks[1] |= {"num_steps": 2, "step_size": 0.05}
-    run = tiny_config(compare_twins=TWINS | {"seeds": [5]}, verify_front__attacks=attacks, phase__epochs=0.5)
-    students = twin_students(run)
-    whole = run.model_copy(update={"train_student": run.train_student.model_copy(update={"students": students})})
+    run = run_with({**TWINS, "seeds": [5]}, measure={"attacks": attacks, "val_attacks": attacks}, phase__epochs=0.5)
+    students = run.experiment.trainings
     images = {name: str(path) for name, path in save_stripes(tmp_path).items()}
     supernet, teacher = tmp_path / "supernet.safetensors", tmp_path / "teacher.safetensors"
     space, provenance = tiny_space(), Provenance("tiny", "train_phase")
@@ -167,17 +180,19 @@ def test_twins_are_trained_measured_and_compared(tmp_path):
 
     outcomes = []
     for student in students:
-        folder = tmp_path / "train_student" / student.name
+        folder = tmp_path / "train_experiment" / student.name
         files = {"train": images["train"], "val": images["val"], "teacher": teacher}
-        files |= {"student": folder / "student.safetensors", "history": folder / "history.parquet"}
-        settings = job_settings(whole, "train_student", student=student.name)
-        stage(train_student.main, settings, student.seed, **files)
-        outcomes.append(tmp_path / "measure_twin" / student.name / "outcomes.parquet")
-        files = {"supernet": supernet, "twin": folder / "student.safetensors", "cache": tmp_path / "cache"}
-        stage(measure_twin.main, job_settings(run, "measure_twin"), 0, **files, **images, outcomes=outcomes[-1])
+        files |= {"weights": folder / "weights.safetensors", "history": folder / "history.parquet"}
+        settings = job_settings(run, "train_experiment", training=student.name)
+        stage(train_experiment.main, settings, student.seed, **files)
+        outcomes.append(tmp_path / "measure_experiment" / student.name / "outcomes.parquet")
+        files = {"supernet": supernet, "weights": files["weights"], "histories": files["history"]}
+        settings = job_settings(run, "measure_experiment", training=student.name)
+        stage(measure_experiment.main, settings, 0, **files, **images, cache=tmp_path / "c", outcomes=outcomes[-1])
     first = read_table(outcomes[0])
     assert set(first["role"]) == {"subnet", "twin"}
     assert set(first["train_seed"]) == {5}
+    assert set(first["trains"]) == {"twin"}
     assert first["arch"].unique().tolist() == [Arch.from_dims(students[0].arch).to_json()]
     for _, row in first.iterrows():
         assert np.mean(row["robust"]) == pytest.approx(row["robust_acc"])
@@ -186,19 +201,33 @@ def test_twins_are_trained_measured_and_compared(tmp_path):
     on_test = first[(first["role"] == "twin") & (first["split"] == "test")].set_index("attack")["robust"]
     assert (on_test["worst"] == on_test["pgd2"] & on_test["cw2"]).all()
 
-    table, figure = tmp_path / "compare_twins" / "table.parquet", tmp_path / "compare_twins" / "gap.svg"
-    files = {"outcomes": outcomes, "table": table, "figure": figure}
-    stage(compare_twins.main, job_settings(run, "compare_twins"), 0, **files)
-    assert len(read_table(table)) == 2 * 3 * 2 * 3  # splits, attacks and worst case, measures, archs and mean
-    assert "<svg" in figure.read_text()
+    files = {"trained": tmp_path / "train_experiment" / students[0].name / "weights.safetensors", **images}
+    files |= {"student": outcomes[0], "manifest": tmp_path / "manifest.json", "budget": students[0].name}
+    splits = {split: {"count": len(load_split(images[split]))} for split in images}
+    files["manifest"].write_text(
+        json.dumps({"source": "digits", "classes": ["left", "right", "low"], "splits": splits})
+    )
+    written = {name: tmp_path / "export" / name for name in WRITES}
+    del files["val"]
+    stage(export_student.main, job_settings(run, "export_student"), 0, **files, **written)
+    parity = json.loads(written["parity"].read_text())
+    of_twin = first[(first["role"] == "twin") & (first["split"] == "test")]
+    assert parity["onnx_test_accuracy"] == of_twin["clean_acc"].iloc[0]
 
-    trained = tmp_path / "train_student" / students[0].name
+    written = {name: tmp_path / "compare" / name for name in ("table", "gaps", "gaps-figure")}
+    inputs = {"outcomes": outcomes, "budgets": [], "bounds": [], "all-radii": [], "diagnoses": []}
+    stage(compare_experiment.main, job_settings(run, "compare_experiment"), 0, **inputs, **written)
+    assert len(read_table(written["gaps"])) == 2 * 3 * 2 * 3  # splits, attacks and worst case, measures, archs and mean
+    assert "<svg" in written["gaps-figure"].read_text()
+
+    trained = tmp_path / "train_experiment" / students[0].name
     costs = read_table(trained / "costs.parquet").iloc[0]
-    assert (costs["stage"], costs["job"]) == ("train_student", students[0].name)
+    assert (costs["stage"], costs["job"]) == ("train_experiment", students[0].name)
     assert costs["weight_gradients"] == read_table(trained / "history.parquet")["images"].iloc[-1]
 
 
-def test_a_config_without_the_section_says_so(tmp_path):
-    words = ["--settings", job_settings(tiny_config(), "compare_twins"), "--device", "cpu", "--outcomes"]
-    with pytest.raises(ValueError, match="no section compare_twins"):
-        compare_twins.main([*words, "--table", str(tmp_path / "t.parquet"), "--figure", str(tmp_path / "f.svg")])
+def test_an_experiment_without_trainings_says_so(tmp_path):
+    words = ["--settings", job_settings(tiny_config(), "compare_experiment"), "--device", "cpu"]
+    words += ["--outcomes", "--budgets", "--bounds", "--all-radii", "--diagnoses"]
+    with pytest.raises(ValueError, match="nothing to compare"):
+        compare_experiment.main([*words, "--table", str(tmp_path / "t.parquet")])

@@ -15,20 +15,11 @@ import pytest
 import yaml
 from workflow_runs import CONFIG, ROOT, FakeRun, assert_one_line, planned, snakemake, write_file
 
-from proard.config import EXPERIMENTS, NEEDS
+from proard.config import COMPARED, NEEDS
 
 RULES = sorted((ROOT / "workflow" / "rules").glob("*.smk"))
 BUDGETS = 3
-ON_REQUEST = {  # stages that `all` does not ask for
-    "train_student",
-    "evaluate_student",
-    "compare_students",
-    "measure_twin",
-    "compare_twins",
-    "export_trained",
-    "diagnose",
-    "compare_diagnoses",
-}
+ON_REQUEST = {"train_experiment", "measure_experiment", "compare_experiment", "diagnose"}  # `all` does not ask for
 FROM_SELECTION = {"select_student": BUDGETS, "export_student": BUDGETS, "report": 1, "all": 1}
 FROM_SEARCH = {"search_front": 1, "verify_front": 1, **FROM_SELECTION}
 FROM_TABLE = {"merge_table": 1, "fit_predictor": 1, **FROM_SEARCH}
@@ -120,19 +111,19 @@ def test_a_deleted_file_for_people_is_made_again(finished, name):
         kept.rename(path)
 
 
-@pytest.mark.parametrize("target", ["all", "export_students", "export_trained_students"])
+@pytest.mark.parametrize("target", ["all", "export_students", "export_experiments"])
 def test_targets_ask_for_every_file_of_their_last_stages(finished, target):
     student = {"name": "one", "arch": "smallest", "loss": "trades"}
     networks = [{"name": "cut", "arch": "smallest"}]
-    more = finished.write("more.yaml", {"train_student": {"students": [student]}, "diagnose": {"networks": networks}})
+    more = finished.write("more.yaml", {"experiment": {"trainings": [student]}, "diagnose": {"networks": networks}})
     done = finished("--dry-run", "--forcerun", target, target, more=more)
     assert done.returncode == 0, done.stderr
     asked = re.search(rf"^rule {target}:\n    input: (.*)$", done.stdout, re.MULTILINE)[1].split(", ")
-    stages = {"export_students": ["export_student"], "export_trained_students": ["export_trained"]}
-    written = {"export_student": 6 * BUDGETS, "export_trained": 6, "report": 6, "compare_students": 6}
-    written |= {"compare_diagnoses": 6}
-    for stage in stages.get(target, ["export_student", "report", "compare_students", "compare_diagnoses"]):
-        assert len([path for path in asked if path.startswith(f"results/fake/{stage}/")]) == written[stage], stage
+    written = {"export_student": 6 * (1 if target == "export_experiments" else BUDGETS)}
+    if target == "all":
+        written |= {"report": 6, "compare_experiment": 1 + len(COMPARED["networks"]) + len(COMPARED["diagnoses"])}
+    for stage, number in written.items():
+        assert len([path for path in asked if path.startswith(f"results/fake/{stage}/")]) == number, stage
 
 
 class FakeStage:
@@ -178,7 +169,7 @@ def test_listed_networks_are_diagnosed_beside_the_teacher_and_shown(finished):
     listed = [{"name": "small", "budget": "macs=100K"}, {"name": "cut", "arch": "smallest"}]
     listed += [{"name": "control", "file": "results/fake/train_control/control.safetensors"}]
     more = finished.write("networks.yaml", {"diagnose": {"networks": listed}})
-    assert finished.plan(more=more) == {"diagnose": 4, "compare_diagnoses": 1, "report": 1, "all": 1}
+    assert finished.plan(more=more) == {"diagnose": 4, "compare_experiment": 1, "report": 1, "all": 1}
     done = finished("--dry-run", "--printshellcmds", more=more)
     lines = {
         name: next(line for line in done.stdout.splitlines() if f"--bound results/fake/diagnose/{name}/" in line)
@@ -192,7 +183,7 @@ def test_listed_networks_are_diagnosed_beside_the_teacher_and_shown(finished):
     named = [name for name, line in lines.items() if '"name":"small"' in line]
     assert named == ["small"]  # listing another network changes no job
     shown = next(line for line in done.stdout.splitlines() if "proard.stages.report" in line)
-    assert "--diagnosis-summary results/fake/compare_diagnoses/summary.parquet" in shown
+    assert "--diagnosis-summary results/fake/compare_experiment/diagnosis.parquet" in shown
 
 
 def test_a_network_from_a_budget_nobody_listed_is_exported_first(finished):
@@ -216,7 +207,7 @@ def test_white_space_in_a_shell_line_repeats_nothing(finished):
 def test_all_stages_are_planned_and_profiles_are_found_in_both_spellings():
     quickstart = ["--dry-run", "--forceall", "--configfile", "config/quickstart.yaml"]  # it may have been run
     plans = [planned(snakemake(*quickstart, flag, "slurm")) for flag in ("--profile", "--workflow-profile")]
-    assert set(plans[0]) == {*NEEDS, "all"} - ON_REQUEST - set(EXPERIMENTS)
+    assert set(plans[0]) == {*NEEDS, "all"} - ON_REQUEST
     assert plans[0] == plans[1]
     assert plans[0]["export_student"] >= 5
 

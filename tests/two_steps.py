@@ -19,14 +19,14 @@ import torch
 import yaml
 from training_runs import no_validation
 
-from proard.config import RunConfig, load
+from proard.config import RunConfig, group_of, load
 from proard.config.nets import Named, VisionTransformer, WideResNet
 from proard.config.settings import merge
 from proard.data import ImageSet
 from proard.nets import FixedNet, Supernet, extract, fold
 from proard.space import FixedSpace, SearchSpace, space_of
-from proard.space.twins import twin_students
-from proard.stages.train_student import student_network
+from proard.space.twins import with_twins
+from proard.stages.train_experiment import student_network
 from proard.stages.train_teacher import teacher_arch, teacher_space
 from proard.stages.training import AugmentedImages
 from proard.training import Plan, ResumeState, Run, phase_plan, single_plan
@@ -57,10 +57,12 @@ def trainings(name: str) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
             objective = getattr(settings, "objective", "plain")
             listed.append((label, settings, taught_in, single_plan(largest, objective, settings)))
     legs = [(f"phase_{phase.name}", phase) for phase in run.train_phase.phases]
-    for variant, section in run.train_variant.variants.items():
-        legs += [(f"variant_{variant}_{phase.name}", phase) for phase in section.phases]
+    trainings = with_twins(run).experiment.trainings
+    for training in trainings:
+        phases = getattr(training, "phases", ())
+        legs += [(f"variant_{group_of(training.name)}_{phase.name}", phase) for phase in phases]
     listed += [(label, phase, space, phase_plan(space, phase)) for label, phase in legs]
-    for student in (*run.train_student.students, *twin_students(run)):
+    for student in (training for training in trainings if training.trains != "supernet"):
         net = None if student.net is None else small(student.net)
         own, arch = student_network(student.model_copy(update={"net": net}), run.space)
         listed.append((f"student_{student.name}", student, own, single_plan(arch, student.loss, student)))

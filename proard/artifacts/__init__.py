@@ -1,17 +1,15 @@
 """Files of a run: atomic writes, checked reads, table columns and provenance."""
 
 from proard.artifacts.checkpoints import check_finite, read_state_dict
+from proard.artifacts.experiments import GAINS, GAPS, OUTCOMES, TRAINED
 from proard.artifacts.files import ArtifactError, atomic_path, sha256, write_json, write_text
 from proard.artifacts.tables import (
     COSTS,
     FRONT,
-    GAPS,
     HISTORY,
     MEASURED,
-    OUTCOMES,
     PREDICTED,
     STUDENT,
-    TRAINED,
     Provenance,
     read_metadata,
     read_table,
@@ -24,6 +22,7 @@ from proard.artifacts.tensors import load_tensors, read_header, save_tensors, te
 __all__ = [
     "COSTS",
     "FRONT",
+    "GAINS",
     "GAPS",
     "HISTORY",
     "MEASURED",

@@ -2,13 +2,13 @@
 
 from proard.config.attacks import OBJECTIVE_WORDS, Attack, Curriculum, Threat, TrainingAttack
 from proard.config.diagnosis import TEACHER, Clever, Diagnose, Diagnosed, Smoothing
+from proard.config.experiment import COMPARED, Experiment, MeasureExperiment, SupernetTraining, Twins, group_of
 from proard.config.fields import ConfigError, DataError, UserError
 from proard.config.files import read_file
 from proard.config.images import PrepareData
 from proard.config.nets import NETS, VisionTransformer, WideResNet, named_nets
 from proard.config.presets import PRESETS
 from proard.config.run import (
-    EXPERIMENTS,
     NEEDS,
     RunConfig,
     at_any_rhythm,
@@ -36,12 +36,10 @@ from proard.config.settings import (
     VerifyFront,
 )
 from proard.config.spaces import Final, Space, Stem, Unit
-from proard.config.students import CompareStudents, EvaluateStudent, Student, TrainStudent
-from proard.config.twins import CompareTwins, MeasureTwin
-from proard.config.variants import CompareVariants, MeasureVariant, TrainVariant
+from proard.config.students import Effort, Student
 
 __all__ = [
-    "EXPERIMENTS",
+    "COMPARED",
     "NEEDS",
     "NETS",
     "OBJECTIVE_WORDS",
@@ -50,21 +48,18 @@ __all__ = [
     "Attack",
     "Augmentation",
     "Clever",
-    "CompareStudents",
-    "CompareTwins",
-    "CompareVariants",
     "ConfigError",
     "Curriculum",
     "DataError",
     "Diagnose",
     "Diagnosed",
+    "Effort",
     "EvaluateArchs",
-    "EvaluateStudent",
+    "Experiment",
     "ExportStudent",
     "Final",
     "FitPredictor",
-    "MeasureTwin",
-    "MeasureVariant",
+    "MeasureExperiment",
     "Measurement",
     "Phase",
     "PrepareData",
@@ -77,13 +72,13 @@ __all__ = [
     "Space",
     "Stem",
     "Student",
+    "SupernetTraining",
     "Threat",
     "TrainControl",
     "TrainPhase",
-    "TrainStudent",
     "TrainTeacher",
-    "TrainVariant",
     "TrainingAttack",
+    "Twins",
     "Unit",
     "UserError",
     "Validation",
@@ -91,6 +86,7 @@ __all__ = [
     "VisionTransformer",
     "WideResNet",
     "at_any_rhythm",
+    "group_of",
     "job_settings",
     "json_schema",
     "load",

@@ -13,14 +13,13 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from proard.config import settings as s
 from proard.config.attacks import Threat
 from proard.config.diagnosis import Diagnose
+from proard.config.experiment import Experiment, SupernetTraining, group_of, write_out
 from proard.config.fields import NUMBER_SCHEMA, ConfigError, FolderName, Natural, Settings, parse_number, shown
 from proard.config.images import PrepareData
 from proard.config.nets import named_nets
 from proard.config.presets import IMAGENET_SIZE, PRESETS
 from proard.config.spaces import Space
-from proard.config.students import CompareStudents, EvaluateStudent, Student, TrainStudent
-from proard.config.twins import CompareTwins, MeasureTwin
-from proard.config.variants import CompareVariants, MeasureVariant, TrainVariant, expand_variants
+from proard.config.students import Student
 
 Model = TypeVar("Model", bound=BaseModel)
 RHYTHM = s.Optimisation.model_fields["save_every_minutes"].default
@@ -30,20 +29,9 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "train_teacher": ("run", "space", "threat", "train_teacher"),
     "train_control": ("run", "space", "threat", "measurement", "train_teacher", "train_control", "verify_front"),
     "train_phase": ("run", "space", "threat", "train_phase"),
-    "train_student": ("run", "space", "threat", "train_student"),
-    "evaluate_student": ("run", "space", "threat", "measurement", "train_student", "evaluate_student"),
-    "export_trained": (
-        "run",
-        "space",
-        "threat",
-        "measurement",
-        "train_student",
-        "evaluate_student",
-        "export_student",
-    ),
-    "compare_students": ("run", "threat", "compare_students"),
-    "measure_twin": ("run", "space", "threat", "measurement", "verify_front", "measure_twin"),
-    "compare_twins": ("run", "threat", "compare_twins"),
+    "train_experiment": ("run", "space", "threat", "experiment"),
+    "measure_experiment": ("run", "space", "threat", "measurement", "experiment"),
+    "compare_experiment": ("run", "threat", "experiment"),
     "sample_archs": ("run", "space", "sample_archs"),
     "evaluate_archs": ("run", "space", "threat", "measurement", "evaluate_archs"),
     "merge_table": ("run",),
@@ -53,13 +41,13 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "select_student": ("run", "space", "threat", "measurement", "verify_front", "select_student"),
     "export_student": ("run", "space", "threat", "measurement", "export_student"),
     "diagnose": ("run", "space", "threat", "measurement", "diagnose"),
-    "compare_diagnoses": ("run", "threat"),
     "report": ("run", "threat", "report"),
-    "train_variant": ("run", "space", "threat", "train_variant"),
-    "measure_variant": ("run", "space", "threat", "measurement", "measure_variant"),
-    "compare_variants": ("run", "space", "threat", "train_variant", "compare_variants"),
 }
-EXPERIMENTS = ("train_variant", "measure_variant", "compare_variants")  # planned only where variants are listed
+OF_EXPERIMENT = {  # keys of the section `experiment` that a stage reads
+    "train_experiment": ("trainings",),
+    "measure_experiment": ("trainings", "measure"),
+    "compare_experiment": ("title", "baseline", "bootstraps"),
+}
 
 
 class RunConfig(Settings):
@@ -74,11 +62,6 @@ class RunConfig(Settings):
     train_teacher: s.TrainTeacher = s.TrainTeacher()
     train_control: s.TrainControl = s.TrainControl()
     train_phase: s.TrainPhase = s.TrainPhase()
-    train_student: TrainStudent = TrainStudent()
-    evaluate_student: EvaluateStudent = EvaluateStudent()
-    compare_students: CompareStudents = CompareStudents()
-    measure_twin: MeasureTwin = MeasureTwin()
-    compare_twins: CompareTwins | None = None
     sample_archs: s.SampleArchs = s.SampleArchs()
     evaluate_archs: s.EvaluateArchs = s.EvaluateArchs()
     fit_predictor: s.FitPredictor = s.FitPredictor()
@@ -87,10 +70,8 @@ class RunConfig(Settings):
     select_student: s.SelectStudent = s.SelectStudent()
     export_student: s.ExportStudent = s.ExportStudent()
     diagnose: Diagnose = Diagnose()
+    experiment: Experiment = Experiment()
     report: s.Report = s.Report()
-    train_variant: TrainVariant = TrainVariant()
-    measure_variant: MeasureVariant = MeasureVariant()
-    compare_variants: CompareVariants = CompareVariants()
 
     @model_validator(mode="before")
     @classmethod
@@ -123,14 +104,12 @@ class RunConfig(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def variants_become_sections(cls, value: Any) -> Any:
-        """Write `train_phase` out in every variant that changes it."""
-        section = value.get("train_variant") if isinstance(value, Mapping) else None
-        if not isinstance(section, Mapping) or not isinstance(section.get("variants"), Mapping):
+    def trainings_are_written_out(cls, value: Any) -> Any:
+        """Write every training of the experiment out: defaults, grids, seeds, phases."""
+        section = value.get("experiment") if isinstance(value, Mapping) else None
+        if not isinstance(section, Mapping):
             return value
-        shared = value.get("train_phase")
-        variants = expand_variants(shared if isinstance(shared, Mapping) else {}, section["variants"])
-        return {**value, "train_variant": {**section, "variants": variants}}
+        return {**value, "experiment": write_out(section, value.get("train_phase"), parse)}
 
 
 def load(config: Mapping[str, Any]) -> RunConfig:
@@ -141,19 +120,20 @@ def load(config: Mapping[str, Any]) -> RunConfig:
     ConfigError
         Names the key, its value, what was expected and, for an unknown key, the nearest valid ones. An l2 attack that
         measures and cannot cross its ball is an error too: its accuracies would be too high. So are too few archs to
-        fit the predictor, except where variants are listed: these may need a few archs and no predictor.
+        fit the predictor, except in an experiment, which may need a few archs and no predictor.
     """
     run = parse(RunConfig, config)
     sampled, fitted = run.sample_archs.num_archs, run.fit_predictor
-    if sampled < fitted.least_archs and not run.train_variant.variants:
+    if sampled < fitted.least_archs and not run.experiment.trainings:
         raise ConfigError(
             f"fit_predictor.held_out is {fitted.held_out}, with folds {fitted.folds}; expected: at least "
             f"{fitted.least_archs} archs (3 per fold beside those held out), but sample_archs.num_archs is {sampled}: "
             "raise it, or lower them"
         )
-    baseline, variants = run.compare_variants.baseline, run.train_variant.variants
-    if baseline is not None and baseline not in variants:
-        raise ConfigError(unknown("variant", f"compare_variants.baseline {baseline}", variants, last=baseline))
+    supernets = [group_of(each.name) for each in run.experiment.trainings if isinstance(each, SupernetTraining)]
+    baseline = run.experiment.baseline
+    if baseline is not None and baseline not in supernets:
+        raise ConfigError(unknown("supernet", f"experiment.baseline {baseline}", supernets, last=baseline))
     for key, attack in _measuring_attacks(run).items():
         if run.threat.norm == "l2" and attack.num_steps * attack.step_size < run.threat.eps:
             raise ConfigError(
@@ -172,11 +152,11 @@ def _measuring_attacks(run: RunConfig) -> dict[str, s.Attack | s.Validation]:
     attacks |= {"train_teacher.validation": run.train_teacher.validation}
     attacks |= {"train_control.validation": run.train_control.validation}
     attacks |= {f"train_phase.{phase.name}.validation": phase.validation for phase in run.train_phase.phases}
-    if run.train_student.students:
-        attacks |= {f"evaluate_student.attacks.{attack.name}": attack for attack in run.evaluate_student.attacks}
-    attacks |= {f"train_student.{each.name}.validation": each.validation for each in run.train_student.students}
-    measured = (run.measure_variant.attack, *run.measure_variant.test_attacks) if run.train_variant.variants else ()
-    return attacks | {f"measure_variant.{attack.name}": attack for attack in measured}
+    measure, trainings = run.experiment.measure, run.experiment.trainings
+    measured = (*measure.attacks, *measure.val_attacks) if trainings else ()
+    attacks |= {f"experiment.measure.{attack.name}": attack for attack in measured}
+    students = [each for each in trainings if isinstance(each, Student)]
+    return attacks | {f"experiment.{each.name}.validation": each.validation for each in students}
 
 
 def parse(model: type[Model], values: Mapping[str, Any] | str, *, where: str = "") -> Model:
@@ -240,7 +220,7 @@ def _named_path(values: Any, location: tuple[Any, ...]) -> list[Any]:
         name = entry.get("name") if isinstance(part, int) and isinstance(entry, Mapping) else None
         named = name is not None
         path.append(name if named else part)
-        if named and path[-2:-1] in (["phases"], ["students"], ["networks"]):
+        if named and path[-2:-1] in (["phases"], ["networks"]):
             del path[-2]  # train_phase.depth.eps rather than train_phase.phases.0.eps
     return path
 
@@ -277,28 +257,32 @@ def job_settings(
     stage: str,
     *,
     phase: str | None = None,
-    student: str | None = None,
-    variant: str | None = None,
+    training: str | None = None,
 ) -> str:
     """The sections a job reads, as canonical JSON: what stands in its shell line and triggers its reruns.
 
     Raises
     ------
     ConfigError
-        The phase, the student or the variant is not in the config.
+        The phase or the training of the experiment is not in the config.
     """
+    if training is not None:
+        chosen = tuple(each for each in config.experiment.trainings if each.name == training)
+        if not chosen:
+            raise ConfigError(unknown("training", training, [each.name for each in config.experiment.trainings]))
+        section = config.experiment.model_copy(update={"trainings": chosen})
+        config = config.model_copy(update={"experiment": section})
     sections = config.model_dump(mode="json", include=set(NEEDS[stage]))
     if stage != "verify_front" and "verify_front" in sections:  # these measure under the same attacks, no more
         sections["verify_front"] = {"attacks": sections["verify_front"]["attacks"]}
-    if variant is not None:
-        variants = sections["train_variant"]["variants"]
-        if variant not in variants:
-            raise ConfigError(unknown("variant", variant, variants))
-        sections["train_variant"] = {"variants": {variant: _only(variants[variant], "phase", phase)}}
+    if stage in OF_EXPERIMENT:
+        section = {key: sections["experiment"][key] for key in OF_EXPERIMENT[stage]}
+        if phase is not None:
+            (entry,) = section["trainings"]
+            section["trainings"] = [{**entry, **_only_phase(entry, phase)}]
+        sections["experiment"] = section
     elif phase is not None:
-        sections["train_phase"] = _only(sections["train_phase"], "phase", phase)
-    if student is not None:
-        sections["train_student"] = _only(sections["train_student"], "student", student)
+        sections["train_phase"] = _only_phase(sections["train_phase"], phase)
     return json.dumps(sections, sort_keys=True, separators=(",", ":"))
 
 
@@ -317,21 +301,20 @@ def without_rhythm(config: RunConfig) -> tuple[RunConfig, dict[str, Any]]:
             others[stage] = section.save_every_minutes
         values = [value for _, value in section] if isinstance(section, BaseModel) else []
         parts = [part for value in values if isinstance(value, tuple) for part in value]
-        trainings = [part for part in parts if isinstance(part, (s.Phase, Student))]
+        parts += [phase for part in parts if isinstance(part, SupernetTraining) for phase in part.phases]
+        trainings = [part for part in parts if isinstance(part, s.Optimisation)]
         names = {part.name: part.save_every_minutes for part in trainings if part.save_every_minutes != RHYTHM}
         if names:
-            others[stage] = names
+            others["train_experiment" if stage == "experiment" else stage] = names
     return RunConfig.model_validate(at_any_rhythm(config.model_dump(mode="json"))), others
 
 
-def _only(section: Mapping[str, Any], kind: str, name: str | None) -> dict[str, Any]:
-    """A section with one of its phases or students; all of it where none is named."""
-    if name is None:
-        return dict(section)
-    entries = {entry["name"]: entry for entry in section[f"{kind}s"]}
-    if name not in entries:
-        raise ConfigError(unknown(kind, name, entries))
-    return {f"{kind}s": [entries[name]]}
+def _only_phase(section: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The list of phases of a section with one of them."""
+    phases = {phase["name"]: phase for phase in section["phases"]}
+    if name not in phases:
+        raise ConfigError(unknown("phase", name, phases))
+    return {"phases": [phases[name]]}
 
 
 def json_schema() -> dict[str, Any]:
@@ -344,12 +327,16 @@ def json_schema() -> dict[str, Any]:
         "default": "resnet_digits",
     }
     defined = schema["$defs"]
-    grid = {"type": "object", "additionalProperties": {"type": "array", "minItems": 1}}
+    phase = {key: value for key, value in defined["Phase"]["properties"].items() if key != "name"}
+    defined["TrainPhase"]["properties"].update(phase)
+    many = {"grid": {"type": "object", "additionalProperties": {"type": "array", "minItems": 1}}}
+    many["seeds"] = {"type": "array", "items": NUMBER_SCHEMA, "minItems": 1}
     nets = [{"enum": sorted(named_nets())}, *defined["Student"]["properties"]["net"]["anyOf"]]
     defined["Student"]["properties"]["net"] = {"anyOf": nets, "default": None}
-    defined["Student"]["properties"] |= {"grid": grid, "seeds": {"type": "array", "items": NUMBER_SCHEMA}}
-    defined["Student"]["properties"]["attack_budget"] = NUMBER_SCHEMA
-    for one, section in (("Phase", "TrainPhase"), ("Student", "TrainStudent")):
-        shared = {key: value for key, value in defined[one]["properties"].items() if key != "name"}
-        defined[section]["properties"].update(shared)
+    defined["Student"]["properties"] |= many
+    supernet, twins = defined["SupernetTraining"], defined["Twins"]
+    supernet["properties"] = {**phase, **supernet["properties"], **many}
+    supernet["required"] = ["trains", "name"]
+    twins["additionalProperties"] = True  # keys of a network
+    del twins["properties"]["overrides"]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

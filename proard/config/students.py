@@ -1,39 +1,48 @@
-"""Networks that are trained one by one: what is trained, who teaches, and grids of such trainings written out."""
+"""A network that is trained alone: what is trained, who teaches, with which loss."""
 
 from __future__ import annotations
 
-import copy
-import itertools
-import re
-from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from proard.config.attacks import Attack, TrainingAttack
-from proard.config.fields import (
-    ConfigError,
-    FolderName,
-    Int,
-    Natural,
-    NonNegative,
-    Number,
-    Positive,
-    Settings,
-    names_differ,
-    parse_number,
-    shown,
-)
+from proard.config.fields import FolderName, Natural, NonNegative, Number, Positive, Settings
 from proard.config.losses import WITHOUT_ATTACK, Distillation, DistillationOptions, RobustObjective
 from proard.config.nets import Named, named_nets
-from proard.config.settings import KeptType, Optimisation, merge
+from proard.config.settings import KeptType, Optimisation
 
 Loss = Literal["plain", RobustObjective, Distillation]
+EFFORTS = ("forward_equivalents", "gradients", "steps")
+
+
+class Effort(Settings):
+    """Equal effort: what trainings spend alike; it decides their `epochs`. Exactly one of the first three.
+
+    `forward_equivalents`: of a whole training of the supernet, shared among its phases in proportion to their epochs.
+    `gradients`: backward passes for each training image; an epoch takes one for every attack step and one for the
+    update. `steps`: as many optimizer steps as the run's `phases` made; `path` adds the teacher's, where the supernet
+    began with the teacher's weights. The comparison refuses trainings of one rule whose counts differ by more than the
+    share `tolerance`.
+    """
+
+    forward_equivalents: Positive | None = None
+    gradients: Positive | None = None
+    steps: Literal["phases", "path"] | None = None
+    tolerance: NonNegative = 0.02
+
+    @model_validator(mode="after")
+    def one_rule(self) -> Effort:
+        """One quantity is made equal."""
+        given = [key for key in EFFORTS if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(f"needs one of {', '.join(EFFORTS)}; given: {', '.join(given) or 'none'}")
+        return self
 
 
 class Student(Optimisation, DistillationOptions):
-    """One network trained by itself, on any loss of the package.
+    """An experiment's training of one network alone, on any loss of the package.
 
+    `trains`: a `network`, or a `twin`, which is an arch of the run's space that is compared with the run's subnet.
     `net` is the name of a network or of a space, one of them written out with its `family`, or the run's own space
     where it is left out; images are the run's. `arch` is `largest`, `smallest` or a mapping of a space's elastic dims.
     `loss` is any loss of `train_phase` or `train_teacher`, or `plain` cross-entropy; where it asks a teacher, that is
@@ -49,7 +58,8 @@ class Student(Optimisation, DistillationOptions):
     gained = frozenset()
     complexity_decay: ClassVar[float] = 0.0
 
-    name: FolderName = "student"
+    trains: Literal["network", "twin"] = "network"
+    name: FolderName
     net: Annotated[Named, Field(discriminator="family")] | None = None
     arch: Literal["largest", "smallest"] | dict[str, tuple[Number, ...]] = "largest"
     loss: Loss = "rslad"
@@ -59,6 +69,12 @@ class Student(Optimisation, DistillationOptions):
     schedule: Literal["cosine", "constant", "steps"] = "cosine"
     keep: Literal["best", "last"] = "best"
     seed: Natural | None = None
+    effort: Effort | None = None
+
+    @property
+    def attack_steps(self) -> int:
+        """Attack steps of the training; 0 for a loss without an attack."""
+        return 0 if self.loss in ("plain", *WITHOUT_ATTACK) else self.attack.num_steps
 
     @property
     def needs_teacher(self) -> bool:
@@ -100,6 +116,13 @@ class Student(Optimisation, DistillationOptions):
         return self
 
     @model_validator(mode="after")
+    def twin_is_of_the_runs_space(self) -> Student:
+        """A twin has the arch of a subnet."""
+        if self.trains == "twin" and self.net is not None:
+            raise ValueError("a twin is an arch of the run's own space: leave net out")
+        return self
+
+    @model_validator(mode="after")
     def noise_is_the_only_perturbation(self) -> Student:
         """Images that change in every step have no view to keep, and an attack its own start."""
         if self.clean_noise and self.loss not in ("plain", *WITHOUT_ATTACK):
@@ -109,127 +132,3 @@ class Student(Optimisation, DistillationOptions):
                 "clean_noise changes every image in every step: teacher_logits, teacher_gradients keep none"
             )
         return self
-
-
-class TrainStudent(Settings):
-    """Networks trained one by one. Keys beside `students` are defaults that each student may override.
-
-    In the config file a student may carry `grid`, lists of values by (dotted) key, and `seeds`, a list: it stands for
-    one student per combination, named NAME_key=value_seed=1. `attack_budget: 10` says that `epochs` are those of a
-    training with ten attack steps, and gives this one as many as take the same number of gradients.
-    """
-
-    students: tuple[Student, ...] = ()
-
-    @model_validator(mode="before")
-    @classmethod
-    def write_out(cls, value: Any) -> Any:
-        """Write the section's shared keys and every combination of a grid out, student by student."""
-        if not isinstance(value, dict) or not isinstance(value.get("students"), (list, tuple)):
-            return value
-        shared = {key: entry for key, entry in value.items() if key != "students"}
-        students: list[Any] = []
-        for entry in value["students"]:
-            students += expand(merge(shared, entry)) if isinstance(entry, dict) else [entry]
-        return {"students": students}
-
-    distinct: ClassVar[Any] = names_differ("students")
-
-
-class EvaluateStudent(Settings):
-    """What every student is measured under on `test`, whatever it was trained with: one evaluation for all rows.
-
-    `attacks` and their worst case, at every radius of `eps` (left out: the threat's); at a radius of x times the
-    threat's a step is x times as long. A student trained with an attack is also measured under that very attack
-    (`own`): what papers report that score a training so. `num_images` takes the first images of `test` alone.
-    """
-
-    eps: tuple[Positive, ...] = ()
-    num_images: Annotated[Int, Field(ge=2)] | None = None
-    attacks: Annotated[tuple[Attack, ...], Field(min_length=1)] = (
-        Attack(name="fgsm", num_steps=1, step_size=8 / 255, start="zero"),
-        Attack(),
-        Attack(name="pgd50x10", num_steps=50, restarts=10),
-        Attack(name="cw50x2", objective="margin", num_steps=50, restarts=2),
-    )
-
-    distinct: ClassVar[Any] = names_differ("attacks", "worst", "own")
-
-
-class CompareStudents(Settings):
-    """The figures' title; `supernet: true` puts the run's `select_student.budgets` into the same table."""
-
-    title: str = "Students trained one by one"
-    supernet: bool = False
-
-
-def expand(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One student as written into as many as its `grid` and `seeds` stand for.
-
-    Parameters
-    ----------
-    entry : mapping
-        A student's keys; `grid` maps (dotted) keys to lists of values, `seeds` lists seeds. Both may be absent.
-
-    Returns
-    -------
-    list of dict
-        Without `grid` and `seeds`; the last key of the grid and then the seed vary fastest. A name gains
-        `_KEY=VALUE` for every key of the grid, its last part alone, with `8-255` for 8/255, and `_seed=N`.
-        `attack_budget` becomes `epochs`: every attack step and every update take one gradient.
-
-    Raises
-    ------
-    ConfigError
-        A grid that is no mapping of keys to lists, seeds that are no list, numbers that are none.
-    """
-    own = {key: value for key, value in entry.items() if key not in ("grid", "seeds")}
-    name, grid, seeds = own.get("name", "student"), entry.get("grid", {}), entry.get("seeds", [None])
-    if not isinstance(grid, Mapping) or not all(_is_list(values) for values in grid.values()):
-        raise ConfigError(f"train_student.{name}.grid is {grid!r}; expected: keys with lists of values each")
-    if not _is_list(seeds):
-        raise ConfigError(f"train_student.{name}.seeds is {seeds!r}; expected: a list of seeds")
-    expanded = []
-    for *values, seed in itertools.product(*grid.values(), seeds):
-        student, title = copy.deepcopy(own), str(name)
-        for key, value in zip(grid, values, strict=True):
-            student = merge(student, _nested(key.split("."), value))
-            title += f"_{key.split('.')[-1]}={_text(value)}"
-        if seed is not None:
-            student["seed"], title = seed, f"{title}_seed={seed}"
-        expanded.append(_with_budget({**student, "name": title}))
-    return expanded
-
-
-def _with_budget(student: dict[str, Any]) -> dict[str, Any]:
-    """A student whose `attack_budget`, where it has one, has become its epochs."""
-    budget = student.pop("attack_budget", None)
-    if budget is None:
-        return student
-    attack = student.get("attack", {})
-    steps = attack.get("num_steps", TrainingAttack().num_steps) if isinstance(attack, dict) else None
-    try:
-        own, most, epochs = (float(parse_number(v)) for v in (steps, budget, student.get("epochs", 100)))
-        return {**student, "epochs": epochs * (most + 1) / (own + 1)}
-    except (TypeError, ValueError, ZeroDivisionError):
-        raise ConfigError(
-            f"train_student.{student['name']}: attack_budget, epochs and attack.num_steps are numbers; they are "
-            f"{shown(budget)}, {shown(student.get('epochs'))} and {shown(steps)}"
-        ) from None
-
-
-def _is_list(value: Any) -> bool:
-    """Whether this is a list that holds something."""
-    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
-
-
-def _nested(path: Sequence[str], value: Any) -> Any:
-    """`value` under a path of keys."""
-    for key in reversed(path):
-        value = {key: value}
-    return value
-
-
-def _text(value: Any) -> str:
-    """A value as a part of a folder's name."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "", str(value).replace("/", "-")) or "none"

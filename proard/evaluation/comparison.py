@@ -1,4 +1,4 @@
-"""Statistics of variants measured on the same subnets and images: means with intervals over seeds and images.
+"""Statistics of supernets measured at the same archs and images: means with intervals over seeds and images.
 
 Outcomes are bool arrays of shape (seeds, archs, images): whether a seed's subnet is right on an image. Archs stand in
 the order of rising MACs.
@@ -6,11 +6,17 @@ the order of rising MACs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from scipy.stats import t as student_t
+
+from proard.artifacts import ArtifactError
+from proard.config import UserError
 
 SUBNETS: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # accuracies of shape (..., archs) to (...)
     "mean": lambda accuracy: accuracy.mean(axis=-1),
@@ -19,6 +25,8 @@ SUBNETS: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # accuracies of shap
     "largest": lambda accuracy: accuracy[..., -1],
 }
 CHUNK = 100  # redraws at a time
+COUNTED = ("optimizer_steps", "train_images", "train_forward_equivalents")
+SPENT = (*COUNTED, "train_macs", "train_seconds")
 
 
 @dataclass(frozen=True)
@@ -88,3 +96,94 @@ def gain_over(outcomes: np.ndarray, baseline: np.ndarray, weights: np.ndarray, s
     per_seed = SUBNETS[subnet](outcomes.mean(axis=-1)) - SUBNETS[subnet](baseline.mean(axis=-1))
     per_redraw = redrawn(outcomes, weights, subnet) - redrawn(baseline, weights, subnet)
     return estimate(per_seed, per_redraw.mean(axis=1))
+
+
+def gains_of(outcomes: pd.DataFrame, *, baseline: str | None, bootstraps: int, seed: int) -> list[dict[str, Any]]:
+    """Accuracy of every group of supernets and its gain over the baseline's, with intervals: rows of GAINS.
+
+    Parameters
+    ----------
+    outcomes : DataFrame
+        OUTCOMES rows of supernets.
+    baseline : str, optional
+        A group; left out, the first one.
+    bootstraps, seed : int
+        Redraws of the images, the same for all that is compared, and their seed.
+
+    Raises
+    ------
+    ArtifactError
+        The groups were measured with other seeds, at other archs or on other images.
+    """
+    groups = list(dict.fromkeys(outcomes["group"]))
+    baseline = baseline or groups[0]
+    spent = outcomes.drop_duplicates(["group", "train_seed"]).groupby("group")[list(SPENT)].mean()
+    rows: list[dict[str, Any]] = []
+    for (split, attack, eps), measured in outcomes.groupby(["split", "attack", "eps"], sort=False):
+        found = {name: _stacked(part) for name, part in measured.groupby("group", sort=False)}
+        keys = {name: key for name, (key, _) in found.items()}
+        strange = [name for name in groups if keys.get(name) != keys.get(baseline)]
+        if strange:
+            raise ArtifactError(
+                f"{', '.join(strange[:6])} and {baseline} were not measured with the same seeds, archs and images; "
+                "rerun measure_experiment for these"
+            )
+        key, right = keys[baseline], {name: stacked for name, (_, stacked) in found.items()}
+        count = right[baseline]["clean"].shape[-1]
+        weights = image_weights(count, bootstraps=bootstraps, seed=seed)
+        for name in groups:
+            facts = {"group": name, "split": split, "attack": attack, "eps": eps, "baseline": baseline}
+            facts |= {"num_seeds": len(key[0]), "num_archs": len(key[1]), "num_images": count}
+            facts |= spent.loc[name].to_dict() | {column: round(spent.loc[name, column]) for column in COUNTED}
+            for subnet in SUBNETS:
+                rows.append({**facts, "subnet": subnet, **_statistics(right[name], right[baseline], weights, subnet)})
+    return rows
+
+
+def _stacked(rows: pd.DataFrame) -> tuple[tuple[Any, ...], dict[str, np.ndarray]]:
+    """Seeds, archs and images of one group; its outcomes, clean and robust, of shape (seeds, archs, images)."""
+    trainings = [part.sort_values("macs", kind="stable") for _, part in rows.groupby("train_seed")]
+    archs = {tuple(part["arch_id"]) for part in trainings}
+    counts = set(rows["num_images"])
+    if len(archs) > 1 or len(counts) > 1:
+        raise ArtifactError(f"seeds of {rows['group'].iloc[0]} were not measured alike; rerun measure_experiment")
+    key = (tuple(sorted(set(rows["train_seed"]))), *archs, *counts)
+    kinds = ("clean", "robust")
+    return key, {kind: np.stack([np.stack(part[kind].to_list()) for part in trainings]).astype(bool) for kind in kinds}
+
+
+def _statistics(
+    outcomes: Mapping[str, np.ndarray], baseline: Mapping[str, np.ndarray], weights: np.ndarray, subnet: str
+) -> dict[str, float]:
+    """Accuracy and gain of one group, clean and robust, with their intervals."""
+    row = {}
+    for kind in outcomes:
+        found = {
+            "acc": accuracy_of(outcomes[kind], weights, subnet),
+            "gain": gain_over(outcomes[kind], baseline[kind], weights, subnet),
+        }
+        for what, value in found.items():
+            row |= {f"{kind}_{what}": value.value, f"{kind}_{what}_low": value.low, f"{kind}_{what}_high": value.high}
+    return row
+
+
+def check_equal_effort(outcomes: pd.DataFrame) -> None:
+    """Refuse trainings that follow one rule of equal effort and took different amounts.
+
+    Raises
+    ------
+    UserError
+        Names the two farthest apart.
+    """
+    counted = {"forward_equivalents": "train_forward_equivalents", "gradients": "train_gradients"}
+    counted["steps"] = "optimizer_steps"
+    for text, rows in outcomes.dropna(subset=["effort"]).groupby("effort", sort=False):
+        rule = json.loads(text)
+        (name,) = counted.keys() & rule.keys()
+        amounts = rows.groupby("training")[counted[name]].first()
+        least, most = amounts.idxmin(), amounts.idxmax()
+        if amounts[most] > (1 + rule["tolerance"]) * amounts[least]:
+            raise UserError(
+                f"{most} took {amounts[most]:,} {name.replace('_', '-')}, {least} {amounts[least]:,}: more than "
+                f"effort.tolerance, {rule['tolerance']:g}, apart; raise it, or leave effort out of one"
+            )

@@ -148,10 +148,10 @@ Batch-norm statistics were recalibrated on training images for this subnet.""",
 TRAINED_ALONE = {
     "asked": "| Student | `{budget}` |",
     "rows_from": """\
-Each line is a row of this student's `table.parquet` (stage `evaluate_student`). Its epoch was chosen on `val`; `test`
-chose nothing.""",
+Each line is a row of this training's `outcomes.parquet` (stage `measure_experiment`). Its epoch was chosen on `val`;
+`test` chose nothing.""",
     "made": """\
-The network was trained by itself, as `train_student` in the settings says; batch-norm statistics, where it has any,
+The network was trained by itself, as `experiment` in the settings says; batch-norm statistics, where it has any,
 were recalibrated on training images.""",
     "source": "| Trained weights | `{supernet}`, made by proard {supernet_version} |",
 }

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from proard.space import NetArch, NetSpace
+from proard.space import NetSpace
 
 Statistics = dict[str, tuple[Tensor, Tensor]]  # batch norm's mean and variance by layer name
 

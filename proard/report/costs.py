@@ -47,7 +47,8 @@ def read_ledgers(folder: str | Path) -> pd.DataFrame:
         The folder holds neither.
     """
     folder = Path(folder)
-    paths = sorted([*folder.glob(f"*/{LEDGER}"), *folder.glob(f"*/*/{LEDGER}")])
+    patterns = (f"*/{LEDGER}", f"*/*/{LEDGER}", f"train_*/*/*/{LEDGER}")  # the last: a phase of an experiment
+    paths = sorted(path for pattern in patterns for path in folder.glob(pattern))
     frames = [artifacts.read_table(path, columns=["stage", "job", "work_macs"]) for path in paths]
     rows = [frame.assign(counted="ledger") for frame in frames]
     known = {path.parent for path in paths}

@@ -17,7 +17,7 @@ from proard.report.diagnosis import bound_figure, radius_figure
 from proard.report.facts import compare_searches, durations, exported_students
 from proard.report.figures import front_figure, predictor_figure, search_figure, training_figure
 from proard.report.inputs import Results
-from proard.report.students import accuracy_figure, nearest, summary_of
+from proard.report.students import accuracy_figure, nearest, networks_of, summary_of
 from proard.report.svg import to_svg
 from proard.report.view import View, fill
 
@@ -93,8 +93,8 @@ def _figures(results: Results, students: list[Any], eps: float) -> dict[str, str
             figure, "Clean and robust accuracy of every measured subnet over MACs", tooltips=tooltips
         )
     trained = results.get("trained_students")
-    if trained is not None:
-        rows = summary_of(trained)
+    if trained is not None and not networks_of(trained).empty:
+        rows = summary_of(networks_of(trained))
         figure = accuracy_figure(rows[rows["eps"] == nearest(rows, eps)])
         found["trained"] = to_svg(figure, "Clean and robust accuracy of students trained one by one")
     summary, radii = results.get("diagnosis_summary"), results.get("diagnosis_radii")

@@ -1,4 +1,4 @@
-"""Students trained one by one: means over seeds as a table, and the figures that compare them."""
+"""Networks trained alone: means over seeds as a table, and the figures that compare them."""
 
 from __future__ import annotations
 
@@ -51,13 +51,18 @@ MARKERS = "o^sDvP*X"
 KINDS = {"clean": (COLOURS["muted"], "o"), "own": (COLOURS["orange"], "^"), "worst": (COLOURS["blue"], "s")}
 
 
+def networks_of(table: pd.DataFrame) -> pd.DataFrame:
+    """Of TRAINED rows, those of whole networks on test: no subnets of supernets."""
+    return table[(table["role"] != "subnet") & (table["split"] == "test")]
+
+
 def summary_of(table: pd.DataFrame) -> pd.DataFrame:
     """Mean and standard deviation over the seeds of every (group, attack, eps), in the order of `table`.
 
     Parameters
     ----------
     table : DataFrame
-        TRAINED rows of any number of students.
+        TRAINED rows of networks.
     """
     rows = []
     for (group, split, attack, eps), found in table.groupby(["group", "split", "attack", "eps"], sort=False):
@@ -90,6 +95,9 @@ def trained_students(view: View) -> Section | None:
     """Students that were trained one by one, beside those of the supernet where the table has them."""
     table = view.results.get("trained_students")
     if table is None:
+        return None
+    table = networks_of(table)
+    if table.empty:
         return None
     summary = summary_of(table)
     at = summary[summary["eps"] == nearest(summary, view.eps)]

@@ -51,7 +51,7 @@ def gaps_of(outcomes: pd.DataFrame, *, bootstraps: int, seed: int) -> list[dict[
     rows: list[dict[str, Any]] = []
     for (split, attack), part in outcomes.groupby(["split", "attack"], sort=False):
         if part["num_images"].nunique() > 1:
-            raise ArtifactError(f"outcomes on {split} are of different numbers of images; rerun measure_twin")
+            raise ArtifactError(f"outcomes on {split} are of different numbers of images; rerun measure_experiment")
         pairs = [
             _pair(group) for _, group in sorted(part.groupby("arch_id"), key=lambda entry: entry[1]["macs"].iloc[0])
         ]
@@ -85,7 +85,7 @@ def _pair(group: pd.DataFrame) -> tuple[pd.Series, pd.DataFrame]:
     """The subnet and the twins of one arch; measured once per twin, the subnet is the same each time."""
     subnets, twins = group[group["role"] == "subnet"], group[group["role"] == "twin"].drop_duplicates("train_seed")
     if subnets.empty or twins.empty:
-        raise ArtifactError(f"arch {group['arch_id'].iloc[0]} lacks its subnet or its twin; rerun measure_twin")
+        raise ArtifactError(f"arch {group['arch_id'].iloc[0]} lacks its subnet or its twin; rerun measure_experiment")
     return subnets.iloc[0], twins
 
 

@@ -151,7 +151,7 @@ def spread_archs(space: SearchSpace, number: int, *, seed: int) -> np.ndarray:
     empty = set(range(number)) - set(stratum.tolist())
     if empty:
         raise UserError(
-            f"compare_twins.num_archs is {number}; space {space.settings.name} has no arch in {len(empty)} of as many "
+            f"archs is {number} for twins; space {space.settings.name} has no arch in {len(empty)} of as many "
             "equal parts of its range of MACs; ask for fewer"
         )
     return np.stack([inner[np.flatnonzero(stratum == index)[0]] for index in range(number)])

@@ -1,57 +1,56 @@
-"""Twins: some archs of the supernet's space as networks that are trained alone."""
+"""Twins: some archs of the run's space as networks that are trained alone."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator
 
-from proard.config import ConfigError, Phase, RunConfig, Student, parse
+from proard.config import ConfigError, Phase, RunConfig, Student, Twins, parse
+from proard.config.experiment import with_equal_gradients
 from proard.config.settings import Optimisation, merge
-from proard.space.arch import Arch
 from proard.space.sampling import spread_archs
 from proard.space.search_space import SearchSpace
 
 
-def twin_name(index: int, seed: int) -> str:
-    """Name of a twin's training; `index` counts the archs from the cheapest."""
-    return f"twin{index}_seed={seed}"
-
-
-def twin_students(run: RunConfig) -> tuple[Student, ...]:
-    """The trainings of all twins, cheapest arch first; none where the config has no section `compare_twins`.
+def with_twins(run: RunConfig) -> RunConfig:
+    """The run with every entry `twins` written out, and the epochs of networks whose effort is a number of steps.
 
     A twin has the loss, the attack and the optimisation of the run's last phase, one arch, random initial weights and,
-    where the loss asks one, the run's frozen teacher, in place of a dynamic one too.
+    where the loss asks one, the run's frozen teacher, in place of a dynamic one too. The cheapest arch comes first.
 
     Raises
     ------
     ConfigError
-        An override is no key of a student.
+        An override is no key of a network, or the steps are not known before the run.
     """
-    settings = run.compare_twins
-    if settings is None:
-        return ()
-    last = run.train_phase.phases[-1]
+    trainings = []
+    for each in run.experiment.trainings:
+        trainings += _twins(run, each) if isinstance(each, Twins) else [each]
+    for index, each in enumerate(trainings):
+        if isinstance(each, Student) and each.effort is not None and each.effort.steps is not None:
+            trainings[index] = each.model_copy(update={"epochs": epochs_of_steps(run, each)})
+    return run.model_copy(update={"experiment": run.experiment.model_copy(update={"trainings": tuple(trainings)})})
+
+
+def _twins(run: RunConfig, twins: Twins) -> Iterator[Student]:
+    """The trainings of one entry."""
+    last, where = run.train_phase.phases[-1], f"experiment.{twins.name}"
     shared = {name: getattr(last, name) for name in Student.model_fields.keys() & Phase.model_fields.keys()}
     shared = {key: value.model_dump() if hasattr(value, "model_dump") else value for key, value in shared.items()}
-    shared = merge({**shared, "epochs": twin_epochs(run)}, settings.student)
-    students = []
-    for index, arch in enumerate(twin_archs(SearchSpace(run.space), settings.num_archs, seed=run.seed)):
-        for seed in settings.seeds:
-            own = {"name": twin_name(index, seed), "arch": json.loads(arch.to_json()), "seed": seed}
-            students.append(parse(Student, {**shared, **own}, where="compare_twins.student"))
-    if any(student.net is not None for student in students):
-        raise ConfigError("compare_twins.student.net: a twin is an arch of the run's own space; leave it out")
-    return tuple(students)
+    effort = twins.effort.model_dump() if twins.effort is not None else None
+    if effort is None and "epochs" not in twins.overrides:
+        effort = {"steps": "phases"}
+    shared = merge({**shared, "effort": effort, "trains": "twin"}, twins.overrides)
+    space = SearchSpace(run.space)
+    for index, genotype in enumerate(spread_archs(space, twins.archs, seed=run.seed)):
+        arch = json.loads(space.arch(genotype).to_json())
+        for seed in twins.seeds:
+            own = {"name": f"{twins.name}{index}_seed={seed}", "arch": arch, "seed": seed}
+            yield with_equal_gradients(parse(Student, {**shared, **own}, where=where))
 
 
-def twin_archs(space: SearchSpace, number: int, *, seed: int) -> Sequence[Arch]:
-    """One arch, neither the smallest nor the largest, from each of equal parts of the range of log-MACs."""
-    return [space.arch(genotype) for genotype in spread_archs(space, number, seed=seed)]
-
-
-def twin_epochs(run: RunConfig) -> float:
-    """Passes over the training images that a twin makes; its batches are those of the last phase.
+def epochs_of_steps(run: RunConfig, student: Student) -> float:
+    """Passes over the training images in which a network makes as many optimizer steps as the run's phases.
 
     Notes
     -----
@@ -61,25 +60,21 @@ def twin_epochs(run: RunConfig) -> float:
     Raises
     ------
     ConfigError
-        The budget is that of phases whose length is known only when they begin.
+        The length of a phase is known only when it begins.
     """
-    settings, (first, *_), last = run.compare_twins, run.train_phase.phases, run.train_phase.phases[-1]
-    assert settings is not None
-    if not isinstance(settings.budget, str):
-        return settings.budget
+    first = run.train_phase.phases[0]
     for phase in run.train_phase.phases:
         if phase.forward_equivalents is not None:
             raise ConfigError(
-                f"compare_twins.budget is {settings.budget}, but phase {phase.name} is stretched to its "
-                f"forward_equivalents: give a number of epochs, the one that its log names"
+                f"experiment.{student.name}.effort.steps is {student.effort.steps}, but phase {phase.name} is "
+                "stretched to its forward_equivalents: give a number of epochs, the one that its log names"
             )
-    batch = settings.student.get("batch_size", last.batch_size)
 
     def epochs(training: Optimisation, passes: int = 1) -> float:
-        return training.epochs * passes * batch / training.batch_size
+        return training.epochs * passes * student.batch_size / training.batch_size
 
     total = sum(
         epochs(phase, phase.archs_per_step if phase.sampling == "per_pass" else 1) for phase in run.train_phase.phases
     )
     began_with_teacher = first.warm_start == "teacher" and run.train_teacher.source == "train"
-    return total + epochs(run.train_teacher) if settings.budget == "path" and began_with_teacher else total
+    return total + epochs(run.train_teacher) if student.effort.steps == "path" and began_with_teacher else total

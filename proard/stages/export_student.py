@@ -1,10 +1,11 @@
-"""Export a budget's student: student.parquet and the supernet -> weights, ONNX, pt2, card, parity, checksums."""
+"""Export a budget's student or an experiment's network: rows and weights -> weights, ONNX, pt2, card, parity."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import pandas as pd
 import torch
 
 from proard import artifacts
-from proard.artifacts import ArtifactError, read_header, read_metadata, read_table
+from proard.artifacts import OUTCOMES, ArtifactError, read_header, read_metadata, read_table
 from proard.config import UserError
 from proard.data import ImageSet
 from proard.export import (
+    TRAINED_ALONE,
     StudentFacts,
     check_parity,
     export_program,
@@ -27,9 +29,9 @@ from proard.export import (
     save_student,
 )
 from proard.nets import FixedNet, FoldedNet
-from proard.space import Arch, one_pass, parse_budget
+from proard.space import Arch, FixedArch, FixedSpace, SearchSpace, one_pass, parse_budget
 from proard.stages.common import Job, parse_arguments, run
-from proard.stages.measuring import load_images, subnet_meter
+from proard.stages.measuring import load_images, subnet_meter, trained_network
 
 WRITES = ("weights", "onnx", "pt2", "card", "parity", "checksums")
 COLUMNS = ("arch", "arch_id", "macs", "split", "attack", "num_images", "clean_acc", "budget", "role", "chosen")
@@ -41,34 +43,84 @@ def main(argv: Sequence[str] | None = None) -> None:
         __doc__,
         argv,
         stage="export_student",
-        reads=["student", "supernet", "train", "test", "manifest", "budget"],
+        reads=["student", "test", "manifest", "budget"],
         writes=WRITES,
+        optional=["supernet", "train", "trained"],
     )
-    files, settings = job.files, job.config.export_student
-    paths = {name: Path(getattr(files, name)) for name in WRITES}
-    rows = chosen_rows(files.student, files.budget)
-    test, manifest = load_images(job, "test"), read_manifest(files.manifest)
-    _check_images(files, manifest, test, rows)
-    meter = subnet_meter(job, cache=None)
-    arch = Arch.from_json(rows["arch"].iloc[0])
+    files, manifest = job.files, read_manifest(job.files.manifest)
+    found = of_training(job) if files.trained else of_budget(job, manifest)
+    read = (files.student, files.supernet, files.trained, files.train, files.test, files.manifest)
     facts = StudentFacts(
         name=f"{job.config.run} {files.budget}",
         budget=files.budget,
-        space=meter.supernet.space,
-        arch=arch,
-        classes=test.classes,
+        space=found.space,
+        arch=found.arch,
+        classes=found.test.classes,
         threat=job.config.threat,
         dataset=manifest["source"],
-        license=settings.license,
-        provenance=job.provenance(files.student, files.supernet, files.train, files.test, files.manifest),
+        license=job.config.export_student.license,
+        provenance=job.provenance(*(path for path in read if path)),
     )
-    describe = {
-        "attacks": _attacks(files.student),
-        "supernet": read_header(files.supernet),
-        "counts": {split: entry["count"] for split, entry in manifest["splits"].items()},
-    }
-    write_files(job, paths, meter.student(arch), facts, rows, test=test, describe=describe)
+    counts = {split: entry["count"] for split, entry in manifest["splits"].items()}
+    paths = {name: Path(getattr(files, name)) for name in WRITES}
+    describe = {**found.describe, "counts": counts}
+    write_files(job, paths, found.net, facts, found.rows, test=found.test, describe=describe)
     job.record_costs()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A measured network: its rows, the test images of these, and what the card is told beside them."""
+
+    net: FoldedNet | FixedNet
+    space: SearchSpace | FixedSpace
+    arch: Arch | FixedArch
+    rows: pd.DataFrame
+    test: ImageSet
+    describe: dict[str, Any]
+
+
+def of_budget(job: Job, manifest: dict[str, Any]) -> Measured:
+    """The student that `select_student` chose for a budget, cut from the supernet.
+
+    Raises
+    ------
+    UserError
+        The supernet or the training images were not given.
+    """
+    files = job.files
+    if not (files.supernet and files.train):
+        raise UserError(f"the student of budget {files.budget} is cut from the supernet: give --supernet and --train")
+    rows, test = chosen_rows(files.student, files.budget), load_images(job, "test")
+    _check_images(files, manifest, test, rows)
+    meter = subnet_meter(job, cache=None)
+    arch = Arch.from_json(rows["arch"].iloc[0])
+    describe = {"attacks": _attacks(files.student), "supernet": read_header(files.supernet)}
+    return Measured(meter.student(arch), meter.supernet.space, arch, rows, test, describe)
+
+
+def of_training(job: Job) -> Measured:
+    """The network that a training of the experiment made; its rows are those at the threat's radius.
+
+    Raises
+    ------
+    ArtifactError
+        The outcomes are of another training.
+    """
+    files, eps = job.files, job.config.threat.eps
+    rows = read_table(files.student, columns=OUTCOMES)
+    net, space, arch = trained_network(job, files.trained, trains=rows["trains"].iloc[0])
+    rows = rows[rows["role"] != "subnet"]
+    if set(rows["training"]) != {files.budget} or set(rows["arch_id"]) != {arch.arch_id}:
+        raise ArtifactError(
+            f"{files.student} does not measure {files.budget} in {files.trained}; rerun measure_experiment"
+        )
+    at_threat = rows[(rows["eps"] - eps).abs() < 1e-12]
+    rows = (rows if at_threat.empty else at_threat).assign(role="trained")
+    test = load_images(job, "test", int(rows.loc[rows["split"] == "test", "num_images"].iloc[0]))
+    measure = read_metadata(files.student)["settings"]["experiment"]["measure"]
+    describe = {"attacks": measure["attacks"], "supernet": read_header(files.trained), "origin": TRAINED_ALONE}
+    return Measured(net, space, arch, rows, test, describe)
 
 
 def write_files(

@@ -21,6 +21,13 @@ ADDED_UP = ("attempts", "seconds", "energy_wh")
 LARGEST = ("peak_rss_bytes", "peak_cuda_bytes")
 
 
+def job_of(folder: Path, stage: str) -> str:
+    """Name of a job: its folder inside that of its stage, as in `NAME` or `NAME/PHASE`."""
+    parts = folder.parts
+    inside = parts[len(parts) - parts[::-1].index(stage) :] if stage in parts else parts[-1:]
+    return "/".join(inside)
+
+
 class Ledger:
     """Costs of one job, from its creation to `write`.
 
@@ -47,7 +54,7 @@ class Ledger:
 
     def __init__(self, stage: str, output: str | Path, *, device: str, threads: int, processes: int = 1) -> None:
         folder = Path(output).parent
-        self.stage, self.path, self.job = stage, folder / FILE, "" if folder.name == stage else folder.name
+        self.stage, self.path, self.job = stage, folder / FILE, job_of(folder, stage)
         self.on_gpu, self.threads, self.processes = device.startswith("cuda"), threads, processes
         self.trained, self.tally = Work(), Tally()
         self.earlier: dict[str, Any] = {}

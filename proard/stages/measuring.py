@@ -1,28 +1,48 @@
-"""What the stages that measure subnets share: one meter, with one recalibration for all of them."""
+"""What stages that measure share: one meter, one recalibration, and an experiment's networks as they are measured."""
 
 from __future__ import annotations
 
-from proard.data import ImageSet, load_split
+from proard.config import Threat
+from proard.data import ImageSet, load_split, to_float
 from proard.evaluation import SubnetMeter
-from proard.nets import load_supernet
-from proard.space import SearchSpace
+from proard.nets import FixedNet, FoldedNet, fold, load_static, load_supernet, recalibrate
+from proard.space import Arch, FixedArch, FixedSpace, SearchSpace, one_pass
 from proard.stages.common import Job
 
+AnySpace = SearchSpace | FixedSpace
 
-def subnet_meter(job: Job, *, cache: str | None) -> SubnetMeter:
-    """The meter of a job that reads `--supernet` and `--train`."""
+
+def subnet_meter(
+    job: Job, *, cache: str | None, supernet: str | None = None, threat: Threat | None = None
+) -> SubnetMeter:
+    """The meter of a job that reads `--train` and, where no other supernet and threat are given, `--supernet`."""
     space = SearchSpace(job.config.space)
-    supernet, checksum = load_supernet(job.files.supernet, space)
+    net, checksum = load_supernet(supernet or job.files.supernet, space)
     return SubnetMeter(
-        supernet.to(job.device),
+        net.to(job.device),
         checksum=checksum,
         train=load_split(job.files.train, job.device),
-        threat=job.config.threat,
+        threat=threat or job.config.threat,
         measurement=job.config.measurement,
         seed=job.seed,
         cache=cache,
         tally=job.ledger.tally,
     )
+
+
+def trained_network(job: Job, path: str, *, trains: str) -> tuple[FoldedNet | FixedNet, AnySpace, Arch | FixedArch]:
+    """A network of an experiment as it is measured and exported, folded, with its space and arch.
+
+    A twin's batch norm is reset on `--train` as that of the subnet which it is compared with.
+    """
+    net, space, arch, _ = load_static(path, kind="trained_student")
+    net = net.to(job.device)
+    if trains == "twin":
+        measurement = job.config.measurement
+        images = load_images(job, "train", measurement.recalibration_images)
+        recalibrate(net, to_float(images.images), batch_size=measurement.batch_size)
+        job.ledger.tally.spent += len(images) * one_pass(net.spec.macs)
+    return fold(net).eval(), space, arch
 
 
 def load_images(job: Job, split: str, number: int | None = None) -> ImageSet:

@@ -22,7 +22,7 @@ try:
     from proard.space import SearchSpace, parse_budget
     from proard.space.cost import check_budget
     from proard.space.sampling import shard_names
-    from proard.space.twins import twin_students
+    from proard.space.twins import with_twins
 except ImportError as error:
     way_out = f"{sys.executable}, which runs snakemake, cannot import it ({error}); install it there: pip install -e ."
     if "--lint" in sys.argv:  # the workflow catalogue asks for no more than this
@@ -33,8 +33,7 @@ except ImportError as error:
 try:
     for file in workflow.configfiles:  # Snakemake keeps the last of two equal keys in silence
         proard.config.read_file(file)
-    run = proard.config.load(config)
-    TWINS = {student.name: student for student in twin_students(run)}
+    run = with_twins(proard.config.load(config))
 except proard.config.UserError as error:
     sys.exit(f"error: config: {error}")
 
@@ -46,10 +45,16 @@ os.environ.update(PROARD_SAVE_EVERY_MINUTES=json.dumps(often))
 os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()]))
 
 PHASES = [phase.name for phase in run.train_phase.phases]
-STUDENTS = {student.name: student for student in run.train_student.students}
-TRAINED = STUDENTS | TWINS  # networks that train_student trains
 BUDGETS = list(run.select_student.budgets)
-LEGS = {name: [phase.name for phase in variant.phases] for name, variant in run.train_variant.variants.items()}
+TRAININGS = {training.name: training for training in run.experiment.trainings}
+ALONE = [name for name, training in TRAININGS.items() if training.trains != "supernet"]
+LEGS = {name: (TRAININGS[name], None) for name in ALONE}  # what one job trains: a network, or a phase of a supernet
+LEGS |= {
+    f"{name}/{phase.name}": (training, phase)
+    for name, training in TRAININGS.items()
+    if name not in ALONE
+    for phase in training.phases
+}
 NETWORKS = {network.name: network for network in run.diagnose.networks}
 DIAGNOSED = [proard.config.TEACHER, *NETWORKS]
 SUPERNET = f"<results>/train_phase/{PHASES[-1]}/supernet.safetensors"
@@ -90,28 +95,104 @@ def phase_settings(wildcards):
     return proard.config.job_settings(run, "train_phase", phase=wildcards.phase)
 
 
-def settings_of_student(stage):
-    """The sections that a stage reads of one student, as JSON."""
-    trained = run.train_student.model_copy(update={"students": tuple(TRAINED.values())})
-    whole = run.model_copy(update={"train_student": trained})
-    return lambda wildcards: proard.config.job_settings(whole, stage, student=wildcards.student)
+def settings_of_leg(wildcards):
+    """The sections of one job of an experiment, as JSON: another training or seed repeats none of the others."""
+    training, phase = LEGS[wildcards.leg]
+    name = None if phase is None else phase.name
+    return proard.config.job_settings(run, "train_experiment", training=training.name, phase=name)
 
 
-def student_seed(wildcards):
-    """The seed of one student's training."""
-    own = TRAINED[wildcards.student].seed
+def seed_of_leg(wildcards):
+    """The seed of a training: its own, or the run's."""
+    own = LEGS[wildcards.leg][0].seed
     return run.seed if own is None else own
 
 
-def teacher_of_student(wildcards):
-    """The run's teacher, where the student's loss asks it."""
-    needed = TRAINED[wildcards.student].needs_teacher
+def teacher_of_leg(wildcards):
+    """The run's teacher, where the loss needs it."""
+    training, phase = LEGS[wildcards.leg]
+    needed = phase is not None or training.needs_teacher
     return ["<results>/train_teacher/teacher.safetensors"] if needed else []
 
 
-def plain_network_of_student(wildcards):
-    """The control network, where the student's loss asks it."""
-    return plain_network(TRAINED[wildcards.student])
+def plain_network_of_leg(wildcards):
+    """The control network, where the loss needs it."""
+    training, phase = LEGS[wildcards.leg]
+    return plain_network(phase or training)
+
+
+def legs_of(name):
+    """The jobs of a training, in order."""
+    return [leg for leg, (training, _) in LEGS.items() if training.name == name]
+
+
+def previous_leg(wildcards):
+    """What a phase of a supernet starts from; nothing for the first."""
+    legs = legs_of(LEGS[wildcards.leg][0].name)
+    earlier = legs[: legs.index(wildcards.leg)][-1:]
+    return [f"<results>/train_experiment/{leg}/weights.safetensors" for leg in earlier]
+
+
+def supernet_beside_twin(wildcards):
+    """The run's supernet, where a twin is compared with its subnet."""
+    return [SUPERNET] if TRAININGS[wildcards.training].trains == "twin" else []
+
+
+def archs_of_supernet(wildcards):
+    """The archs at which supernets are measured."""
+    return ["<results>/sample_archs/archs.parquet"] if wildcards.training not in ALONE else []
+
+
+def images_of_subnets(wildcards):
+    """The images that reset the batch norm of subnets and of their twins."""
+    alone = TRAININGS[wildcards.training].trains == "network"
+    return [] if alone else ["<results>/prepare_data/train.safetensors"]
+
+
+def compared(folder):
+    """Files that the comparison writes beside its table, by flag: for what the config lists."""
+    kinds = {training.trains for training in TRAININGS.values()}
+    listed = {"networks": bool(ALONE) or run.experiment.budgets, "supernets": "supernet" in kinds}
+    listed |= {"twins": "twin" in kinds, "diagnoses": bool(NETWORKS)}
+    files = proard.config.COMPARED
+    return {flag: f"{folder}/{file}" for kind in files if listed[kind] for flag, file in files[kind].items()}
+
+
+def flags_of(files, *names):
+    """Flags for those named files of a job that there are."""
+    named = {name: getattr(files, name) for name in names}
+    return " ".join(f"--{name.replace('_', '-')} {quote(str(path))}" for name, path in named.items() if path)
+
+
+def is_of_training(name):
+    """Whether the exported student is a network of the experiment; its supernets export nothing."""
+    if name in TRAININGS and name not in ALONE:
+        sys.exit(f"error: training {name} makes a supernet; networks alone are exported")
+    return name in TRAININGS
+
+
+def rows_to_export(wildcards):
+    """What measures the exported student: the outcomes of a training, or the choice for a budget."""
+    if is_of_training(wildcards.budget):
+        return f"<results>/measure_experiment/{wildcards.budget}/outcomes.parquet"
+    return f"<results>/select_student/{wildcards.budget}/student.parquet"
+
+
+def weights_to_export(wildcards):
+    """The weights of a training, where its network is exported."""
+    trained = is_of_training(wildcards.budget)
+    return [f"<results>/train_experiment/{wildcards.budget}/weights.safetensors"] if trained else []
+
+
+def supernet_to_export(wildcards):
+    """The supernet that a budget's student is cut from."""
+    return [] if is_of_training(wildcards.budget) else [SUPERNET]
+
+
+def images_to_export(wildcards):
+    """The images that reset the batch norm of a budget's student, or of a twin."""
+    alone = is_of_training(wildcards.budget) and TRAININGS[wildcards.budget].trains == "network"
+    return [] if alone else ["<results>/prepare_data/train.safetensors"]
 
 
 def previous_supernet(wildcards):
@@ -145,44 +226,6 @@ def plain_network(section):
 def plain_network_of_phase(wildcards):
     """The same of one phase."""
     return plain_network(run.train_phase.phases[PHASES.index(wildcards.phase)])
-
-
-def leg_settings(wildcards):
-    """The sections of one phase of one variant, as JSON: another seed or variant repeats none of the others."""
-    return proard.config.job_settings(run, "train_variant", phase=wildcards.leg, variant=wildcards.variant)
-
-
-def previous_leg(wildcards):
-    """What a variant's phase starts from; nothing for its first."""
-    legs = LEGS[wildcards.variant]
-    earlier = legs[: legs.index(wildcards.leg)][-1:]
-    folder = f"<results>/train_variant/{wildcards.variant}/seed={wildcards.variant_seed}"
-    return [f"{folder}/{leg}/supernet.safetensors" for leg in earlier]
-
-
-def last_leg(wildcards):
-    """The supernet that a variant ends with."""
-    folder = f"<results>/train_variant/{wildcards.variant}/seed={wildcards.variant_seed}"
-    return f"{folder}/{LEGS[wildcards.variant][-1]}/supernet.safetensors"
-
-
-def plain_network_of_leg(wildcards):
-    """The control network, where a variant's phase asks it."""
-    phases = {phase.name: phase for phase in run.train_variant.variants[wildcards.variant].phases}
-    return plain_network(phases[wildcards.leg])
-
-
-def of_every_variant(pattern):
-    """Paths for every variant and seed, in the config's order."""
-    return collect(pattern, variant=LEGS, variant_seed=run.train_variant.seeds)
-
-
-def of_every_leg(pattern):
-    """Paths for every phase of every variant and seed."""
-    seeds = run.train_variant.seeds
-    return [
-        path for name, legs in LEGS.items() for path in collect(pattern, variant=name, variant_seed=seeds, leg=legs)
-    ]
 
 
 def diagnose_settings(wildcards):

@@ -1,55 +1,61 @@
-# Variants of the training, each with several seeds, from one teacher; measured alike and compared. Nothing here is
-# planned by `rule all` unless the config lists variants.
+# Trainings of an experiment, diagnoses of networks, and their comparison: `all` asks for what the config lists.
 
 
-# One thread, as for evaluation: on a CPU, trainings side by side beat one training on many threads.
-rule train_variant:
+# One thread, as for evaluation: on a CPU, trainings side by side beat one training on many threads. A leg is a network's
+# training or one phase of a supernet's.
+rule train_experiment:
     input:
         train=rules.prepare_data.output.train,
         val=rules.prepare_data.output.val,
-        teacher=rules.train_teacher.output.teacher,
+        teacher=teacher_of_leg,
         previous=previous_leg,
         control=plain_network_of_leg,
     output:
-        supernet="<results>/train_variant/{variant}/seed={variant_seed}/{leg}/supernet.safetensors",
-        history="<results>/train_variant/{variant}/seed={variant_seed}/{leg}/history.parquet",
+        weights="<results>/train_experiment/{leg}/weights.safetensors",
+        history="<results>/train_experiment/{leg}/history.parquet",
     log:
-        "<logs>/train_variant/{variant}/seed={variant_seed}/{leg}.log",
+        "<logs>/train_experiment/{leg}.log",
     benchmark:
-        "<benchmarks>/train_variant/{variant}/seed={variant_seed}/{leg}.tsv"
+        "<benchmarks>/train_experiment/{leg}.tsv"
     conda:
         "../../environment.yml"
     threads: 1
     resources:
-        mem_mb=per_attempt(8000),
+        mem_mb=per_attempt(16000),
         runtime=2880,
         gpu=1,
     params:
-        settings=leg_settings,
-        seed=lambda wildcards: wildcards.variant_seed,
-        previous=lambda wildcards, input: f"--previous {input.previous}" if input.previous else "",
-        control=lambda wildcards, input: f"--control {input.control}" if input.control else "",
+        settings=settings_of_leg,
+        seed=seed_of_leg,
+        networks=lambda wildcards, input: flags_of(input, "teacher", "previous", "control"),
     shell:
-        "python -m proard.stages.train_variant --settings {params.settings:q} --seed {params.seed}"
-        " --threads {threads} --device auto --train {input.train:q} --val {input.val:q}"
-        " --teacher {input.teacher:q} {params.previous} {params.control}"
-        " --supernet {output.supernet:q} --history {output.history:q} 2>&1 | tee {log:q}"
+        "python -m proard.stages.train_experiment --settings {params.settings:q} --seed {params.seed}"
+        " --threads {threads} --device auto --train {input.train:q} --val {input.val:q} {params.networks}"
+        " --weights {output.weights:q} --history {output.history:q} 2>&1 | tee {log:q}"
 
 
-rule measure_variant:
+rule train_experiments:
     input:
-        supernet=last_leg,
-        archs=rules.sample_archs.output.archs,
-        train=rules.prepare_data.output.train,
-        val=rules.prepare_data.output.val,
+        collect("<results>/train_experiment/{leg}/weights.safetensors", leg=LEGS),
+
+
+rule measure_experiment:
+    input:
+        weights=lambda wildcards: f"<results>/train_experiment/{legs_of(wildcards.training)[-1]}/weights.safetensors",
+        histories=lambda wildcards: collect(
+            "<results>/train_experiment/{leg}/history.parquet", leg=legs_of(wildcards.training)
+        ),
+        supernet=supernet_beside_twin,
+        archs=archs_of_supernet,
+        train=images_of_subnets,
+        val=rules.prepare_data.output.val if run.experiment.measure.val_attacks else [],
         test=rules.prepare_data.output.test,
     output:
-        table="<results>/measure_variant/{variant}/seed={variant_seed}/table.parquet",
-        outcomes="<results>/measure_variant/{variant}/seed={variant_seed}/outcomes.safetensors",
+        outcomes="<results>/measure_experiment/{training}/outcomes.parquet",
     log:
-        "<logs>/measure_variant/{variant}/seed={variant_seed}.log",
+        "<logs>/measure_experiment/{training}.log",
     benchmark:
-        "<benchmarks>/measure_variant/{variant}/seed={variant_seed}.tsv"
+        "<benchmarks>/measure_experiment/{training}.tsv"
     conda:
         "../../environment.yml"
     threads: 1
@@ -58,41 +64,76 @@ rule measure_variant:
         runtime=per_attempt(480),
         gpu=1,
     params:
-        settings=settings("measure_variant"),
+        settings=lambda wildcards: proard.config.job_settings(run, "measure_experiment", training=wildcards.training),
         seed=run.seed,
         cache=CACHE,
+        beside=lambda wildcards, input: flags_of(input, "supernet", "archs", "train", "val"),
     shell:
-        "python -m proard.stages.measure_variant --settings {params.settings:q} --seed {params.seed}"
-        " --threads {threads} --device auto --supernet {input.supernet:q} --archs {input.archs:q}"
-        " --train {input.train:q} --val {input.val:q} --test {input.test:q} --variant {wildcards.variant}"
-        " --train-seed {wildcards.variant_seed} --cache {params.cache:q} --table {output.table:q}"
-        " --outcomes {output.outcomes:q} 2>&1 | tee {log:q}"
+        "python -m proard.stages.measure_experiment --settings {params.settings:q} --seed {params.seed}"
+        " --threads {threads} --device auto --weights {input.weights:q} --histories {input.histories:q}"
+        " {params.beside} --test {input.test:q} --cache {params.cache:q} --outcomes {output.outcomes:q}"
+        " 2>&1 | tee {log:q}"
 
 
-rule compare_variants:
+rule diagnose:
     input:
-        train=rules.prepare_data.output.train,
         teacher=rules.train_teacher.output.teacher,
-        tables=of_every_variant("<results>/measure_variant/{variant}/seed={variant_seed}/table.parquet"),
-        outcomes=of_every_variant("<results>/measure_variant/{variant}/seed={variant_seed}/outcomes.safetensors"),
-        histories=of_every_leg("<results>/train_variant/{variant}/seed={variant_seed}/{leg}/history.parquet"),
+        test=rules.prepare_data.output.test,
+        weights=weights_to_diagnose,
+        supernet=supernet_to_diagnose,
+        train=images_of_supernet_to_diagnose,
     output:
-        table="<results>/compare_variants/table.parquet",
-        figure="<results>/compare_variants/variants.svg",
+        bound="<results>/diagnose/{network}/bound.parquet",
+        radii="<results>/diagnose/{network}/radii.parquet",
+        summary="<results>/diagnose/{network}/summary.parquet",
     log:
-        "<logs>/compare_variants.log",
+        "<logs>/diagnose/{network}.log",
     benchmark:
-        "<benchmarks>/compare_variants.tsv"
+        "<benchmarks>/diagnose/{network}.tsv"
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=per_attempt(8000),
+        runtime=per_attempt(240),
+        gpu=1,
+    params:
+        settings=diagnose_settings,
+        seed=run.seed,
+        network=lambda wildcards, input: flags_of(input, "weights", "supernet", "train"),
+    shell:
+        "python -m proard.stages.diagnose --settings {params.settings:q} --seed {params.seed}"
+        " --threads {threads} --device auto --teacher {input.teacher:q} --test {input.test:q} {params.network}"
+        " --bound {output.bound:q} --radii {output.radii:q} --summary {output.summary:q} 2>&1 | tee {log:q}"
+
+
+rule compare_experiment:
+    input:
+        outcomes=collect("<results>/measure_experiment/{training}/outcomes.parquet", training=TRAININGS),
+        budgets=collect(
+            "<results>/select_student/{budget}/student.parquet", budget=BUDGETS if run.experiment.budgets else []
+        ),
+        bounds=collect("<results>/diagnose/{network}/bound.parquet", network=DIAGNOSED if NETWORKS else []),
+        radii=collect("<results>/diagnose/{network}/radii.parquet", network=DIAGNOSED if NETWORKS else []),
+        diagnoses=collect("<results>/diagnose/{network}/summary.parquet", network=DIAGNOSED if NETWORKS else []),
+    output:
+        **compared("<results>/compare_experiment"),
+        table="<results>/compare_experiment/table.parquet",
+    log:
+        "<logs>/compare_experiment.log",
+    benchmark:
+        "<benchmarks>/compare_experiment.tsv"
     conda:
         "../../environment.yml"
     resources:
         mem_mb=per_attempt(4000),
         runtime=30,
     params:
-        settings=settings("compare_variants"),
+        settings=settings("compare_experiment"),
         seed=run.seed,
+        writes=lambda wildcards, output: flags_of(output, *compared("")),
     shell:
-        "python -m proard.stages.compare_variants --settings {params.settings:q} --seed {params.seed}"
-        " --threads {threads} --device cpu --train {input.train:q} --teacher {input.teacher:q}"
-        " --tables {input.tables:q} --outcomes {input.outcomes:q} --histories {input.histories:q}"
-        " --table {output.table:q} --figure {output.figure:q} 2>&1 | tee {log:q}"
+        "python -m proard.stages.compare_experiment --settings {params.settings:q} --seed {params.seed}"
+        " --threads {threads} --device cpu --outcomes {input.outcomes:q} --budgets {input.budgets:q}"
+        " --bounds {input.bounds:q} --all-radii {input.radii:q} --diagnoses {input.diagnoses:q}"
+        " --table {output.table:q} {params.writes} 2>&1 | tee {log:q}"

@@ -17,10 +17,8 @@ if Path(shell.get_executable() or "").name == "bash":
 
 TARGET_OF = {
     "evaluate_archs": "evaluate",
-    "diagnose": "compare_diagnoses",
-    "train_variant": "compare_variants",
-    "measure_variant": "compare_variants",
-    "export_trained": "export_trained_students",
+    "diagnose": "compare_experiment",
+    "measure_experiment": "compare_experiment",
 }
 LAST_WORDS = "Stopped. Trainings have saved their state, measurements are kept; the same command continues."
 

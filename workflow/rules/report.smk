@@ -14,10 +14,10 @@ rule report:
         verified=rules.verify_front.output.table,
         students=collect("<results>/select_student/{budget}/student.parquet", budget=BUDGETS),
         cards=collect("<results>/export_student/{budget}/parity.json", budget=BUDGETS),
-        trained=rules.compare_students.output.table if STUDENTS else [],
-        diagnosis_summary=rules.compare_diagnoses.output.summary if NETWORKS else [],
-        diagnosis_radii=rules.compare_diagnoses.output.radii if NETWORKS else [],
-        diagnosis_pairs=rules.compare_diagnoses.output.pairs if NETWORKS else [],
+        trained_students=rules.compare_experiment.output.table if ALONE else [],
+        diagnosis_summary=rules.compare_experiment.output.diagnosis if NETWORKS else [],
+        diagnosis_radii=rules.compare_experiment.output.radii if NETWORKS else [],
+        diagnosis_pairs=rules.compare_experiment.output.pairs if NETWORKS else [],
     output:
         html=report("<results>/report/report.html", caption="../report/report.rst", category="Report"),
         front_figure="<results>/report/front.svg",
@@ -39,12 +39,8 @@ rule report:
         seed=run.seed,
         benchmarks=f"results/{run.run}/benchmarks",
         ledgers=lambda wildcards, output: str(Path(output.html).parents[1]),
-        trained=lambda wildcards, input: f"--trained-students {input.trained}" if input.trained else "",
-        diagnosis=lambda wildcards, input: (
-            f"--diagnosis-summary {input.diagnosis_summary} --diagnosis-radii {input.diagnosis_radii}"
-            f" --diagnosis-pairs {input.diagnosis_pairs}"
-            if input.diagnosis_summary
-            else ""
+        compared=lambda wildcards, input: flags_of(
+            input, "trained_students", "diagnosis_summary", "diagnosis_radii", "diagnosis_pairs"
         ),
     shell:
         "python -m proard.stages.report --settings {params.settings:q} --seed {params.seed}"
@@ -54,7 +50,7 @@ rule report:
         " --table {input.table:q} --quality {input.quality:q} --held-out {input.held_out:q}"
         " --archive {input.archive:q} --front {input.front:q} --search-history {input.search_history:q}"
         " --verified {input.verified:q} --students {input.students:q} --cards {input.cards:q}"
-        " {params.trained} {params.diagnosis}"
+        " {params.compared}"
         " --benchmarks {params.benchmarks:q} --ledgers {params.ledgers:q} --html {output.html:q}"
         " --front-figure {output.front_figure:q} --training-figure {output.training_figure:q} --predictor-figure {output.predictor_figure:q}"
         " --search-figure {output.search_figure:q} --costs-figure {output.costs_figure:q} 2>&1 | tee {log:q}"

@@ -93,12 +93,14 @@ rule select_students:
         collect("<results>/select_student/{budget}/student.parquet", budget=BUDGETS),
 
 
-# The same device and threads as the selection: the exported network is the measured one, to the last bit.
+# The same device and threads as the measurement: the exported network is the measured one, to the last bit. In the
+# place of a budget, the name of an experiment's network exports that.
 rule export_student:
     input:
-        student=rules.select_student.output.student,
-        supernet=SUPERNET,
-        train=rules.prepare_data.output.train,
+        student=rows_to_export,
+        trained=weights_to_export,
+        supernet=supernet_to_export,
+        train=images_to_export,
         test=rules.prepare_data.output.test,
         manifest=rules.prepare_data.output.manifest,
     output:
@@ -127,10 +129,11 @@ rule export_student:
     params:
         settings=settings("export_student"),
         seed=run.seed,
+        network=lambda wildcards, input: flags_of(input, "trained", "supernet", "train"),
     shell:
         "python -m proard.stages.export_student --settings {params.settings:q} --seed {params.seed}"
-        " --threads {threads} --device auto --student {input.student:q} --supernet {input.supernet:q}"
-        " --train {input.train:q} --test {input.test:q} --manifest {input.manifest:q} --budget {wildcards.budget:q}"
+        " --threads {threads} --device auto --student {input.student:q} {params.network}"
+        " --test {input.test:q} --manifest {input.manifest:q} --budget {wildcards.budget:q}"
         " --weights {output.weights:q} --onnx {output.onnx:q} --pt2 {output.pt2:q} --card {output.card:q}"
         " --parity {output.parity:q} --checksums {output.checksums:q} 2>&1 | tee {log:q}"
 
@@ -138,3 +141,8 @@ rule export_student:
 rule export_students:
     input:
         collect(rules.export_student.output, budget=BUDGETS),
+
+
+rule export_experiments:
+    input:
+        collect(rules.export_student.output, budget=ALONE),

@@ -1,4 +1,4 @@
-"""The figure that compares variants of a training: accuracies of some subnets with their intervals."""
+"""Supernets trained in several ways: accuracies of some subnets with their intervals, as a figure and as lines."""
 
 from __future__ import annotations
 
@@ -20,16 +20,31 @@ LOOKS = {  # subnet: colour, marker, shift in rows
 PANELS = {"clean_acc": "Clean accuracy", "robust_acc": "Robust accuracy"}
 
 
-def variants_figure(table: pd.DataFrame) -> Figure:
-    """Clean and robust accuracy of each variant: a line per variant, a mark per subnet, its interval as a bar.
+def headline(table: pd.DataFrame, *, eps: float) -> pd.DataFrame:
+    """The GAINS rows that are quoted: worst case over all attacks on test, at the radius nearest to `eps`."""
+    rows = table[(table["split"] == "test") & (table["attack"] == "worst")]
+    return rows[rows["eps"] == min(rows["eps"].unique(), key=lambda value: abs(value - eps))]
+
+
+def gain_lines(rows: pd.DataFrame) -> list[str]:
+    """The mean subnet of each training for people; `rows` are those of `headline`."""
+    return [
+        f"{row['group']:<20} mean of {row['num_archs']} subnets on test: clean {row['clean_acc']:.1%}, robust "
+        f"{row['robust_acc']:.1%} ({row['robust_acc_low']:.1%} to {row['robust_acc_high']:.1%}); "
+        f"{row['train_forward_equivalents']:,} forward-equivalents, {row['train_macs']:.3g} MACs"
+        for _, row in rows[rows["subnet"] == "mean"].iterrows()
+    ]
+
+
+def gains_figure(rows: pd.DataFrame) -> Figure:
+    """Clean and robust accuracy: a line per training, a mark per subnet, its interval as a bar.
 
     Parameters
     ----------
-    table : DataFrame
-        Rows with the columns of `artifacts.variants.COMPARED`. The worst case on test is shown.
+    rows : DataFrame
+        GAINS rows of one attack, such as `headline`'s.
     """
-    rows = table[(table["split"] == "test") & (table["attack"] == "worst")]
-    names = list(dict.fromkeys(rows["variant"]))
+    names = list(dict.fromkeys(rows["group"]))
     first = rows.iloc[0]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.4, 1.5 + 0.62 * len(names)))
@@ -54,7 +69,7 @@ def _draw_subnet(
 ) -> None:
     """One kind of subnet in every line."""
     colour, marker, shift = look
-    rows = rows.set_index("variant").loc[names]
+    rows = rows.set_index("group").loc[names]
     places = np.arange(len(names)) + shift
     axis.hlines(places, rows[f"{column}_low"], rows[f"{column}_high"], color=colour, linewidth=1.3, alpha=0.7)
     axis.scatter(rows[column], places, s=30, marker=marker, color=colour, linewidths=0, zorder=3, label=subnet)

@@ -1,0 +1,270 @@
+"""Experiments: named trainings with overrides, grids, seeds and a rule of equal effort, measured and compared alike."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from proard.config.attacks import Attack
+from proard.config.fields import ConfigError, Count, FolderName, Int, Natural, Positive, Settings, shown
+from proard.config.settings import Phase, TrainPhase, merge
+from proard.config.students import Effort, Student
+
+COMPARED: dict[str, dict[str, str]] = {  # what compare_experiment writes beside its table, by what there is to compare
+    "networks": {
+        "summary": "summary.parquet",
+        "accuracy_figure": "accuracy.svg",
+        "own_figure": "own_attack.svg",
+        "eps_figure": "eps.svg",
+        "cost_figure": "cost.svg",
+    },
+    "supernets": {"gains": "gains.parquet", "gains_figure": "gains.svg"},
+    "twins": {"gaps": "gaps.parquet", "gaps_figure": "gaps.svg"},
+    "diagnoses": {
+        "bound": "bound.parquet",
+        "radii": "radii.parquet",
+        "diagnosis": "diagnosis.parquet",
+        "pairs": "pairs.parquet",
+        "bound_figure": "bound.svg",
+        "radius_figure": "radius.svg",
+    },
+}
+
+
+class SupernetTraining(Settings):
+    """An experiment's training of the supernet: what differs from `train_phase`.
+
+    Its keys win over the shared keys of `train_phase` and over every phase's own. Where it has `phases`, these replace
+    the list, and the keys beside them are their shared defaults. The supernet of the last phase is measured.
+    """
+
+    trains: Literal["supernet"]
+    name: FolderName
+    seed: Natural | None = None
+    effort: Effort | None = None
+    phases: Annotated[tuple[Phase, ...], Field(min_length=1)]
+
+
+class Twins(Settings):
+    """Archs of the run's space that are trained alone and compared with the run's subnets of the same arch.
+
+    One arch is drawn from each of `archs` equal parts of the range of log-MACs, whatever its accuracy, and trained once
+    per seed. All other keys replace those of the run's last phase. Without `effort` and `epochs` a twin makes as many
+    optimizer steps as all phases together.
+    """
+
+    trains: Literal["twins"]
+    name: FolderName = "twin"
+    archs: Annotated[Int, Field(ge=2)] = 4
+    seeds: Annotated[tuple[Natural, ...], Field(min_length=1)] = (0,)
+    effort: Effort | None = None
+    overrides: Annotated[dict[str, Any], Field(default_factory=dict)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def other_keys_are_overrides(cls, value: Any) -> Any:
+        """Collect the keys of a network's training; they are checked when the twins are written out."""
+        if not isinstance(value, Mapping):
+            return value
+        own = {key: entry for key, entry in value.items() if key in cls.model_fields}
+        others = {key: entry for key, entry in value.items() if key not in cls.model_fields}
+        return {**own, "overrides": merge(own.get("overrides", {}), others)}
+
+
+class MeasureExperiment(Settings):
+    """What every training is measured under, whatever it was trained with.
+
+    `attacks` and their worst case on the first `num_test_images` of test, at every radius of `eps` (left out: the
+    threat's); at a radius of x times the threat's a step is x times as long. `val_attacks` on `num_val_images` of val
+    serve choices between trainings. A network that was trained with an attack is also measured under that attack
+    (`own`), as some papers do. Of a supernet, `num_archs` of `sample_archs` are measured, evenly spread over MACs, both
+    ends included.
+    """
+
+    eps: tuple[Positive, ...] = ()
+    num_archs: Annotated[Int, Field(ge=2)] = 12
+    num_val_images: Count | None = None
+    val_attacks: tuple[Attack, ...] = ()
+    num_test_images: Annotated[Int, Field(ge=2)] | None = None
+    attacks: Annotated[tuple[Attack, ...], Field(min_length=1)] = (
+        Attack(),
+        Attack(name="cw50x2", objective="margin", num_steps=50, restarts=2),
+    )
+
+    @model_validator(mode="after")
+    def names_differ(self) -> MeasureExperiment:
+        """Attack names are keys of the tables."""
+        for key in ("attacks", "val_attacks"):
+            names = [attack.name for attack in getattr(self, key)]
+            if len(set(names)) < len(names) or {"worst", "own"} & set(names):
+                raise ValueError(f"{key} need different names, none of them `worst` or `own`; they are {names}")
+        return self
+
+
+class Experiment(Settings):
+    """Trainings that are measured alike and compared in one table.
+
+    Every entry of `trainings` has a `name` and says what it `trains`: a `network` alone (the default), a `supernet`, a
+    `twin` or several `twins`; its other keys are overrides. `defaults` are keys that all entries share. `grid`, lists
+    of values by (dotted) key, and `seeds`, a list, stand for one training per combination, named NAME_key=value_seed=1.
+
+    Gains of supernets are over `baseline` (by default the first supernet); intervals come from `bootstraps` redraws of
+    the images. `budgets: true` puts the students of `select_student.budgets` into the same table.
+    """
+
+    title: str = "Trainings compared"
+    defaults: Annotated[dict[str, Any], Field(default_factory=dict)]
+    trainings: tuple[Annotated[Student | SupernetTraining | Twins, Field(discriminator="trains")], ...] = ()
+    measure: MeasureExperiment = MeasureExperiment()
+    baseline: str | None = None
+    bootstraps: Count = 1000
+    budgets: bool = False
+
+    @model_validator(mode="after")
+    def names_differ(self) -> Experiment:
+        """A training's name is its folder."""
+        names = [training.name for training in self.trainings]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"trainings need different names; {', '.join(twice)} stands more than once")
+        return self
+
+
+def group_of(name: str) -> str:
+    """Name of a training without its seed."""
+    return re.sub(r"_seed=\d+$", "", name)
+
+
+def write_out(section: Mapping[str, Any], train_phase: Any, parse: Callable[..., Any]) -> Mapping[str, Any]:
+    """The section `experiment` with every training in full.
+
+    Parameters
+    ----------
+    section : mapping
+        As written: `defaults`, and `trainings` with `grid` and `seeds`.
+    train_phase : mapping
+        The run's section as written; supernets override it.
+    parse : callable
+        `proard.config.parse`.
+
+    Raises
+    ------
+    ConfigError
+        Names the training and its key.
+    """
+    listed, defaults = section.get("trainings"), section.get("defaults") or {}
+    if not isinstance(listed, (list, tuple)) or not isinstance(defaults, Mapping):
+        return section
+    trainings = []
+    for entry in listed:
+        if not isinstance(entry, Mapping):
+            raise ConfigError(f"experiment.trainings holds {shown(entry)}; expected: a mapping with a name")
+        merged = merge(dict(defaults), dict(entry))
+        for one in [merged] if merged.get("trains") == "twins" else expand(merged):
+            trainings.append(_parsed(one, train_phase, parse))
+    return {**{key: value for key, value in section.items() if key != "defaults"}, "trainings": tuple(trainings)}
+
+
+def _parsed(entry: dict[str, Any], train_phase: Any, parse: Callable[..., Any]) -> Student | SupernetTraining | Twins:
+    """One training, checked, its epochs as its rule of equal effort wants them."""
+    kind, where = entry.get("trains", "network"), f"experiment.{entry.get('name', 'trainings')}"
+    if kind == "supernet":
+        return _supernet(entry, train_phase if isinstance(train_phase, Mapping) else {}, where, parse)
+    if kind == "twins":
+        return parse(Twins, entry, where=where)
+    if kind not in ("network", "twin"):
+        raise ConfigError(f"{where}.trains is {shown(kind)}; expected: network, supernet, twin or twins")
+    student = parse(Student, entry, where=where)
+    effort = student.effort
+    if effort is not None and effort.forward_equivalents is not None:
+        raise ConfigError(f"{where}.effort: forward_equivalents are for supernets; write gradients or steps")
+    return with_equal_gradients(student)
+
+
+def with_equal_gradients(student: Student) -> Student:
+    """A network's training, its epochs as its `effort` wants them where that is a number of gradients."""
+    if student.effort is None or student.effort.gradients is None:
+        return student
+    return student.model_copy(update={"epochs": student.effort.gradients / (student.attack_steps + 1)})
+
+
+def _supernet(entry: dict[str, Any], train_phase: Mapping[str, Any], where: str, parse: Callable) -> SupernetTraining:
+    """A training of the supernet: its overrides over the run's phases."""
+    outer = {key: entry[key] for key in ("trains", "name", "seed", "effort") if key in entry}
+    own = {key: value for key, value in entry.items() if key not in outer and key != "phases"}
+    shared = {key: value for key, value in train_phase.items() if key != "phases"}
+    phases = entry.get("phases", train_phase.get("phases", [{"name": "all"}]))
+    if "phases" not in entry and isinstance(phases, (list, tuple)):
+        phases = [merge(dict(phase), own) if isinstance(phase, Mapping) else phase for phase in phases]
+    written = parse(TrainPhase, {**merge(shared, own), "phases": phases}, where=where).phases
+    training = parse(SupernetTraining, {**outer, "phases": written}, where=where)
+    effort = training.effort
+    if effort is None:
+        return training
+    if effort.forward_equivalents is None:
+        raise ConfigError(f"{where}.effort: gradients and steps are for networks; write forward_equivalents")
+    whole = sum(phase.epochs for phase in written)
+    parts = [phase.forward_equivalents or effort.forward_equivalents * phase.epochs / whole for phase in written]
+    stretched = [
+        phase.model_copy(update={"forward_equivalents": part}) for phase, part in zip(written, parts, strict=True)
+    ]
+    return training.model_copy(update={"phases": tuple(stretched)})
+
+
+def expand(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One training as written into as many as its `grid` and `seeds` stand for.
+
+    Parameters
+    ----------
+    entry : mapping
+        `grid` maps (dotted) keys to lists of values, `seeds` lists seeds. Both may be absent.
+
+    Returns
+    -------
+    list of dict
+        Without `grid` and `seeds`; the last key of the grid and then the seed vary fastest. A name gains
+        `_KEY=VALUE` for every key of the grid, its last part alone, with `8-255` for 8/255, and `_seed=N`.
+
+    Raises
+    ------
+    ConfigError
+        A grid that is no mapping of keys to lists, seeds that are no list.
+    """
+    own = {key: value for key, value in entry.items() if key not in ("grid", "seeds")}
+    name, grid, seeds = own.get("name"), entry.get("grid", {}), entry.get("seeds", [None])
+    if not isinstance(grid, Mapping) or not all(_is_list(values) for values in grid.values()):
+        raise ConfigError(f"experiment.{name}.grid is {grid!r}; expected: keys with lists of values each")
+    if not _is_list(seeds):
+        raise ConfigError(f"experiment.{name}.seeds is {seeds!r}; expected: a list of seeds")
+    expanded = []
+    for *values, seed in itertools.product(*grid.values(), seeds):
+        training, ending = copy.deepcopy(own), ""
+        for key, value in zip(grid, values, strict=True):
+            training = merge(training, _nested(key.split("."), value))
+            ending += f"_{key.split('.')[-1]}={_text(value)}"
+        if seed is not None:
+            training["seed"], ending = seed, f"{ending}_seed={seed}"
+        expanded.append({**training, "name": f"{name}{ending}"} if ending else training)
+    return expanded
+
+
+def _is_list(value: Any) -> bool:
+    """Whether this is a list that holds something."""
+    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
+
+
+def _nested(path: Sequence[str], value: Any) -> Any:
+    """`value` under a path of keys."""
+    for key in reversed(path):
+        value = {key: value}
+    return value
+
+
+def _text(value: Any) -> str:
+    """A value as a part of a folder's name."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "", str(value).replace("/", "-")) or "none"

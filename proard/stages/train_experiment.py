@@ -1,0 +1,96 @@
+"""Train a network alone, or a phase of a supernet, of an experiment: train and val tensors -> weights.safetensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from proard.attacks import pgd
+from proard.config import Space, Student, SupernetTraining, UserError
+from proard.nets import load_static, save_static
+from proard.space import Arch, FixedArch, FixedSpace, SearchSpace
+from proard.stages import train_phase
+from proard.stages.common import Job, parse_arguments, run
+from proard.stages.ledger import peak_rss_bytes
+from proard.stages.train_teacher import fitted_space, named_arch
+from proard.stages.training import Training, frozen_network, train_alone
+
+
+def main(argv: Sequence[str] | None = None, *, search: Callable[..., Tensor] = pgd) -> None:
+    """Run the stage; `search` is the attack on a network alone, with the arguments of `pgd`."""
+    job = parse_arguments(
+        __doc__,
+        argv,
+        stage="train_experiment",
+        reads=["train", "val"],
+        writes=["weights", "history"],
+        optional=["teacher", "control", "previous"],
+    )
+    (training,) = job.config.experiment.trainings
+    if isinstance(training, SupernetTraining):
+        (phase,) = training.phases
+        job.files.supernet = job.files.weights
+        train_phase.train(job, phase)
+    else:
+        train_network(job, training, search=search)
+    job.record_costs()
+
+
+def train_network(job: Job, student: Student, *, search: Callable[..., Tensor] = pgd) -> None:
+    """Train one network alone, from a job's files to its weights and history."""
+    files = job.files
+    space, arch = student_network(student, job.config.space)
+    inputs = [path for path in (files.train, files.val, files.teacher, files.control) if path]
+    training = Training(job, student, files.weights, inputs)
+    with training.state.owned():
+        net, rows = train_alone(
+            training,
+            label=student.name,
+            space=space,
+            arch=arch,
+            objective=student.loss,
+            control=files.control,
+            teacher=frozen_teacher(job, student),
+            search=search,
+        )
+        training.write_history(files.history, rows)
+        on_gpu = job.device.startswith("cuda")
+        memory = {"peak_memory": peak_rss_bytes()}
+        memory["peak_device_memory"] = torch.cuda.max_memory_allocated() if on_gpu else None
+        described = {"space": space, "arch": arch, "provenance": training.provenance}
+        save_static(files.weights, net, kind="trained_student", training=memory, **described)
+        training.state.finish()
+    last, most = rows[-1], memory["peak_device_memory"] or memory["peak_memory"]
+    print(
+        f"{student.name}: {last['gradients']:,} gradients of one image, {last['seconds'] / student.epochs:.1f} s an "
+        f"epoch, at most {most / 2**20:,.0f} MiB of memory"
+    )
+
+
+def student_network(student: Student, own: Space) -> tuple[SearchSpace | FixedSpace, Arch | FixedArch]:
+    """The space and the arch of a network, for the run's images."""
+    where = f"experiment.{student.name}"
+    space = SearchSpace(own) if student.net is None else fitted_space(student.net, own, where=f"{where}.net")
+    return space, named_arch(student.arch, space, where=where)
+
+
+def frozen_teacher(job: Job, student: Student) -> Callable[[Tensor], Tensor] | None:
+    """The run's teacher as a frozen network; None where the loss needs none.
+
+    Raises
+    ------
+    UserError
+        The loss needs a teacher and no file was given.
+    """
+    if not student.needs_teacher:
+        return None
+    if job.files.teacher is None:
+        raise UserError(f"experiment.{student.name}: its loss needs a teacher: give --teacher, train_teacher's output")
+    net, *_ = load_static(job.files.teacher, kind="teacher")
+    return frozen_network(net.to(job.device))
+
+
+if __name__ == "__main__":
+    run(main)
