@@ -1,76 +1,70 @@
-"""The quick start end to end, stage by stage; with `--plain`, its training stages in plain form beside it.
+"""The quick start end to end, stage by stage; with `--plain`, its trainings in plain form beside it.
 
-Without `--plain` the whole workflow runs in a temporary folder and the seconds of its stages are read from Snakemake's
-benchmark records (`--results FOLDER`: of a run that is there already). Nothing is compared then, so nothing is checked.
-
-`--plain` compares the training stages alone, cut to a few epochs: data, seeds and recipe are the quick start's, one
-process, interleaved. Losses of both forms must agree within 2 % and validation accuracies within two standard errors.
-
-    python benchmarks/bench_pipeline.py --help
+The seconds of the stages come from Snakemake's records, of a run in a temporary folder or of `--results FOLDER`.
+`--plain` compares the trainings of the teacher and of the first phase alone, cut to a few epochs and one validation.
+Losses of both forms must agree within 2 % and validation accuracies within two standard errors.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import yaml
-from common import NOISY, Timing, machine, table, time_interleaved, write_rows
+from common import Options, Row, machine, made_step, show, time_interleaved, write_rows
+from plain_step import Norm, sliced_forward
+from torch import Tensor, nn
 
-from proard.artifacts import read_table
-from proard.config import RunConfig, job_settings, load
-from proard.stages import prepare_data, train_phase, train_teacher
+from proard.config import Attack, Measurement, RunConfig, job_settings, load
+from proard.data import ImageSet, keyed_generator, load_split, to_float
+from proard.evaluation.meter import validation_rows
+from proard.losses import InnerObjective
+from proard.nets import StaticNet, Supernet, extract, fold
+from proard.nets.elastic import BN_EPS, BN_MOMENTUM
+from proard.nets.view import Statistics
+from proard.space import Arch, ConvSpec, SearchSpace
+from proard.stages import prepare_data
+from proard.stages.training import AugmentedImages
+from proard.training import Plan, StepBatch, phase_plan, single_plan
+from proard.training.run import learning_rate
 
 ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results" / "bench_pipeline.json"
 SAME_LOSS = 0.02
-Row = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run or read the quick start; compare its training stages where asked."""
-    args = parse(argv)
-    torch.set_num_threads(args.threads)
+    """Run or read the quick start; compare its trainings where asked."""
+    args = Options(
+        __doc__,
+        "pipeline",
+        quick={"plain": True, "epochs": 1, "rounds": 1},
+        config=(str(ROOT / "config" / "quickstart.yaml"), "of the run"),
+        results=(None, "FOLDER whose records are read, as in results/quickstart", str),
+        plain=(False, "compare the trainings with their plain form"),
+        epochs=(2, "of every training under --plain"),
+        rounds=(3, "under --plain; medians are over them"),
+        seed=None,
+    ).read(argv)
     rows = compared(args) if args.plain else stages(args)
-    if args.json:
-        write_rows(args.json, rows)
-    cells = [(row["row"], *(f"{row[key]:.2f}" if key in row else "-" for key in ("ratio_plain",))) for row in rows]
-    seconds = [f"{row['seconds']:.1f}" for row in rows]
-    header = ("stage", "/plain", "seconds", "what")
-    print(table(header, [(*c, s, row["lever"]) for c, s, row in zip(cells, seconds, rows, strict=True)]))
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default=str(ROOT / "config" / "quickstart.yaml"))
-    parser.add_argument("--results", metavar="FOLDER", help="read the records of this run, as in results/quickstart")
-    parser.add_argument("--plain", action="store_true", help="compare the training stages with their plain form")
-    parser.add_argument("--epochs", type=int, default=2, help="of every training stage under --plain")
-    parser.add_argument("--rounds", type=int, default=3, help="under --plain; medians are over them")
-    parser.add_argument("--threads", type=int, default=2, help="cores of the workflow, threads under --plain")
-    parser.add_argument("--json", nargs="?", const=str(RESULTS), metavar="FILE", help=f"default {RESULTS.name}")
-    parser.add_argument("--quick", action="store_true", help="--plain with one epoch, one round: shows that it runs")
-    args = parser.parse_args(argv)
-    if args.quick:
-        args.plain, args.epochs, args.rounds = True, 1, 1
-    return args
+    write_rows(args.json, rows)
+    show(Path(args.config).name, rows, {"ratio_plain": "/plain:.2f", "seconds": "seconds:.1f"})
 
 
 # --- the whole workflow --------------------------------------------------------------------------------------------
 
 
-def stages(args: argparse.Namespace) -> list[Row]:
+def stages(args: Namespace) -> list[Row]:
     """One row per stage, and one for the whole run where it was started here."""
     if args.results:
         return stage_rows(Path(args.results))
@@ -83,24 +77,17 @@ def stages(args: argparse.Namespace) -> list[Row]:
         wall = time.perf_counter() - start
         run = yaml.safe_load(Path(args.config).read_text(encoding="utf-8"))["run"]
         rows = stage_rows(Path(folder) / "results" / run)
-    return [*rows, _row("whole run", wall, "wall clock, workflow's own time included", machine=machine())]
+    return [*rows, _row("whole run", wall, "wall clock, workflow's own time included") | {"machine": machine()}]
 
 
 def stage_rows(results: Path) -> list[Row]:
-    """Seconds of every stage from the records of a run.
-
-    Raises
-    ------
-    SystemExit
-        There are none.
-    """
+    """Seconds of every stage from the records of a run; ends where there are none."""
     folder = results / "benchmarks"
     found: dict[str, list[dict[str, str]]] = {}
     for path in sorted(folder.rglob("*.tsv")):
         with path.open(encoding="utf-8", newline="") as file:
-            found.setdefault(path.relative_to(folder).parts[0].removesuffix(".tsv"), []).extend(
-                csv.DictReader(file, delimiter="\t")
-            )
+            jobs = list(csv.DictReader(file, delimiter="\t"))
+        found.setdefault(path.relative_to(folder).parts[0].removesuffix(".tsv"), []).extend(jobs)
     if not found:
         raise SystemExit(f"{folder} holds no benchmark records; run the workflow, or name another run with --results")
     rows = []
@@ -111,105 +98,171 @@ def stage_rows(results: Path) -> list[Row]:
     return rows
 
 
-def _row(stage: str, seconds: float, lever: str, **more: Any) -> Row:
+def _row(stage: str, seconds: float, lever: str) -> Row:
     """A row of the table."""
-    return {"bench": "pipeline", "row": stage, "seconds": round(seconds, 2), "lever": lever, **more}
+    return {"bench": "pipeline", "row": stage, "seconds": round(seconds, 2), "lever": lever}
 
 
-# --- training stages beside their plain form -----------------------------------------------------------------------
+# --- trainings in plain form: sliced weights, NCHW memory, autograd through unfolded networks ------------------------
 
 
-def compared(args: argparse.Namespace) -> list[Row]:
-    """Time `train_teacher` and the first phase in both forms, after checking that they train the same."""
+class PlainSupernet(Supernet):
+    """A supernet whose training steps see it in plain form."""
+
+    def view(self, arch: Arch, *, total: None = None) -> PlainView:
+        """One subnet, nothing materialised."""
+        return PlainView(self, arch)
+
+
+class PlainView:
+    """`SubnetView` in plain form: nothing is materialised, gradients reach the supernet by themselves."""
+
+    def __init__(self, supernet: Supernet, arch: Arch) -> None:
+        self.supernet, self.arch, self.spec = supernet, arch, supernet.space.spec(arch)
+
+    def __call__(
+        self, images: Tensor, *, record: Statistics | None = None, update_running: bool = False, frozen: bool = False
+    ) -> Tensor:
+        """Logits with batch statistics, as `SubnetView` gives them."""
+
+        def norm(layer: ConvSpec, bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
+            out, values = layer.out_channels, x.numel() / layer.out_channels
+            mean, var = (torch.zeros_like(bn.running_mean[:out]) for _ in range(2))
+            x = F.batch_norm(x, mean, var, bn.weight[:out], bn.bias[:out], training=True, momentum=1.0, eps=BN_EPS)
+            if record is not None:
+                record[layer.name] = (mean, var * ((values - 1) / values))
+            if update_running:
+                bn.running_mean[:out].lerp_(mean, BN_MOMENTUM)
+                bn.running_var[:out].lerp_(var, BN_MOMENTUM)
+            return x
+
+        return self._run(images, norm)
+
+    def running_statistics(self) -> Statistics:
+        """Nothing: what `folded` takes are then the stored ones."""
+        return {}
+
+    def folded(self, statistics: Statistics, *, dtype: torch.dtype = torch.float32) -> Callable[[Tensor], Tensor]:
+        """Evaluation mode at fixed statistics, not folded at all, in the network's own type."""
+
+        def norm(layer: ConvSpec, bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
+            out = layer.out_channels
+            stored = (bn.running_mean[:out], bn.running_var[:out])
+            return F.batch_norm(x, *statistics.get(layer.name, stored), bn.weight[:out], bn.bias[:out], eps=BN_EPS)
+
+        return lambda images: self._run(images, norm)
+
+    def scatter_gradients(self) -> None:
+        """Nothing is left to do."""
+
+    def _run(self, images: Tensor, norm: Norm) -> Tensor:
+        """Slice, convolve, normalise."""
+        images = self.supernet.normalise(images).contiguous(memory_format=torch.contiguous_format)
+        return sliced_forward(self.supernet, self.arch, images, norm)
+
+
+def plain_steps(
+    predict: Callable[[Tensor], Tensor],
+    objective: InnerObjective,
+    adv: Tensor,
+    low: Tensor,
+    high: Tensor,
+    *,
+    step_size: float,
+    num_steps: int,
+) -> Tensor:
+    """`attacks.take_steps` as in a textbook: autograd through the objective, one clamp after the other."""
+    for _ in range(num_steps):
+        adv = adv.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(objective(predict(adv)).sum(), adv)
+        adv = adv.detach() + step_size * gradient.sign()
+        adv = torch.minimum(torch.maximum(adv, low), high)
+    return adv.detach()
+
+
+def unfolded_teacher(net: StaticNet) -> Callable[[Tensor], Tensor]:
+    """A teacher's logits without a graph, norms as they are."""
+    net, layout = net.eval().to(memory_format=torch.contiguous_format), torch.contiguous_format
+    return torch.no_grad()(lambda images: net(images.contiguous(memory_format=layout)))
+
+
+FORMS: dict[str, dict[str, Any]] = {"plain": {"take_steps": plain_steps}, "package": {}}
+
+
+def compared(args: Namespace) -> list[Row]:
+    """Time the teacher's training and the first phase in both forms, after checking that they train the same."""
     config = cut(Path(args.config), args.epochs)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        files = [f"--{split}={folder / split}.safetensors" for split in ("train", "val", "test")]
-        sections = job_settings(config, "prepare_data")
-        prepare_data.main([f"--settings={sections}", *files, f"--manifest={folder}/manifest.json", "--device=cpu"])
-        rows = []
-        for stage, call in calls(config, folder, args.threads).items():
-            call("plain")(-1)
-            call("package")(-1)
-            require_same(folder, stage)
-            forms = {form: call(form) for form in ("plain", "package")}
-            timings, spread = time_interleaved(forms, rounds=args.rounds, label=stage, plain="plain")
-            rows += [_compared_row(stage, form, timing, spread, args) for form, timing in timings.items()]
+    with tempfile.TemporaryDirectory() as folder:
+        files = [f"--{split}={folder}/{split}.safetensors" for split in ("train", "val", "test")]
+        settings = job_settings(config, "prepare_data")
+        prepare_data.main([f"--settings={settings}", *files, f"--manifest={folder}/manifest.json", "--device=cpu"])
+        data = [load_split(f"{folder}/{split}.safetensors") for split in ("train", "val")]
+    space, recipe, phase = SearchSpace(config.space), config.train_teacher, config.train_phase.phases[0]
+    plans = {"train_teacher": (recipe, single_plan(space.largest, recipe.objective, recipe))}
+    plans["train_phase"] = (phase, phase_plan(space, phase))
+    teachers: dict[str, Any] = dict.fromkeys(FORMS)
+    rows = []
+    for stage, (settings, plan) in plans.items():
+        forms = {form: partial(train, config, settings, plan, data, form, teachers[form]) for form in FORMS}
+        ends = {form: call() for form, call in forms.items()}
+        require_same(stage, [facts for _, facts in ends.values()])
+        network = extract(ends["package"][0], space.largest).eval()
+        teachers = {"plain": unfolded_teacher(network), "package": fold(network)}
+        calls = {form: lambda number, call=call: call() for form, call in forms.items()}
+        timed = time_interleaved(calls, rounds=args.rounds, label=stage, plain="plain")
+        facts = timed.quality | {"config": json.dumps(Path(args.config).name), "machine": machine()}
+        for form, timing in timed.timings.items():
+            row = _row(f"{stage}, {form}", timing.seconds, f"{args.epochs} epochs and one validation")
+            rows.append(row | {"ratio_plain": round(timing.ratio_plain, 4)} | facts)
     return rows
 
 
 def cut(path: Path, epochs: int) -> RunConfig:
-    """The run's configuration with short trainings that are validated once, at their end."""
+    """The run's configuration with short trainings."""
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    teacher, phases = values["train_teacher"], values["train_phase"]
-    for section in (teacher, phases):
+    phases = values["train_phase"]
+    for section in (values["train_teacher"], phases, phases["phases"][0]):
         section["epochs"], section["warmup_epochs"] = epochs, 0
-        section["validation"] = {**section["validation"], "every_epochs": epochs}
-    first = {key: value for key, value in phases["phases"][0].items() if key != "epochs"}
-    phases["phases"] = [first, *phases["phases"][1:]]
     return load(values)
 
 
-def calls(config: RunConfig, folder: Path, threads: int) -> dict[str, Callable[[str], Callable[[int], None]]]:
-    """Per stage and form, a call that trains once; each form has files of its own, the phase the package's teacher."""
-    data = [f"--{split}={folder / split}.safetensors" for split in ("train", "val")]
-    common = [*data, "--device=cpu", f"--threads={threads}", f"--seed={config.seed}"]
-    phase = config.train_phase.phases[0].name
+def train(
+    config: RunConfig, settings: Any, plan: Plan, data: Sequence[ImageSet], form: str, teacher: Callable | None
+) -> tuple[Supernet, dict[str, float]]:
+    """Train once in a form and validate the averaged weights: the network, and loss and accuracies at its end."""
+    space, (images_of, val), seed = SearchSpace(config.space), data, config.seed
+    made = PlainSupernet if form == "plain" else Supernet
+    net = made(space, mean=images_of.mean, std=images_of.std, generator=torch.Generator().manual_seed(seed))
+    net = net.to(memory_format=torch.contiguous_format) if form == "plain" else net
+    step = made_step(net, settings, plan, config.threat.eps, teacher, seed, **FORMS[form])
+    source, size = AugmentedImages(images_of, settings), settings.batch_size
+    steps = max(len(source) // size, 1)
+    total, losses = round(settings.epochs * steps * plan.passes_per_epoch), []
+    for number in range(total):
+        data_pass, place = divmod(number, steps)
+        indices, generator = source.order(seed, data_pass)[place * size :][:size], keyed_generator(seed, number, 1)
+        images, labels = source.batch(indices, generator)
+        lr = learning_rate(settings, number, total, 0)
+        batch = StepBatch(images, labels, generator, step=number, data_pass=data_pass, lr=lr)
+        losses.append(step(batch).loss)
+    rule, how = settings.validation, {"threat": config.threat, "measurement": Measurement(), "seed": seed}
+    attack = Attack(name="val", num_steps=rule.num_steps, step_size=rule.step_size)
+    pixels = {"recalibration": to_float(images_of.first(1000).images), "val": val.first(rule.num_images)}
+    with step.update.averaged():
+        (row,) = validation_rows(net, {"largest": space.largest}, attack=attack, **pixels, **how)
+    return net, {**row, "loss": float(torch.stack(losses[-steps:]).mean())}
 
-    def teacher(form: str) -> Callable[[int], None]:
-        files = [f"--teacher={folder}/{form}-teacher.safetensors", f"--history={folder}/{form}-train_teacher.parquet"]
-        return stage(train_teacher.main, form, [f"--settings={job_settings(config, 'train_teacher')}", *files])
 
-    def first_phase(form: str) -> Callable[[int], None]:
-        files = [f"--teacher={folder}/package-teacher.safetensors", f"--supernet={folder}/{form}.safetensors"]
-        files += [f"--history={folder}/{form}-train_phase.parquet"]
-        settings = job_settings(config, "train_phase", phase=phase)
-        return stage(train_phase.main, form, [f"--settings={settings}", *files])
-
-    def stage(run: Callable[[list[str]], None], form: str, flags: list[str]) -> Callable[[int], None]:
-        from plain_training import plain_form
-
-        def call(number: int) -> None:
-            with plain_form() if form == "plain" else nullcontext():
-                run([*common, *flags])
-
-        return call
-
-    return {"train_teacher": teacher, "train_phase": first_phase}
-
-
-def require_same(folder: Path, stage: str) -> None:
-    """Both forms' histories agree at their end.
-
-    Raises
-    ------
-    SystemExit
-        They do not; the text has the figures.
-    """
-    ends = [read_table(folder / f"{form}-{stage}.parquet").iloc[-1] for form in ("plain", "package")]
-    losses = [float(end["loss"]) for end in ends]
-    wrong = [f"loss {losses}"] if abs(losses[0] - losses[1]) > SAME_LOSS * losses[0] else []
+def require_same(stage: str, ends: Sequence[Mapping[str, float]]) -> None:
+    """Losses and accuracies of both forms agree; the text of the error has the figures."""
+    losses = [end["loss"] for end in ends]
+    wrong = [f"loss {losses}"] if not abs(losses[0] - losses[1]) <= SAME_LOSS * losses[0] else []
     for column in ("val_clean_acc", "val_robust_acc"):
         shares = [float(end[column]) for end in ends]
         noise = 2 * (2 * shares[0] * (1 - shares[0]) / float(ends[0]["val_num_images"])) ** 0.5
         wrong += [f"{column} {shares}"] if not abs(shares[0] - shares[1]) <= noise + 1e-9 else []
     if wrong:
         raise SystemExit(f"{stage}: plain form and package train differently, nothing is timed: {', '.join(wrong)}")
-
-
-def _compared_row(stage: str, form: str, timing: Timing, spread: float, args: argparse.Namespace) -> Row:
-    """A row of the comparison."""
-    return _row(
-        f"{stage}, {form}",
-        timing.seconds,
-        f"{args.epochs} epochs and one validation",
-        ratio_plain=round(timing.ratio_plain, 4),
-        baseline_spread=round(spread, 4),
-        noisy=spread > NOISY,
-        config=json.dumps(Path(args.config).name),
-        rounds=args.rounds,
-        machine=machine(),
-    )
 
 
 if __name__ == "__main__":

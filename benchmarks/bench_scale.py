@@ -9,7 +9,6 @@ What `submit` measures is Snakemake and its plugin on the login node, against a 
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from common import machine, table, write_rows
+from common import Options, machine, show, write_rows
 
 from proard.artifacts import MEASURED, Provenance, write_table
 from proard.config import job_settings, load
@@ -31,6 +30,7 @@ from proard.stages import merge_table
 
 ROOT = Path(__file__).parents[1]
 PER_SHARD = 10
+SHARDS = (1000, f"of {PER_SHARD} archs each")
 COMMANDS = {  # a scheduler in three lines: a job is done, with all its files, when it is submitted
     "sbatch": """
 case $1 in --version) echo slurm 24.05; exit;; esac
@@ -50,27 +50,15 @@ echo $number
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure one of them."""
-    args = parse(argv)
+    options = Options(__doc__, "scale", quick={"shards": 100}, rounds=None, seed=None, shards=SHARDS)
+    options.add_argument("what", nargs="?", default="plan", choices=("plan", "merge", "submit"))
+    args = options.read(argv)
     with tempfile.TemporaryDirectory(prefix="scale-") as folder:
         row = {"plan": plan, "merge": merge, "submit": submit}[args.what](Path(folder), args.shards)
     row = {"benchmark": "scale", "row": args.what, "shards": args.shards, **row, "machine": machine()}
-    if args.json:
-        write_rows(args.json, [row])
-    cells = [
-        (key, f"{value:,.3g}" if isinstance(value, float) else f"{value:,}")
-        for key, value in row.items()
-        if isinstance(value, (int, float))
-    ]
-    print(table(("", args.what), cells))
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", default="plan", choices=("plan", "merge", "submit"))
-    parser.add_argument("--shards", type=int, default=1000, help=f"of {PER_SHARD} archs each (default 1000)")
-    parser.add_argument("--json", metavar="FILE", help="write the row here")
-    return parser.parse_args(argv)
+    write_rows(args.json, [row])
+    numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
+    show(f"{args.what}, {args.shards} shards", [row], {key: f"{key}:,.6g" for key in numbers})
 
 
 def config(folder: Path, shards: int) -> tuple[dict[str, Any], Path]:
@@ -91,9 +79,8 @@ def config(folder: Path, shards: int) -> tuple[dict[str, Any], Path]:
 def snakemake(folder: Path, *arguments: str, path: Path, **options: Any) -> tuple[float, str]:
     """Seconds of a call that succeeds, and what it printed."""
     command = [sys.executable, "-m", "snakemake", *arguments, "--directory", folder, "--configfile", path]
+    options |= {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "check": False}
     started = time.perf_counter()
-    pipe = subprocess.PIPE
-    options |= {"cwd": ROOT, "stdout": pipe, "stderr": subprocess.STDOUT, "text": True, "check": False}
     done = subprocess.run(list(map(str, command)), **options)
     seconds = time.perf_counter() - started
     if done.returncode:
@@ -119,10 +106,11 @@ def merge(folder: Path, shards: int) -> dict[str, Any]:
     identity = identity_columns(space, genotypes)
     origin = Provenance("scale", "evaluate_archs", inputs={name: "0" * 64 for name in merge_table.SHARED_INPUTS})
     archs = folder / "archs.parquet"
-    write_table(archs, identity_rows(identity, 0, total), {name: MEASURED[name] for name in identity}, origin)
+    table = [dict(zip(identity, values, strict=True)) for values in zip(*identity.values(), strict=True)]
+    write_table(archs, table, {name: MEASURED[name] for name in identity}, origin)
     same = {"clean_acc": 0.5, "robust_acc": 0.3, "norm": "linf", "eps": 8 / 255, "split": "val", "attack": "pgd20"}
     for number, name in enumerate(shard_names(total, PER_SHARD)):
-        rows = [{**row, **same} for row in identity_rows(identity, number * PER_SHARD, PER_SHARD)]
+        rows = [{**row, **same} for row in table[number * PER_SHARD :][:PER_SHARD]]
         write_table(folder / "shards" / name / "table.parquet", rows, MEASURED, origin)
     files = ["--archs", str(archs), "--table", str(folder / "table.parquet")]
     command = ["--settings", job_settings(run, "merge_table"), "--shards", str(folder / "shards"), *files]
@@ -131,11 +119,6 @@ def merge(folder: Path, shards: int) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     shard = next((folder / "shards").rglob("*.parquet")).stat().st_size
     return {"seconds": seconds, "bytes_of_a_shard": shard, "bytes_merged": (folder / "table.parquet").stat().st_size}
-
-
-def identity_rows(identity: dict[str, list[Any]], first: int, count: int) -> list[dict[str, Any]]:
-    """Some rows of columns."""
-    return [{name: values[index] for name, values in identity.items()} for index in range(first, first + count)]
 
 
 def submit(folder: Path, shards: int) -> dict[str, Any]:

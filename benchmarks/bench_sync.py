@@ -1,30 +1,28 @@
 """Averaging gradients over processes: DistributedDataParallel, one flat all-reduce, one of the active slices alone.
 
-Every row makes the same local step (forward and backward of one sampled subnet of the supernet, weights sliced in the
-forward) in each process; the local step without any sync is timed beside it, and the difference is what a sync costs.
-Before anything is timed, all rows must give the same averaged gradients in float64.
-
-    python benchmarks/bench_sync.py --help
+Every row makes the same local step (forward and backward of one sampled subnet, weights sliced in the forward) in each
+process; what it takes beyond the local step alone is what a sync costs. All rows must give the same averaged gradients
+in float64 before anything is timed.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import io
 import tempfile
-from collections.abc import Callable, Sequence
+from argparse import Namespace
+from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
+from functools import partial
 
-import numpy as np
+import common
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from common import NOISY, Timing, machine, require_positive, table, time_interleaved, write_rows
-from step_rows import scaled_space
+from plain_step import Recipe
+from step_rows import Problem, make_problem, scaled_space
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -34,7 +32,6 @@ from proard.space import Arch
 from proard.training.ranks import Ranks
 from proard.training.sync import GradientSync
 
-RESULTS = Path(__file__).parent / "results" / "bench_sync.json"
 LOCAL = "local"
 ROWS = {
     LOCAL: "the step without a sync",
@@ -43,6 +40,8 @@ ROWS = {
     "active": "one flat all-reduce of the active slices: the package's",
 }
 TOLERANCE = 1e-12  # of averaged float64 gradients, relative to the largest entry of each
+COLUMNS = {"ratio_over_ddp": "over ddp:.2f", "sync_ms": "sync ms:.1f", "ms_per_step": "step ms:.1f"}
+COLUMNS |= {"bytes_reduced": "bytes reduced:,d"}
 
 
 class Row:
@@ -62,20 +61,18 @@ class Row:
 
     def __call__(self, arch: Arch, images: Tensor, labels: Tensor) -> None:
         """Local gradients of one subnet, then their mean over processes."""
-        torch._foreach_zero_([parameter.grad for parameter in self.net.parameters()])
+        gradients = [parameter.grad for parameter in self.net.parameters()]
+        torch._foreach_zero_(gradients)
         loss = F.cross_entropy(self.module(images, arch), labels)
         (loss if self.sync is None else loss / dist.get_world_size()).backward()  # the sync adds up
-        self.bytes = 0
-        if self.name == "ddp":
-            self.bytes = sum(parameter.grad.nbytes for parameter in self.net.parameters())
-        elif self.name == "flat":
-            gradients = [parameter.grad for parameter in self.net.parameters()]
+        if self.name in ("ddp", "flat"):
+            self.bytes = sum(gradient.nbytes for gradient in gradients)
+        if self.name == "flat":
             buffer = torch.cat([gradient.reshape(-1) for gradient in gradients])
             dist.all_reduce(buffer)
             buffer /= dist.get_world_size()
             parts = buffer.split([gradient.numel() for gradient in gradients])
             torch._foreach_copy_(gradients, [p.view(g.shape) for p, g in zip(parts, gradients, strict=True)])
-            self.bytes = buffer.nbytes
         elif self.sync is not None:
             before = self.sync.bytes_reduced
             self.sync([self.net.space.spec(arch)], torch.zeros(0, device=images.device))
@@ -83,126 +80,80 @@ class Row:
         if images.is_cuda:
             torch.cuda.synchronize()
 
+    def gradients(self) -> dict[str, Tensor]:
+        """Copies by name."""
+        return {name: parameter.grad.clone() for name, parameter in self.net.named_parameters()}
 
-def require_equal(rows: dict[str, Row], archs: Sequence[Arch], images: Tensor, labels: Tensor) -> float:
-    """Return the largest relative difference between the rows' averaged gradients, or stop.
 
-    Raises
-    ------
-    SystemExit
-        A row differs from the flat all-reduce of everything, or the processes saw the same images.
+def require_equal(problem: Problem) -> float:
+    """The largest relative difference between the rows' averaged gradients and the flat all-reduce of everything.
+
+    Ends where a row differs, or where the processes saw the same images.
     """
-    largest = 0.0
-    for arch in archs:
+    rows = {name: Row(name, problem.student) for name in ROWS}
+    found: dict[str, list[float]] = {name: [] for name in rows}
+    for arch in problem.archs:
         for row in rows.values():
-            row(arch, images, labels)
-        wanted = {name: parameter.grad for name, parameter in rows["flat"].net.named_parameters()}
+            row(arch, problem.images, problem.labels)
+        wanted = rows["flat"].gradients()
         for name, row in rows.items():
-            difference = max(
-                float((parameter.grad - wanted[key]).abs().max() / wanted[key].abs().max().clamp_min(1e-300))
-                for key, parameter in row.net.named_parameters()
-            )
-            if name == LOCAL and dist.get_world_size() > 1 and difference < 1e-6:
-                raise SystemExit("the processes have the same gradients: nothing is averaged, nothing is timed")
-            if name != LOCAL and not difference <= TOLERANCE:
-                raise SystemExit(f"row {name} differs by {difference:.2g} from the plain average, nothing is timed")
-            largest = max(largest, difference if name != LOCAL else 0.0)
-    return largest
+            found[name].append(common.relative_difference(row.gradients(), wanted))
+    if dist.get_world_size() > 1 and min(found[LOCAL]) < 1e-6:
+        raise SystemExit("the processes have the same gradients: nothing is averaged, nothing is timed")
+    differences = {f"row {name}": common.largest(values) for name, values in found.items() if name != LOCAL}
+    return common.require_close(differences, TOLERANCE, "rows differ from the plain average")
 
 
-def work(rank: int, args: argparse.Namespace, folder: str) -> None:
-    """Be one of the processes; the first one prints and writes."""
+def own_problem(args: Namespace, batch: int, seed: int, device: torch.device, dtype: torch.dtype) -> Problem:
+    """The same archs and networks in every process, and images of its own."""
+    space, how = scaled_space(args.space, args.width_scale), {"num_archs": args.archs, "batch_size": batch}
+    shared, own = (make_problem(space, recipe=Recipe(), dtype=dtype, seed=s, **how) for s in (args.seed, seed))
+    images = own.images.contiguous(memory_format=torch.channels_last)
+    return replace(shared, images=images, labels=own.labels).placed(device)
+
+
+def work(rank: int, args: Namespace, folder: str) -> None:
+    """Run one of the processes; the first one prints and writes."""
     torch.set_num_threads(args.threads)
+    device = torch.device("cuda", rank) if args.backend == "nccl" else torch.device("cpu")
     if args.backend == "nccl":
         torch.cuda.set_device(rank)
-    device = torch.device("cuda", rank) if args.backend == "nccl" else torch.device("cpu")
-    meeting = f"file://{folder}/meeting"
-    dist.init_process_group(args.backend, init_method=meeting, rank=rank, world_size=args.processes)
-    space = scaled_space(args.space, args.width_scale)
-    archs = [space.arch(row) for row in space.sample(args.archs, np.random.default_rng(args.seed))]
-    channels, size = space.settings.image_channels, space.settings.image_size
-    generator = torch.Generator().manual_seed(args.seed)
-    net = Supernet(space, mean=[0.0] * channels, std=[1.0] * channels, generator=generator)
-    own = torch.Generator().manual_seed(1000 + rank)  # every process has images of its own
-
-    def batch(count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        images = torch.rand((count, channels, size, size), generator=own).to(device, dtype)
-        labels = torch.randint(space.settings.classes, (count,), generator=own).to(device)
-        return images.contiguous(memory_format=torch.channels_last), labels
-
-    exact = {name: Row(name, copy.deepcopy(net).to(device, torch.float64)) for name in ROWS}
-    largest = require_equal(exact, archs, *batch(min(args.batch, 4), torch.float64))
-    del exact
+    place = {"init_method": f"file://{folder}/meeting", "rank": rank, "world_size": args.processes}
+    dist.init_process_group(args.backend, **place)
+    difference = require_equal(own_problem(args, min(args.batch, 4), 1000 + rank, device, torch.float64))
     if rank == 0:
-        print(f"all rows give the same averaged gradients: largest relative difference {largest:.1e}", flush=True)
-    rows = {name: Row(name, net.to(device)) for name in ROWS}
-    images, labels = batch(args.batch, torch.float32)
+        print(f"all rows give the same averaged gradients: largest relative difference {difference:.1e}", flush=True)
+    problem = own_problem(args, args.batch, 1000 + rank, device, torch.float32)
+    rows = {name: Row(name, problem.student) for name in ROWS}
 
-    def call(row: Row) -> Callable[[int], None]:
-        def run(_number: int) -> None:
-            dist.barrier()  # no process pays for another one's previous row
-            for arch in archs:
-                row(arch, images, labels)
+    def run(number: int, *, row: Row) -> None:
+        dist.barrier()  # no process pays for another one's previous row
+        for arch in problem.archs:
+            row(arch, problem.images, problem.labels)
 
-        return run
-
-    quiet = nullcontext() if rank == 0 else redirect_stdout(io.StringIO())
-    with quiet:
-        timings, spread = time_interleaved({n: call(r) for n, r in rows.items()}, rounds=args.rounds, label="syncs")
+    calls = {name: partial(run, row=row) for name, row in rows.items()}
+    with nullcontext() if rank == 0 else redirect_stdout(io.StringIO()):
+        timed = common.time_interleaved(calls, rounds=args.rounds, label="syncs")
     if rank == 0:
-        sizes = {name: row.bytes for name, row in rows.items()}  # of the last arch
-        macs = [space.spec(arch).macs for arch in archs]
-        report(timings, sizes, spread, args, largest, macs)
+        report(timed, {name: row.bytes for name, row in rows.items()}, args, difference, problem)
     dist.destroy_process_group()
 
 
-def report(
-    timings: dict[str, Timing],
-    sizes: dict[str, int],
-    spread: float,
-    args: argparse.Namespace,
-    largest: float,
-    macs: Sequence[int],
-) -> None:
-    """Print the table and write one JSON line per row where asked."""
-    step = {name: 1e3 * timing.seconds / args.archs for name, timing in timings.items()}
+def report(timed: common.Timed, sizes: dict[str, int], args: Namespace, difference: float, problem: Problem) -> None:
+    """Print the table and write one JSON line per row where asked; bytes are those of the last arch."""
+    step = {name: 1e3 * timing.seconds / args.archs for name, timing in timed.timings.items()}
     cost = {name: value - step[LOCAL] for name, value in step.items() if name != LOCAL}
-    cells = [("-", "-", f"{step[LOCAL]:.1f}", "0.0", LOCAL + ": " + ROWS[LOCAL])]
-    for name in cost:
-        times = f"{cost['ddp'] / cost[name]:.2f}" if min(cost["ddp"], cost[name]) > 0 else "?"
-        cells.append((times, f"{cost[name]:.1f}", f"{step[name]:.1f}", f"{sizes[name] / 1e6:.1f}", ROWS[name]))
-    noisy = spread > NOISY or min(cost.values()) <= 0
-    print(table(("over ddp", "sync ms", "step ms", "MB reduced", "row"), cells))
-    print(
-        f"\n{args.processes} processes, {args.backend}, {args.space} at width scale {args.width_scale:g}, subnets of "
-        f"{', '.join(f'{value / 1e6:.1f} M' for value in macs)} MACs, batch {args.batch} each, medians of "
-        f"{args.rounds} rounds\nlocal step timed twice: spread {spread:.1%}"
-        + (" - NOISY, do not quote these ratios" if noisy else "")
-    )
-    run: dict[str, Any] = {
-        **{name: getattr(args, name) for name in ("processes", "backend", "space", "width_scale", "batch", "rounds")},
-        "seed": args.seed,
-        "macs": list(macs),
-        "largest_difference": largest,
-        "baseline_spread": round(spread, 4),
-        "noisy": noisy,
-        "machine": machine(),
-    }
-    if args.json:
-        lines = [
-            {
-                "bench": "sync",
-                "row": name,
-                "lever": ROWS[name],
-                "ratio_over_ddp": round(cost["ddp"] / cost[name], 4) if cost.get(name) else None,
-                "sync_ms": round(cost.get(name, 0.0), 3),
-                "ms_per_step": round(step[name], 3),
-                "bytes_reduced": sizes[name],
-            }
-            | run
-            for name in ROWS
-        ]
-        write_rows(args.json, lines)
+    facts = common.given(args, "processes", "backend", "space", "width_scale", "batch", "seed") | timed.quality
+    facts |= {"macs": [fact["macs"] for fact in problem.facts()], "largest_difference": difference}
+    facts |= {"noisy": facts["noisy"] or min(cost.values()) <= 0, "machine": common.machine()}
+    rows = []
+    for name, lever in ROWS.items():
+        row = {"bench": "sync", "row": name, "lever": lever, "sync_ms": round(cost.get(name, 0.0), 3)}
+        row["ratio_over_ddp"] = round(cost["ddp"] / cost[name], 4) if cost.get(name) else None
+        rows.append(row | {"ms_per_step": round(step[name], 3), "bytes_reduced": sizes[name]} | facts)
+    title = f"{args.processes} processes, {args.backend}, {problem.describe()} each, width scale {args.width_scale:g}"
+    common.show(title, rows, COLUMNS)
+    common.write_rows(args.json, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -216,29 +167,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         mp.spawn(work, args=(args, folder), nprocs=args.processes)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     gpus = torch.cuda.device_count()
-    parser.add_argument("--processes", type=int, default=gpus if gpus > 1 else 2)
-    parser.add_argument("--backend", choices=["gloo", "nccl"], default="nccl" if gpus > 1 else "gloo")
-    parser.add_argument("--space", choices=sorted(PRESETS), default="resnet_cifar")
-    parser.add_argument("--width-scale", type=float, help="times all channels; 0.5 for resnet_cifar, else 1")
-    parser.add_argument("--batch", type=int, default=4, help="images of each process")
-    parser.add_argument("--archs", type=int, default=2, help="sampled subnets; times are means over them")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1, help="of each process")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", nargs="?", const=str(RESULTS), metavar="FILE", help=f"default {RESULTS.name}")
-    parser.add_argument("--quick", action="store_true", help="digits space, 1 arch, 2 rounds: shows that it runs")
-    args = parser.parse_args(argv)
-    if args.quick:
-        args.space, args.archs, args.rounds = "resnet_digits", 1, 2
+    options = common.Options(
+        __doc__,
+        "sync",
+        quick={"space": "resnet_digits", "archs": 1, "rounds": 2},
+        threads=(1, "of each process"),
+        processes=(gpus if gpus > 1 else 2, "of this machine"),
+        backend=("nccl" if gpus > 1 else "gloo", "nccl needs a GPU for each process", ["gloo", "nccl"]),
+        space=("resnet_cifar", "search space", sorted(PRESETS)),
+        width_scale=(None, "times all channels; 0.5 for resnet_cifar, else 1", float),
+        batch=(4, "images of each process"),
+        archs=(2, "sampled subnets; times are means over them"),
+    )
+    args = options.read(argv)
     if args.width_scale is None:
         args.width_scale = 0.5 if args.space == "resnet_cifar" else 1.0
-    require_positive(parser, args, "processes", "batch", "archs", "rounds", "threads")
     if args.backend == "nccl" and args.processes > gpus:
-        parser.error(f"--processes is {args.processes}, but nccl needs a GPU each and there are {gpus}")
+        options.error(f"--processes is {args.processes}, but nccl needs a GPU each and there are {gpus}")
     return args
 
 

@@ -1,4 +1,4 @@
-"""What benchmarks share: the machine, interleaved timing with the baseline taken twice, ratios, JSON lines."""
+"""What benchmarks share: options, the machine, interleaved timing, rows, tables, comparisons, the package's step."""
 
 from __future__ import annotations
 
@@ -6,49 +6,81 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from proard import __version__
 from proard.artifacts.files import write_text
+from proard.attacks import pgd
+from proard.config import Threat
 from proard.host import usable_cores
 from proard.kernels import has_bfloat16
 from proard.progress import Progress
+from proard.training import Plan, TrainingStep, training_step
 
+Row = dict[str, Any]
+Call = Callable[[int], object]
 NOISY = 0.10  # spread of the two baselines above which a run's ratios are not to be quoted
+SHARED = {
+    "threads": (2, "of torch"),
+    "rounds": (5, "rounds that count; medians are over them"),
+    "seed": (0, "of everything random"),
+}
 
 
-@dataclass(frozen=True)
-class Timing:
-    """One row of a ladder: medians over rounds.
+class Options(argparse.ArgumentParser):
+    """The command line of a benchmark: its own options, those in `SHARED`, `--json` and `--quick`.
 
-    Attributes
-    ----------
-    seconds, cpu_seconds : float
-        Wall time and processor time (all threads) of one call.
-    ratio_total, ratio_previous : float
-        How many times faster than the baseline, and than the row above; ratios are taken within a round.
-    ratio_plain : float, optional
-        How many times faster than the second baseline, where there is one.
+    An option is its default, its help and, where the default does not tell, its type or its choices; a list takes
+    several values, None leaves an option out. Whole numbers, `seed` and those in `zero` apart, are at least 1.
     """
 
-    seconds: float
-    cpu_seconds: float
-    ratio_total: float
-    ratio_previous: float
-    ratio_plain: float | None = None
+    def __init__(self, doc: str, name: str, *, quick: Row, zero: Collection[str] = (), **own: tuple | None) -> None:
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.quick, self.counts = quick, []
+        for option, (default, text, *more) in ((name, spec) for name, spec in {**SHARED, **own}.items() if spec):
+            example = default[0] if isinstance(default, list) else default
+            kind = more[0] if more else type(example)
+            words = {"choices": kind} if isinstance(kind, (list, tuple)) else {"type": kind}
+            words |= {"nargs": "+"} if isinstance(default, list) else {}
+            words = {"action": "store_true"} if kind is bool else words | {"default": default}
+            self.add_argument(f"--{option.replace('_', '-')}", help=text, **words)
+            self.counts += [option] if kind is int and option not in ("seed", *zero) else []
+        results = Path(__file__).parent / "results" / f"bench_{name}.json"
+        self.add_argument("--json", nargs="?", const=str(results), metavar="FILE", help=f"default {results.name}")
+        says = ", ".join(f"{key} {value}" for key, value in quick.items())
+        self.add_argument("--quick", action="store_true", help=f"shows that it runs, its ratios mean nothing: {says}")
+
+    def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """Read the command line and set the number of threads; end with the usage where a count is below 1."""
+        args = self.parse_args(argv)
+        vars(args).update(self.quick if args.quick else {})
+        for name in self.counts:
+            least = min(np.atleast_1d(1 if getattr(args, name) is None else getattr(args, name)))
+            if least < 1:
+                self.error(f"--{name.replace('_', '-')} is {least}; expected at least 1")
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        return args
 
 
-def machine() -> dict[str, Any]:
+def given(args: argparse.Namespace, *names: str) -> Row:
+    """Some of the options, by name."""
+    return {name: getattr(args, name) for name in names}
+
+
+def machine() -> Row:
     """Processor, cores, threads, versions and load: what a time means nothing without."""
     return {
-        "processor": _processor(),
+        "processor": cpu_info("model name") or platform.processor(),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -60,100 +92,249 @@ def machine() -> dict[str, Any]:
     }
 
 
+def cpu_info(*names: str) -> str:
+    """The first line of /proc/cpuinfo under one of these names; empty where there is none."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(names)), "")
+
+
 def computed_here(rows: Mapping[str, Any], *, rounded: Collection[str]) -> dict[str, Any]:
     """The rows without those in `rounded`, of bfloat16, where this CPU only emulates that type: they take minutes."""
     return {name: row for name, row in rows.items() if name not in rounded or has_bfloat16("cpu")}
 
 
+# --- timing --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians over rounds: seconds of one call, of the wall and of the processor; ratios taken within a round.
+
+    `ratio_total` is how many times faster than the first call, `ratio_previous` than the one above, `ratio_plain` than
+    the second baseline.
+    """
+
+    seconds: float
+    cpu_seconds: float
+    ratio_total: float
+    ratio_previous: float
+    ratio_plain: float | None = None
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Interleaved timings: the rounds that were made, and how far the baseline's two medians lie apart."""
+
+    timings: dict[str, Timing]
+    rounds: int
+    spread: float
+
+    @property
+    def quality(self) -> Row:
+        """Rounds and noise."""
+        return {"rounds": self.rounds, "baseline_spread": round(self.spread, 4), "noisy": self.spread > NOISY}
+
+
+class TimeIsShort(Exception):
+    """The time ended before anything was measured."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The time until which a benchmark may go on; `end` is on the clock `now`."""
+
+    end: float = float("inf")
+    now: Callable[[], float] = time.monotonic
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.end - self.now()
+
+    def require(self) -> None:
+        """Raise `TimeIsShort` where no time is left."""
+        if self.left <= 0:
+            raise TimeIsShort
+
+
 def time_interleaved(
-    calls: Mapping[str, Callable[[int], None]], *, rounds: int, label: str, plain: str | None = None
-) -> tuple[dict[str, Timing], float]:
+    calls: Mapping[str, Call],
+    *,
+    rounds: int,
+    label: str,
+    plain: str | None = None,
+    budget: Budget | None = None,
+    device: torch.device | str = "cpu",
+) -> Timed:
     """Time every call once per round, the first one (the baseline) once more at the end of each round.
 
-    Parameters
-    ----------
-    calls : mapping of name to callable
-        In ladder order; each takes the number of the round. A round -1 warms up and does not count.
-    rounds : int
-        Rounds that count.
-    label : str
-        What the progress lines are about.
-    plain : str, optional
-        Name of the second baseline, one of the calls.
-
-    Returns
-    -------
-    timings : dict of name to Timing
-    spread : float
-        Relative difference between the medians of the first and the second baseline.
+    Every call takes the number of the round; a round -1 warms up. `plain` names the second baseline. A round that the
+    budget leaves no time for is not begun; `TimeIsShort` is raised where that is the first. The device is waited for.
     """
-    baseline = next(iter(calls))
-    order = [*calls, baseline]
+    budget, order = budget or Budget(), [*calls, next(iter(calls))]
+    progress = Progress(label, len(calls) + rounds * len(order), "timings")
+    for name in calls:
+        budget.require()
+        clocked(calls[name], -1, device)
+        progress.advance(note=name)
     clocks: list[list[tuple[float, float]]] = []
-    progress = Progress(label, (rounds + 1) * len(order), "timings")
-    for number in range(-1, rounds):
+    longest = 0.0
+    while len(clocks) < rounds and budget.left > longest:
+        begun, number = budget.now(), len(clocks)
         clocks.append([])
         for name in order:
-            clocks[-1].append(clocked(calls[name], number))
+            clocks[-1].append(clocked(calls[name], number, device))
             progress.advance(note=name)
+        longest = max(longest, budget.now() - begun)
     progress.close()
-    return summarise(list(calls), clocks[1:], plain=plain)
+    if not clocks:
+        raise TimeIsShort
+    return summarise(list(calls), clocks, plain=plain)
 
 
 def summarise(
     names: Sequence[str], clocks: Sequence[Sequence[tuple[float, float]]], *, plain: str | None = None
-) -> tuple[dict[str, Timing], float]:
+) -> Timed:
     """Medians and ratios of rounds of (wall, processor) seconds; each round ends with the second baseline."""
-    rounds = [[(first[0] + again[0]) / 2, *(wall for wall, _ in rest)] for first, *rest, again in clocks]
-    processor = [[(first[1] + again[1]) / 2, *(used for _, used in rest)] for first, *rest, again in clocks]
+    both = np.asarray(clocks).transpose(2, 0, 1)  # wall and processor, rounds, calls
+    walls, used = np.concatenate([(both[..., :1] + both[..., -1:]) / 2, both[..., 1:-1]], axis=-1)
     timings = {}
     for index, name in enumerate(names):
-        timings[name] = Timing(
-            statistics.median(walls[index] for walls in rounds),
-            statistics.median(used[index] for used in processor),
-            statistics.median(walls[0] / walls[index] for walls in rounds),
-            statistics.median(walls[max(index - 1, 0)] / walls[index] for walls in rounds),
-            None if plain is None else statistics.median(walls[names.index(plain)] / walls[index] for walls in rounds),
-        )
-    first, again = (statistics.median(clock[end][0] for clock in clocks) for end in (0, -1))
-    return timings, abs(first - again) / min(first, again)
+        over = [0, max(index - 1, 0), *([] if plain is None else [names.index(plain)])]
+        columns = [walls[:, index], used[:, index], *(walls[:, other] / walls[:, index] for other in over)]
+        timings[name] = Timing(*np.median(columns, axis=1).tolist())
+    first, again = np.median(both[0][:, [0, -1]], axis=0).tolist()
+    return Timed(timings, len(clocks), abs(first - again) / min(first, again))
 
 
-def require_positive(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
-    """End with the usage where one of these counts is below 1."""
-    for name in names:
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected at least 1")
+def clocked(call: Call, number: int, device: torch.device | str = "cpu") -> tuple[float, float]:
+    """Wall and processor seconds of one call, until the device has done what it launched."""
+    wall, used = time.perf_counter(), time.process_time()
+    call(number)
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - wall, time.process_time() - used
 
 
-def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write one JSON line per row."""
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+# --- rows and tables -----------------------------------------------------------------------------------------------
+
+
+def ladder(
+    bench: str,
+    calls: Mapping[str, Call],
+    levers: Mapping[str, str],
+    columns: Mapping[str, str],
+    *,
+    title: str,
+    baseline: str,
+    facts: Row,
+    own: Callable[[str, Timing], Row],
+    second: str = "ratio_plain",
+    **how: Any,
+) -> list[Row]:
+    """Time calls, make a row of each, print them under the title and return them.
+
+    `baseline` names the first call, `second` the ratio to the second baseline; `own` gives what is particular to a row,
+    `facts` what is the same in all; `how` are options of `time_interleaved`.
+    """
+    timed, rows = time_interleaved(calls, label=title.split(",")[0], **how), []
+    for name, timing in timed.timings.items():
+        ratios = {"ratio_total": timing.ratio_total, second: timing.ratio_plain}
+        ratios |= {"ratio_previous": timing.ratio_previous}
+        rounded = {key: round(value, 4) for key, value in ratios.items() if value is not None}
+        row = {"bench": bench, "row": name, "lever": levers[name], "baseline": baseline, **rounded}
+        rows.append(row | own(name, timing) | facts | timed.quality)
+    show(title, rows, columns)
+    return rows
+
+
+def write_rows(path: str | Path | None, rows: Sequence[Row]) -> None:
+    """Write one JSON line per row, where a file is named."""
+    if path:
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def show(title: str, rows: Sequence[Row], columns: Mapping[str, str]) -> None:
+    """Print rows as a table: their name, these keys as `heading:format`, what the row is; then the machine."""
+    headings, formats = zip(*(column.rsplit(":", 1) for column in columns.values()), strict=True)
+    cells = [(row.get("row", ""), *map(cell, map(row.get, columns), formats), row.get("lever", "")) for row in rows]
+    first = rows[0]
+    print(f"\n{title}" + (f", medians of {first['rounds']} rounds" if "rounds" in first else ""))
+    print(table(("row", *headings, "what"), cells))
+    if "baseline_spread" in first:
+        words = " - NOISY, do not quote these ratios" if any(row["noisy"] for row in rows) else ""
+        print(f"baseline timed twice: spread {max(row['baseline_spread'] for row in rows):.1%}{words}")
+    print(", ".join(f"{key} {value}" for key, value in first.get("machine", {}).items()), flush=True)
+
+
+def cell(value: Any, form: str) -> str:
+    """A value in a format, a dash where there is none."""
+    large = form == ".3g" and isinstance(value, float) and value >= 1000
+    return "-" if value is None else format(value, ".0f" if large else form)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Text columns: the last one flush left, the others flush right."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header) - 1)]
-    lines = [
-        "  ".join([*(cell.rjust(width) for cell, width in zip(row, widths, strict=False)), row[-1]])
-        for row in (header, *rows)
-    ]
-    return "\n".join(lines)
+    lines = [header, *rows]
+    widths = [max(map(len, column)) for column in list(zip(*lines, strict=True))[:-1]]
+    return "\n".join("  ".join([*map(str.rjust, line, widths), line[-1]]) for line in lines)
 
 
-def clocked(call: Callable[[int], None], number: int) -> tuple[float, float]:
-    """Wall and processor seconds of one call."""
-    wall, used = time.perf_counter(), time.process_time()
-    call(number)
-    return time.perf_counter() - wall, time.process_time() - used
+# --- comparisons before anything is timed --------------------------------------------------------------------------
 
 
-def _processor() -> str:
-    """Read the processor's name as the system gives it."""
-    path = Path("/proc/cpuinfo")
-    names = (
-        [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("model name")]
-        if path.exists()
-        else []
-    )
-    return names[0].split(":", 1)[1].strip() if names else platform.processor()
+class Float64Losses(TorchFunctionMode):
+    """Context in which losses of float64 networks, in float32 at least elsewhere, are computed in float64."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Let `Tensor.float` leave float64 tensors as they are."""
+        kept = function is Tensor.float and args[0].dtype is torch.float64
+        return args[0] if kept else function(*args, **(kwargs or {}))
+
+
+def relative_difference(found: Mapping[Any, Tensor], wanted: Mapping[Any, Tensor]) -> float:
+    """Largest difference of a tensor over its largest entry (at least 1e-4 of the largest of all)."""
+    sizes = {name: float(want.abs().max()) for name, want in wanted.items()}
+    floor = 1e-4 * max(sizes.values())
+    return largest(float((found[name] - want).abs().max()) / max(sizes[name], floor) for name, want in wanted.items())
+
+
+def largest(values: Iterable[float]) -> float:
+    """Maximum that is not a number where any value is not."""
+    return float(np.max(list(values)))
+
+
+def require_close(differences: Mapping[str, float], allowed: float | Mapping[str, float], what: str) -> float:
+    """The largest difference; end where one exceeds what is allowed, by name, with a text that names it."""
+    limits = allowed if isinstance(allowed, Mapping) else dict.fromkeys(differences, allowed)
+    wrong = [f"{name}: {value:.2g}" for name, value in differences.items() if not value <= limits[name]]
+    if wrong:
+        raise SystemExit(f"{what}, nothing is timed: {', '.join(wrong)}")
+    return largest(differences.values())
+
+
+# --- the package's training step -----------------------------------------------------------------------------------
+
+
+def made_step(
+    net: Supernet,
+    settings: Any,
+    plan: Plan,
+    eps: float,
+    teacher: Callable[[Tensor], Tensor] | None,
+    seed: int,
+    *,
+    take_steps: Callable[..., Tensor] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> TrainingStep:
+    """`proard.training`'s step; an attack's steps and the optimizer may be a benchmark's own."""
+
+    def search(*problem: Any, steps: Callable[..., Tensor], **options: Any) -> Tensor:
+        return pgd(*problem, steps=take_steps or steps, **options)
+
+    made = training_step(net, settings, plan, threat=Threat(eps=eps), teacher=teacher, seed=seed, search=search)
+    made.update.optimizer = optimizer or made.update.optimizer
+    if settings.attack.dtype == "float32":
+        made.attacker.dtype = net.mean.dtype  # float64 in equality checks
+    return made

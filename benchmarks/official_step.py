@@ -1,6 +1,6 @@
 """One step of the official ProARD classes, from a checkout that the user has; none of their code is here.
 
-The official package is called `proard` too: while it is imported, this project's modules step aside. What it imports
+The official package is called `proard` too: while it is imported, this project's modules are put away. What it imports
 besides PyTorch and a CPU step does not need is replaced by empty stand-ins, and `.cuda()` keeps tensors where they are.
 """
 
@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from unittest import mock
+from typing import Any
+from unittest.mock import MagicMock
 
 import torch
-from plain_step import Outcome, Recipe
+from plain_step import Outcome, nesterov
 from step_rows import Problem
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from proard.config import PRESETS
 from proard.space import Arch
@@ -34,32 +36,14 @@ OWN_ROOTS = ("proard", "robust_loss", "attacks", "utils")
 
 
 def load_official(path: str, space: str) -> SimpleNamespace:
-    """Import the official classes.
-
-    Parameters
-    ----------
-    path : str
-        Root of the checkout.
-    space : str
-        What the run measures; only the published ResNet space has an official counterpart.
-
-    Returns
-    -------
-    SimpleNamespace
-        `networks`, `utils` and `loss`: the modules that the step uses.
-
-    Raises
-    ------
-    SystemExit
-        The path holds no checkout, a module fails to import or lacks a class; the text says which.
-    """
+    """Import `networks`, `utils` and `loss`, the modules that the step uses; end with the reason where that fails."""
     if space != "resnet_cifar":
         raise SystemExit(f"--official drives the published ResNet space; --space is {space}, expected resnet_cifar")
     root = Path(path).resolve()
     missing = [name for name in ("proard/classification", "robust_loss/rslad.py") if not (root / name).exists()]
     if missing:
         raise SystemExit(f"--official {path} is no checkout of the official repository: it lacks {', '.join(missing)}")
-    with _aside(root):
+    with _own_modules_put_away(root):
         try:
             found = SimpleNamespace(**{key: importlib.import_module(name) for key, name in MODULES.items()})
         except Exception as error:
@@ -80,28 +64,22 @@ class OfficialStep:
     def __init__(self, official: SimpleNamespace, problem: Problem, width_scale: float) -> None:
         settings = PRESETS["resnet_cifar"]
         official.utils.MyNetwork.CHANNEL_DIVISIBLE = max(1, int(settings.channel_multiple * width_scale))
-        choices = {
-            "depth_list": list(settings.depth),
-            "expand_ratio_list": list(settings.expand),
-            "width_mult_list": [width * width_scale for width in settings.width],
-        }
+        choices = {"depth_list": list(settings.depth), "expand_ratio_list": list(settings.expand)}
+        choices["width_mult_list"] = [width * width_scale for width in settings.width]
         build = official.networks.DYNResNets_Cifar
         self.net: nn.Module = build(n_classes=settings.classes, **choices)
         largest = {key: [values[-1]] for key, values in choices.items()}
         self.teacher: nn.Module = build(n_classes=settings.classes, **largest).eval()
-        self.loss, self.recipe, self.widths = official.loss.rslad_loss, problem.recipe, list(settings.width)
-        self.optimizer = _optimizer(self.net, problem.recipe)
+        self.loss, self.recipe, self.settings = official.loss.rslad_loss, problem.recipe, settings
+        self.optimizer = nesterov(self.net, problem.recipe)
 
     def __call__(self, arch: Arch, images: Tensor, labels: Tensor, generator: torch.Generator) -> Outcome:
         """Train `arch` on one batch; the noise comes from the global generator, as in the official code."""
-        smallest = PRESETS["resnet_cifar"].expand[0]  # of blocks that depth leaves out: any choice will do
-        self.net.set_active_subnet(
-            d=list(arch.depth),
-            e=[value or smallest for value in arch.expand],
-            w=[self.widths.index(value) for value in arch.width],
-        )
+        widths = [self.settings.width.index(value) for value in arch.width]
+        expand = [value or self.settings.expand[0] for value in arch.expand]  # of blocks that depth leaves out: any
+        self.net.set_active_subnet(d=list(arch.depth), e=expand, w=widths)
         recipe = self.recipe
-        with mock.patch.object(Tensor, "cuda", lambda tensor, *_, **__: tensor):
+        with _StaysOnCPU():
             self.net.train()
             self.optimizer.zero_grad()
             with torch.no_grad():
@@ -115,50 +93,42 @@ class OfficialStep:
         return Outcome(images, clean.detach(), clean.detach())
 
 
-def _optimizer(net: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    """Nesterov SGD with torch's defaults; norms and biases without decay."""
-    decayed = [p for p in net.parameters() if p.ndim > 1]
-    plain = [p for p in net.parameters() if p.ndim == 1]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=True)
+class _StaysOnCPU(TorchFunctionMode):
+    """Context in which `.cuda()` gives the tensor itself."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return args[0] if function is Tensor.cuda else function(*args, **(kwargs or {}))
 
 
-class _StandIn(ModuleType):
-    """A module whose every attribute is a stand-in, too."""
-
-    __path__: list[str] = []  # noqa: RUF012 - makes it a package
-
-    def __getattr__(self, name: str) -> object:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return mock.MagicMock(name=f"{self.__name__}.{name}")
-
-
-class _Finder:
-    """Finds a stand-in for what is not installed."""
+class _StandIns:
+    """Finds a module whose every attribute is a stand-in for what is not installed."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> object:
         """Spec of a stand-in module."""
-        if name.split(".")[0] in STAND_INS:
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        return None
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if name.split(".")[0] in STAND_INS else None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
         """Make the stand-in."""
-        return _StandIn(spec.name)
+
+        def attribute(name: str) -> object:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return MagicMock(name=f"{spec.name}.{name}")
+
+        module = ModuleType(spec.name)
+        module.__getattr__ = attribute
+        return module
 
     def exec_module(self, module: ModuleType) -> None:
         """Nothing to run."""
 
 
 @contextmanager
-def _aside(root: Path) -> Iterator[None]:
-    """Modules of the names that the checkout uses are put away while it is imported; the path stands first."""
+def _own_modules_put_away(root: Path) -> Iterator[None]:
+    """Modules of the names that the checkout uses are put away while it is imported; its path comes first."""
     kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in OWN_ROOTS}
-    finder, arguments = _Finder(), sys.argv
-    for folder in (
-        root / name for name in OWN_ROOTS
-    ):  # without an __init__ this project's package would be found first
+    finder, arguments = _StandIns(), sys.argv
+    for folder in map(root.joinpath, OWN_ROOTS):  # without an __init__ this project's package would be found first
         if folder.is_dir() and not (folder / "__init__.py").exists():
             sys.modules[folder.name] = ModuleType(folder.name)
             sys.modules[folder.name].__path__ = [str(folder)]

@@ -25,9 +25,7 @@ from proard.search.evaluations import Evaluations
 from proard.space import Arch, SearchSpace
 from proard.space.blocks import make_divisible
 
-PredictFeatures = Callable[
-    [np.ndarray], np.ndarray
-]  # one-hot features (n, columns) -> clean and robust accuracy (n, 2)
+PredictFeatures = Callable[[np.ndarray], np.ndarray]  # one-hot (n, columns) -> clean and robust accuracy (n, 2)
 
 
 def count_macs(space: SearchSpace, arch: Arch) -> int:
@@ -55,8 +53,7 @@ def count_macs(space: SearchSpace, arch: Arch) -> int:
                 macs += channels * middle * before**2 + middle * middle * 9 * size**2 + middle * out * size**2
             else:
                 macs += channels * middle * 9 * size**2 + middle * out * 9 * size**2
-            if block == 0:
-                macs += channels * out * size**2
+            macs += channels * out * size**2 if block == 0 else 0
             channels = out
         slot += slots
     return macs + channels * s.classes
@@ -86,11 +83,8 @@ class LoopProblem(Problem):
             arch = self.space.arch([int(gene) for gene in genotype])
             macs.append(count_macs(self.space, arch))
             features.append(encode(self.space, arch))
-        if self.one_at_a_time:
-            accuracies = np.concatenate([self.predict(np.asarray([row])) for row in features])
-        else:
-            accuracies = self.predict(np.asarray(features))
-        out["F"] = np.column_stack([-accuracies, macs])
+        calls = [[row] for row in features] if self.one_at_a_time else [features]
+        out["F"] = np.column_stack([-np.concatenate([self.predict(np.asarray(rows)) for rows in calls]), macs])
 
 
 class ChoiceSampling(Sampling):
@@ -106,13 +100,8 @@ def loop_nsga2(
     space: SearchSpace, predict: PredictFeatures, *, one_at_a_time: bool, population: int, generations: int, seed: int
 ) -> np.ndarray:
     """The released search's operators on `Choice` variables, history kept; objectives of the last population (n, 3)."""
-    algorithm = NSGA2(
-        pop_size=population,
-        sampling=ChoiceSampling(),
-        crossover=UniformCrossover(prob=1.0),
-        mutation=ChoiceRandomMutation(prob=1.0, prob_var=0.1),
-        save_history=True,
-    )
+    operators = {"crossover": UniformCrossover(prob=1.0), "mutation": ChoiceRandomMutation(prob=1.0, prob_var=0.1)}
+    algorithm = NSGA2(pop_size=population, sampling=ChoiceSampling(), **operators, save_history=True)
     problem = LoopProblem(space, predict, one_at_a_time=one_at_a_time)
     return _run(algorithm, problem, generations=generations, seed=seed).pop.get("F")
 

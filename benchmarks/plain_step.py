@@ -25,13 +25,14 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from proard.attacks import pgd
 from proard.kernels import convolution
 from proard.losses import KLToTarget
 from proard.nets import SubnetView, Supernet, run_network
 from proard.nets.elastic import BN_EPS, BN_MOMENTUM, key_of
+from proard.nets.view import Statistics
 from proard.space import Arch, ConvSpec
 
 
@@ -70,17 +71,7 @@ class Outcome:
 
 
 class PlainStep:
-    """The released step with some levers.
-
-    Parameters
-    ----------
-    student, teacher : Supernet
-        The student is changed in place; the teacher, a network of its own, acts at its largest arch.
-    recipe : Recipe
-        Hyper-parameters.
-    levers : Levers
-        None of them gives the baseline.
-    """
+    """The released step with some levers; the student is changed in place, the teacher is used at its largest arch."""
 
     def __init__(self, student: Supernet, teacher: Supernet, recipe: Recipe, levers: Levers) -> None:
         self.layout = torch.channels_last if levers.channels_last else torch.contiguous_format
@@ -92,15 +83,11 @@ class PlainStep:
     def __call__(self, arch: Arch, images: Tensor, labels: Tensor, generator: torch.Generator) -> Outcome:
         """Train `arch` on one batch."""
         self.optimizer.zero_grad(set_to_none=False)
-        if self.levers.few_forwards:  # the clean pass stands first: it serves the metric and moves the statistics
-            with torch.no_grad():
-                target = self._teach(images)
-            clean = self._student(arch, images, training=True)
-            right = _count_correct(clean, labels)
-        else:
-            with torch.no_grad():
-                self._teach(images)
-            right = _count_correct(self._student(arch, images, training=True), labels)
+        with torch.no_grad():
+            target = self._teach(images)
+        clean = self._student(arch, images, training=True)  # serves the metric and moves the statistics
+        right = int((clean.detach().argmax(1) == labels).sum())
+        if not self.levers.few_forwards:
             target = self._teach(images)
         adv_images = self._attack(arch, images, target, generator)
         adv = self._student(arch, adv_images, training=True)
@@ -115,27 +102,21 @@ class PlainStep:
 
     def _student(self, arch: Arch, images: Tensor, *, training: bool) -> Tensor:
         """Student logits from freshly sliced weights."""
-        return sliced_forward(self.net, arch, images, training=training, layout=self.layout)
+        return sliced_forward(self.net, arch, images, partial(stored_norm, training=training), layout=self.layout)
 
     def _teach(self, images: Tensor) -> Tensor:
         """Teacher logits, in evaluation mode."""
-        return sliced_forward(self.teacher, self.teacher.space.largest, images, training=False, layout=self.layout)
+        return sliced_forward(self.teacher, self.teacher.space.largest, images, layout=self.layout)
 
     def _attack(self, arch: Arch, images: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
         """Adversarial images, on whatever form of the subnet the levers ask for."""
         recipe, levers = self.recipe, self.levers
         attack = {"eps": recipe.eps, "step_size": recipe.step_size, "num_steps": recipe.num_steps}
-        if not levers.view_in_attack:
-
-            def predict(x: Tensor) -> Tensor:
-                return self._student(arch, x, training=False)
-
-        else:
+        predict = partial(self._student, arch, training=False)
+        if levers.view_in_attack:
             view = SubnetView(self.net, arch)
-            if levers.fold_in_attack:
-                predict = view.folded(view.running_statistics(), dtype=images.dtype)
-            else:
-                predict = unfolded(view)
+            fixed = view.running_statistics()
+            predict = view.folded(fixed, dtype=images.dtype) if levers.fold_in_attack else unfolded(view, fixed)
         if levers.closed_form:
             if not levers.written_out:
                 predict = partial(predict)  # hides the network's own input gradient: autograd takes it
@@ -143,19 +124,31 @@ class PlainStep:
         return chained_pgd(predict, target, images, generator=generator, layout=self.layout, **attack)
 
 
-def sliced_forward(net: Supernet, arch: Arch, images: Tensor, *, training: bool, layout: torch.memory_format) -> Tensor:
+Norm = Callable[[ConvSpec, nn.BatchNorm2d, Tensor], Tensor]
+
+
+def stored_norm(layer: ConvSpec, bn: nn.BatchNorm2d, x: Tensor, *, training: bool = False) -> Tensor:
+    """Batch norm by the stored statistics of a layer's channels, or by the batch's, which move them."""
+    stored = (values[: layer.out_channels] for values in (bn.running_mean, bn.running_var, bn.weight, bn.bias))
+    return F.batch_norm(x, *stored, training=training, momentum=BN_MOMENTUM, eps=BN_EPS)
+
+
+def sliced_forward(
+    net: Supernet,
+    arch: Arch,
+    images: Tensor,
+    norm: Norm = stored_norm,
+    *,
+    layout: torch.memory_format = torch.contiguous_format,
+) -> Tensor:
     """Logits of a subnet whose weights are sliced and copied in this very call, as the released layers do."""
 
     def conv(layer: ConvSpec, x: Tensor) -> Tensor:
         elastic, out = net.layers[key_of(layer)], layer.out_channels
         weight = elastic.filters(out, layer.in_channels, layer.kernel).contiguous(memory_format=layout)
-        bias, bn = elastic.bias, elastic.bn
-        bias = None if bias is None else bias[:out]
+        bias = None if elastic.bias is None else elastic.bias[:out]
         x = convolution(x, weight, bias, stride=layer.stride, groups=layer.groups)
-        if bn is None:
-            return x
-        mean, var, scale, shift = bn.running_mean[:out], bn.running_var[:out], bn.weight[:out], bn.bias[:out]
-        return F.batch_norm(x, mean, var, scale, shift, training=training, momentum=BN_MOMENTUM, eps=BN_EPS)
+        return x if elastic.bn is None else norm(layer, elastic.bn, x)
 
     def head(features: Tensor) -> Tensor:
         return F.linear(features, net.head.weight[:, : features.shape[1]].contiguous(), net.head.bias)
@@ -163,9 +156,8 @@ def sliced_forward(net: Supernet, arch: Arch, images: Tensor, *, training: bool,
     return run_network(net.space.spec(arch), images, conv, head)
 
 
-def unfolded(view: SubnetView) -> Callable[[Tensor], Tensor]:
-    """Turn a view into a function of images, batch norm on running statistics but not folded."""
-    statistics = view.running_statistics()
+def unfolded(view: SubnetView, statistics: Statistics) -> Callable[[Tensor], Tensor]:
+    """Turn a view into a function of images, batch norm on fixed statistics but not folded."""
     leaves = {name: tuple(leaf.detach() for leaf in tensors) for name, tensors in view.leaves.items()}
     head = (view.head_weight.detach(), view.head_bias.detach())
 
@@ -206,18 +198,18 @@ def chained_pgd(
     return adv
 
 
-def parameter_groups(net: Supernet, recipe: Recipe) -> list[dict[str, object]]:
-    """Weights with decay; norms, biases and kernel transforms without."""
-    spared = {name: p.ndim == 1 or ".transforms." in name for name, p in net.named_parameters()}
-    decayed = [p for name, p in net.named_parameters() if not spared[name]]
-    plain = [p for name, p in net.named_parameters() if spared[name]]
-    return [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+def nesterov(net: nn.Module, recipe: Recipe, **how: bool) -> torch.optim.SGD:
+    """Nesterov SGD with weight decay; norms, biases and kernel transforms are not decayed."""
+    decay: dict[float, list[nn.Parameter]] = {recipe.weight_decay: [], 0.0: []}
+    for name, parameter in net.named_parameters():
+        decay[0.0 if parameter.ndim == 1 or ".transforms." in name else recipe.weight_decay].append(parameter)
+    groups = [{"params": members, "weight_decay": rate} for rate, members in decay.items()]
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=True, **how)
 
 
 def loop_sgd(net: Supernet, recipe: Recipe) -> torch.optim.SGD:
     """Nesterov SGD that loops over tensors; gradients and momentum exist from the start, so no tensor is skipped."""
-    groups = parameter_groups(net, recipe)
-    optimizer = torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=True, foreach=False)
+    optimizer = nesterov(net, recipe, foreach=False)
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -229,8 +221,3 @@ def _divergence(logits: Tensor, target: Tensor) -> Tensor:
     teacher = F.softmax(target.detach(), 1)
     elements = teacher * torch.log(teacher + 1e-5) - teacher * F.log_softmax(logits, 1)
     return elements.mean() * logits.shape[1]  # the released code stops at the mean over images and classes
-
-
-def _count_correct(logits: Tensor, labels: Tensor) -> int:
-    """Right answers in the batch."""
-    return int((logits.detach().argmax(1) == labels).sum())

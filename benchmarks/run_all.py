@@ -22,12 +22,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import table
+import matplotlib as mpl
+from common import Row, cell, cpu_info, table
+from matplotlib.figure import Figure
+
+from proard.artifacts.files import write_text
+from proard.report.svg import COLOURS, STYLE, to_svg
 
 FOLDER = Path(__file__).parent
 LEFT_OUT = ("gpu", "sync", "pipeline", "scale")  # another machine, several processes, minutes: asked for by name
 MARKS = {"amx_bf16": "amx", "avx512_bf16": "avx512bf16", "avx512f": "avx512", "avx2": "avx2", "asimd": "neon"}
-Row = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -35,17 +39,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     rows = [row for path in args.rows for row in rows_of(Path(path))]
     failed = []
-    scripts = {} if args.rows else chosen(args.only, args.also)
-    for name, script in scripts.items():
+    for name, script in ({} if args.rows else chosen(args.only, args.also)).items():
         print(f"== {script.name}", flush=True)
         found = run(script, quick=args.quick, threads=args.threads)
-        if found is None:
-            failed.append(name)
+        failed += [name] if found is None else []
         rows += found or []
     print(summary(rows))
     if rows and not args.quick:
-        facts = machine_of(rows)
-        slug = args.machine or machine_slug(facts, cpu_flags())
+        facts = next((row["machine"] for row in rows if "machine" in row), {})  # of the first row that names it
+        slug = args.machine or machine_slug(facts, cpu_info("flags", "Features").split())
         write_results(Path(args.results), slug, facts, rows)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}; their rows are missing")
@@ -57,7 +59,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these alone, as in step for bench_step.py")
     parser.add_argument("--also", nargs="+", metavar="NAME", default=[], help=f"of {', '.join(LEFT_OUT)}")
     parser.add_argument("--rows", nargs="+", metavar="FILE", default=[], help="JSON lines of earlier runs; run none")
-    parser.add_argument("--threads", type=int, help="threads of every benchmark that has the option")
+    parser.add_argument("--threads", type=int, help="threads of every benchmark")
     parser.add_argument("--machine", metavar="NAME", help="name of the results instead of the processor's")
     parser.add_argument("--results", metavar="FOLDER", default=str(FOLDER / "results"))
     parser.add_argument("--quick", action="store_true", help="pass --quick on; show that all run, keep nothing")
@@ -65,13 +67,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def chosen(only: Sequence[str] | None, also: Sequence[str], folder: Path = FOLDER) -> dict[str, Path]:
-    """Benchmarks to run, by name; the training step first, because the figure is about it.
-
-    Raises
-    ------
-    SystemExit
-        A name has no script.
-    """
+    """Benchmarks to run, by name; the training step first, because the figure is about it."""
     there = {path.stem.removeprefix("bench_"): path for path in sorted(folder.glob("bench_*.py"))}
     there = dict(sorted(there.items(), key=lambda item: item[0] != "step"))
     strange = {*(only or []), *also} - set(there)
@@ -83,18 +79,13 @@ def chosen(only: Sequence[str] | None, also: Sequence[str], folder: Path = FOLDE
 
 def run(script: Path, *, quick: bool, threads: int | None) -> list[Row] | None:
     """Rows of one benchmark; None where it fails."""
-    options = script.read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"
-        command = [sys.executable, str(script)]
-        command += ["--json", str(path)] if "--json" in options else []
-        command += ["--quick"] if quick and "--quick" in options else []
-        command += ["--threads", str(threads)] if threads and "--threads" in options else []
+        command = [sys.executable, str(script), "--json", str(path)]
+        command += [*(["--quick"] if quick else []), *(["--threads", str(threads)] if threads else [])]
         search = os.pathsep.join(filter(None, [str(FOLDER.parent), os.environ.get("PYTHONPATH")]))
-        done = subprocess.run(
-            command, env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": search}, check=False
-        )
-        if done.returncode:
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": search}
+        if subprocess.run(command, env=environment, check=False).returncode:
             return None
         return rows_of(path, script.stem.removeprefix("bench_")) if path.exists() else []
 
@@ -112,7 +103,7 @@ def summary(rows: Sequence[Row]) -> str:
             row["bench"],
             str(row.get("row", "")),
             *_over_baseline(row),
-            *(_ratio(row.get(key)) for key in ("ratio_plain", "ratio_previous")),
+            *(cell(row.get(key), ".2f") for key in ("ratio_plain", "ratio_previous")),
             "noisy" if row.get("noisy") else "",
             ": ".join(filter(None, (row.get("space"), row.get("lever")))),
         )
@@ -124,18 +115,8 @@ def summary(rows: Sequence[Row]) -> str:
 def _over_baseline(row: Row) -> tuple[str, str]:
     """A row's ratio and what it is over: the released form where the row has that ratio, else its own baseline."""
     if "ratio_released" in row:
-        return _ratio(row["ratio_released"]), "released form"
-    return _ratio(row.get("ratio_total")), row.get("baseline", "-") if "ratio_total" in row else "-"
-
-
-def _ratio(value: float | None) -> str:
-    """Two decimals, or a dash."""
-    return "-" if value is None else f"{value:.2f}"
-
-
-def machine_of(rows: Sequence[Row]) -> dict[str, Any]:
-    """The machine that the first row names; its processor and versions stand for all rows."""
-    return next((row["machine"] for row in rows if "machine" in row), {})
+        return cell(row["ratio_released"], ".2f"), "released form"
+    return cell(row.get("ratio_total"), ".2f"), row.get("baseline", "-") if "ratio_total" in row else "-"
 
 
 def machine_slug(facts: Mapping[str, Any], flags: Sequence[str] = ()) -> str:
@@ -149,11 +130,37 @@ def machine_slug(facts: Mapping[str, Any], flags: Sequence[str] = ()) -> str:
     return "-".join(filter(None, parts))
 
 
-def cpu_flags() -> list[str]:
-    """Instruction sets as the system lists them; empty where it does not."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return next((line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features"))), [])
+def ladder_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Bars of the ratios of the first run of `bench_step`, the released step at the top; None without such rows."""
+
+    def run_of(row: Row) -> list[Any]:
+        return [row.get(key) for key in ("space", "width_scale", "batch", "num_steps", "seed")]
+
+    steps = [row for row in rows if row["bench"] == "step" and "ratio_plain" in row]
+    if not steps:
+        return None
+    steps = [row for row in steps if run_of(row) == run_of(steps[0])]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(8.6, 0.42 * len(steps) + 1.55))
+        axis = figure.subplots()
+        looks = (("ratio_total", "released", "blue", -0.18), ("ratio_plain", "plain", "orange", 0.18))
+        for key, name, colour, offset in looks:
+            places, label = [index + offset for index in range(len(steps))], f"times faster than the {name} step"
+            bars = axis.barh(places, [row[key] for row in steps], height=0.34, color=COLOURS[colour], label=label)
+            axis.bar_label(bars, fmt="%.2f", padding=3, size=8)
+        axis.axvline(1, color=COLOURS["muted"], linewidth=0.8)
+        axis.set_yticks(range(len(steps)), [row["lever"] for row in steps])
+        axis.invert_yaxis()
+        axis.grid(axis="y", visible=False)
+        axis.tick_params(axis="y", length=0)
+        axis.set_xlim(0, 1.12 * max(max(row["ratio_total"], row["ratio_plain"]) for row in steps))
+        first = steps[0]
+        title = f"Training step, {first['space']} at width {first['width_scale']:g}, batch {first['batch']}, "
+        title += f"PGD-{first['num_steps']}" + (" (noisy run)" if first.get("noisy") else "")
+        figure.suptitle(title, x=0.01, ha="left", size=12, weight="bold")
+        figure.tight_layout(rect=(0, 0.06, 1, 1))
+        figure.legend(loc="lower right", ncols=2)
+    return figure
 
 
 def write_results(folder: Path, slug: str, facts: Mapping[str, Any], rows: Sequence[Row]) -> None:
@@ -161,11 +168,6 @@ def write_results(folder: Path, slug: str, facts: Mapping[str, Any], rows: Seque
 
     Rows of benchmarks that an earlier run kept and this one did not repeat stay.
     """
-    from figure import ladder_figure
-
-    from proard.artifacts.files import write_text
-    from proard.report.svg import to_svg
-
     path = folder / f"{slug}.json"
     folder.mkdir(parents=True, exist_ok=True)
     repeated = {row["bench"] for row in rows}

@@ -3,73 +3,71 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
-from unittest import mock
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from plain_step import Outcome
-from step_rows import EXACT, LEVERS, Problem, Step, build, laid_out
+from common import Float64Losses, Row, largest, machine, relative_difference, require_close
+from plain_step import Outcome, Recipe
+from step_rows import EXACT, LEVERS, Problem, Step, build, laid_out, make_problem
 from torch import Tensor
 
 from proard.attacks import input_gradient, start_point
 from proard.losses import KLToTarget
 from proard.nets import SubnetView, Supernet
-from proard.space import Arch
+from proard.space import Arch, SearchSpace
 
 TOLERANCE = 1e-10  # of float64 outputs, relative to the largest entry of each tensor
 
 
-def equality(problem: Problem, rows: Sequence[str] = EXACT) -> dict[str, dict[str, float]]:
-    """Largest relative difference to V0 after one step on each arch, per row and quantity.
+def equality(
+    problem: Problem, rows: Sequence[str] = EXACT, build: Callable[[str, Problem], Step] = build
+) -> dict[str, float]:
+    """Largest relative difference to V0 after one step on each arch, by row and quantity (`V3 adv`).
 
     Every row starts from equal weights, statistics and (random, non-zero) momentum, and gets equal noise. Compared are
     the adversarial images, clean and adversarial training-mode logits, all gradients and all updated parameters.
     The rows move running statistics differently often (V0: clean batch for its metric, adversarial, clean again;
     V1 to V6: clean, adversarial; the package: clean), so `statistics` compares each row's with those that its own
     moves give, replayed from V0's adversarial images. Nothing else is left out but the counter of batches.
-
-    Returns
-    -------
-    dict of row to dict of quantity to float
-        Each tensor's largest difference over its largest entry; the worst tensor, the worst arch.
     """
-    found: dict[str, dict[str, list[float]]] = {row: {} for row in rows}
+    found: dict[str, list[float]] = {}
     for arch in problem.archs:
         reference: dict[str, dict[str, Tensor]] = {}
-        with mock.patch.object(Tensor, "float", Tensor.double):  # the package computes losses in float32 at least
+        with Float64Losses():
             for row in rows:
                 step = build(row, problem)
                 _fill_momentum(step)
                 outcome = step(arch, laid_out(problem.images, row), problem.labels, torch.Generator().manual_seed(1))
                 seen = _quantities(step, outcome)
                 reference = reference or seen
-                expected = {**reference, "statistics": _replay(problem, arch, step.moves, reference["adv"]["adv"])}
+                batches = {"clean": problem.images, "adv": reference["adv"]["adv"]}
+                replayed = replay(copy.deepcopy(problem.student), arch, [batches[name] for name in step.moves])
+                expected = {**reference, "statistics": running(replayed)}
                 for name, tensors in seen.items():
-                    difference = _difference(tensors, expected[name])
-                    found[row].setdefault(name, []).append(difference)
-    return {row: {name: _largest(values) for name, values in by_name.items()} for row, by_name in found.items()}
+                    found.setdefault(f"{row} {name}", []).append(relative_difference(tensors, expected[name]))
+    return {name: largest(values) for name, values in found.items()}
 
 
-def require_equal(differences: dict[str, dict[str, float]]) -> float:
-    """Return the largest of all differences, or stop.
+def require_equal(differences: Mapping[str, float]) -> float:
+    """The largest of all differences; ends where it exceeds the tolerance."""
+    return require_close(differences, TOLERANCE, f"rows differ from the released step by more than {TOLERANCE:g}")
 
-    Raises
-    ------
-    SystemExit
-        It exceeds the tolerance: the text names the rows and quantities.
-    """
-    wrong = [
-        f"{row} {name}: {value:.2g}"
-        for row, values in differences.items()
-        for name, value in values.items()
-        if not value <= TOLERANCE
-    ]
-    if wrong:
-        text = ", ".join(wrong)
-        raise SystemExit(f"rows differ from V0 in float64 by more than {TOLERANCE:g}, nothing is timed: {text}")
-    return max(value for values in differences.values() for value in values.values())
+
+def checked(
+    space: SearchSpace, args: Namespace, equality: Callable[[Problem], dict[str, float]] = equality
+) -> tuple[Problem, Row]:
+    """The problem that the options describe, once the rows agree on a small one in float64, and facts about it."""
+    recipe = Recipe(num_steps=args.steps)
+    how = {"num_archs": args.archs, "seed": args.seed, "recipe": recipe}
+    small = make_problem(space, batch_size=min(args.batch, 8), dtype=torch.float64, **how)
+    difference = require_equal(equality(small.with_steps(min(args.steps, 3))))
+    print(f"{space.settings.name}: rows agree in float64, largest relative difference {difference:.1e}", flush=True)
+    problem = make_problem(space, batch_size=args.batch, dtype=torch.float32, **how)
+    facts = {"space": space.settings.name, "archs": problem.facts(), "batch": args.batch, **asdict(recipe)}
+    return problem, facts | {"seed": args.seed, "largest_difference": difference, "machine": machine()}
 
 
 def reduced_precision(problem: Problem) -> dict[str, dict[str, float]]:
@@ -109,12 +107,12 @@ def _fill_momentum(step: Step) -> None:
 
 
 @torch.no_grad()
-def _replay(problem: Problem, arch: Arch, moves: Sequence[str], adv: Tensor) -> dict[str, Tensor]:
-    """Show the plain supernet these batches in training mode and return its running statistics."""
-    net = copy.deepcopy(problem.student).train()
-    for batch in moves:
-        net({"clean": problem.images, "adv": adv}[batch], arch)
-    return _running(net)
+def replay(net: Supernet, arch: Arch, batches: Sequence[Tensor]) -> Supernet:
+    """The network after it has seen these batches in training mode: its running statistics have moved."""
+    net.train()
+    for batch in batches:
+        net(batch, arch)
+    return net
 
 
 def _quantities(step: Step, outcome: Outcome) -> dict[str, dict[str, Tensor]]:
@@ -125,24 +123,10 @@ def _quantities(step: Step, outcome: Outcome) -> dict[str, dict[str, Tensor]]:
         "logits": {"clean": outcome.clean_logits, "adv": outcome.adv_logits},
         "gradients": {name: parameter.grad.clone() for name, parameter in parameters.items()},
         "parameters": {name: parameter.detach().clone() for name, parameter in parameters.items()},
-        "statistics": _running(step.net),
+        "statistics": running(step.net),
     }
 
 
-def _running(net: Supernet) -> dict[str, Tensor]:
+def running(net: Supernet) -> dict[str, Tensor]:
     """Copy the running means and variances."""
     return {name: value.clone() for name, value in net.named_buffers() if "running_" in name}
-
-
-def _difference(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Largest difference of a tensor over its largest entry (at least 1e-4 of the quantity's largest)."""
-    floor = 1e-4 * max(float(want.abs().max()) for want in expected.values())
-    return _largest(
-        float((tensors[name] - want).abs().max()) / max(float(want.abs().max()), floor)
-        for name, want in expected.items()
-    )
-
-
-def _largest(values: Iterable[float]) -> float:
-    """Maximum that is not a number where any value is not."""
-    return float(np.max(list(values)))

@@ -6,22 +6,22 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
-from common import computed_here
+import torch.nn.functional as F
+from common import Call, Row, Timing, computed_here, made_step
 from plain_step import Levers, Outcome, PlainStep, Recipe, loop_sgd
 from torch import Tensor
 
-from proard.config import PRESETS, Phase, Space, Threat, TrainingAttack
-from proard.kernels import maps
+from proard.config import PRESETS, Phase, Space, TrainingAttack, TrainTeacher
+from proard.kernels import plain_twins
 from proard.losses import Batch
 from proard.nets import SubnetView, Supernet, extract, fold
 from proard.nets.elastic import key_of
 from proard.nets.view import Statistics
 from proard.space import Arch, SearchSpace
-from proard.training import Drawn, Plan, StepBatch, training_step
+from proard.training import Drawn, Plan, StepBatch, single_plan
 from proard.training.plan import bind
 
 ALL_LEVERS = {
@@ -42,19 +42,16 @@ RELEASED, PLAIN = "V0", "V1"  # the two baselines
 DEFAULT_SCALES = {"resnet_cifar": 0.125}  # of the channels, where a space is too large for a minute's run
 OFFICIAL = "official"  # the official classes, where the user has them
 EXACT = tuple(ALL_LEVERS)[:9]
+COLUMNS = {"ratio_total": "/released:.2f", "ratio_plain": "/plain:.2f", "ratio_previous": "/previous:.2f"}
+COLUMNS |= {"ms_per_step": "ms/step:.3g", "images_per_second": "images/s:.3g"}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What every row starts from: archs, one batch, weights of student and teacher.
+    """What every row starts from: archs, one batch, weights of student and teacher, which every row copies.
 
-    Attributes
-    ----------
-    images : Tensor of shape (batch, channels, height, width)
-        At least 0.02 inside [0, 1], so that the start noise never leaves the box (the released code does not clip it).
-    labels : Tensor of shape (batch,)
-    student, teacher : Supernet
-        Copied by every row.
+    `images` are at least 0.02 inside [0, 1], so that the start noise never leaves the box (the released code does not
+    clip it).
     """
 
     archs: list[Arch]
@@ -64,65 +61,65 @@ class Problem:
     teacher: Supernet
     recipe: Recipe
 
+    def placed(self, device: torch.device, dtype: torch.dtype | None = None) -> Problem:
+        """A copy on a device, in another type where one is given."""
+        student, teacher = (copy.deepcopy(net).to(device, dtype) for net in (self.student, self.teacher))
+        images, labels = self.images.to(device, dtype), self.labels.to(device)
+        return replace(self, images=images, labels=labels, student=student, teacher=teacher)
+
+    def with_steps(self, num_steps: int) -> Problem:
+        """The problem with an attack of another length."""
+        return replace(self, recipe=replace(self.recipe, num_steps=num_steps))
+
+    def facts(self) -> list[dict[str, Any]]:
+        """Names and costs of the archs."""
+        return [{"arch_id": arch.arch_id, "macs": self.student.space.spec(arch).macs} for arch in self.archs]
+
+    def describe(self) -> str:
+        """Space, costs of the archs, batch and attack in a line."""
+        macs = ", ".join(f"{fact['macs'] / 1e6:.1f} M" for fact in self.facts())
+        name = self.student.space.settings.name
+        return f"{name}, subnets of {macs} MACs, batch {len(self.images)}, PGD-{self.recipe.num_steps}"
+
 
 class PackageStep:
-    """`proard.training`'s step on given archs, with attack statistics `running` as in the released code.
+    """`proard.training`'s step on a copy of a problem's student, with attack statistics `running` as released.
 
-    `shared`: keys of the attack that say whether, and how, several subnets share one.
+    `fused`: the optimizer updates all tensors at once. `shared`: keys of the attack that say how several subnets share
+    one. `take_steps` takes the attack's steps.
     """
 
     moves = ("clean",)
 
     def __init__(
         self,
-        student: Supernet,
-        teacher: Supernet,
-        recipe: Recipe,
+        problem: Problem,
         *,
         fused: bool = True,
         attack_dtype: str = "float32",
         dtype: str = "float32",
         shared: Mapping[str, Any] | None = None,
+        take_steps: Callable[..., Tensor] | None = None,
     ) -> None:
-        attack = TrainingAttack(
-            num_steps=recipe.num_steps,
-            step_size=recipe.step_size,
-            start="gaussian",
-            bn_mode="running",
-            dtype=attack_dtype,
-            **(shared or {}),
-        )
-        phase = Phase(
-            sampling="uniform",
-            archs_per_step=1,
-            adv_weight=recipe.adv_weight,
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-            attack=attack,
-            dtype=dtype,
-        )
-        self.net, self.recipe = student, recipe
+        recipe, self.net = problem.recipe, copy.deepcopy(problem.student)
+        how = {"num_steps": recipe.num_steps, "step_size": recipe.step_size, "dtype": attack_dtype, **(shared or {})}
+        same = {name: getattr(recipe, name) for name in ("adv_weight", "lr", "momentum", "weight_decay")}
+        attack = TrainingAttack(start="gaussian", bn_mode="running", **how)
+        phase = Phase(sampling="uniform", archs_per_step=1, attack=attack, dtype=dtype, **same)
         objective, options = bind(phase.loss, phase)
-        kept = replace(objective, loss=self._keep(objective.loss))
-        plan = Plan(lambda seed, step, data_pass: [Drawn(arch, kept, options) for arch in self.archs])
-        folded_teacher = fold(extract(teacher, teacher.space.largest), dtype=teacher.mean.dtype)
-        made = {"threat": Threat(eps=recipe.eps), "teacher": folded_teacher}
-        self.step = training_step(student, phase, plan, **made)
-        if attack_dtype == "float32":
-            self.step.attacker.dtype = student.mean.dtype  # float64 in the equality check
-        if not fused:
-            self.step.update.optimizer = loop_sgd(student, recipe)
-        self.optimizer = self.step.update.optimizer
+        loss, self.recipe = objective.loss, recipe
 
-    def _keep(self, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """A loss that also remembers its batch."""
-
-        def kept(batch: Batch, **options: float) -> Tensor:
+        def remembered(batch: Batch, **given: Any) -> Tensor:
             self.batch = batch
-            return loss(batch, **options)
+            return loss(batch, **given)
 
-        return kept
+        objective = replace(objective, loss=remembered)
+        plan = Plan(lambda seed, step, data_pass: [Drawn(arch, objective, options) for arch in self.archs])
+        teacher = problem.teacher
+        teacher = fold(extract(teacher, teacher.space.largest), dtype=teacher.mean.dtype)
+        parts = {"optimizer": None if fused else loop_sgd(self.net, recipe), "take_steps": take_steps}
+        self.step = made_step(self.net, phase, plan, recipe.eps, teacher, 0, **parts)
+        self.optimizer = self.step.update.optimizer
 
     def __call__(self, arch: Arch, images: Tensor, labels: Tensor, generator: torch.Generator) -> Outcome:
         """Train `arch` on one batch."""
@@ -136,14 +133,14 @@ class PackageStep:
 
 
 class WithoutKernels:
-    """A step that goes the C kernels' plain way."""
+    """A step whose maps are computed by the C kernels' plain twins."""
 
     def __init__(self, step: PlainStep | PackageStep) -> None:
         self.step = step
 
     def __call__(self, *args: Any) -> Outcome:
         """Train an arch on one batch."""
-        with mock.patch.object(maps, "maps_library", return_value=None):
+        with plain_twins("maps"):
             return self.step(*args)
 
     def __getattr__(self, name: str) -> Any:
@@ -155,23 +152,40 @@ Step = PlainStep | PackageStep | WithoutKernels
 
 def build(row: str, problem: Problem) -> Step:
     """Make a row's step on its own copies of student and teacher."""
-    nets = (copy.deepcopy(problem.student), copy.deepcopy(problem.teacher), problem.recipe)
     number = int(row[1:])
     if number < 7:
-        return WithoutKernels(PlainStep(*nets, Levers(*(number > lever for lever in range(6)))))
+        nets = copy.deepcopy((problem.student, problem.teacher))
+        return WithoutKernels(PlainStep(*nets, problem.recipe, Levers(*(number > lever for lever in range(6)))))
     attack_dtype, dtype = ("bfloat16" if number >= first else "float32" for first in (9, 10))
-    step = PackageStep(*nets, fused=number > 7, attack_dtype=attack_dtype, dtype=dtype)
+    step = PackageStep(problem, fused=number > 7, attack_dtype=attack_dtype, dtype=dtype)
     return step if number > 7 else WithoutKernels(step)
 
 
-def scaled_space(name: str, scale: float) -> SearchSpace:
-    """Multiply all channels of a preset, and what they are rounded to, by `scale`.
+def training_call(step: Step, problem: Problem, images: Tensor | None = None, *, together: bool = False) -> Call:
+    """A call that trains every arch on the batch once: in one step each, or in one step `together`."""
+    if images is None:
+        images = laid_out(problem.images, "" if isinstance(step, PackageStep) else RELEASED)
 
-    Raises
-    ------
-    ValueError
-        A number of channels would not be whole.
-    """
+    def run(number: int) -> None:
+        generator = torch.Generator().manual_seed(number + 1)
+        if together:
+            step.together(problem.archs, images, problem.labels, generator)
+            return
+        for arch in problem.archs:
+            step(arch, images, problem.labels, generator)
+
+    return run
+
+
+def step_times(row: str, timing: Timing, *, steps: int, batch: int) -> Row:
+    """Times of one of the steps that a call takes, on so many images."""
+    times = {"ms_per_step": 1e3 * timing.seconds / steps, "cpu_ms_per_step": 1e3 * timing.cpu_seconds / steps}
+    rounded = {name: round(value, 3) for name, value in times.items()}
+    return rounded | {"images_per_second": round(batch * steps / timing.seconds, 2)}
+
+
+def scaled_space(name: str, scale: float) -> SearchSpace:
+    """Multiply all channels of a preset, and what they are rounded to, by `scale`, where that leaves whole numbers."""
     full = PRESETS[name]
 
     def times(channels: int) -> int:
@@ -181,9 +195,8 @@ def scaled_space(name: str, scale: float) -> SearchSpace:
 
     fields = full.model_dump()
     fields["channel_multiple"] = times(full.channel_multiple)
-    fields["stem"]["channels"] = times(full.stem.channels)
-    for unit in fields["units"]:
-        unit["channels"] = times(unit["channels"])
+    for part in (fields["stem"], *fields["units"]):
+        part["channels"] = times(part["channels"])
     return SearchSpace(Space.model_validate(fields))
 
 
@@ -192,12 +205,11 @@ def make_problem(
 ) -> Problem:
     """Random archs, images and networks whose norms and statistics are of ordinary size but nowhere trivial."""
     generator = torch.Generator().manual_seed(seed)
-    settings = space.settings
+    settings, channels = space.settings, space.settings.image_channels
     archs = [space.arch(genes) for genes in space.sample(num_archs, np.random.default_rng(seed))]
-    shape = (batch_size, settings.image_channels, settings.image_size, settings.image_size)
+    shape = (batch_size, channels, settings.image_size, settings.image_size)
     images = torch.rand(shape, generator=generator).mul_(0.96).add_(0.02).to(dtype)
     labels = torch.randint(settings.classes, (batch_size,), generator=generator)
-    channels = settings.image_channels
     nets = []
     for among in (archs, []):
         net = Supernet(space, mean=[0.0] * channels, std=[1.0] * channels, generator=generator).to(dtype)
@@ -233,3 +245,33 @@ def laid_out(images: Tensor, row: str) -> Tensor:
     """Put the images in the memory layout of a row."""
     layout = torch.contiguous_format if row in (RELEASED, PLAIN, OFFICIAL) else torch.channels_last
     return images.contiguous(memory_format=layout)
+
+
+def trained(problem: Problem, *, num_steps: int, batch_size: int = 64, seed: int = 0) -> Problem:
+    """The problem with its student's first arch trained by PGD-2 on smooth patterns, one per class, in noise.
+
+    Its student is changed; images and labels of the returned one are of the patterns, as many as before and on the
+    same device.
+    """
+    space, device = problem.student.space.settings, problem.images.device
+    arch, generator = problem.archs[0], torch.Generator().manual_seed(seed)
+    coarse = torch.rand(space.classes, space.image_channels, 4, 4, generator=generator)
+    patterns = F.interpolate(coarse, size=space.image_size, mode="bicubic").clamp(0, 1)
+    attack = TrainingAttack(num_steps=2, step_size=problem.recipe.eps, bn_mode="running")
+    recipe = TrainTeacher(objective="pgd_at", attack=attack)
+    plan = single_plan(arch, "pgd_at", recipe)
+    train = made_step(problem.student, recipe, plan, problem.recipe.eps, None, seed)
+    for step in range(num_steps):
+        images, labels = (part.to(device) for part in draw(patterns, batch_size, generator))
+        rate = 0.05 * min(1.0, (step + 1) / 10) * (1 - step / num_steps)
+        train(StepBatch(images, labels, generator, step=step, lr=rate))
+    images, labels = draw(patterns, len(problem.images), generator)
+    return replace(problem, images=images.to(device), labels=labels.to(device))
+
+
+def draw(patterns: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Noisy copies of random patterns, as images in channels_last memory, and their labels."""
+    labels = torch.randint(len(patterns), (count,), generator=generator)
+    noise = torch.empty(count, *patterns.shape[1:]).normal_(0, 0.05, generator=generator)
+    images = (0.1 + 0.8 * patterns[labels] + noise).clamp(0.02, 0.98)
+    return images.contiguous(memory_format=torch.channels_last), labels

@@ -8,21 +8,21 @@ from proard.data import Augmenter
 def test_crops_are_torchvisions_at_every_offset(shape):
     import bench_data
 
-    bench_data.require_equal(bench_data.differing_pixels(bench_data.make_images(50, **shape)))
+    bench_data.require_equal(bench_data.make_images(50, **shape))
 
 
 @pytest.mark.parametrize("fault", ["transposed", "never mirrored"])
-def test_a_wrong_crop_is_noticed(fault, monkeypatch):
+def test_a_wrong_crop_is_noticed(fault):
     import bench_data
 
-    crop = Augmenter.crop
+    images = bench_data.make_images(50)
+    crop = Augmenter(images, padding=bench_data.PADDING).crop
     wrong = {
-        "transposed": lambda self, index, top, left, mirrored: crop(self, index, left, top, mirrored),
-        "never mirrored": lambda self, index, top, left, mirrored: crop(self, index, top, left, mirrored & False),
+        "transposed": lambda index, top, left, mirrored: crop(index, left, top, mirrored),
+        "never mirrored": lambda index, top, left, mirrored: crop(index, top, left, mirrored & False),
     }
-    monkeypatch.setattr(Augmenter, "crop", wrong[fault])
     with pytest.raises(SystemExit, match="crops at equal offsets differ"):
-        bench_data.require_equal(bench_data.differing_pixels(bench_data.make_images(50)))
+        bench_data.require_equal(images, crop=wrong[fault])
 
 
 def test_every_row_goes_through_the_whole_epoch():
@@ -37,5 +37,3 @@ def test_every_row_goes_through_the_whole_epoch():
     with bench_data.timed_calls(images, batch_size=32, workers=1) as calls:
         calls["D0"](0)
         calls["D2"](0)
-    with pytest.raises(AssertionError, match="69 images of 70"):
-        bench_data.require_all(69, 70)

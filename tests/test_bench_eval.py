@@ -1,8 +1,9 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import image_sets, random_archs, random_supernet, tiny_space
 
-import proard.nets.subnet
 from proard.config import Attack
 
 EPS = 0.1
@@ -24,10 +25,10 @@ def problem(tmp_path):
 
 def predicted(problem):
     """What the recalibrated largest subnet says."""
-    import plain_eval
+    import eval_rows
 
     arch = problem.supernet.space.largest
-    net = plain_eval.plain_recalibrate(problem.supernet, arch, problem.recalibration, batch_size=problem.batch_size)
+    net = eval_rows.plain_recalibrate(problem.supernet, arch, problem.recalibration, batch_size=problem.batch_size)
     with torch.no_grad():
         return net(problem.images, arch).argmax(1)
 
@@ -71,59 +72,36 @@ def test_plain_and_package_labels_agree_on_mobilenet_blocks():
     assert found["statistics"] < 1e-10
 
 
-def test_statistics_of_too_few_images_are_noticed(problem, monkeypatch):
+@pytest.mark.parametrize(
+    ("quantity", "fault"),
+    [
+        ("clean", lambda problem: {"recalibration": problem.recalibration[:30]}),
+        ("last_iterate", lambda problem: {"attack": problem.attack.model_copy(update={"num_steps": 1})}),
+    ],
+    ids=["statistics of too few images", "an attack of one step"],
+)
+def test_a_label_of_another_problem_is_noticed(problem, quantity, fault):
     import eval_rows
 
-    recalibrate = eval_rows.recalibrate
-    monkeypatch.setattr(eval_rows, "recalibrate", lambda net, images, **how: recalibrate(net, images[:60], **how))
-    with pytest.raises(SystemExit, match="statistics"):
-        eval_rows.require_equal(eval_rows.equality(problem, archs_of(problem)))
+    def wrong(exact, arch, **how):
+        return eval_rows.measure_as_package(replace(exact, **fault(exact)), arch, **how)
+
+    with pytest.raises(SystemExit, match=f"{quantity}: "):
+        eval_rows.require_equal(eval_rows.equality(problem, archs_of(problem), wrong))
 
 
-def test_a_wrongly_folded_norm_is_noticed(problem, monkeypatch):
-    import eval_rows
-
-    folded = proard.nets.subnet.folded_layer
-
-    def forgets_the_mean(weight, scale, shift, mean, var):
-        return folded(weight, scale, shift, torch.zeros_like(mean), var)
-
-    monkeypatch.setattr(proard.nets.subnet, "folded_layer", forgets_the_mean)
-    with pytest.raises(SystemExit, match="clean"):
-        eval_rows.require_equal(eval_rows.equality(problem, archs_of(problem)))
-
-
-def test_an_attack_one_step_short_is_noticed(problem, monkeypatch):
-    import eval_rows
-
-    attack_images = eval_rows.attack_images
-
-    def shorter(*args, attack, **options):
-        return attack_images(*args, attack=attack.model_copy(update={"num_steps": 1}), **options)
-
-    monkeypatch.setattr(eval_rows, "attack_images", shorter)
-    with pytest.raises(SystemExit, match="last_iterate"):
-        eval_rows.require_equal(eval_rows.equality(problem, archs_of(problem)))
-
-
-def test_sweep_ranks_the_full_label_perfectly(problem, tmp_path, monkeypatch):
+def test_sweep_ranks_the_full_label_perfectly(problem, tmp_path):
     import bench_eval
-
-    monkeypatch.setattr("proard.space.sampling.POOL", 500)
+    import eval_rows
 
     sets = image_sets(tmp_path / "sweep", train=90, val=40)
-    rows = bench_eval.sweep(
-        problem.supernet,
-        sets["train"],
-        sets["val"],
-        bench_eval.spread_archs(problem.supernet.space, 5, seed=0),
-        steps=[1],
-        images=[20, 1000],
-        recalibrations=[30],
-        dtypes=["float32", "bfloat16"],
-        full=problem,
-        plain_archs=2,
-    )
+
+    def problem_of(**how):
+        return eval_rows.make_problem(problem.supernet, sets["train"], sets["val"], eps=EPS, batch_size=30, **how)
+
+    cells = [(1, images, 30, dtype) for images in (20, 1000) for dtype in ("float32", "bfloat16")]
+    archs = random_archs(problem.supernet.space, 5)
+    rows = bench_eval.sweep(problem_of, archs, cells, problem, plain_archs=2)
     assert [(row["steps"], row["images"], row["recalibration"], row["dtype"]) for row in rows] == [
         (4, 40, 90, "float32"),
         (1, 20, 30, "float32"),

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from proard.kernels import captured, dispatch, plain
+from proard.attacks import take_steps
+from proard.kernels import CapturedSteps, plain
+from proard.kernels.switch import in_use
 from proard.nets.elastic import key_of
 
 
@@ -41,9 +45,10 @@ class Here:
         self.section, self.args = section, args
 
     def finish(self, start, seconds):
-        import gpu_sections
+        from gpu.sections import problem_of, run_section
 
-        return gpu_sections.run_section(self.section, self.args, gpu_sections.prepare(self.section, self.args), start)
+        problem = problem_of(self.section.space, self.args, self.args.width_scale)
+        return run_section(self.section, self.args, problem, start)
 
     def stop(self):
         pass
@@ -96,18 +101,19 @@ def test_sections_are_left_out_and_named_where_time_is_short(tmp_path, capsys):
     assert [json.loads(line)["bench"] for line in path.read_text().splitlines()] == ["gpu_left_out"]
 
 
-def test_a_section_that_fails_is_named_and_costs_no_other_its_rows(tmp_path, monkeypatch, capsys):
+def test_a_section_that_fails_is_named_and_costs_no_other_its_rows(tmp_path, capsys):
     import bench_gpu
-    import gpu_ladder
 
-    def full(*_, **__):
+    def full(context):
         raise torch.OutOfMemoryError("no memory left\non this device")
 
-    monkeypatch.setattr(gpu_ladder, "step_rows", full)
+    def work(section, args):
+        return Here(replace(section, measure=full) if section.part == "step" else section, args)
+
     path = tmp_path / "rows.json"
     parts = "ceilings,step,twins"
     with pytest.raises(SystemExit, match="failed: one subnet a step, resnet_digits; one subnet a step, mobilenet"):
-        bench_gpu.main(["--device", "cpu", "--quick", "--sections", parts, "--json", str(path)], work=Here)
+        bench_gpu.main(["--device", "cpu", "--quick", "--sections", parts, "--json", str(path)], work=work)
     printed = capsys.readouterr().out
     assert "not run: one subnet a step, resnet_digits: OutOfMemoryError: no memory left\n" in printed
     states = [line.split()[-1] for line in printed.split("in all\n")[1].splitlines()[1:5]]
@@ -128,19 +134,16 @@ json.dump({"state": "done", "rows": [{"row": title, "bench": "b"}]}, open(result
 """
 
 
-def test_a_process_that_dies_or_hangs_stops_no_other(tmp_path, monkeypatch, capsys):
+def test_a_process_that_dies_or_hangs_stops_no_other(tmp_path, capsys):
     import bench_gpu
-    import gpu_process
 
     script = tmp_path / "section.py"
     script.write_text(LOST)
-    monkeypatch.setattr(gpu_process, "SCRIPT", script)
-    monkeypatch.setattr(bench_gpu, "LOADING", 0.0)
-    monkeypatch.setattr(bench_gpu, "SPARE", 0.0)
+    work, pace = partial(bench_gpu.OwnProcess, script=script), bench_gpu.Pace(loading=0.0, spare=0.0)
     path = tmp_path / "rows.json"
     argv = ["--device", "cpu", "--quick", "--sections", "ceilings,data,twins", "--json", str(path), "--minutes", "0.05"]
     with pytest.raises(SystemExit, match="failed: ceilings; augmented images"):
-        bench_gpu.main(argv)
+        bench_gpu.main(argv, work=work, pace=pace)
     printed = capsys.readouterr().out
     assert "ceilings: stopped after" in printed
     assert "augmented images: its process ended with signal 11" in printed
@@ -150,75 +153,70 @@ def test_a_process_that_dies_or_hangs_stops_no_other(tmp_path, monkeypatch, caps
 class Paced:
     """Sections that take so many seconds on a clock of their own."""
 
-    def __init__(self, clock, seconds, states):
-        self.clock, self.seconds, self.states, self.given = clock, seconds, states, {}
+    def __init__(self, seconds, states):
+        self.now, self.seconds, self.states, self.given = 0.0, seconds, states, {}
 
     def __call__(self, section, args):
         return SimpleNamespace(finish=lambda start, limit: self.finish(section, start, limit), stop=lambda: None)
 
     def finish(self, section, start, limit):
-        import gpu_sections
+        from gpu.sections import Result
 
         self.given[section.title] = start
-        self.clock[0] += min(self.seconds, limit)
-        return gpu_sections.Result(self.states.get(section.title, "done"))
+        self.now += min(self.seconds, limit)
+        return Result(self.states.get(section.title, "done"))
 
+    def run(self):
+        """The benchmark as on a GPU."""
+        import bench_gpu
 
-@pytest.fixture
-def on_a_gpu(monkeypatch):
-    """The benchmark as on a GPU, with a clock that only sections move."""
-    import bench_gpu
-
-    now = [0.0]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(bench_gpu, "time", SimpleNamespace(time=lambda: now[0], monotonic=lambda: now[0]))
-    return bench_gpu, now
+        bench_gpu.main([], work=self, pace=bench_gpu.Pace(now=lambda: self.now), gpu_is_there=lambda: True)
 
 
 @pytest.mark.parametrize("seconds", [5, 30, 1e9])
-def test_it_ends_within_four_minutes_and_begins_with_the_kernels(on_a_gpu, seconds):
-    bench_gpu, now = on_a_gpu
-    work = Paced(now, seconds, {})
-    bench_gpu.main([], work=work)
-    assert now[0] < 4 * 60
+def test_it_ends_within_four_minutes_and_begins_with_the_kernels(seconds):
+    work = Paced(seconds, {})
+    work.run()
+    assert work.now < 4 * 60
     assert list(work.given)[:2] == ["kernel pgd_update_", "kernel softmax_difference"]
     if seconds == 5:
         assert list(work.given)[2] == "ceilings"
         assert len(work.given) == 15
 
 
-def test_a_kernel_that_fails_its_proof_is_used_by_no_later_section(on_a_gpu):
-    bench_gpu, now = on_a_gpu
-    work = Paced(now, 5, {"kernel softmax_difference": "failed"})
+def test_a_kernel_that_fails_its_proof_is_used_by_no_later_section():
+    work = Paced(5, {"kernel softmax_difference": "failed"})
     with pytest.raises(SystemExit, match="failed: kernel softmax_difference"):
-        bench_gpu.main([], work=work)
+        work.run()
     plain_kernels = [start.plain_kernels for start in work.given.values()]
     assert plain_kernels == [False, False] + [True] * 13
 
 
 def test_without_fused_kernels_a_section_runs_their_twins():
     import bench_gpu
-    import gpu_sections
+    from gpu import sections
 
     args = bench_gpu.parse(["--device", "cpu", "--quick"])
     seen = []
-    section = gpu_sections.Section("data", "t", 1, lambda context: seen.append(dispatch.fused_for("x")) or [])
-    gpu_sections.run_section(section, args, None, gpu_sections.Start(1e12, plain_kernels=True))
-    assert seen == [None]
+    section = sections.Section("data", "t", 1, lambda context: seen.append(in_use("fused")) or [])
+    sections.run_section(section, args, None, sections.Start(1e12, plain_kernels=True))
+    assert seen == [False]
+    assert in_use("fused")
 
 
-def test_kernels_are_proven_under_the_sanitizer_where_it_is_installed(monkeypatch):
+def test_kernels_are_proven_under_the_sanitizer_where_it_is_installed(monkeypatch, tmp_path):
     import bench_gpu
-    import gpu_process
-    import gpu_sections
+    from gpu.sections import sanitizer, sections
 
-    proof, other = gpu_sections.sections(bench_gpu.parse(["--device", "cuda"]))[:3:2]
+    proof, other = sections(bench_gpu.parse(["--device", "cuda"]))[:3:2]
     assert (proof.proves_kernels, other.proves_kernels) == (True, False)
-    monkeypatch.setattr(gpu_process.shutil, "which", lambda name: f"/bin/{name}")
-    assert gpu_process.sanitizer(proof, "cuda")[:3] == ["/bin/compute-sanitizer", "--tool", "memcheck"]
-    assert gpu_process.sanitizer(other, "cuda") == gpu_process.sanitizer(proof, "cpu") == []
-    monkeypatch.setattr(gpu_process.shutil, "which", lambda name: None)
-    assert gpu_process.sanitizer(proof, "cuda") == []
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert sanitizer(proof, "cuda") == []
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+    assert sanitizer(proof, "cuda")[:3] == [str(tool), "--tool", "memcheck"]
+    assert sanitizer(other, "cuda") == sanitizer(proof, "cpu") == []
 
 
 @pytest.mark.parametrize("argv", [["--sections", "steps"], ["--sections", ","], ["--width-scale", "0.3"]])
@@ -230,22 +228,17 @@ def test_what_is_asked_for_wrongly_is_named(argv, capsys):
     assert "expected some of kernels,ceilings" in (err := capsys.readouterr().err) or "width scale 0.3 leaves" in err
 
 
-def small_proof(gpu_proofs, monkeypatch):
-    """Proofs that the interpreter gets through."""
-    monkeypatch.setattr(gpu_proofs, "UPDATES", ((1, 1, 8, 8), (3, 5, 17, 19)))
-    monkeypatch.setattr(gpu_proofs, "CLASSES", (1, 7, 101))
-    monkeypatch.setattr(gpu_proofs, "BATCHES", (1, 3))
+FEW = {"updates": ((1, 1, 8, 8), (3, 5, 17, 19)), "classes": (1, 7, 101), "batches": (1, 3)}  # for the interpreter
 
 
 @pytest.mark.parametrize("name", ["pgd_update_", "softmax_difference"])
-def test_kernels_are_proven_on_odd_shapes_and_a_wrong_one_is_noticed(name, monkeypatch, capsys):
-    import gpu_proofs
+def test_kernels_are_proven_on_odd_shapes_and_a_wrong_one_is_noticed(name, capsys):
+    from gpu.checks import proof_rows
 
     pytest.importorskip("triton")
     fused = importlib.import_module("proard.kernels.fused")
-    small_proof(gpu_proofs, monkeypatch)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = gpu_proofs.proof_rows(name, device, fused)
+    rows = proof_rows(name, device, fused, FEW)
     assert len(rows) == {"pgd_update_": 4, "softmax_difference": 18}[name]
     wrong = SimpleNamespace(
         fits=fused.fits,
@@ -253,28 +246,26 @@ def test_kernels_are_proven_on_odd_shapes_and_a_wrong_one_is_noticed(name, monke
         softmax_difference=lambda *given: plain.softmax_difference(*given) + 0.01,
     )
     with pytest.raises(SystemExit, match=f"{name} differs from its plain twin by .* on "):
-        gpu_proofs.proof_rows(name, device, wrong)
+        proof_rows(name, device, wrong, FEW)
     with pytest.raises(SystemExit, match="do not run on cpu"):
-        gpu_proofs.proof_rows(name, torch.device("cpu"))
+        proof_rows(name, torch.device("cpu"))
 
 
 def test_real_shapes_are_proven():
-    import gpu_proofs
+    from gpu.checks import SHAPES
 
-    batches, channels, sides = ({shape[place] for shape in gpu_proofs.UPDATES} for place in (0, 1, 3))
+    batches, channels, sides = ({shape[place] for shape in SHAPES["updates"]} for place in (0, 1, 3))
     assert {1, 1024} <= batches
     assert {1, 3, 5} <= channels
     assert max(sides) == 224
-    assert {1, 1024} <= set(gpu_proofs.BATCHES)
-    assert {7, 10, 100, 101, 1001} <= set(gpu_proofs.CLASSES)
+    assert {1, 1024} <= set(SHAPES["batches"])
+    assert {7, 10, 100, 101, 1001} <= set(SHAPES["classes"])
 
 
-def test_rounds_end_where_another_would_not_fit(monkeypatch):
-    import gpu_run
+def test_rounds_end_where_another_would_not_fit():
+    import common
 
     now = [0.0]
-    monkeypatch.setattr(gpu_run, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(gpu_run, "clocked", lambda call, number: (call(number), (10.0, 10.0))[1])
 
     def timed(seconds, rounds=5):
         now[0], seen = 0.0, []
@@ -283,58 +274,56 @@ def test_rounds_end_where_another_would_not_fit(monkeypatch):
             seen.append(number)
             now[0] += 10
 
-        options = {"rounds": rounds, "device": torch.device("cpu"), "label": "calls", "plain": "b"}
-        done = gpu_run.time_within({"a": call, "b": call}, gpu_run.Budget(seconds), **options)
+        budget = common.Budget(seconds, lambda: now[0])
+        done = common.time_interleaved({"a": call, "b": call}, rounds=rounds, label="calls", plain="b", budget=budget)
         return done.rounds, seen
 
     assert timed(1000) == (5, [-1] * 2 + [number for number in range(5) for _ in range(3)])
     assert timed(81)[0] == 2  # 20 s to warm up, 30 s a round: then 1 s is left
     for seconds in (0, 5, 20):
-        with pytest.raises(gpu_run.TimeIsShort):
+        with pytest.raises(common.TimeIsShort):
             timed(seconds)
 
 
-def test_a_step_in_which_the_host_waits_is_noticed(monkeypatch):
-    import gpu_checks
+def test_a_step_in_which_the_host_waits_is_noticed():
+    from gpu.checks import step_never_waits
 
     modes = []
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
-    assert "never waits" in gpu_checks.step_never_waits(small_problem())
+    assert "never waits" in step_never_waits(small_problem(), set_mode=modes.append)
     assert modes == ["default", "default", "error", "default"]
-    together = gpu_checks.PackageStep.together
 
     def waits(*args):
         if modes[-1] == "error":
             raise RuntimeError("called a synchronizing CUDA operation")
-        return together(*args)
 
-    monkeypatch.setattr(gpu_checks.PackageStep, "together", waits)
     with pytest.raises(SystemExit, match=r"the host waits .* called a synchronizing CUDA operation"):
-        gpu_checks.step_never_waits(small_problem())
+        step_never_waits(small_problem(), waits, modes.append)
     assert modes[-1] == "default"
 
 
-def test_graph_that_reads_stale_weights_is_noticed(monkeypatch):
-    import gpu_checks
+class Stale(CapturedSteps):
+    """Graphs that never read new weights."""
+
+    def _captured(self, *given):
+        graph = super()._captured(*given)
+        load = graph.load
+        graph.load = lambda predict, *rest: load(graph.predict, *rest)
+        return graph
+
+
+def test_graph_that_reads_stale_weights_is_noticed():
+    from gpu.checks import graphs_agree
 
     problem = small_problem()
-    assert "100.000%" in gpu_checks.graphs_agree(problem, capture=lambda body: body)
-    load = captured.Captured.load
-
-    def forgets_the_weights(graph, predict, objective, images):
-        load(graph, graph.predict, objective, images)
-
-    monkeypatch.setattr(captured.Captured, "load", forgets_the_weights)
+    assert "100.000%" in graphs_agree(problem, capture=lambda body: body)
     with pytest.raises(SystemExit, match=r"captured attack in .* agrees with the eager one on"):
-        gpu_checks.graphs_agree(problem, capture=lambda body: body)
+        graphs_agree(problem, Stale, capture=lambda body: body)
 
 
 def both_in_float64():
     """A problem in float64, and the same as another device would hold it."""
-    import gpu_checks
-
     problem = small_problem()
-    return [gpu_checks.placed(problem, torch.device("cpu"), torch.float64) for _ in range(2)]
+    return [problem.placed(torch.device("cpu"), torch.float64) for _ in range(2)]
 
 
 def move(problem, names, size):
@@ -347,7 +336,7 @@ def move(problem, names, size):
 
 
 def test_attack_and_step_that_differ_from_the_cpus_are_noticed():
-    import gpu_checks
+    from gpu import checks as gpu_checks
 
     problem, other = both_in_float64()
     move(other, other.student.layers, 1e-14)  # as another order of summation would
@@ -361,37 +350,35 @@ def test_attack_and_step_that_differ_from_the_cpus_are_noticed():
 
 
 def test_every_arch_of_the_problem_is_compared():
-    import gpu_checks
+    from gpu import checks as gpu_checks
 
-    problem, other = (gpu_checks.replace(each, archs=each.archs[::-1]) for each in both_in_float64())
+    problem, other = (replace(each, archs=each.archs[::-1]) for each in both_in_float64())
     first, second = ({key_of(conv) for conv in problem.student.space.spec(arch).convs} for arch in problem.archs)
     move(other, second - first, 0.05)
     with pytest.raises(SystemExit, match="agrees with the CPU's on"):
         gpu_checks.attacks_agree(problem, other)
     with pytest.raises(SystemExit, match="have a cosine of"):
         gpu_checks.steps_agree(problem, other)
-    alone = [gpu_checks.replace(each, archs=each.archs[:1]) for each in (problem, other)]
+    alone = [replace(each, archs=each.archs[:1]) for each in (problem, other)]
     gpu_checks.attacks_agree(*alone)
     gpu_checks.steps_agree(*alone)
 
 
-def test_fused_kernels_that_step_elsewhere_are_noticed(monkeypatch):
-    import gpu_checks
+def test_fused_kernels_that_step_elsewhere_are_noticed():
+    from gpu.checks import fused_attacks_agree
 
     problem = small_problem()
-    assert "100.000%" in gpu_checks.fused_attacks_agree(problem)
-    wrong = SimpleNamespace(
-        fits=lambda *tensors: True,
-        pgd_update_=lambda adv, gradient, *bounds, **step: plain.pgd_update_(adv, -gradient, *bounds, **step),
-        softmax_difference=plain.softmax_difference,
-    )
-    monkeypatch.setattr(dispatch, "fused_for", lambda device: wrong)
+    assert "100.000%" in fused_attacks_agree(problem)
+
+    def backwards(*given, step_size, num_steps):
+        return take_steps(*given, step_size=-step_size, num_steps=num_steps)
+
     with pytest.raises(SystemExit, match="a step with fused kernels agrees with the plain one on"):
-        gpu_checks.fused_attacks_agree(problem)
+        fused_attacks_agree(problem, backwards)
 
 
 def test_gates_compare_repeatable_convolutions_without_tf32_and_put_all_back():
-    import gpu_checks
+    from gpu import checks as gpu_checks
 
     settings = [
         (torch.backends.cuda.matmul, "allow_tf32"),

@@ -2,15 +2,14 @@ import numpy as np
 import pytest
 
 from proard.config import PRESETS
-from proard.search import nsga2
 from proard.space import SearchSpace
 
 
-def differences(preset="resnet_cifar", predictor="package"):
+def differences(preset="resnet_cifar", predictor="package", space=SearchSpace, **how):
     import bench_search
 
-    problem = bench_search.make_problem(SearchSpace(PRESETS[preset]), predictor, seed=0)
-    return bench_search.equality(problem, count=60)
+    problem = bench_search.make_problem(space(PRESETS[preset]), predictor, seed=0)
+    return bench_search.equality(problem, count=60, **how)
 
 
 @pytest.mark.parametrize("preset", ["resnet_cifar", "resnet_digits"])
@@ -29,35 +28,27 @@ def test_published_predictor_passes_too():
     bench_search.require_equal(differences(predictor="published"))
 
 
-def test_a_wrong_cost_of_the_last_unit_is_noticed(monkeypatch):
-    import bench_search
-
-    costs = SearchSpace.costs
-    monkeypatch.setattr(SearchSpace, "costs", lambda self, g: {"macs": costs(self, g)["macs"] + g[:, -1]})
-    with pytest.raises(SystemExit, match="macs: 2"):
-        bench_search.require_equal(differences(predictor="published"))
+class WrongCosts(SearchSpace):
+    def costs(self, genotypes):
+        return {"macs": super().costs(genotypes)["macs"] + genotypes[:, -1]}
 
 
-def test_a_code_that_keeps_absent_blocks_is_noticed(monkeypatch):
-    import bench_search
-
-    def unmasked(self, genotypes):
+class Unmasked(SearchSpace):
+    def features(self, genotypes):
         canonical = self.canonical(genotypes)
         return np.concatenate([np.eye(count)[canonical[:, i]] for i, count in enumerate(self.choices)], axis=1)
 
-    monkeypatch.setattr(SearchSpace, "features", unmasked)
-    with pytest.raises(SystemExit, match="encodings: 1"):
-        bench_search.require_equal(differences(predictor="published"))
 
-
-def test_another_draw_is_noticed(monkeypatch):
-    import sys
-
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [({"space": WrongCosts}, "macs: 2"), ({"space": Unmasked}, "encodings: 1"), ({"again": 1}, "archives")],
+    ids=["cost of the last unit", "code of absent blocks", "another draw"],
+)
+def test_a_wrong_table_or_search_is_noticed(how, named):
     import bench_search
 
-    monkeypatch.setattr(sys.modules[nsga2.__module__], "CROSSOVER", 0.95)
-    with pytest.raises(SystemExit, match="archives"):
-        bench_search.require_equal(differences(predictor="published"))
+    with pytest.raises(SystemExit, match=named):
+        bench_search.require_equal(differences(predictor="published", **how))
 
 
 def test_quality_is_relative_to_the_exact_front():

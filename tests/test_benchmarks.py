@@ -7,17 +7,15 @@ import json
 import re
 from xml.etree import ElementTree
 
-import numpy as np
 import pytest
 import torch
 from helpers import TINY, image_sets, random_images, random_supernet, tiny_config, tiny_space
-from training_runs import no_validation
+from training_runs import plain_network
 
-from proard.config import Threat
+from proard.attacks import pgd, take_steps
 from proard.losses import CrossEntropy
-from proard.nets import SubnetView, gradient
-from proard.stages.training import AugmentedImages
-from proard.training import ResumeState, single_plan
+from proard.nets import SubnetView
+from proard.training import phase_plan, single_plan
 
 
 def test_attacks_agree_before_they_are_timed_and_a_wrong_one_stops_the_run(capsys):
@@ -26,14 +24,14 @@ def test_attacks_agree_before_they_are_timed_and_a_wrong_one_stops_the_run(capsy
     bench_attack.main(["--net", "resnet_digits", "--quick", "--threads", "1"])
     out = capsys.readouterr().out
     assert "convolution ceiling" in out
-    assert re.search(rf"{list(bench_attack.TIMED)[-1]} +16 +[\d.]+ +\d+  [\d.]+%", out)
-    found = bench_attack.Agreement(0.998, 0.9, 0.8, 0.88, {"plain": 0.5, "bfloat16": 0.8}, 0.1)
+    assert re.search(rf"{list(bench_attack.TIMED)[-1]}, batch 16 +[\d.]+ +\d+ +[\d.]+%", out)
+    found = {"exact": 0.998, "signs": 0.88, "accuracies": {"plain": 0.5, "bfloat16": 0.8}, "noise": 0.1}
     with pytest.raises(SystemExit, match=r"float64 0\.9980, .*signs in bfloat16 0\.8800, .*accuracies 0\.3000"):
-        found.require()
-    bench_attack.Agreement(0.9995, 0.9, 0.8, 0.92, {"plain": 0.5, "bfloat16": 0.55}, 0.1).require()
+        bench_attack.require(found)
+    bench_attack.require({**found, "exact": 0.9995, "signs": 0.92, "accuracies": {"plain": 0.5, "bfloat16": 0.55}})
 
 
-def test_an_attack_by_a_wrong_gradient_is_noticed_in_float64(monkeypatch):
+def test_an_attack_by_a_wrong_gradient_is_noticed_in_float64():
     import bench_attack
     import plain_step
     import step_rows
@@ -45,21 +43,23 @@ def test_an_attack_by_a_wrong_gradient_is_noticed_in_float64(monkeypatch):
         batch_size=8,
         dtype=torch.float32,
     )
-    assert bench_attack.agreement(problem).exact == 1
-    backward = gradient.BlockGradient.backward
-    monkeypatch.setattr(gradient.BlockGradient, "backward", lambda *args, **options: backward(*args, **options).flip(3))
-    found = bench_attack.agreement(problem)
-    assert found.exact < 0.999
+    assert bench_attack.agreement(problem)["exact"] == 1
+
+    def elsewhere(predict, objective, adv, *bounds, **how):
+        return take_steps(lambda x: predict(x.flip(3)), objective, adv, *bounds, **how)
+
+    found = bench_attack.agreement(problem, elsewhere)
+    assert found["exact"] < 0.999
     with pytest.raises(SystemExit, match="equal iterates in float64"):
-        found.require()
+        bench_attack.require(found)
 
 
-def test_the_share_of_the_ceiling_counts_a_forward_and_an_input_gradient(tmp_path, monkeypatch):
+def test_the_share_of_the_ceiling_counts_a_forward_and_an_input_gradient(tmp_path):
     import bench_attack
 
-    monkeypatch.setattr(bench_attack, "ceiling", lambda dtype, seconds: 1e12)
     path = tmp_path / "rows.json"
-    bench_attack.main(["--net", "resnet_digits", "--quick", "--threads", "1", "--json", str(path)])
+    argv = ["--net", "resnet_digits", "--quick", "--threads", "1", "--json", str(path)]
+    bench_attack.main(argv, top=lambda dtype: 1e12)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     expected = [f"{name}, batch 8" for name in ("plain", *bench_attack.TIMED)]
     assert [row["row"] for row in rows[: len(expected)]] == expected
@@ -151,24 +151,25 @@ def test_rows_name_the_baseline_of_their_ratio(name, options, baseline, tmp_path
     assert {row["baseline"] for row in rows if "ratio_total" in row} == {baseline}
 
 
-def test_rows_that_a_benchmark_wrote_by_itself_are_kept_without_running_any(tmp_path, monkeypatch, capsys):
+def test_rows_that_a_benchmark_wrote_by_itself_are_kept_without_running_any(tmp_path, capsys):
     import run_all
 
-    monkeypatch.setattr(run_all, "run", lambda *_, **__: pytest.fail("a benchmark was run"))
     rows = tmp_path / "rows.json"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ladder()))
     run_all.main(["--rows", str(rows), "--results", str(tmp_path), "--machine", "here"])
     kept = json.loads((tmp_path / "here.json").read_text())["rows"]
     assert [row["row"] for row in kept] == [row["row"] for row in ladder()]
-    assert "V8" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "V8" in printed
+    assert "== bench_" not in printed
 
 
 def test_the_figure_draws_one_run_of_the_ladder():
-    import figure
+    import run_all
 
-    drawn = figure.ladder_figure([*ladder(), *ladder("resnet_micro")])
+    drawn = run_all.ladder_figure([*ladder(), *ladder("resnet_micro")])
     assert [text.get_text() for text in drawn.axes[0].get_yticklabels()] == ["released", "plain", "package"]
-    assert figure.ladder_figure([{"bench": "search"}]) is None
+    assert run_all.ladder_figure([{"bench": "search"}]) is None
 
 
 def test_benchmarks_are_found_by_name_and_those_of_other_machines_wait_to_be_asked_for(tmp_path):
@@ -183,13 +184,13 @@ def test_benchmarks_are_found_by_name_and_those_of_other_machines_wait_to_be_ask
         run_all.chosen(["nothing"], [], tmp_path)
 
 
-def test_a_benchmark_hands_over_its_rows_and_one_that_fails_gives_none(tmp_path, monkeypatch):
+def test_a_benchmark_hands_over_its_rows_and_one_that_fails_gives_none(tmp_path):
     import run_all
 
     good = tmp_path / "bench_good.py"
     good.write_text(
-        "import sys\nassert sys.argv[3:] == ['--quick']\nopen(sys.argv[sys.argv.index('--json') + 1], 'w').write"
-        '(\'{"row": "a"}\\n\')\n# --quick\n'
+        "import sys\nassert sys.argv[3:] == ['--quick', '--threads', '1']\n"
+        "open(sys.argv[sys.argv.index('--json') + 1], 'w').write('{\"row\": \"a\"}\\n')\n"
     )
     assert run_all.run(good, quick=True, threads=1) == [{"bench": "good", "row": "a"}]
     bad = tmp_path / "bench_bad.py"
@@ -217,9 +218,7 @@ def test_seconds_of_the_stages_come_from_the_workflows_records(tmp_path):
 
 
 def test_the_plain_view_has_the_logits_and_gradients_of_the_fast_one():
-    from plain_training import PlainView, plain_pgd
-
-    from proard.attacks import pgd
+    from bench_pipeline import PlainView, plain_steps
 
     space = tiny_space(TINY)
     images = random_images(space, 6)
@@ -233,41 +232,27 @@ def test_the_plain_view_has_the_logits_and_gradients_of_the_fast_one():
         logits.square().mean().backward()
         view.scatter_gradients()
         fixed = view.folded(record) if form is PlainView else view.folded(record, dtype=torch.float64)
-        attack = plain_pgd if form is PlainView else pgd
+        steps = plain_steps if form is PlainView else take_steps
         options = {"eps": 0.1, "step_size": 0.04, "num_steps": 3}
         objective = CrossEntropy(torch.arange(6) % 3)
-        adv = attack(fixed, objective, images, generator=torch.Generator().manual_seed(0), **options)
+        adv = pgd(fixed, objective, images, generator=torch.Generator().manual_seed(0), steps=steps, **options)
         running = [buffer.clone() for name, buffer in net.named_buffers() if "running" in name]
         seen.append([logits.detach(), adv, *(parameter.grad for parameter in net.parameters()), *running])
     for plain, fast in zip(*seen, strict=True):
         torch.testing.assert_close(plain, fast, rtol=1e-9, atol=1e-11)
 
 
-def test_a_stage_trains_in_plain_form_inside_the_context_only(tmp_path):
-    from plain_training import PlainView, plain_form
+@pytest.mark.parametrize("stage", ["train_teacher", "train_phase"])
+def test_trainings_in_plain_form_end_as_the_packages_do(stage, tmp_path):
+    import bench_pipeline
 
-    from proard.nets import Supernet
-    from proard.stages import training
-
-    space, train = tiny_space(TINY), image_sets(tmp_path)["train"]
-    net = Supernet(space, mean=train.mean, std=train.std, generator=torch.Generator().manual_seed(0))
-    settings = tiny_config(train_teacher__epochs=1).train_teacher
-    before = net.head.weight.detach().clone()
-    with plain_form():
-        assert isinstance(net.view(space.largest), PlainView)
-        run = training.Run(
-            net,
-            label="plain",
-            plan=single_plan(space.largest, "trades", settings),
-            settings=settings,
-            threat=Threat(eps=0.1),
-            source=AugmentedImages(train, settings),
-            validate=no_validation,
-            state=ResumeState(tmp_path / "net.safetensors", "mark"),
-            seed=0,
-        )
-        rows = run.train()
-    assert all(weight.is_contiguous() for weight in net.parameters() if weight.ndim == 4)
-    assert np.isfinite(rows[-1]["loss"])
-    assert not torch.equal(net.head.weight, before)
-    assert not isinstance(net.view(space.largest), PlainView)
+    config, space, sets = tiny_config(), tiny_space(), image_sets(tmp_path)
+    (phase,), recipe = config.train_phase.phases, config.train_teacher
+    alone = (recipe, single_plan(space.largest, "trades", recipe))
+    settings, plan = alone if stage == "train_teacher" else (phase, phase_plan(space, phase))
+    teacher, data = plain_network(), [sets["train"], sets["val"]]
+    ends = [bench_pipeline.train(config, settings, plan, data, form, teacher)[1] for form in bench_pipeline.FORMS]
+    bench_pipeline.require_same(stage, ends)
+    assert ends[0]["loss"] == pytest.approx(ends[1]["loss"], rel=1e-3)
+    with pytest.raises(SystemExit, match=rf"{stage}: .* loss \["):
+        bench_pipeline.require_same(stage, [ends[0], {**ends[1], "loss": 1.1 * ends[0]["loss"]}])

@@ -166,8 +166,7 @@ def test_networks_are_computed_in_float64_with_their_own_weights_folded_or_not(f
     assert not any(parameter.requires_grad for parameter in folded.parameters())
 
 
-def test_a_network_s_rows_are_the_same_every_time_and_for_every_batch_size(files, tables, tmp_path, monkeypatch):
-    monkeypatch.setattr(diagnose, "AT_ONCE", 4)
+def test_a_network_s_rows_are_the_same_every_time_and_for_every_batch_size(files, tables, tmp_path):
     config = config_of("trained").model_copy(
         update={"measurement": config_of("trained").measurement.model_copy(update={"batch_size": 2})}
     )

@@ -12,10 +12,9 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from proard.config import load
+from proard.config import load, read_file
 from proard.doctor import here
-from proard.doctor.checkup import checkup, merged
-from proard.doctor.finding import Finding
+from proard.doctor.checkup import merged, on_cluster
 from proard.doctor.probe import HELD, TOKEN, facts
 
 ROOT = Path(__file__).parents[1]
@@ -46,9 +45,6 @@ class Cluster:
         monkeypatch.setenv("PYTHONPATH", str(ROOT))
         monkeypatch.delenv("SLURM_CONF", raising=False)
         monkeypatch.chdir(folder)
-        for name in ("torch_and_gpu", "arithmetic"):
-            slow = Finding(name, "not asked, as loading torch takes seconds")
-            monkeypatch.setattr(here, name, lambda slow=slow: slow)
         self.profile()
 
     def answer(self, command: str, line: str) -> None:
@@ -61,9 +57,10 @@ class Cluster:
         path.parent.mkdir(exist_ok=True)
         path.write_text(yaml.safe_dump({**PROFILE, **changes}, sort_keys=False))
 
-    def failures(self, **options: object) -> dict[str, str]:
-        """Names of the failed checks, with what was said and how to mend it."""
-        found = checkup(**{"jobs": False, **options})
+    def failures(self, config: Path | None = None, *, jobs: bool = False) -> dict[str, str]:
+        """Names of the failed checks of the cluster, with what was said and how to mend it."""
+        run = None if config is None else load(read_file(config))
+        found = on_cluster("slurm", run, Path("results"), jobs=jobs, patience=180.0)
         return {finding.name: f"{finding.said} -> {finding.mend}" for finding in found if finding.fails}
 
 
@@ -120,7 +117,7 @@ def test_a_machine_without_slurm_says_so_once(cluster):
 )
 def test_what_is_wrong_in_the_profile_is_named(cluster, config, changes, check, words):
     cluster.profile(**changes)
-    found = cluster.failures(configs=[config])
+    found = cluster.failures(config)
     assert next(iter(found)) == check
     assert all(word in found[check] for word in words), found
 
@@ -152,7 +149,7 @@ def test_a_waiting_job_is_cancelled_and_no_failure(cluster):
     cluster.answer("sbatch", f"{VERSION}; echo 7")
     cluster.answer("squeue", f"{VERSION}; case $* in *%r*) echo Priority;; *) echo PENDING;; esac")
     cluster.answer("scancel", f'echo "$@" >> {cluster.folder}/cancelled')
-    found = list(checkup(patience=1.5))
+    found = list(on_cluster("slurm", None, Path("results"), jobs=True, patience=1.5))
     assert not [finding for finding in found if finding.fails]
     assert [finding.said for finding in found if "still waits (Priority)" in finding.said]
     assert (cluster.folder / "cancelled").read_text().split().count("7") == 2
@@ -160,7 +157,9 @@ def test_a_waiting_job_is_cancelled_and_no_failure(cluster):
 
 def test_a_folder_that_may_not_be_written_is_named(cluster):
     (cluster.folder / "results").write_text("a file")
-    assert "results" in cluster.failures(profile=None)["file system"]
+    found = here.file_system(Path("results"))
+    assert found.fails
+    assert "results" in found.said
 
 
 def test_the_command_ends_with_status_1_where_a_run_would_fail(cluster):
@@ -227,14 +226,12 @@ def test_a_probe_sees_the_askers_file_and_lock(tmp_path):
         ({"right": False, "cosine": 0.5, "parameter": "stem", "bfloat16": True, "compiled": True}, "stem is wrong"),
     ],
 )
-def test_arithmetic_is_described(facts, expected, monkeypatch):
+def test_arithmetic_is_described(facts, expected):
     line = json.dumps({"capability": "AVX2", "cosine": 1.0, "parameter": "", **facts})
-    monkeypatch.setattr(here, "ask", lambda *_, **__: (True, line))
-    finding = here.arithmetic()
+    finding = here.arithmetic_finding(True, line)
     assert expected in finding.said
     assert finding.fails is not facts["right"]
 
 
-def test_a_step_that_ends_its_process_is_a_failure(monkeypatch):
-    monkeypatch.setattr(here, "ask", lambda *_, **__: (False, "corrupted size vs. prev_size"))
-    assert here.arithmetic().fails
+def test_a_step_that_ends_its_process_is_a_failure():
+    assert here.arithmetic_finding(False, "corrupted size vs. prev_size").fails

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from proard.stages import common
@@ -73,18 +72,13 @@ def test_gpus_are_told_apart_by_their_number_on_the_machine(claim):
 
 
 @pytest.mark.parametrize(
-    ("device", "several", "entered"), [("auto", 0, 1), ("cuda", 0, 1), ("cpu", 0, 0), ("auto", 2, 0)]
+    ("device", "several", "entered"),
+    [("auto", False, True), ("cuda", False, True), ("cpu", False, False), ("auto", True, False)],
 )
-def test_a_gpu_is_prepared_with_a_backward_pass(device, several, entered, monkeypatch):
+def test_a_gpu_is_prepared_with_a_backward_pass(device, several, entered):
     """The thread of backward passes has no CUDA context before its first kernel, and cuBLAS would warn."""
-    given = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(ranks, "enter_backward_thread", given.append)
-    if several:  # each enters with its own GPU, once it has chosen it
-        monkeypatch.setenv("LOCAL_RANK", "1")
-    assert common._prepare_device(device, 1) == ("cpu" if device == "cpu" else "cuda")
-    assert given == ["cuda"] * entered
+    expected = ("cpu" if device == "cpu" else "cuda", entered)
+    assert common.chosen_device(device, gpu=True, several=several) == expected
 
 
 def test_the_backward_pass_that_prepares_a_gpu_launches_a_kernel():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shutil
@@ -30,11 +31,12 @@ def test_cores_are_counted_where_the_system_does_not_limit_them(monkeypatch, tmp
     assert job.threads == 3
 
 
-def test_output_replaces_what_its_encoding_lacks(monkeypatch):
+def test_output_replaces_what_its_encoding_lacks():
     written = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
-    host.take_any_character()
-    print("50 % · robust █", flush=True)
+    with contextlib.redirect_stdout(io.TextIOWrapper(written, encoding="ascii")) as output:
+        host.take_any_character()
+        print("50 % · robust █")
+    output.flush()
     assert written.getvalue() == b"50 % ? robust ?\n"
 
 
@@ -53,21 +55,14 @@ def test_a_program_runs_in_a_c_locale_without_a_home_folder(tmp_path):
     assert done.stdout == f"? {shutil.which('cc') is not None}\n"
 
 
-def homeless():
-    raise RuntimeError("Could not determine home directory.")
-
-
-def test_without_a_home_folder_kernels_are_kept_in_a_folder_of_the_users_own(monkeypatch, tmp_path):
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(compiled.Path, "home", homeless)
-    monkeypatch.setattr(compiled.tempfile, "gettempdir", lambda: str(tmp_path))
-    folder = compiled.cache_folder()
-    assert folder == compiled.cache_folder()
+def test_without_a_home_folder_kernels_are_kept_in_a_folder_of_the_users_own(tmp_path):
+    folder = compiled.private_folder(tmp_path)
+    assert folder == compiled.private_folder(tmp_path)
     assert folder.parent == tmp_path
     assert folder.stat().st_mode & 0o777 == 0o700
     folder.chmod(0o777)  # others could put a library there
-    with pytest.warns(UserWarning, match="C kernels are not used.*set XDG_CACHE_HOME"):
-        assert compiled.maps_library.__wrapped__() is None
+    with pytest.raises(OSError, match="set XDG_CACHE_HOME"):
+        compiled.private_folder(tmp_path)
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")

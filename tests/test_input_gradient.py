@@ -1,5 +1,7 @@
 """The written-out input gradient of a folded network against autograd's."""
 
+import platform
+
 import numpy as np
 import pytest
 import torch
@@ -136,17 +138,5 @@ def test_smaller_types_come_as_near_as_their_digits_allow(name, dtype, close):
     assert 1 - beside < close
 
 
-def test_the_heap_is_kept_where_the_c_library_can_be_asked(monkeypatch):
-    asked = []
-
-    class Library:
-        @staticmethod
-        def mallopt(option, value):
-            asked.append((option, value))
-            return 1
-
-    monkeypatch.setattr(common.ctypes, "CDLL", lambda name: Library)
-    assert common.keep_heap()
-    assert dict(asked) == {-1: 2**31 - 1, -2: 2**26, -3: 2**25}
-    monkeypatch.setattr(common.ctypes, "CDLL", lambda name: object())
-    assert not common.keep_heap()
+def test_the_heap_is_kept_where_the_c_library_can_be_asked():
+    assert common.keep_heap() is (platform.libc_ver()[0] == "glibc")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
@@ -17,7 +15,6 @@ from proard.space.sampling import anchor_archs, enumerate_genotypes, stratified_
 from proard.stages import search_front
 
 SPACE = SearchSpace(PRESETS["resnet_micro"])
-exhaustive = sys.modules["proard.search.exhaustive"]  # the package's name is the function
 BUDGET = {"population": 40, "generations": 15}
 
 
@@ -137,18 +134,18 @@ def test_a_space_too_large_is_not_enumerated_and_nothing_is_predicted():
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_front_merged_block_by_block_is_pymoos(ties, monkeypatch):
-    objectives = np.random.default_rng(0).normal(size=(4_000, 3))
+def test_front_merged_block_by_block_is_pymoos(ties):
+    objectives = np.random.default_rng(0).normal(size=(2**12, 3))
     if ties:
         objectives = np.floor(2 * np.abs(objectives))
-        objectives = objectives[objectives.sum(axis=1) >= 4]
-    index = np.arange(len(objectives))[:, None]
-    monkeypatch.setattr(exhaustive, "genotype_blocks", lambda *args, **options: np.array_split(index, 7))
-    found = search.exhaustive(
-        lambda rows: -objectives[rows[:, 0], :2], lambda rows: objectives[rows[:, 0], 2], [1], None, up_to=len(index)
-    )
+        objectives[objectives.sum(axis=1) < 4] += 10
+    blocks, places = [], 2 ** np.arange(12)
+    how = {"up_to": len(objectives), "rows": 600, "on_block": lambda archs, size: blocks.append(archs)}
+    predict, cost = (lambda rows: -objectives[rows @ places, :2]), (lambda rows: objectives[rows @ places, 2])
+    found = search.exhaustive(predict, cost, [2] * 12, lambda genotypes: genotypes, **how)
+    assert len(blocks) > 5
     front, *_ = NonDominatedSorting().do(objectives)
-    assert sorted(found.front.genotypes[:, 0]) == sorted(front)
+    assert sorted(found.front.genotypes @ places) == sorted(front)
     assert ties is (len(np.unique(objectives[front], axis=0)) < len(front))
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,6 +133,11 @@ def _cifar(settings: PrepareData, *, train: bool) -> Source:
             "prepare_data.download: true to fetch it, or set prepare_data.folder to the folder that contains "
             f"{dataset.base_folder}"
         ) from None
+    return of_torchvision(settings, data, train=train)
+
+
+def of_torchvision(settings: PrepareData, data: Any, *, train: bool) -> Source:
+    """The images of a CIFAR class of torchvision."""
     name = f"{settings.source} ({'train' if train else 'test'})"
     return Source(
         name,

@@ -81,9 +81,13 @@ def torch_and_gpu() -> Finding:
 
 def arithmetic() -> Finding:
     """Whether gradients are right on this CPU, and what it lacks; tried in another process, as it may end there."""
-    name = "arithmetic"
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the jobs: threads that spin may take minutes here
-    answered, said = ask(sys.executable, "-m", "proard.doctor.arithmetic", seconds=300)
+    return arithmetic_finding(*ask(sys.executable, "-m", "proard.doctor.arithmetic", seconds=300))
+
+
+def arithmetic_finding(answered: bool, said: str) -> Finding:
+    """What the other process found: its last line, or why it ended."""
+    name = "arithmetic"
     if not answered:
         return failure(name, f"a training step ends the process: {said}", "report it with the output of lscpu")
     facts = json.loads(said.splitlines()[-1])

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 TakeSteps = Callable[..., Tensor]
 Replay = Callable[[], object]
 PAYS = 3  # replays in one call from which a capture pays though its network may never come again
-REMEMBERED = 100_000  # networks of which it is known that they came before
 
 
 class CudaCapture:
@@ -81,6 +80,8 @@ class CapturedSteps:
         tensors that are not on a GPU.
     capacity : int
         Graphs kept; the one unused for longest goes first. Each holds a copy of its weights and of one batch.
+    remembered : int
+        Networks of which it is known that they came before.
     capture : callable, optional
         Turns a function into what replays it. The default makes CUDA graphs; another one serves any device.
 
@@ -95,10 +96,11 @@ class CapturedSteps:
         *,
         batch_size: int,
         capacity: int = 16,
+        remembered: int = 100_000,
         capture: Callable[[Callable[[], object]], Replay] | None = None,
     ) -> None:
         self.take_steps, self.batch_size, self.capacity, self.capture = take_steps, batch_size, capacity, capture
-        self.any_device = capture is not None
+        self.any_device, self.remembered = capture is not None, remembered
         self.graphs: OrderedDict[Hashable, Captured] = OrderedDict()
         self.met: OrderedDict[int, None] = OrderedDict()  # hashes of keys, the newest last
         self.failed = False
@@ -143,7 +145,7 @@ class CapturedSteps:
         again = mark in self.met
         self.met[mark] = None
         self.met.move_to_end(mark)
-        if len(self.met) > REMEMBERED:
+        if len(self.met) > self.remembered:
             self.met.popitem(last=False)
         return again or num_steps - 1 >= PAYS
 

@@ -84,22 +84,27 @@ def build(source: Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """The user's cache folder; without a home folder, one of the user's own among the system's temporary files.
+    """The user's cache folder; without a home folder, one of the user's own among the system's temporary files."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "proard"
+    except RuntimeError:  # no HOME, and the user is in no list of passwords
+        return private_folder(Path(tempfile.gettempdir()))
+
+
+def private_folder(place: Path) -> Path:
+    """A folder of this user's own in a place where others write, too.
 
     Raises
     ------
     OSError
-        The folder of that name is another user's.
+        The folder of that name is another user's, or others may write there.
     """
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "proard"
-    except RuntimeError:  # no HOME, and the user is in no list of passwords
-        folder = Path(tempfile.gettempdir()) / f"proard-cache-{os.getuid()}"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
-        if found.st_uid != os.getuid() or found.st_mode & 0o077 or not stat.S_ISDIR(found.st_mode):
-            raise OSError(f"{folder} is not this user's own; set XDG_CACHE_HOME") from None
-        return folder
+    folder = place / f"proard-cache-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o077 or not stat.S_ISDIR(found.st_mode):
+        raise OSError(f"{folder} is not this user's own; set XDG_CACHE_HOME") from None
+    return folder
 
 
 def processor() -> bytes:

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from proard.kernels.maps import TYPES, loaded_maps, maps_library
+from proard.kernels.compiled import loaded_maps, maps_library
+from proard.kernels.maps import TYPES
+from proard.kernels.switch import in_use
 
 WIDE = 5  # kernel from which the C kernel is the faster filter gradient
 
@@ -55,6 +57,7 @@ def pays(x: Tensor, weight: Tensor, stride: int) -> bool:
         and x.dtype in TYPES
         and (weight.shape[-1] >= WIDE or (x.dtype is torch.bfloat16 and stride > 1))
         and x.is_contiguous(memory_format=torch.channels_last)
+        and in_use("depthwise")
         and maps_library() is not None
     )
 

@@ -11,13 +11,17 @@ import torch
 from torch import Tensor
 
 from proard.kernels import plain
+from proard.kernels.switch import in_use
+
+
+def fused_for(device: torch.device) -> ModuleType | None:
+    """The fused kernels of the attack step; None where they cannot run or are switched off."""
+    return proven(device) if device.type == "cuda" and in_use("fused") else None
 
 
 @cache
-def fused_for(device: torch.device) -> ModuleType | None:
-    """The fused kernels of the attack step, once they have given the plain ones' results; None where they cannot."""
-    if device.type != "cuda":
-        return None
+def proven(device: torch.device) -> ModuleType | None:
+    """The fused kernels, once they have given the plain ones' results on this GPU; None, with a warning, otherwise."""
     try:
         kernels = import_module("proard.kernels.fused")
         kernels.prove(device)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from proard.kernels.compiled import loaded_maps, maps_library
+from proard.kernels.switch import in_use
 
 KINDS = ("none", "relu", "relu6", "h_swish")  # as numbered in maps.c
 PLAIN = {"relu": F.relu, "relu6": F.relu6, "h_swish": F.hardswish, "none": lambda x: x}
@@ -46,7 +47,7 @@ def norm_activation(
     The C kernel computes in float32 with sums in double, whatever the type of `x`; a gradient of its gradient is that
     of the plain twin.
     """
-    if suits(x, scale, shift) and maps_library() is not None:
+    if suits(x, scale, shift) and in_use("maps") and maps_library() is not None:
         return _Fused.apply(x, scale, shift, eps, activation)
     return plain_norm_activation(x, scale, shift, eps=eps, activation=activation)
 
@@ -64,7 +65,8 @@ def mask_gradient_(gradient: Tensor, out: Tensor | None, side: Tensor | None = N
         A gradient that joins here.
     """
     others = [each for each in (side, out) if each is not None]
-    library = maps_library() if others and all(_alike(each, gradient) for each in others) else None
+    alike = others and in_use("maps") and all(_alike(each, gradient) for each in others)
+    library = maps_library() if alike else None
     if library is not None:
         places = (None if each is None else each.data_ptr() for each in (side, out))
         library.mask_gradient(

@@ -9,7 +9,7 @@ import numpy as np
 
 from proard.search.evaluations import Archive, Canonical, Cost, Predict
 from proard.search.fronts import Scale, non_dominated
-from proard.space.sampling import genotype_blocks
+from proard.space.sampling import BLOCK, genotype_blocks
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ def exhaustive(
     *,
     up_to: int,
     max_cost: float | None = None,
+    rows: int = BLOCK,
     on_block: Callable[[int, int], None] = lambda archs, size: None,
 ) -> Exhaustive | None:
     """Evaluate every arch within the limit, where there are not more than `up_to`.
@@ -49,6 +50,8 @@ def exhaustive(
         As of `nsga2`.
     up_to : int
         Most archs; 0 for none.
+    rows : int
+        Archs that are evaluated at a time.
     on_block : callable
         Called after each block with the archs in it and those in all.
 
@@ -67,7 +70,7 @@ def exhaustive(
         return cost(genotypes) <= max_cost
 
     keep, size = None if max_cost is None else affordable, 0
-    for block in genotype_blocks(choices, canonical, keep=keep):
+    for block in genotype_blocks(choices, canonical, keep=keep, rows=rows):
         size += len(block)
         if size > up_to:
             return None
@@ -75,7 +78,7 @@ def exhaustive(
         return None
     genotypes, objectives = np.zeros((0, len(choices)), dtype=np.int64), np.zeros((0, 3))
     low, high = np.full((2, 3), np.nan)
-    for block in genotype_blocks(choices, canonical, keep=keep):
+    for block in genotype_blocks(choices, canonical, keep=keep, rows=rows):
         values = np.column_stack([-predict(block), cost(block)])
         low, high = np.fmin(low, values.min(axis=0)), np.fmax(high, values.max(axis=0))
         best = non_dominated(values)

@@ -116,15 +116,24 @@ def _prepare_device(name: str, threads: int) -> str:
     torch.set_num_threads(threads)
     if name == "auto" and torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
         torch.cuda.set_device(claim_gpu(torch.cuda.device_count()))
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("--device cuda was asked for, but torch sees no GPU; use --device cpu or check the driver")
-    if name.startswith("cuda") and "LOCAL_RANK" not in os.environ:  # several processes have not chosen theirs yet
+    device, enters = chosen_device(name, gpu=torch.cuda.is_available(), several="LOCAL_RANK" in os.environ)
+    if enters:
         from proard.training.ranks import enter_backward_thread
 
-        enter_backward_thread(name)
-    return name
+        enter_backward_thread(device)
+    return device
+
+
+def chosen_device(name: str, *, gpu: bool, several: bool) -> tuple[str, bool]:
+    """The device that a name stands for, and whether its backward thread can be entered at once.
+
+    Of several processes none has chosen its own GPU yet: they enter later.
+    """
+    if name == "auto":
+        name = "cuda" if gpu else "cpu"
+    if name.startswith("cuda") and not gpu:
+        raise UserError("--device cuda was asked for, but torch sees no GPU; use --device cpu or check the driver")
+    return name, name.startswith("cuda") and not several
 
 
 def run(main: Callable[[], None]) -> None:

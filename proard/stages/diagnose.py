@@ -149,7 +149,7 @@ def diagnosed_bound(
     progress = Progress(f"{who['network']}: bound", len(images) * len(settings.shares), "images")
     for share in settings.shares:
         ball = {"eps": share * threat.eps, "norm": threat.norm}
-        for first, pixels, labels in chunks(images, AT_ONCE):
+        for first, pixels, labels in chunks(images, min(AT_ONCE, job.config.measurement.batch_size)):
             generator_of = generators(job.seed, BOUND_NOISE, first, len(labels))
             options = {"num_steps": settings.num_steps, "restarts": settings.restarts, "generator_of": generator_of}
             points = search_points(student, teacher, pixels, labels, **ball, **options)

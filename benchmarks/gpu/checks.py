@@ -1,0 +1,216 @@
+"""What must hold before a GPU's times mean anything: kernels, graphs and steps give what CPU and eager code give."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from common import Float64Losses, Row, show
+from step_rows import PackageStep, Problem
+from torch import Tensor
+
+from proard.attacks import pgd, take_steps
+from proard.kernels import CapturedSteps, dispatch, plain, plain_twins
+from proard.losses import KLToTarget
+from proard.nets import SubnetView
+from proard.space import Arch
+
+ITERATES = 0.999  # share of pixels that two float64 attacks, or a captured and an eager one, must end at alike (1e-6)
+ONE_STEP = 0.99  # the same for one float32 step with other kernels: gradients next to zero change sign by rounding
+GRADIENTS = 0.9999  # cosine of two float64 steps' weight gradients
+REPLAYED = 5  # attack steps of a captured attack: enough to be captured where the network is met first
+SHAPES: Mapping[str, Sequence] = {
+    # (batch, channels, height, width): odd channel counts and sides, the widest maps, one image and many
+    "updates": ((1, 1, 8, 8), (1, 3, 32, 32), (7, 5, 17, 19), (1024, 3, 32, 32), (1, 3, 224, 224), (1024, 1, 224, 224)),
+    "batches": (1, 1024),
+    "classes": (1, 2, 7, 10, 100, 101, 1000, 1001),
+}
+ROUNDING = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-8}  # of a softmax difference
+TakeSteps = Callable[..., Tensor]
+Proof = Iterator[tuple[str, float, float]]  # shape, largest difference, what it may be
+
+
+class Wrong(SystemExit):
+    """A path gives something else than it should."""
+
+
+@contextmanager
+def full_float32(*, deterministic: bool = True) -> Iterator[None]:
+    """Context without TF32 and, where `deterministic`, with convolutions that give the same numbers every time."""
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    kept = cuda.allow_tf32, cudnn.allow_tf32, cudnn.deterministic
+    cuda.allow_tf32, cudnn.allow_tf32, cudnn.deterministic = False, False, deterministic
+    try:
+        yield
+    finally:
+        cuda.allow_tf32, cudnn.allow_tf32, cudnn.deterministic = kept
+
+
+# --- attacks and steps ---------------------------------------------------------------------------------------------
+
+
+def attacked(problem: Problem, steps: TakeSteps, *, arch: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Attack a problem's batch on one of its subnets, on the problem's device."""
+    view, recipe = SubnetView(problem.student, problem.archs[arch]), problem.recipe
+    with torch.no_grad():
+        target = problem.teacher.eval()(problem.images, problem.teacher.space.largest)
+    images = problem.images.contiguous(memory_format=torch.channels_last)
+    predict, generator = view.folded(view.running_statistics(), dtype=dtype), torch.Generator().manual_seed(1)
+    ball = {"eps": recipe.eps, "step_size": recipe.step_size, "num_steps": recipe.num_steps, "start": "gaussian"}
+    return pgd(predict, KLToTarget(target), images, **ball, generator=generator, steps=steps)
+
+
+def alike(first: Tensor, second: Tensor) -> float:
+    """Share of pixels that agree to 1e-6."""
+    return float(((first.cpu() - second.cpu()).abs() <= 1e-6).float().mean())
+
+
+def attacks_agree(cpu: Problem, gpu: Problem) -> str:
+    """The eager attack on both devices, on every arch: plain twins in float64, where rounding turns no sign."""
+    shares = []
+    with Float64Losses(), plain_twins("fused"):
+        for arch in range(len(cpu.archs)):
+            ends = (attacked(problem, take_steps, arch=arch, dtype=torch.float64) for problem in (cpu, gpu))
+            shares.append(alike(*ends))
+    if min(shares) < ITERATES:
+        raise Wrong(f"the attack agrees with the CPU's on {min(shares):.2%} of pixels only, in float64")
+    return f"attack against the CPU's in float64, {len(shares)} archs: {min(shares):.3%} of pixels alike"
+
+
+def fused_attacks_agree(problem: Problem, steps: TakeSteps = take_steps) -> str:
+    """One float32 attack step with fused kernels, taken by `steps`, and with their plain twins, on every arch."""
+    one, shares = problem.with_steps(1), []
+    for arch in range(len(problem.archs)):
+        fused = attacked(one, steps, arch=arch)
+        with plain_twins("fused"):
+            shares.append(alike(fused, attacked(one, take_steps, arch=arch)))
+    if min(shares) < ONE_STEP:
+        raise Wrong(f"a step with fused kernels agrees with the plain one on {min(shares):.2%} of pixels only")
+    return f"an attack step with fused kernels: {min(shares):.3%} of pixels alike"
+
+
+def graphs_agree(problem: Problem, captured: Callable[..., CapturedSteps] = CapturedSteps, **how: object) -> str:
+    """Captured and eager attacks, two subnets in turn, so that graphs are replayed with other weights than captured.
+
+    `captured` makes the captured steps, `how` are its options.
+    """
+    problem, lowest = problem.with_steps(REPLAYED), 1.0
+    changed = copy.deepcopy(problem.student)
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter.mul_(1.01)
+    for dtype in (torch.float32, torch.bfloat16):
+        steps = captured(take_steps, batch_size=len(problem.images), **how)
+        for one in (problem, replace(problem, student=changed)):
+            for arch in range(len(problem.archs)):
+                ends = (attacked(one, loop, arch=arch, dtype=dtype) for loop in (steps, take_steps))
+                share = alike(*ends)
+                if share < ITERATES:
+                    raise Wrong(f"captured attack in {dtype} agrees with the eager one on {share:.2%} of pixels only")
+                lowest = min(lowest, share)
+        if len(steps.graphs) != len(set(problem.archs)):
+            raise Wrong(f"{len(steps.graphs)} graphs were captured for {len(set(problem.archs))} archs")
+    return f"captured attack against the eager one: {lowest:.3%} of pixels alike"
+
+
+def steps_agree(cpu: Problem, gpu: Problem) -> str:
+    """One whole training step on both devices, on every arch and on all of them with one attack, in float64."""
+    cosines = []
+    with Float64Losses(), plain_twins("fused"):
+        for archs, shared in (*(([arch], {}) for arch in cpu.archs), (cpu.archs, {"shared": "smallest"})):
+            found = (weight_gradients(problem, archs, **shared) for problem in (cpu, gpu))
+            cosines.append(float(F.cosine_similarity(*found, dim=0)))
+    if not min(cosines) >= GRADIENTS:
+        raise Wrong(f"a step's weight gradients have a cosine of {min(cosines):.5f} with the CPU's")
+    archs = f"{len(cpu.archs)} archs, each alone and together"
+    return f"weight gradients of a step against the CPU's in float64, {archs}: cosine {min(cosines):.6f}"
+
+
+def weight_gradients(problem: Problem, archs: list[Arch], **shared: str) -> Tensor:
+    """All weight gradients of one training step on some archs, on the CPU."""
+    step, images = PackageStep(problem, shared=shared), problem.images.contiguous(memory_format=torch.channels_last)
+    step.together(archs, images, problem.labels, torch.Generator().manual_seed(1))
+    return torch.cat([parameter.grad.flatten().cpu() for parameter in step.net.parameters()])
+
+
+def step_never_waits(
+    problem: Problem,
+    step: Callable[..., object] | None = None,
+    set_mode: Callable[[str], None] = torch.cuda.set_sync_debug_mode,
+) -> str:
+    """One training step on a GPU, after one that warms up, in which the host may not wait for the device.
+
+    `set_mode` tells torch what to do where the host waits.
+    """
+    step, images = step or PackageStep(problem), problem.images.contiguous(memory_format=torch.channels_last)
+    for number, mode in enumerate(("default", "error")):
+        generator = torch.Generator().manual_seed(number)
+        set_mode(mode)
+        try:
+            step(problem.archs[0], images, problem.labels, generator)
+        except RuntimeError as error:
+            raise Wrong(f"the host waits for the device in a training step: {error}") from error
+        finally:
+            set_mode("default")
+    return "a training step in which the host never waits for the device"
+
+
+# --- kernels -------------------------------------------------------------------------------------------------------
+
+
+def proof_rows(
+    name: str, device: torch.device, kernels: ModuleType | None = None, shapes: Mapping[str, Sequence] = SHAPES
+) -> list[Row]:
+    """Rows of a kernel's proof, one of `PROOFS`, printed as a table; the kernels are by default the device's own."""
+    kernels = kernels or dispatch.fused_for(device)
+    if kernels is None:
+        raise Wrong(f"the fused kernels do not run on {device}; the warning above says why")
+    rows: list[Row] = []
+    try:
+        for shape, difference, limit in PROOFS[name](kernels, device, shapes):
+            rows.append({"bench": "gpu_proofs", "row": name, "lever": shape, "difference": difference})
+            if not difference <= limit:
+                raise Wrong(f"{name} differs from its plain twin by {difference:.2g} on {shape}")
+    finally:
+        if rows:
+            show(f"{name} against its plain twin", rows, {"difference": "largest difference:.3g"})
+    return rows
+
+
+def updates(kernels: ModuleType, device: torch.device, shapes: Mapping[str, Sequence]) -> Proof:
+    """The attack's update: both twins compute the same numbers."""
+    for shape in shapes["updates"]:
+        for layout in (torch.channels_last, torch.contiguous_format):
+            generator = torch.Generator(device).manual_seed(0)
+            images = torch.rand(shape, generator=generator, device=device).contiguous(memory_format=layout)
+            gradient = torch.randn(shape, generator=generator, device=device).contiguous(memory_format=layout)
+            low, high = (images - 0.03).clamp_(min=0), (images + 0.03).clamp_(max=1)
+            given = (images, gradient, low, high)
+            if not kernels.fits(*given):
+                raise Wrong(f"the fused update does not take images of shape {shape}")
+            own = kernels.pgd_update_(images.clone(), gradient, low, high, step_size=2 / 255)
+            twin = plain.pgd_update_(images, gradient, low, high, step_size=2 / 255)
+            yield f"{shape} {str(layout).removeprefix('torch.')}", float((own - twin).abs().max()), 0.0
+
+
+def softmax_differences(kernels: ModuleType, device: torch.device, shapes: Mapping[str, Sequence]) -> Proof:
+    """The gradient of an objective by the logits: up to rounding."""
+    for number in shapes["classes"]:
+        for batch in shapes["batches"]:
+            for dtype, limit in ROUNDING.items():
+                generator = torch.Generator(device).manual_seed(0)
+                logits = (10 * torch.randn((batch, number), generator=generator, device=device)).to(dtype)
+                labels = torch.arange(batch, device=device) % number
+                largest = 0.0
+                for target in (labels, logits.float().flip(1).softmax(1)):
+                    pair = [twin.softmax_difference(logits, target).float() for twin in (kernels, plain)]
+                    largest = max(largest, float((pair[0] - pair[1]).abs().max()))
+                yield f"{(batch, number)} {str(dtype).removeprefix('torch.')}", largest, limit
+
+
+PROOFS = {"pgd_update_": updates, "softmax_difference": softmax_differences}

@@ -1,0 +1,262 @@
+"""The sections of the GPU benchmark: what each needs, measures and gives, and the process that one runs in."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Budget, Row, TimeIsShort, given, machine
+from plain_step import Recipe
+from step_rows import Problem, make_problem, scaled_space
+
+from gpu import checks
+from gpu import rows as measured
+from proard.artifacts.files import write_text
+from proard.kernels import plain_twins
+from proard.training.ranks import enter_backward_thread
+
+SMALL, SETTLING = 8, 16  # images of the equality gates, and from which the networks' statistics are made
+NARROW = {"resnet_cifar": 0.125, "mobilenet_v3_cifar": 0.125}  # compared with a CPU, slow in float64, at this width
+SCRIPT = Path(__file__).parents[1] / "bench_gpu.py"
+SANITIZER = "compute-sanitizer"
+CHECKS = ("--tool", "memcheck", "--report-api-errors", "no", "--target-processes", "application-only")
+FAULT = 86  # its exit code where it has found an access out of bounds
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a section is given when its turn comes; it begins no round that would take longer than `until`."""
+
+    until: float  # in seconds since 1970
+    ceilings: dict[str, float] = field(default_factory=dict)  # rates by name, where that section has been run
+    plain_kernels: bool = False  # the fused kernels are not used: one of them has failed its proof
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a section gives: `state` is done, short (its time ended before it measured anything) or failed, with why."""
+
+    state: str
+    why: str = ""
+    rows: list[Row] = field(default_factory=list)
+    machine: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a section works with; `problem`, of the preset `space`, is on the CPU, in float32, of few images."""
+
+    args: Namespace
+    clock: measured.Clock
+    space: str | None
+    problem: Problem | None
+    ceilings: dict[str, float]
+
+    def placed(self, archs: int | None = None) -> Problem:
+        """The problem on the device, with a whole batch of random images and that many archs."""
+        generator = torch.Generator().manual_seed(self.args.seed)
+        shape, classes = self.problem.images.shape[1:], self.problem.student.space.settings.classes
+        images = torch.rand((self.args.batch, *shape), generator=generator).mul_(0.96).add_(0.02)
+        labels = torch.randint(classes, (self.args.batch,), generator=generator)
+        chosen = replace(self.problem, archs=self.problem.archs[:archs], images=images, labels=labels)
+        return chosen.placed(self.clock.device)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part that fails alone: its name for `--sections` and in the summary, its share of the time that is left."""
+
+    part: str
+    title: str
+    weight: float
+    measure: Callable[[Context], list[Row]]
+    space: str | None = None  # preset of its problem
+
+    @property
+    def proves_kernels(self) -> bool:
+        """Whether all that follows leaves the fused kernels alone where this fails."""
+        return self.part == "kernels"
+
+
+def sections(args: Namespace) -> list[Section]:
+    """All sections for a device, in order."""
+    label = given(args, "images", "training_steps", "seed")
+    data, several = {"images": args.epoch, **given(args, "batch", "workers")}, f"{args.subnets} subnets a step"
+    each: list[tuple[str, str, float, Callable[[Context], list[Row]]]] = [
+        ("equality", "equality", 2, equal),
+        ("step", "one subnet a step", 4, lambda c: measured.step_rows(c.placed(args.archs), c.clock)),
+        ("shared", several, 4, lambda c: measured.shared_rows(c.placed(args.subnets), c.clock)),
+        ("attack", "share of the ceiling", 1, lambda c: measured.attack_rows(c.placed(), c.clock, c.ceilings)),
+        ("labels", "seconds per label", 3, lambda c: measured.label_rows(c.placed(), c.clock, **label)),
+    ]
+    proofs = {name: lambda c, name=name: checks.proof_rows(name, c.clock.device) for name in checks.PROOFS}
+    if args.device == "cpu":
+        proofs = {}
+    of_spaces = [Section(part, f"{title}, {space}", *how, space) for part, title, *how in each for space in args.space]
+    return [
+        *(Section("kernels", f"kernel {name}", 4, proof) for name, proof in proofs.items()),
+        Section("ceilings", "ceilings", 1, lambda c: measured.ceiling_rows(c.clock, batch=args.batch)),
+        *of_spaces,
+        Section("data", "augmented images", 1, lambda c: measured.data_rows(c.clock, **data)),
+        Section("twins", "kernels alone", 1, lambda c: measured.kernel_rows(c.clock, batch=args.batch)),
+    ]
+
+
+def problem_of(name: str | None, args: Namespace, width_scale: float) -> Problem | None:
+    """Archs and networks of a space at a width, on the CPU; nothing for a section without a space."""
+    if name is None:
+        return None
+    how = {"num_archs": max(args.archs, args.subnets), "batch_size": min(args.batch, SETTLING), "seed": args.seed}
+    space, recipe = scaled_space(name, width_scale), Recipe(num_steps=args.steps)
+    return make_problem(space, recipe=recipe, dtype=torch.float32, **how)
+
+
+def run_section(section: Section, args: Namespace, problem: Problem | None, start: Start) -> Result:
+    """Run a section here and now; its errors become its result."""
+    device = torch.device(args.device)
+    budget = Budget(time.monotonic() + start.until - time.time())
+    facts = given(args, "width_scale", "batch", "steps", "seed", "device")
+    try:
+        gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
+        facts["machine"] = {**machine(), "gpu": gpu}
+        if gpu:
+            enter_backward_thread(args.device)
+        facts |= {"space": section.space} if section.space else {}
+        facts |= {"plain_kernels": True} if start.plain_kernels else {}
+        clock = measured.Clock(budget, device, args.rounds)
+        with plain_twins("fused") if start.plain_kernels else contextlib.nullcontext():
+            rows = section.measure(Context(args, clock, section.space, problem, start.ceilings))
+    except TimeIsShort:
+        return late(args)
+    except SystemExit as error:  # a gate, or a benchmark's own check
+        why = str(error)
+    except Exception as error:  # out of memory, a lost context: what follows has a process of its own
+        traceback.print_exc()
+        why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    else:
+        return Result("done", "", [row | facts for row in rows], facts["machine"])
+    return Result("failed", why, machine=facts.get("machine", {}))
+
+
+def late(args: Namespace) -> Result:
+    """The result of a section that had too little time."""
+    return Result("short", f"it would end after the {args.minutes:g} minutes allowed")
+
+
+def equal(context: Context) -> list[Row]:
+    """Go through the equality gates that a device can pass; where one fails, after all the others.
+
+    Attack and step are compared with a CPU's at a small width, captured attacks and host waits at the given one.
+    """
+    context.clock.budget.require()
+    args, device, space = context.args, context.clock.device, context.space
+    gpu = device.type == "cuda"
+    narrow = problem_of(space, args, min(args.width_scale, NARROW.get(space, 1.0)))
+    few = _few(context.problem, args.archs).placed(device)
+    exact = [_few(narrow, args.archs).placed(where, torch.float64) for where in (torch.device("cpu"), device)]
+    capture = {} if gpu else {"capture": lambda body: body}
+    gates: list[Callable[[], str]] = [
+        *([lambda: checks.fused_attacks_agree(few)] if gpu else []),
+        lambda: checks.attacks_agree(*exact),
+        lambda: checks.graphs_agree(few, **capture),
+        lambda: checks.steps_agree(*exact),
+    ]
+    with checks.full_float32():
+        wrong = [fault for gate in gates if (fault := passed(gate, space))]
+    wrong += [fault] if gpu and (fault := passed(lambda: checks.step_never_waits(few), space)) else []
+    if wrong:
+        raise checks.Wrong("; ".join(wrong))
+    return []
+
+
+def passed(gate: Callable[[], str], space: str) -> str:
+    """Go through a gate and print what it found; what is wrong, or an empty text."""
+    try:
+        print(f"equal: {gate()} ({space})", flush=True)
+    except checks.Wrong as error:
+        return str(error)
+    return ""
+
+
+def _few(problem: Problem, archs: int) -> Problem:
+    """Some archs and images of a problem, and an attack of three steps."""
+    few = {"archs": problem.archs[:archs], "images": problem.images[:SMALL], "labels": problem.labels[:SMALL]}
+    return replace(problem.with_steps(3), **few)
+
+
+# --- a process per section: what one of them loses, a CUDA context say, no other one misses --------------------------
+
+
+class OwnProcess:
+    """A section's process. It loads and prepares what needs no device, then waits for its turn."""
+
+    def __init__(self, section: Section, args: Namespace, *, script: Path = SCRIPT) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        self.path = Path(self.folder.name) / "result.json"
+        own = [sys.executable, str(script), *args.argv, "--one", section.title, "--result", str(self.path)]
+        tool = sanitizer(section, args.device)
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        if tool:  # torch would keep freed memory and hide what reads it
+            environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+        how = {"stdin": subprocess.PIPE, "env": environment, "text": True, "start_new_session": True}
+        self.process = subprocess.Popen([*tool, *own], **how)
+
+    def finish(self, start: Start, seconds: float) -> Result:
+        """Give it its turn and wait for what it gives, at most so many seconds."""
+        try:
+            self.process.communicate(json.dumps(asdict(start)) + "\n", timeout=max(seconds, 0))
+        except subprocess.TimeoutExpired:
+            return Result("failed", f"stopped after {seconds:.0f} s")
+        except BrokenPipeError:  # it ended before its turn
+            self.process.wait()
+        finally:
+            self._kill()
+        code = self.process.returncode
+        if code == FAULT:
+            return Result("failed", f"{SANITIZER} found accesses out of bounds, see above")
+        if self.path.exists():
+            return Result(**json.loads(self.path.read_text(encoding="utf-8")))
+        why = f"signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"exit code {code}"
+        return Result("failed", f"its process ended with {why}")
+
+    def stop(self) -> None:
+        """End it, and remove its folder."""
+        self._kill()
+        self.folder.cleanup()
+
+    def _kill(self) -> None:
+        """End it and what it has started."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def sanitizer(section: Section, device: str) -> list[str]:
+    """The words before the command of a section that is run under the sanitizer, where it is installed."""
+    tool = shutil.which(SANITIZER) if section.proves_kernels and device == "cuda" else None
+    return [tool, *CHECKS, "--error-exitcode", str(FAULT)] if tool else []
+
+
+def run_as_process(section: Section, args: Namespace) -> None:
+    """What a section's process does: prepare, wait for its turn, run, write the result."""
+    problem = problem_of(section.space, args, args.width_scale)
+    line = sys.stdin.readline()
+    if not line:  # the benchmark has ended
+        return
+    result = run_section(section, args, problem, Start(**json.loads(line)))
+    write_text(args.result, json.dumps(asdict(result)))
