@@ -23,6 +23,7 @@ from proard.attacks import pgd
 from proard.config import Threat
 from proard.host import usable_cores
 from proard.kernels import has_bfloat16
+from proard.nets import Supernet
 from proard.progress import Progress
 from proard.training import Plan, TrainingStep, training_step
 
