@@ -154,7 +154,7 @@ def test_kernels_of_a_training_step_grow_by_those_of_an_attack_step():
     norms = ("native_batch_norm", "native_batch_norm_backward")
     assert [kernels.counts[name] for name in norms] == [0, 0]  # all of them are the C kernel's
     with Kernels() as kernels, plain_twins("maps"):
-        made.step(images, labels(SPACE), 1, 0, 0.1, torch.Generator().manual_seed(0))
+        take(made, images, labels(SPACE), number=1)
     assert [kernels.counts[name] for name in norms] == [2 * convs] * 2  # clean and adversarial images
 
 
