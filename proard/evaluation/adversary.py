@@ -1,8 +1,9 @@
-"""The measuring attack: PGD with restarts that spends gradients only on images still standing.
+"""The measuring attack: PGD with restarts that computes gradients only for images not yet misclassified.
 
-A fixed-step attack does not care how old an image is, so a working set of fixed size is refilled from a queue whenever
-images fall or finish. Start noise depends on image and restart alone: every arch meets the same noise on the same
-images, which makes differences between archs far more precise than their accuracies (paired comparison).
+Every step of the attack is the same, so images at different steps can share a batch. A working set of fixed size is
+refilled from a queue whenever an image is misclassified or has had all its steps. Start noise depends on image and
+restart alone. Every arch is attacked from the same noise on the same images, so differences between archs are far more
+precise than their accuracies (paired comparison).
 """
 
 from __future__ import annotations
@@ -25,24 +26,25 @@ ATTACK_LOSSES: dict[str, Callable[[Tensor], InnerObjective]] = {"ce": CrossEntro
 
 @runtime_checkable
 class Rounds(Protocol):
-    """A network that also computes in another type."""
+    """A network that can also compute in another floating-point type."""
 
     def rounded(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        """The same network in that type."""
+        """Return the same network in that type."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Which images stood an attack.
+    """Result of an attack on a set of images.
 
     Attributes
     ----------
     robust : Tensor of shape (n,)
         bool: classified correctly, clean and under the attack.
     gradients : int
-        Input gradients of one image that the attack took.
+        Number of input gradients that the attack computed, each of one image.
     forwards : int
-        Passes of one image without a gradient: its last iterate's, and those that confirm a rounded network's mistake.
+        Number of forward passes without a gradient, each of one image: of last iterates, and of images that a rounded
+        network misclassified, to confirm the mistake.
     """
 
     robust: Tensor
@@ -75,21 +77,21 @@ def attack_images(
     Parameters
     ----------
     predict : callable
-        Images to logits; the network as it is deployed. Where the attack computes in another type, `rounded(dtype)`
-        gives the network that it differentiates; an image still falls by the logits of `predict` alone.
+        Images to logits; the network as it is deployed. If the attack computes in another type, `rounded(dtype)`
+        gives the network that it differentiates. An image counts as misclassified only by the logits of `predict`.
     images : Tensor of shape (n, channels, height, width)
         Clean, float32 in [0, 1].
     labels : Tensor of shape (n,)
     correct : Tensor of shape (n,)
-        bool; images that are wrong without an attack are lost already.
+        bool; images that are misclassified without an attack are not attacked.
     attack : Attack
         Objective, steps, step size, restarts.
     eps : float
         Radius in pixel units, in the norm.
     accounting : {'any_iterate', 'last_iterate'}
-        Whether an image is lost by any misclassified iterate (AutoAttack's convention, stricter) or by its last one.
+        Whether any misclassified iterate counts (AutoAttack's convention, stricter) or only the last one.
     seed : int
-        Seed of the start noise, where the attack starts at noise.
+        Seed of the start noise, if the attack starts at noise.
     batch_size : int
         Size of the working set.
     norm : {'linf', 'l2'}
@@ -97,7 +99,7 @@ def attack_images(
 
     Notes
     -----
-    The start point counts as an iterate. An image lost in one restart is not attacked again.
+    The start point counts as an iterate. An image misclassified in one restart is not attacked again.
     """
     robust, gradients, forwards = correct.clone(), 0, 0
     attacked = predict
@@ -125,7 +127,7 @@ def stands_training_attack(
     seed: int,
     attack: Mapping[str, Any],
 ) -> Tensor:
-    """Which images are right at the last iterate of a training's own attack, on cross-entropy; bool of shape (n,).
+    """Which images are correct at the last iterate of a training's own attack on cross-entropy; bool of shape (n,).
 
     `attack` holds keyword arguments of `pgd`; arrays and `predict` as in `attack_images`.
     """
@@ -150,7 +152,7 @@ def _one_restart(
     accounting: str,
     batch_size: int,
 ) -> tuple[Tensor, int, int]:
-    """Which of the standing images fall, the gradients spent on `attacked`, and the passes through `predict`."""
+    """Newly misclassified images among `standing`, number of gradients of `attacked`, number of passes of `predict`."""
     lost, spent, last = torch.zeros_like(standing), 0, 0
     gradient_at = differentiate(attacked)
     queue = standing.nonzero()[:, 0]
@@ -165,7 +167,7 @@ def _one_restart(
             age = torch.cat([age, torch.zeros_like(fresh)])
             adv = torch.cat([adv, start]).contiguous(memory_format=torch.channels_last)
         stay = age < attack.num_steps
-        if not bool(stay.all()):  # no step follows a last iterate: a forward says whether it stands
+        if not bool(stay.all()):  # no step follows a last iterate: a forward pass without gradient is enough
             ended = index[~stay]
             with torch.no_grad():
                 lost[ended] = predict(adv[~stay]).argmax(1) != labels[ended]

@@ -1,7 +1,7 @@
 """Radii around an image inside which a prediction does not change: an estimate (CLEVER) and a certificate (smoothing).
 
-CLEVER extrapolates the largest gradient norm of a logit margin from samples: close to the truth where the fit is good,
-and no guarantee, as the true Lipschitz constant may be larger. Randomised smoothing guarantees, with a stated
+CLEVER extrapolates the largest gradient norm of a logit margin from samples. The estimate is close where the fit is
+good. It is no guarantee, as the true Lipschitz constant may be larger. Randomised smoothing guarantees, with a stated
 probability, a radius for another classifier: the majority vote of the network under Gaussian noise.
 """
 
@@ -23,24 +23,24 @@ Predict = Callable[[Tensor], Tensor]
 
 ABSTAIN = -1
 DUAL = {"linf": 1, "l2": 2}
-FARTHEST = 10.0  # of a fitted end point beyond the largest sample, in units of the samples' spread
+FARTHEST = 10.0  # largest distance of a fitted end point from the largest sample, in units of the samples' spread
 
 
 @dataclass(frozen=True)
 class Clever:
-    """CLEVER scores; arrays of shape (n,), those of the target that limits the radius.
+    """CLEVER scores; arrays of shape (n,), each for the target class with the smallest radius.
 
     Attributes
     ----------
     radius : ndarray
         min over targets of margin / Lipschitz estimate, at most the sampled ball's radius; pixel units in the norm.
     margin : ndarray
-        Logit of the predicted class less the target's.
+        Logit of the predicted class minus logit of the target.
     lipschitz : ndarray
         Estimated largest dual norm of the margin's gradient in the ball, logits per pixel unit.
     fit_p : ndarray
-        P value of the Kolmogorov-Smirnov test of the fit; a small one says that the estimate is not to be trusted. NaN
-        where all maxima were equal.
+        P value of the Kolmogorov-Smirnov test of the fit; with a small value the estimate is not reliable. NaN where
+        all maxima were equal.
     """
 
     radius: NDArray[np.float64]
@@ -71,13 +71,13 @@ def clever(
     norm : {'linf', 'l2'}
         Norm of the radius; gradients are measured in its dual.
     radius : float
-        Of the ball that samples come from, pixel units in the norm; no score exceeds it.
+        Radius of the ball that samples are drawn from, pixel units in the norm; no score exceeds it.
     num_maxima, num_samples : int
-        Points to which the extreme-value distribution is fitted, and gradients behind each of them.
+        Number of maxima to which the extreme-value distribution is fitted, and number of gradients per maximum.
     targets : int, optional
-        Only this many wrong classes, the strongest at the image; all of them for None, as in the paper.
+        Only this many wrong classes, those with the largest logits; None takes all of them, as in the paper.
     generators : sequence of torch.Generator
-        One per image: its samples do not depend on the images beside it.
+        One per image, so that its samples do not depend on the other images of the batch.
 
     Notes
     -----
@@ -128,7 +128,7 @@ def _largest_norms(predict: Predict, samples: Tensor, top: Tensor, wrong: Tensor
 
 
 def largest_value(maxima: NDArray[np.float64]) -> tuple[float, float]:
-    """End point of the distribution of maxima: the location of a reverse Weibull distribution fitted to them.
+    """Estimate the end point of the distribution of maxima: the location of a fitted reverse Weibull distribution.
 
     Parameters
     ----------
@@ -138,13 +138,13 @@ def largest_value(maxima: NDArray[np.float64]) -> tuple[float, float]:
     Returns
     -------
     end, p : float
-        The end point, at least the largest of `maxima`, and the P value of the Kolmogorov-Smirnov test of the fit;
-        where all maxima are equal up to rounding, that value and NaN.
+        The end point, at least the largest of `maxima`, and the P value of the Kolmogorov-Smirnov test of the fit.
+        Where all maxima are equal up to rounding: that value and NaN.
 
     Notes
     -----
-    By maximum likelihood. Samples with a long upper tail have their greatest likelihood at infinity: the end point is
-    kept within 10 times the samples' spread of the largest one.
+    The fit is by maximum likelihood. For samples with a long upper tail the likelihood is greatest at infinity. The
+    end point is therefore at most 10 times the samples' spread above the largest sample.
     """
     largest = maxima.max()
     spread = largest - maxima.min()
@@ -158,7 +158,7 @@ def largest_value(maxima: NDArray[np.float64]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Certificate:
-    """What smoothing says about one image.
+    """Result of randomised smoothing for one image.
 
     Attributes
     ----------
@@ -192,24 +192,24 @@ def certify(
     Parameters
     ----------
     predict : callable
-        Images to logits; called with noisy images that may leave [0, 1], as the theorem demands.
+        Images to logits; called with noisy images, not clipped to [0, 1], as the theorem requires.
     image : Tensor of shape (channels, height, width)
         In [0, 1].
     sigma : float
         Standard deviation of the noise, pixel units.
     num_choose, num_certify : int
-        Noisy copies that choose the class, and others that certify it (the paper's n0 and n).
+        Number of noisy copies that choose the class, and of other copies that certify it (the paper's n0 and n).
     alpha : float in (0, 1)
         Probability that the certificate is wrong.
     batch_size : int
-        Copies in one call of `predict`.
+        Number of copies in one call of `predict`.
     generator : torch.Generator
         Source of the noise.
 
     Notes
     -----
-    The share's lower bound is Clopper and Pearson's, one-sided, at level 1 - alpha; at or below one half it abstains.
-    The radius is the paper's sigma * Phi^-1(share), which takes all other classes as one.
+    The lower bound of the share is Clopper and Pearson's, one-sided, at level 1 - alpha. At or below one half the
+    classifier abstains. The radius is the paper's sigma * Phi^-1(share), which treats all other classes as one.
 
     References
     ----------
@@ -251,5 +251,5 @@ def clopper_pearson_low(successes: int, trials: int, alpha: float) -> float:
 
 
 def largest_radius(sigma: float, num_certify: int, alpha: float) -> float:
-    """Radius of an image whose noisy copies all get one class: no certificate of so many copies is larger."""
+    """Radius if all noisy copies get one class: the largest radius that `num_certify` copies can certify."""
     return sigma * float(stats.norm.ppf(clopper_pearson_low(num_certify, num_certify, alpha)))

@@ -1,7 +1,7 @@
 """Statistics of supernets measured at the same archs and images: means with intervals over seeds and images.
 
-Outcomes are bool arrays of shape (seeds, archs, images): whether a seed's subnet is right on an image. Archs stand in
-the order of rising MACs.
+Outcomes are bool arrays of shape (seeds, archs, images): whether a seed's subnet classifies an image correctly. Archs
+are in the order of increasing MACs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Estimate:
 
 
 def image_weights(images: int, *, bootstraps: int, seed: int) -> np.ndarray:
-    """How often each image occurs in each redraw, of shape (bootstraps, images); the same for all that is compared."""
+    """How often each image occurs in each redraw, of shape (bootstraps, images); every comparison uses the same."""
     return np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=bootstraps)
 
 
@@ -52,7 +52,7 @@ def redrawn(outcomes: np.ndarray, weights: np.ndarray, subnet: str) -> np.ndarra
 
 
 def estimate(per_seed: np.ndarray, per_redraw: np.ndarray) -> Estimate:
-    """Mean over seeds, with an interval that covers other seeds and other images.
+    """Mean over seeds, with an interval for the choice of seeds and of images.
 
     Parameters
     ----------
@@ -65,8 +65,8 @@ def estimate(per_seed: np.ndarray, per_redraw: np.ndarray) -> Estimate:
     -------
     Estimate
         mean +- sqrt((t s / sqrt(n))^2 + (1.96 b)^2): s is the standard deviation over the n seeds, t Student's 97.5 %
-        quantile at n - 1 degrees of freedom (4.30 for three seeds), b the standard deviation over the redraws. With one
-        seed the interval is over images alone.
+        quantile at n - 1 degrees of freedom (4.30 for three seeds), b the standard deviation over the redraws. With
+        one seed the interval is for the choice of images only.
     """
     count, value = len(per_seed), float(per_seed.mean())
     over_seeds = 0.0
@@ -78,18 +78,18 @@ def estimate(per_seed: np.ndarray, per_redraw: np.ndarray) -> Estimate:
 
 
 def accuracy_of(outcomes: np.ndarray, weights: np.ndarray, subnet: str) -> Estimate:
-    """Accuracy of `mean`, `worst`, `smallest` or `largest` subnet; the worst one is found in each redraw anew."""
+    """Accuracy of `mean`, `worst`, `smallest` or `largest` subnet; each redraw selects its own worst subnet."""
     per_seed = SUBNETS[subnet](outcomes.mean(axis=-1))
     return estimate(per_seed, redrawn(outcomes, weights, subnet).mean(axis=1))
 
 
 def gain_over(outcomes: np.ndarray, baseline: np.ndarray, weights: np.ndarray, subnet: str) -> Estimate:
-    """Accuracy less the baseline's, seed by seed and image by image.
+    """Accuracy minus the baseline's, paired by seed and image.
 
     Raises
     ------
     ValueError
-        The two were not measured with equally many seeds, archs and images.
+        The two differ in the number of seeds, archs or images.
     """
     if outcomes.shape != baseline.shape:
         raise ValueError(f"outcomes of shape {outcomes.shape} against a baseline of shape {baseline.shape}")
@@ -99,16 +99,16 @@ def gain_over(outcomes: np.ndarray, baseline: np.ndarray, weights: np.ndarray, s
 
 
 def gains_of(outcomes: pd.DataFrame, *, baseline: str | None, bootstraps: int, seed: int) -> list[dict[str, Any]]:
-    """Accuracy of every group of supernets and its gain over the baseline's, with intervals: rows of GAINS.
+    """Accuracy of every group of supernets and its gain over the baseline group, with intervals: rows of GAINS.
 
     Parameters
     ----------
     outcomes : DataFrame
         OUTCOMES rows of supernets.
     baseline : str, optional
-        A group; left out, the first one.
+        Name of a group; default: the first one.
     bootstraps, seed : int
-        Redraws of the images, the same for all that is compared, and their seed.
+        Number of redraws of the images, the same for all groups, and their seed.
 
     Raises
     ------
@@ -141,7 +141,7 @@ def gains_of(outcomes: pd.DataFrame, *, baseline: str | None, bootstraps: int, s
 
 
 def _stacked(rows: pd.DataFrame) -> tuple[tuple[Any, ...], dict[str, np.ndarray]]:
-    """Seeds, archs and images of one group; its outcomes, clean and robust, of shape (seeds, archs, images)."""
+    """Seeds, archs and images of one group, and its clean and robust outcomes of shape (seeds, archs, images)."""
     trainings = [part.sort_values("macs", kind="stable") for _, part in rows.groupby("train_seed")]
     archs = {tuple(part["arch_id"]) for part in trainings}
     counts = set(rows["num_images"])
@@ -168,12 +168,12 @@ def _statistics(
 
 
 def check_equal_effort(outcomes: pd.DataFrame) -> None:
-    """Refuse trainings that follow one rule of equal effort and took different amounts.
+    """Raise an error if trainings with the same rule of equal effort differ in effort by more than its tolerance.
 
     Raises
     ------
     UserError
-        Names the two farthest apart.
+        Names the training with the most effort and the one with the least.
     """
     counted = {"forward_equivalents": "train_forward_equivalents", "gradients": "train_gradients"}
     counted["steps"] = "optimizer_steps"

@@ -1,11 +1,11 @@
-"""How far a student's loss can move away from its teacher's under attack, and which term allows it, image by image.
+"""How far a student's loss can differ from its teacher's under attack, and which term allows it, for each image.
 
 For every perturbation d of the ball, with l the cross-entropy and g its input gradient at x,
 
     |l_S(x+d) - l_T(x+d)|  <=  |l_S(x) - l_T(x)|  +  eps * ||g_S - g_T||_dual  +  E_S  +  E_T,
 
-where E = max_d |l(x+d) - l(x) - d'g| is the local linearity measure. Points are searched with the networks as they are
-deployed; `measure_bound` then takes every term at all of them, in the precision of what it is given.
+where E = max_d |l(x+d) - l(x) - d'g| is the local linearity measure. The deployed networks are used to search for
+points. `measure_bound` then computes every term at all points, in the floating-point type of its arguments.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def highest_point(
     num_steps: int,
     generators: Sequence[Sequence[torch.Generator]],
 ) -> Tensor:
-    """Where a field is greatest among all iterates of projected steepest ascent, image by image.
+    """For each image, the iterate of projected steepest ascent at which a field is greatest.
 
     Parameters
     ----------
@@ -85,12 +85,12 @@ def highest_point(
     num_steps : int
         Steps of each restart.
     generators : sequence of sequences of torch.Generator
-        Of each restart, one generator per image: its start does not depend on the images beside it.
+        For each restart, one generator per image, so that its start does not depend on the other images of the batch.
 
     Returns
     -------
     Tensor of the shape of `images`
-        Inside the ball and the pixel range; the start points are candidates too, the images themselves are not.
+        Inside the ball and the pixel range. The start points are candidates too; the images themselves are not.
     """
     clip, step_size = clipper(images, eps=eps, norm=norm), REACH * eps / num_steps
     best, best_value = images, torch.full_like(images[:, 0, 0, 0], -torch.inf)
@@ -107,7 +107,7 @@ def highest_point(
 
 
 def _starts(images: Tensor, generators: Sequence[torch.Generator], *, eps: float, norm: str) -> Tensor:
-    """Uniform noise in the ball, drawn image by image."""
+    """Uniform noise in the ball, drawn separately for each image."""
     noise = [ball_noise_(torch.empty(1, *images.shape[1:]), eps=eps, norm=norm, generator=each) for each in generators]
     return torch.cat(noise).to(images)
 
@@ -124,7 +124,7 @@ def search_points(
     restarts: int,
     generator_of: Callable[[int, int], Sequence[torch.Generator]],
 ) -> dict[str, Tensor]:
-    """The points of the ball at which the terms of the bound are taken.
+    """Search for the points of the ball at which the terms of the bound are computed.
 
     Parameters
     ----------
@@ -139,7 +139,8 @@ def search_points(
     -------
     dict of str to Tensor of the shape of `images`
         Where the student's loss, the teacher's loss and their absolute difference are greatest (`student`, `teacher`,
-        `difference`), and where each network's linearisation errs most (`student_linearity`, `teacher_linearity`).
+        `difference`), and where each network's linearisation error is greatest (`student_linearity`,
+        `teacher_linearity`).
     """
     of_student, of_teacher = loss_field(student, labels), loss_field(teacher, labels)
     fields = {
@@ -158,7 +159,7 @@ def search_points(
 
 @dataclass(frozen=True)
 class Bound:
-    """Both sides of the bound and what belongs to them; tensors of shape (n,), losses in nats.
+    """Both sides of the bound and their terms; tensors of shape (n,), losses in nats.
 
     Attributes
     ----------
@@ -179,7 +180,7 @@ class Bound:
     student_correct, teacher_correct : Tensor
         bool, at the images.
     student_stands, teacher_stands : Tensor
-        bool, at the images and at every one of the points.
+        bool: correct at the images and at every one of the points.
     """
 
     loss_gap: Tensor
@@ -204,7 +205,7 @@ class Bound:
 
     @property
     def slack(self) -> Tensor:
-        """Right side less the largest left side: never negative, but for rounding."""
+        """Right side minus the largest left side: never negative, except for rounding."""
         return self.right - torch.stack(list(self.left.values())).amax(0)
 
 
@@ -218,19 +219,19 @@ def measure_bound(
     eps: float,
     norm: str,
 ) -> Bound:
-    """Take both sides of the bound.
+    """Compute both sides of the bound.
 
-    The left side is taken at the points of `ATTACKS`, the linearisation errors at every point. The errors thus cover
-    all points at which the left side is taken, and the inequality holds for what is returned, however weak the search:
-    |l_S(x') - l_T(x')| is at most |l_S - l_T| + |d'(g_S - g_T)| and the two errors at d, and Hölder's inequality
-    bounds the second of these.
+    The left side is computed at the points of `ATTACKS`, the linearisation errors at every point. The errors thus
+    include all points of the left side, so the inequality holds for the returned values even if the search is weak:
+    |l_S(x') - l_T(x')| is at most |l_S - l_T| + |d'(g_S - g_T)| plus the two errors at d, and Hölder's inequality
+    bounds the second term.
 
     Parameters
     ----------
     student, teacher : callable
-        Images to logits, in the type of `images`: float64 leaves rounding errors out of sight.
+        Images to logits, in the type of `images`; with float64, rounding errors are negligible.
     points : mapping of str to Tensor of the shape of `images`
-        From `search_points`; clipped once more, in the type of `images`.
+        From `search_points`; they are clipped again in the type of `images`.
     eps, norm
         As in `highest_point`.
 
@@ -265,7 +266,7 @@ def measure_bound(
 
 @dataclass(frozen=True)
 class _Side:
-    """What one network contributes."""
+    """The terms of one network."""
 
     loss: Tensor
     gradient: Tensor
@@ -276,7 +277,7 @@ class _Side:
 
 
 def _side(predict: Predict, images: Tensor, labels: Tensor, points: Mapping[str, Tensor]) -> _Side:
-    """Losses, linearisation errors and right answers of one network at the images and at the points."""
+    """Losses, linearisation errors and correctness of one network at the images and at the points."""
     objective = CrossEntropy(labels)
     logits, gradient = differentiate(predict)(objective, images)
     loss, correct = objective(logits), logits.argmax(1) == labels

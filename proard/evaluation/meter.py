@@ -1,4 +1,4 @@
-"""Measuring networks: rows of the contract's columns, and a cache so that nothing is measured twice."""
+"""Measures networks: table rows with the MEASURED columns, and a cache so that nothing is measured twice."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def measure(
     Returns
     -------
     dict of attack name to dict
-        `clean` and `robust`: bool arrays of shape (n,); `gradients` and `forwards` of one image that the
-        attack took; `dtype`, the type of these gradients; `seconds`, the clean pass included.
+        `clean` and `robust`: bool arrays of shape (n,); `gradients` and `forwards`: how many of one image the
+        attack computed; `dtype`: type of these gradients; `seconds`: time, including the clean pass.
     """
     pixels, results = to_float(images.images), {}
     attacks = [_as_computed(attack, pixels.device) for attack in attacks]
@@ -73,12 +73,12 @@ def measure(
 
 
 def _as_computed(attack: Attack, device: torch.device) -> Attack:
-    """The attack in the type that this device computes it in."""
+    """The attack with the floating-point type that this device uses for it."""
     return attack.model_copy(update={"dtype": computed_type(attack.dtype, device)})
 
 
 def work_of(entries: Collection[Mapping[str, Any]], macs: int) -> Work:
-    """What measurements of one network of that many MACs on the same images took: one clean pass, then the attacks."""
+    """Work of measuring one network with that many MACs on the same images: one clean pass and all attacks."""
     if not entries:
         return Work()
     clean = max(len(entry["clean"]) for entry in entries)
@@ -98,7 +98,7 @@ def rows_of(
     seed: int,
     worst: bool = False,
 ) -> list[dict[str, Any]]:
-    """Table rows (MEASURED columns), one per attack; with `worst`, one more for the worst case per image."""
+    """Table rows (MEASURED columns), one per attack; `worst` adds a row for the worst case per image."""
     spec = space.spec(arch)
     common = {
         "arch_id": arch.arch_id,
@@ -135,7 +135,7 @@ def rows_of(
 
 
 def _accuracies(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Accuracies of one measurement with their intervals and their two halves."""
+    """Accuracies of one measurement, with intervals and the accuracies of both halves of the images."""
     row: dict[str, Any] = {
         "num_images": len(entry["clean"]),
         "dtype": entry.get("dtype"),
@@ -151,7 +151,7 @@ def _accuracies(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class SubnetMeter:
-    """Measures subnets of one supernet, each extracted and recalibrated the same way, through a cache on disk.
+    """Measures subnets of one supernet, each extracted and recalibrated in the same way; results are cached on disk.
 
     Parameters
     ----------
@@ -164,7 +164,7 @@ class SubnetMeter:
     cache : path, optional
         Folder of measurements, shared by all stages of a run.
     tally : Tally, optional
-        Where the work is added up.
+        Accumulates the work.
     """
 
     def __init__(
@@ -193,7 +193,7 @@ class SubnetMeter:
         return fold(net).eval()
 
     def measure(self, arch: Arch, images: ImageSet, attacks: Iterable[Attack]) -> Measured:
-        """Measure one subnet; attacks found in the cache are not run again."""
+        """Measure one subnet; attacks whose results are in the cache are not run again."""
         attacks = [_as_computed(attack, self.supernet.mean.device) for attack in attacks]
         paths = {attack.name: self._path(arch, images, attack) for attack in attacks}
         found = {name: entry for name, path in paths.items() if (entry := _read(path)) is not None}
@@ -233,7 +233,7 @@ class SubnetMeter:
         )
 
     def _path(self, arch: Arch, images: ImageSet, attack: Attack) -> Path | None:
-        """Where this measurement is kept: a hash of everything it depends on."""
+        """Cache path of this measurement: a hash of everything it depends on."""
         if self.cache is None:
             return None
         key = {
@@ -252,7 +252,7 @@ class SubnetMeter:
 
 
 def _read(path: Path | None) -> dict[str, Any] | None:
-    """A cached measurement, or None; a damaged file counts as absent."""
+    """A cached measurement, or None; a damaged file is treated as missing."""
     if path is None:
         return None
     try:
@@ -268,7 +268,7 @@ def _read(path: Path | None) -> dict[str, Any] | None:
 
 
 def _write(path: Path | None, entry: Mapping[str, Any]) -> None:
-    """Keep a measurement."""
+    """Write a measurement to the cache."""
     if path is None:
         return
     masks = {kind: np.packbits(entry[kind]).tobytes().hex() for kind in ("clean", "robust")}
@@ -297,8 +297,8 @@ def validation_rows(
 ) -> list[dict[str, Any]]:
     """Rows of a training's history: each named subnet after recalibration, clean and under one attack.
 
-    `training_attack`, keyword arguments of `pgd`, adds the accuracy under the attack of the training itself. The work
-    is added up in `tally`.
+    `training_attack` (keyword arguments of `pgd`) adds the accuracy under the attack of the training itself. `tally`
+    accumulates the work.
     """
     rows, tally = [], tally if tally is not None else Tally()
     for name, arch in archs.items():

@@ -1,4 +1,4 @@
-"""Networks compared on the same images: whether the one whose gradient is nearer to the teacher's stands more often."""
+"""Compares pairs of networks on the same images: whether the one with the gradient nearer the teacher's is robust."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Pairing:
     Attributes
     ----------
     first_only, second_only : int
-        Images that only the one of them stands.
+        Number of images on which only this one is robust.
     mcnemar_p : float
         Two-sided exact P value of equal robust accuracy.
     first_nearer : float
@@ -34,12 +34,12 @@ class Pairing:
     gap_p : float
         Two-sided P value of Wilcoxon's signed-rank test of equal gaps; 1 where all are equal.
     nearer_stands : float
-        Among the images that exactly one of them stands, the share at which that one has the smaller gap; NaN without
-        such images.
+        Among the images on which exactly one of them is robust, the share at which that one has the smaller gap; NaN
+        without such images.
     nearer_stands_low, nearer_stands_high : float
         Its 95 % Wilson interval.
     nearer_stands_p : float
-        Two-sided exact P value of a share of one half: alignment says nothing about which of the two stands.
+        Two-sided exact P value of a share of one half: alignment does not predict which of the two is robust.
     """
 
     first_only: int
@@ -61,9 +61,9 @@ def pairing(
 ) -> Pairing:
     """Compare two networks image by image.
 
-    An image is hard or easy for both, and hard images have large gradients: over images, alignment and robustness go
-    together for that reason alone. Only images that exactly one of two networks stands tell whether the better
-    aligned one is the one that stands.
+    An image is often hard or easy for both networks, and hard images have large gradients. This alone correlates
+    alignment with robustness over images. Only images on which exactly one of two networks is robust show whether it
+    is the better aligned one.
 
     Parameters
     ----------

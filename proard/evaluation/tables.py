@@ -19,7 +19,7 @@ from proard.evaluation.pairing import mean_interval, pairing
 INT, FLOAT, TEXT, FLAG = pa.int64(), pa.float64(), pa.string(), pa.bool_()
 
 NETWORK: dict[str, tuple[pa.DataType, str]] = {
-    "network": (TEXT, "name in the settings; teacher is the teacher beside itself"),
+    "network": (TEXT, "name in the settings; teacher is the teacher compared with itself"),
     "arch_id": (TEXT, "stable hash of the canonical arch"),
     "macs": (INT, "multiply-accumulates of one image"),
     "params": (INT, "trained numbers"),
@@ -40,16 +40,16 @@ BOUND: dict[str, tuple[pa.DataType, str]] = {
     "left_difference": (FLOAT, "nats, |l_S - l_T| where it is greatest"),
     "left": (FLOAT, "nats, the largest of the three: a lower bound of the true maximum"),
     "right": (FLOAT, "nats, sum of the four terms"),
-    "slack": (FLOAT, "nats, right less left; negative by rounding at most"),
+    "slack": (FLOAT, "nats, right minus left; negative only by rounding"),
     "student_loss": (FLOAT, "nats, at the image"),
     "teacher_loss": (FLOAT, "nats, at the image"),
     "gap_l1": (FLOAT, "nats per pixel unit, L1 norm of the difference of the input gradients"),
     "gap_l2": (FLOAT, "nats per pixel unit, L2 norm of the difference of the input gradients"),
     "cosine": (FLOAT, "of the angle between the input gradients"),
-    "student_correct": (FLAG, "right at the image"),
-    "teacher_correct": (FLAG, "right at the image"),
-    "student_stands": (FLAG, "right at the image and at every point that was found"),
-    "teacher_stands": (FLAG, "right at the image and at every point that was found"),
+    "student_correct": (FLAG, "correct at the image"),
+    "teacher_correct": (FLAG, "correct at the image"),
+    "student_stands": (FLAG, "correct at the image and at every point that was found"),
+    "teacher_stands": (FLAG, "correct at the image and at every point that was found"),
     "seed": (INT, "seed of the searches"),
 }
 RADII: dict[str, tuple[pa.DataType, str]] = {
@@ -61,9 +61,9 @@ RADII: dict[str, tuple[pa.DataType, str]] = {
     "sigma": (FLOAT, "pixel units, standard deviation of smoothing's noise"),
     "radius": (FLOAT, "pixel units in the norm; 0 where smoothing abstains"),
     "limit": (FLOAT, "pixel units, the largest radius that the method could have given"),
-    "correct": (FLAG, "the class whose radius this is, is the label"),
+    "correct": (FLAG, "whether the class that the radius is computed for is the label"),
     "abstained": (FLAG, "smoothing found no class with a share above one half"),
-    "margin": (FLOAT, "logits, of the target that limits CLEVER's radius"),
+    "margin": (FLOAT, "logits, of the target with CLEVER's smallest radius"),
     "lipschitz": (FLOAT, "logits per pixel unit, CLEVER's estimate of the largest dual norm of the margin's gradient"),
     "fit_p": (FLOAT, "P value of the Kolmogorov-Smirnov test of CLEVER's fit; null where all maxima are equal"),
     "share_low": (FLOAT, "lower confidence bound of the class's share under noise"),
@@ -74,7 +74,7 @@ RADII: dict[str, tuple[pa.DataType, str]] = {
 SUMMARY: dict[str, tuple[pa.DataType, str]] = {
     **NETWORK,
     "quantity": (TEXT, "what was averaged over images"),
-    "kind": (TEXT, "exact, lower bound, upper bound, estimate or certificate: what the number says of the truth"),
+    "kind": (TEXT, "exact, lower bound, upper bound, estimate or certificate: relation to the true value"),
     "unit": (TEXT, "unit of value, low and high"),
     "norm": (TEXT, "norm of perturbation or radius"),
     "eps": (FLOAT, "pixel units, radius of the ball"),
@@ -92,12 +92,12 @@ PAIRS: dict[str, tuple[pa.DataType, str]] = {
     "eps": (FLOAT, "pixel units of [0, 1]"),
     "gap": (TEXT, "norm of the gradient gap that is compared, dual to the perturbation's"),
     "num_images": (INT, "images, the same for both"),
-    "first_only": (INT, "images that only the first network stands"),
-    "second_only": (INT, "images that only the second network stands"),
+    "first_only": (INT, "images on which only the first network is robust"),
+    "second_only": (INT, "images on which only the second network is robust"),
     "mcnemar_p": (FLOAT, "exact two-sided P value of equal robust accuracy"),
     "first_nearer": (FLOAT, "fraction of images at which the first network's gradient is nearer to the teacher's"),
     "gap_p": (FLOAT, "two-sided P value of Wilcoxon's signed-rank test of equal gaps"),
-    "nearer_stands": (FLOAT, "fraction of the images only one stands, at which that one has the smaller gap"),
+    "nearer_stands": (FLOAT, "of images on which one network is robust: fraction where it has the smaller gap"),
     "nearer_stands_low": (FLOAT, "fraction, 95 % Wilson"),
     "nearer_stands_high": (FLOAT, "fraction, 95 % Wilson"),
     "nearer_stands_p": (FLOAT, "exact two-sided P value of a fraction of one half"),
@@ -128,7 +128,7 @@ KINDS = {"clever": "estimate", "smoothing": "certificate"}
 
 
 def bound_rows(bound: Bound, *, first: int, **common: Any) -> list[dict[str, Any]]:
-    """Rows of BOUND; `first` is the place of the first image, `common` what all rows share."""
+    """Rows of BOUND; `first` is the index of the first image, `common` holds values of all rows."""
     columns = {name: value for name, value in vars(bound).items() if name != "left"}
     columns |= {f"left_{name}": value for name, value in bound.left.items()}
     columns |= {"left": bound.right - bound.slack, "right": bound.right, "slack": bound.slack}
@@ -137,7 +137,7 @@ def bound_rows(bound: Bound, *, first: int, **common: Any) -> list[dict[str, Any
 
 
 def clever_rows(found: Clever, correct: np.ndarray, *, first: int, **common: Any) -> list[dict[str, Any]]:
-    """Rows of RADII; `correct` says whether the predicted class is the label."""
+    """Rows of RADII; `correct` is true where the predicted class is the label."""
     values = pd.DataFrame({**vars(found), "correct": correct})
     shared = {**common, "method": "clever", "abstained": False}
     return [{**shared, "image": first + place, **row} for place, row in enumerate(values.to_dict("records"))]
@@ -179,7 +179,7 @@ def _summary(values: pd.Series, quantity: str, kind: str, unit: str) -> dict[str
 
 
 def pair_rows(bounds: Mapping[str, pd.DataFrame], *, gap: str, seed: int) -> Iterator[dict[str, Any]]:
-    """Rows of PAIRS: every two networks, at every radius at which both were diagnosed.
+    """Rows of PAIRS: every pair of networks, at every radius at which both were diagnosed.
 
     Parameters
     ----------
