@@ -166,7 +166,7 @@ def test_the_command_ends_with_status_1_where_a_run_would_fail(cluster):
     command = [sys.executable, "-m", "proard.cli", "doctor", "--no-jobs"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[-1] == "nothing stands in the way of a run"
+    assert done.stdout.splitlines()[-1] == "all checks passed: a run can start"
     cluster.profile(**{"default-resources": {"slurm_partition": "YOUR_PARTITION"}})
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1

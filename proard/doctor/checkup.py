@@ -1,4 +1,4 @@
-"""All checks, in the order in which a run would meet what they look for."""
+"""All checks, in the order in which a run would fail."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def checkup(
     jobs: bool = True,
     patience: float = 180.0,
 ) -> Iterator[Finding]:
-    """Check what a first run trips over.
+    """Check common causes of failure of a first run.
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ def checkup(
     directory : path
         Snakemake's working folder: results lie in it.
     jobs : bool
-        Whether to submit jobs that look around on the nodes.
+        Whether to submit test jobs that check the nodes.
     patience : float
         Seconds to wait for each of them.
 
@@ -65,7 +65,7 @@ def checkup(
 
 
 def on_cluster(profile: str, run: RunConfig | None, results: Path, *, jobs: bool, patience: float) -> Iterator[Finding]:
-    """The checks that need SLURM; without its commands, the rest says nothing."""
+    """The checks that need SLURM; they stop if its commands are missing."""
     where = find_profile(profile)
     settings = read_file(where)
     if settings.get("executor") != "slurm":

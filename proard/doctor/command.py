@@ -22,7 +22,7 @@ def add_doctor(commands: argparse._SubParsersAction) -> None:
         "--configfile", nargs="+", default=[], metavar="FILE", help="config of a run, for what it needs"
     )
     parser.add_argument("--directory", default=".", metavar="FOLDER", help="where results/ will lie (default here)")
-    parser.add_argument("--no-jobs", action="store_true", help="submit no jobs that look around")
+    parser.add_argument("--no-jobs", action="store_true", help="submit no test jobs")
     parser.add_argument("--patience", type=float, default=180, metavar="SECONDS", help="for each job (default 180)")
 
 
@@ -48,7 +48,7 @@ def doctor(arguments: argparse.Namespace, console: Console) -> None:
     if failed:
         console.print(f"{failed} of the checks failed")
         raise SystemExit(1)
-    console.print("nothing stands in the way of a run")
+    console.print("all checks passed: a run can start")
 
 
 def show_finding(finding: Finding, console: Console) -> None:
