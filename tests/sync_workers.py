@@ -126,10 +126,15 @@ def work(rank: int, folder: str) -> None:
     trained, measures = train(ranks, steps=3, lr=0.05)
     poisoned, _ = train(ranks, steps=2, lr=0.05, poisoned=1)
     import bench_sync
+    import step_rows
+    from plain_step import Recipe
 
-    rows = {name: bench_sync.Row(name, random_supernet(tiny_space())) for name in bench_sync.ROWS}
-    images = random_images(tiny_space(), 4, seed=rank)
-    largest = bench_sync.require_equal(rows, archs(), images, torch.arange(4) % 3)
+    images, labels = random_images(tiny_space(), 4, seed=rank), torch.arange(4) % 3
+    nets = (random_supernet(tiny_space()), random_supernet(tiny_space()))
+    largest = bench_sync.require_equal(step_rows.Problem(archs(), images, labels, *nets, Recipe()))
+    rows = {name: bench_sync.Row(name, nets[0]) for name in bench_sync.ROWS}
+    for row in rows.values():
+        row(archs()[-1], images, labels)
     found = {
         "bench": (largest, {name: row.bytes for name, row in rows.items()}),
         "trained": trained.net.state_dict(),

@@ -63,7 +63,7 @@ class Twins(Settings):
     archs: Annotated[Int, Field(ge=2)] = 4
     seeds: Annotated[tuple[Natural, ...], Field(min_length=1)] = (0,)
     effort: Effort | None = None
-    overrides: Annotated[dict[str, Any], Field(default_factory=dict)]
+    overrides: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
@@ -118,7 +118,7 @@ class Experiment(Settings):
     """
 
     title: str = "Trainings compared"
-    defaults: Annotated[dict[str, Any], Field(default_factory=dict)]
+    defaults: dict[str, Any] = Field(default_factory=dict)
     trainings: tuple[Annotated[Student | SupernetTraining | Twins, Field(discriminator="trains")], ...] = ()
     measure: MeasureExperiment = MeasureExperiment()
     baseline: str | None = None

@@ -276,11 +276,11 @@ def job_settings(
     if stage != "verify_front" and "verify_front" in sections:  # these measure under the same attacks, no more
         sections["verify_front"] = {"attacks": sections["verify_front"]["attacks"]}
     if stage in OF_EXPERIMENT:
-        section = {key: sections["experiment"][key] for key in OF_EXPERIMENT[stage]}
+        part = {key: sections["experiment"][key] for key in OF_EXPERIMENT[stage]}
         if phase is not None:
-            (entry,) = section["trainings"]
-            section["trainings"] = [{**entry, **_only_phase(entry, phase)}]
-        sections["experiment"] = section
+            (entry,) = part["trainings"]
+            part["trainings"] = [{**entry, **_only_phase(entry, phase)}]
+        sections["experiment"] = part
     elif phase is not None:
         sections["train_phase"] = _only_phase(sections["train_phase"], phase)
     return json.dumps(sections, sort_keys=True, separators=(",", ":"))
@@ -302,7 +302,7 @@ def without_rhythm(config: RunConfig) -> tuple[RunConfig, dict[str, Any]]:
         values = [value for _, value in section] if isinstance(section, BaseModel) else []
         parts = [part for value in values if isinstance(value, tuple) for part in value]
         parts += [phase for part in parts if isinstance(part, SupernetTraining) for phase in part.phases]
-        trainings = [part for part in parts if isinstance(part, s.Optimisation)]
+        trainings = [part for part in parts if isinstance(part, (s.Phase, Student))]
         names = {part.name: part.save_every_minutes for part in trainings if part.save_every_minutes != RHYTHM}
         if names:
             others["train_experiment" if stage == "experiment" else stage] = names
@@ -329,7 +329,7 @@ def json_schema() -> dict[str, Any]:
     defined = schema["$defs"]
     phase = {key: value for key, value in defined["Phase"]["properties"].items() if key != "name"}
     defined["TrainPhase"]["properties"].update(phase)
-    many = {"grid": {"type": "object", "additionalProperties": {"type": "array", "minItems": 1}}}
+    many: dict[str, Any] = {"grid": {"type": "object", "additionalProperties": {"type": "array", "minItems": 1}}}
     many["seeds"] = {"type": "array", "items": NUMBER_SCHEMA, "minItems": 1}
     nets = [{"enum": sorted(named_nets())}, *defined["Student"]["properties"]["net"]["anyOf"]]
     defined["Student"]["properties"]["net"] = {"anyOf": nets, "default": None}

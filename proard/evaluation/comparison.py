@@ -156,7 +156,7 @@ def _statistics(
     outcomes: Mapping[str, np.ndarray], baseline: Mapping[str, np.ndarray], weights: np.ndarray, subnet: str
 ) -> dict[str, float]:
     """Accuracy and gain of one group, clean and robust, with their intervals."""
-    row = {}
+    row: dict[str, float] = {}
     for kind in outcomes:
         found = {
             "acc": accuracy_of(outcomes[kind], weights, subnet),

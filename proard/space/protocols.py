@@ -29,6 +29,10 @@ class NetSpace(Protocol):
     def largest(self) -> Any:
         """The arch of most multiply-accumulates."""
 
+    @property
+    def smallest(self) -> Any:
+        """The arch of fewest multiply-accumulates."""
+
     def spec(self, arch: Any) -> NetSpec | FixedSpec:
         """Costs and shape of an arch; an arch of another space is a ValueError."""
 

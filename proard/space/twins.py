@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 from proard.config import ConfigError, Phase, RunConfig, Student, Twins, parse
 from proard.config.experiment import with_equal_gradients
@@ -23,7 +24,7 @@ def with_twins(run: RunConfig) -> RunConfig:
     ConfigError
         An override is no key of a network, or the steps are not known before the run.
     """
-    trainings = []
+    trainings: list[Any] = []
     for each in run.experiment.trainings:
         trainings += _twins(run, each) if isinstance(each, Twins) else [each]
     for index, each in enumerate(trainings):
@@ -62,11 +63,11 @@ def epochs_of_steps(run: RunConfig, student: Student) -> float:
     ConfigError
         The length of a phase is known only when it begins.
     """
-    first = run.train_phase.phases[0]
+    first, steps = run.train_phase.phases[0], None if student.effort is None else student.effort.steps
     for phase in run.train_phase.phases:
         if phase.forward_equivalents is not None:
             raise ConfigError(
-                f"experiment.{student.name}.effort.steps is {student.effort.steps}, but phase {phase.name} is "
+                f"experiment.{student.name}.effort.steps is {steps}, but phase {phase.name} is "
                 "stretched to its forward_equivalents: give a number of epochs, the one that its log names"
             )
 
@@ -77,4 +78,4 @@ def epochs_of_steps(run: RunConfig, student: Student) -> float:
         epochs(phase, phase.archs_per_step if phase.sampling == "per_pass" else 1) for phase in run.train_phase.phases
     )
     began_with_teacher = first.warm_start == "teacher" and run.train_teacher.source == "train"
-    return total + epochs(run.train_teacher) if student.effort.steps == "path" and began_with_teacher else total
+    return total + epochs(run.train_teacher) if steps == "path" and began_with_teacher else total

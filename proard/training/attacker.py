@@ -14,8 +14,9 @@ from proard.config import Threat, TrainingAttack
 from proard.data import Views
 from proard.kernels import CapturedSteps
 from proard.losses import INNER_OBJECTIVES, Batch, Objective
-from proard.nets.view import Statistics
-from proard.space import SearchSpace
+from proard.nets.modules import present
+from proard.nets.trainee import Statistics, View
+from proard.space import NetSpace
 from proard.training.carried import CarriedPerturbations
 from proard.training.counted import Counted, Network, StepTally
 from proard.training.plan import Drawn
@@ -94,15 +95,17 @@ class Attacker:
     ) -> None:
         self.attack, self.tally, self.threat, self.total_steps = attack, tally, threat, total_steps
         self.carried, self.part, self.dtype, self.search = carried, part or BatchPart(), dtype, search
-        captured = attack.graph == "auto" and batch_size is not None
-        self.take_steps = CapturedSteps(take_steps, batch_size=batch_size) if captured else take_steps
-        self.num_steps, self.views = attack.num_steps, None
+        self.take_steps: Callable[..., Tensor] = take_steps
+        if attack.graph == "auto" and batch_size is not None:
+            self.take_steps = CapturedSteps(take_steps, batch_size=batch_size)
+        self.num_steps = attack.num_steps
+        self.views: Views | None = None
         self.source: Drawn | None = None
         self.shared: Tensor | None = None
         self.found: Tensor | None = None
 
     def begin(
-        self, drawn: list[Drawn], space: SearchSpace, *, step: int, data_pass: int, views: Views | None
+        self, drawn: list[Drawn], space: NetSpace, *, step: int, data_pass: int, views: Views | None
     ) -> list[Drawn]:
         """Begin a step: its subnets in the order in which they attack.
 
@@ -129,7 +132,7 @@ class Attacker:
 
     def craft(
         self,
-        student: Counted,
+        student: Counted[View],
         subnet: Drawn,
         known: Batch,
         statistics: Statistics | None,
@@ -160,16 +163,18 @@ class Attacker:
         """
         images, view = known.images, student.net
         options = self.options(images)
-        attacked = student
+        attacked: Counted[Any] = student
+        predict: Network
         if self.attack.crafted_on == "teacher":
+            assert isinstance(guidance.teacher, Counted)
             attacked, predict = guidance.teacher, guidance.teacher.net
         elif self.attack.bn_mode == "batch":
             predict = partial(view, frozen=True)
         else:
             predict = view.folded(view.running_statistics() if statistics is None else statistics, dtype=self.dtype)
         if subnet.objective.inner == "kl_teacher_adv":  # the teacher counts its own passes
-            predict = side_by_side(predict, guidance.teacher)
-        inner = INNER_OBJECTIVES[subnet.objective.inner](known)
+            predict = side_by_side(predict, present(guidance.teacher))
+        inner = INNER_OBJECTIVES[present(subnet.objective.inner)](known)
         adversarial = self.search(predict, inner, images, **options, generator=generator, steps=self.take_steps)
         attacked.count(2 * options["num_steps"])  # a replayed CUDA graph makes no calls
         self.tally.gradients += options["num_steps"]
@@ -184,15 +189,18 @@ class Attacker:
             own = {"num_steps": min(self.attack.own_steps, self.num_steps), "step_size": size}
             return {**options, **own, "initial": self.shared}
         if self.carried is not None:
-            return {**options, "initial": images + self.carried.read(self.views[self.part.rows], *images.shape[2:])}
+            return {
+                **options,
+                "initial": images + self.carried.read(present(self.views)[self.part.rows], *images.shape[2:]),
+            }
         return {**options, "among": (self.part.count, self.part.rows)} if self.part.several else options
 
     def commit(self, failed: Tensor) -> None:
         """End a step: only now does anything that outlives it change, and nothing where `failed`, of shape (), is 1."""
-        if self.found is not None:
-            found = self.part.whole(self.found)
-            before = self.carried.read(self.views, *found.shape[2:])
-            self.carried.write(self.views, torch.where(failed > 0, before, found))
+        if self.carried is not None and self.found is not None:
+            found, views = self.part.whole(self.found), present(self.views)
+            before = self.carried.read(views, *found.shape[2:])
+            self.carried.write(views, torch.where(failed > 0, before, found))
 
     def tensors(self) -> dict[str, Tensor]:
         """What a resumed training needs, by name."""

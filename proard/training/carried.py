@@ -8,6 +8,7 @@ from torch import Tensor
 from proard.attacks import start_noise_
 from proard.config import TrainingAttack
 from proard.data import Views, keyed_generator
+from proard.nets.modules import present
 
 LEVELS = 127  # an int8 value of 127 is eps
 CHUNK = 1024  # images whose start noise is drawn at once
@@ -52,21 +53,21 @@ class CarriedPerturbations:
         seed: int,
         device: torch.device | str = "cpu",
     ) -> None:
-        assert attack.carry_passes is not None
+        self.carry_passes = present(attack.carry_passes)
         self.attack, self.eps, self.norm, self.seed = attack, eps, norm, seed
         self.store = torch.zeros(padded_shape, dtype=torch.int8, device=device)
         self.period = torch.tensor(-1)
 
     def refresh(self, data_pass: int) -> None:
         """Draw all perturbations anew where this pass begins another `carry_passes`."""
-        period = data_pass // self.attack.carry_passes
+        period = data_pass // self.carry_passes
         if period == int(self.period):
             return
         self.period.fill_(period)
         generator = keyed_generator(self.seed, data_pass, 2)  # 2: another stream than orders (none) and batches (1)
-        start = {"eps": self.attack.start_scale * self.eps, "start": self.attack.start, "norm": self.norm}
+        eps, start = self.attack.start_scale * self.eps, self.attack.start
         for chunk in self.store.split(CHUNK):
-            noise = start_noise_(torch.empty(chunk.shape), **start, generator=generator)
+            noise = start_noise_(torch.empty(chunk.shape), eps=eps, start=start, norm=self.norm, generator=generator)
             chunk.copy_(self._levels(noise))
 
     def read(self, views: Views, height: int, width: int) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
 from proard.space import Work
 
 Network = Callable[..., Tensor]
+Net = TypeVar("Net", bound=Network)
 
 
 class StepTally:
@@ -31,7 +32,7 @@ class StepTally:
         self.work, self.gradients = Work(), 0
 
 
-class Counted:
+class Counted(Generic[Net]):
     """A network whose passes are counted where they are made.
 
     Parameters
@@ -52,7 +53,7 @@ class Counted:
     differentiated again (2 passes).
     """
 
-    def __init__(self, net: Network, tally: StepTally, *, macs: float, trained: bool = False) -> None:
+    def __init__(self, net: Net, tally: StepTally, *, macs: float, trained: bool = False) -> None:
         self.net, self.tally, self.macs, self.trained = net, tally, macs, trained
 
     def __call__(self, images: Tensor, **how: Any) -> Tensor:
@@ -72,6 +73,6 @@ class Counted:
         self.tally.work += passes * Work(1.0, self.macs)
 
 
-def counted(net: Network | None, tally: StepTally) -> Counted | None:
+def counted(net: Network | None, tally: StepTally) -> Counted[Network] | None:
     """A frozen network with its passes counted; one without a `spec` has no known size and costs no MACs."""
     return None if net is None else Counted(net, tally, macs=getattr(getattr(net, "spec", None), "macs", 0))

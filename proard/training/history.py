@@ -56,7 +56,7 @@ class Done:
 def epoch_rows(done: Done, validation: Rows, *, types: Mapping[str, torch.dtype], **common: Any) -> Rows:
     """Rows of the HISTORY table for an epoch that has ended: one per validated subnet."""
     count = max(done.epoch_images, 1)
-    facts = {
+    facts: dict[str, Any] = {
         "loss": done.epoch_loss / count,
         "train_clean_acc": done.epoch_clean / count,
         "train_robust_acc": done.epoch_robust / count,

@@ -44,7 +44,7 @@ class Muon(torch.optim.Optimizer):
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # there is no loss to return
         """Move every parameter along its gradient's momentum."""
         for group in self.param_groups:
             parameters = group["params"]
@@ -57,10 +57,10 @@ class Muon(torch.optim.Optimizer):
             lr, decay, momentum = group["lr"] * alive, group["weight_decay"], group["momentum"]
             buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
             if not group["orthogonal"] and decay:
-                gradients = torch._foreach_add(gradients, parameters, alpha=decay)
+                gradients = list(torch._foreach_add(gradients, parameters, alpha=decay))
             torch._foreach_mul_(buffers, 1 + alive * (momentum - 1))
             torch._foreach_add_(buffers, torch._foreach_mul(gradients, alive))
-            directions = torch._foreach_add(gradients, buffers, alpha=momentum)
+            directions = list(torch._foreach_add(gradients, buffers, alpha=momentum))
             if group["orthogonal"]:
                 directions = orthogonalised(directions)
                 torch._foreach_mul_(parameters, 1 - lr * decay)

@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import compress
 from operator import not_
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from proard.config import Phase, Student, TrainControl, TrainTeacher
+from proard.config.settings import Optimisation
 from proard.training.muon import Muon
 
 STATE = {"momentum_buffer": "momentum", "exp_avg": "momentum", "exp_avg_sq": "square", "step": "steps"}
 
 
-def make_optimizer(
-    parameters: Mapping[str, nn.Parameter], settings: TrainTeacher | TrainControl | Phase | Student
-) -> torch.optim.Optimizer:
+def make_optimizer(parameters: Mapping[str, nn.Parameter], settings: Optimisation) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum, AdamW with `momentum` as its first decay rate, or Muon.
 
     Norms, biases and kernel transforms (the identity at first) are spared weight decay. Muon orthogonalises and decays
     the weights of convolutions over several channels; all else moves by SGD at the same rate, without decay.
     """
+    groups: list[dict[str, Any]]
     if settings.optimizer == "muon":
         matrix = [p.ndim == 4 and p.shape[1] > 1 for p in parameters.values()]
         matrices, others = (list(compress(parameters.values(), kept)) for kept in (matrix, map(not_, matrix)))

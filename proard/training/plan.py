@@ -14,7 +14,7 @@ from torch import Tensor
 
 from proard.config import Phase, Student
 from proard.losses import OBJECTIVES, Memory, Objective, scaled, with_igdm, with_kdiga
-from proard.space import Arch, SearchSpace
+from proard.space import Arch, NetSpace, SearchSpace
 from proard.training.attentive import at_one_cost
 
 OPENED = ("width", "kernel", "depth", "expand")  # `progressive` opens dims in this order, as ProARD's phases do
@@ -155,7 +155,7 @@ def choose_winners(drawn: list[Drawn], score: Callable[[Arch], Tensor]) -> list[
     return chosen
 
 
-def pace(space: SearchSpace, arch: Arch, *, progress: float, decay: float) -> float:
+def pace(space: NetSpace, arch: Arch, *, progress: float, decay: float) -> float:
     """Factor of a subnet's gradients at a share of the training: its learning rate relative to the largest subnet's.
 
     Returns

@@ -29,6 +29,8 @@ class PricedNet(nn.Module):
         The space whose subnets are priced.
     """
 
+    mean: Tensor
+
     def __init__(self, space: SearchSpace) -> None:
         super().__init__()
         self.space = space
@@ -53,7 +55,7 @@ class _PricedView:
     def running_statistics(self) -> dict[str, Any]:
         return {}
 
-    def folded(self, statistics: dict[str, Any], *, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    def folded(self, statistics: dict[str, Any], *, dtype: torch.dtype = torch.float32) -> Callable[[Tensor], Tensor]:
         return lambda images: self(images, frozen=True)
 
     def scatter_gradients(self) -> None:

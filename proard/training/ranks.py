@@ -160,8 +160,9 @@ class BatchPart:
         """The labels and logits of all parts, without graph: what a loss remembers is the whole batch's."""
         if not self.several:
             return batch
-        fields = {name: getattr(batch, name) for name in REMEMBERED}
-        return replace(batch, **{name: self.whole(value) for name, value in fields.items() if value is not None})
+        fields: dict[str, Any] = {name: getattr(batch, name) for name in REMEMBERED}
+        whole: dict[str, Any] = {name: self.whole(value) for name, value in fields.items() if value is not None}
+        return replace(batch, **whole)
 
 
 def join(device: str) -> Ranks:

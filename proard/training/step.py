@@ -15,7 +15,8 @@ from proard.config import Phase, Student, Threat, TrainControl, TrainTeacher, Us
 from proard.data import Views
 from proard.kernels import computed_type
 from proard.losses import Batch, kl_to_teacher
-from proard.nets.trainee import Statistics, Trainee
+from proard.losses.objectives import ABSENT
+from proard.nets.trainee import Statistics, Trainee, View
 from proard.space import Arch, Work
 from proard.training.attacker import Attacker
 from proard.training.carried import CarriedPerturbations
@@ -124,18 +125,18 @@ class TrainingStep:
 
         The host never waits for the device; `update.guard` remembers a failure.
         """
-        images, labels, where = batch.images, batch.labels, {"data_pass": batch.data_pass, "views": batch.views}
+        images, labels, views, data_pass = batch.images, batch.labels, batch.views, batch.data_pass
+        threat = self.attacker.threat
         self.tally.begin()
         self.update.begin()
         if self.settings.clean_noise:
-            eps = self.settings.clean_noise * self.attacker.threat.eps
-            around = {"eps": eps, "norm": self.attacker.threat.norm, "start": "uniform"}
-            images = start_point(images, **around, generator=batch.generator)
+            eps = self.settings.clean_noise * threat.eps
+            images = start_point(images, eps=eps, norm=threat.norm, start="uniform", generator=batch.generator)
         progress = min(batch.step / self.total_steps, 1.0)
-        drawn = self.plan.draw(self.seed, batch.step, batch.data_pass)
-        guidance = self.teachers.begin(drawn, images, labels, progress=progress, **where)
+        drawn = self.plan.draw(self.seed, batch.step, data_pass)
+        guidance = self.teachers.begin(drawn, images, labels, views, progress=progress, data_pass=data_pass)
         drawn = choose_winners(drawn, lambda arch: self._score(arch, images, labels, guidance.target))
-        drawn = self.attacker.begin(drawn, self.net.space, step=batch.step, **where)
+        drawn = self.attacker.begin(drawn, self.net.space, step=batch.step, data_pass=data_pass, views=views)
         losses, clean_right, adv_right = [], *torch.zeros(2, dtype=torch.float64, device=images.device)
         for subnet in drawn:
             student = self._student(subnet.arch)
@@ -155,14 +156,14 @@ class TrainingStep:
 
     # --- parts of a step ---------------------------------------------------------------------------------------
 
-    def _student(self, arch: Arch) -> Counted:
+    def _student(self, arch: Arch) -> Counted[View]:
         """The network at this arch, for one step, its passes counted."""
         view = self.net.view(arch, total=self.part.total if self.part.several else None)
         return Counted(view, self.tally, macs=view.spec.macs, trained=True)
 
     def _passes(
         self,
-        student: Counted,
+        student: Counted[View],
         subnet: Drawn,
         images: Tensor,
         labels: Tensor,
@@ -171,26 +172,27 @@ class TrainingStep:
     ) -> Batch:
         """Clean pass, attack on this very subnet, adversarial pass, and what else its loss reads."""
         objective = subnet.objective
-        needs, clean = objective.needs, None
+        needs, clean = objective.needs, ABSENT
         statistics: Statistics | None = {} if self.attacker.needs_statistics(objective) else None
         source = images.detach().requires_grad_() if "teacher_gradient" in needs else images
         if objective.needs_clean or statistics is not None or subnet.guides or objective.inner == "kl_clean":
             with torch.set_grad_enabled(objective.needs_clean), self._autocast():
                 clean = student(source, record=statistics, update_running=True).float()
-        batch = Batch(labels, clean=clean, teacher=guidance.target, images=source, memory=self.memory)
+        target = ABSENT if guidance.target is None else guidance.target
+        batch = Batch(labels, clean=clean, teacher=target, images=source, memory=self.memory)
         if objective.inner is None:
             batch, given = replace(batch, adv=clean), {"clean"}
         else:
-            known = replace(batch, clean=None if clean is None else clean.detach(), images=images)
+            known = replace(batch, clean=clean if clean is ABSENT else clean.detach(), images=images)
             adversarial = self.attacker.craft(student, subnet, known, statistics, guidance, generator)
             adversarial.requires_grad_("teacher_gradient_adv" in needs)
             with self._autocast():
-                adv = student(adversarial, update_running=clean is None).float()
+                adv = student(adversarial, update_running=clean is ABSENT).float()
             batch, given = replace(batch, adv=adv, adversarial=adversarial), {"clean", "adv"}
         batch = add_teacher_outputs(batch, needs, guidance)
         return self._student_outputs(batch, needs - given, student)
 
-    def _student_outputs(self, batch: Batch, fields: frozenset[str], student: Counted) -> Batch:
+    def _student_outputs(self, batch: Batch, fields: frozenset[str], student: Counted[View]) -> Batch:
         """The batch with fresh logits of the subnet in training mode; running statistics keep their values."""
 
         def predict(images: Tensor) -> Tensor:
@@ -199,7 +201,7 @@ class TrainingStep:
 
         return add_student_outputs(batch, fields, predict, reach=self.settings.helper_reach)
 
-    def _backward(self, student: Counted, subnet: Drawn, batch: Batch, count: float) -> Tensor:
+    def _backward(self, student: Counted[View], subnet: Drawn, batch: Batch, count: float) -> Tensor:
         """The loss, without graph, and its gradients / `count`, at perturbed weights where the settings say so."""
         objective, options, gamma = subnet.objective, subnet.options, self.settings.awp_gamma
         count = count / self.part.weight  # parts of a mean over the batch
@@ -292,8 +294,9 @@ def training_step(
     part, device, tally = part or BatchPart(), net.mean.device, StepTally()
     carried, tables = None, {}
     if settings.attack.carry_passes is not None and padded_shape is not None:
-        of = {"eps": threat.eps, "norm": threat.norm, "seed": seed, "device": device}
-        carried = CarriedPerturbations(settings.attack, padded_shape, **of)
+        carried = CarriedPerturbations(
+            settings.attack, padded_shape, eps=threat.eps, norm=threat.norm, seed=seed, device=device
+        )
     for kept in ("logits", "gradients"):
         if getattr(settings, f"teacher_{kept}") is not None and padded_shape is not None:
             tables[kept] = _table(kept, net, settings, plan, padded_shape[0])
@@ -312,8 +315,17 @@ def training_step(
     memory = {} if plan.memory is None else plan.memory(net.space.settings.classes)
     memory = {name: tensor.to(device) for name, tensor in memory.items()}
     update = Update(net, settings, memory=memory, part=part)
-    made = {"tally": tally, "teachers": teachers, "attacker": attacker, "update": update}
-    return TrainingStep(net, settings, plan, seed=seed, total_steps=total_steps, **made)
+    return TrainingStep(
+        net,
+        settings,
+        plan,
+        seed=seed,
+        total_steps=total_steps,
+        tally=tally,
+        teachers=teachers,
+        attacker=attacker,
+        update=update,
+    )
 
 
 def torch_type(name: str, net: Trainee) -> torch.dtype:
@@ -325,7 +337,8 @@ def _table(kept: str, net: Trainee, settings: Training, plan: Plan, images: int)
     """The table of the frozen teacher's `logits` or `gradients` at the views of the clean images."""
     key = f"teacher_{kept}"
     if kept == "logits" and not plan.reads_target:
-        raise UserError(f"teacher_logits keeps logits at clean images; loss {settings.loss} reads none there")
+        loss = getattr(settings, "loss", "")
+        raise UserError(f"teacher_logits keeps logits at clean images; loss {loss} reads none there")
     shape, augment = net.space.settings, settings.augment
     numbers = shape.classes if kept == "logits" else shape.image_channels * shape.image_size**2
     return TeacherTable(

@@ -12,23 +12,26 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from proard.nets import FixedNet, Supernet
+from proard.nets import Supernet
 from proard.nets.elastic import key_of
-from proard.space import NetSpec
+from proard.nets.modules import present
+from proard.nets.trainee import Trainee
+from proard.space import FixedSpec, NetSpec
 from proard.training.ranks import Ranks
 
 
-def active_gradients(net: Supernet | FixedNet, specs: Iterable[NetSpec]) -> list[Tensor]:
+def active_gradients(net: Trainee, specs: Iterable[NetSpec | FixedSpec]) -> list[Tensor]:
     """Views of the gradients, which must exist, that hold all that these subnets' passes have left.
 
     Of a layer that several subnets share, the slice that holds all of theirs; tensors that are neither filters nor
     per channel go whole.
     """
-    if isinstance(net, FixedNet):
-        return [weight.grad for weight in net.parameters()]
+    if not isinstance(net, Supernet):
+        return [present(weight.grad) for weight in dict(net.named_parameters()).values()]
     widest: dict[str, tuple[int, int]] = {}
     features = 0
     for spec in specs:
+        assert isinstance(spec, NetSpec)
         features = max(features, spec.features)
         for conv in spec.convs:
             out, width = widest.get(key_of(conv), (0, 0))
@@ -36,11 +39,12 @@ def active_gradients(net: Supernet | FixedNet, specs: Iterable[NetSpec]) -> list
     views = []
     for key, (out, width) in widest.items():
         for parameter in net.layers[key].parameters():
+            gradient = present(parameter.grad)
             if parameter.ndim == 4:
-                views.append(parameter.grad[:out, :width])
+                views.append(gradient[:out, :width])
             else:
-                views.append(parameter.grad[:out] if parameter.ndim == 1 else parameter.grad)
-    return [*views, net.head.weight.grad[:, :features], net.head.bias.grad]
+                views.append(gradient[:out] if parameter.ndim == 1 else gradient)
+    return [*views, present(net.head.weight.grad)[:, :features], present(net.head.bias.grad)]
 
 
 class GradientSync:
@@ -54,12 +58,12 @@ class GradientSync:
         The processes.
     """
 
-    def __init__(self, net: Supernet, ranks: Ranks) -> None:
+    def __init__(self, net: Trainee, ranks: Ranks) -> None:
         self.net, self.ranks = net, ranks
         self.bytes_reduced = 0
 
     @torch.no_grad()
-    def __call__(self, specs: Iterable[NetSpec], measures: Tensor) -> Tensor:
+    def __call__(self, specs: Iterable[NetSpec | FixedSpec], measures: Tensor) -> Tensor:
         """Add up the gradients in place; `measures`, of shape (n,), come back added up.
 
         A loss among them that is not finite anywhere is so everywhere: all processes stop at the same step.

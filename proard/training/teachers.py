@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from proard.data import Views
 from proard.losses import Batch, loss_gradient, mix_logits
-from proard.training.counted import Network, StepTally, counted
+from proard.nets.modules import present
+from proard.training.counted import Counted, Network, StepTally, counted
 from proard.training.plan import Drawn
 from proard.training.ranks import BatchPart
 from proard.training.teacher_table import TeacherTable
@@ -43,7 +45,7 @@ class Guidance:
 
     def gradient_of(self, images: Tensor, labels: Tensor) -> Tensor:
         """The teacher's input gradient of the cross-entropy, image by image; of shape (batch, pixels)."""
-        return input_gradient_of(self.teacher, images, labels)
+        return input_gradient_of(present(self.teacher), images, labels)
 
 
 def input_gradient_of(network: Network, images: Tensor, labels: Tensor) -> Tensor:
@@ -108,8 +110,10 @@ class Teachers:
     ) -> Guidance:
         """The frozen teacher's part of a step; `views` are those of the whole batch, images and labels of this part."""
         read = any(subnet.objective.needs_target or subnet.rivals for subnet in drawn)
-        target = self._target(images, views) if read and self.frozen is not None else None
-        gradient = None if self.gradients is None else self._gradient(images, labels, views).view(images.shape)
+        target = self._target(self.frozen, images, views) if read and self.frozen is not None else None
+        gradient = None
+        if self.gradients is not None:
+            gradient = self._gradient(self.gradients, images, labels, present(views)).view(images.shape)
         return Guidance(target, self.frozen, self.control, progress, data_pass, gradient)
 
     def led_by(self, guidance: Guidance, logits: Tensor, dynamic: Network) -> Guidance:
@@ -125,24 +129,25 @@ class Teachers:
         return replace(guidance, target=mixed, teacher=both)
 
     @torch.no_grad()
-    def _target(self, images: Tensor, views: Views | None) -> Tensor:
+    def _target(self, frozen: Counted[Network], images: Tensor, views: Views | None) -> Tensor:
         """Logits at the clean images, by a pass or from the table."""
         if self.logits is None:
-            return self.frozen(images)
-        logits, computed = self.logits(self.frozen.net, images, views[self.part.rows])
+            return frozen(images)
+        logits, computed = self.logits(frozen.net, images, present(views)[self.part.rows])
         if self.part.several:
-            self.logits.keep(views, self.part.whole(logits))
-        self.frozen.count(self._per_image(computed, len(images)))
+            self.logits.keep(present(views), self.part.whole(logits))
+        frozen.count(self._per_image(computed, len(images)))
         return logits
 
-    def _gradient(self, images: Tensor, labels: Tensor, views: Views) -> Tensor:
+    def _gradient(self, table: TeacherTable, images: Tensor, labels: Tensor, views: Views) -> Tensor:
         """Input gradients at the clean images from the table; of shape (batch, pixels)."""
+        frozen = present(self.frozen)
 
         def gradient(rows: Tensor, truth: Tensor) -> Tensor:
-            return input_gradient_of(self.frozen.net, rows, truth)
+            return input_gradient_of(frozen.net, rows, truth)
 
-        kept, computed = self.gradients(gradient, images, views[self.part.rows], labels)
-        self.frozen.count(2 * self._per_image(computed, len(images)))
+        kept, computed = table(gradient, images, views[self.part.rows], labels)
+        frozen.count(2 * self._per_image(computed, len(images)))
         return kept
 
     def _per_image(self, computed: int, images: int) -> float:
@@ -170,16 +175,16 @@ def add_teacher_outputs(batch: Batch, needs: frozenset[str], guidance: Guidance)
         The batch with these fields, none of them carrying a graph.
     """
     images, adversarial = batch.images, batch.adversarial
-    outputs: dict[str, Tensor] = {}
+    outputs: dict[str, Any] = {}
     with torch.no_grad():
         if "teacher_adv" in needs:
-            outputs["teacher_adv"] = guidance.teacher(adversarial)
+            outputs["teacher_adv"] = present(guidance.teacher)(adversarial)
         if "teacher_mirrored" in needs:
-            outputs["teacher_mirrored"] = guidance.teacher(2 * images - adversarial)
+            outputs["teacher_mirrored"] = present(guidance.teacher)(2 * images - adversarial)
         if "control" in needs:
-            outputs["control"] = guidance.control(images)
+            outputs["control"] = present(guidance.control)(images)
         if "control_adv" in needs:
-            outputs["control_adv"] = guidance.control(adversarial)
+            outputs["control_adv"] = present(guidance.control)(adversarial)
     if "teacher_gradient" in needs:
         known = guidance.gradient
         outputs["teacher_gradient"] = guidance.gradient_of(images, batch.labels) if known is None else known
@@ -215,4 +220,5 @@ def add_student_outputs(batch: Batch, fields: frozenset[str], predict: Network, 
         "mirrored": lambda: (2 * images - adversarial).detach(),
         "beyond": lambda: (images + reach * (adversarial - images)).detach(),
     }
-    return replace(batch, **{name: predict(at()) for name, at in where.items() if name in fields})
+    outputs: dict[str, Any] = {name: predict(at()) for name, at in where.items() if name in fields}
+    return replace(batch, **outputs)

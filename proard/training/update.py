@@ -10,8 +10,10 @@ from torch import Tensor
 
 from proard.config import UserError
 from proard.config.settings import Optimisation
-from proard.nets import FixedNet, Supernet
-from proard.space import NetSpec
+from proard.nets import FixedNet
+from proard.nets.modules import present
+from proard.nets.trainee import Trainee
+from proard.space import FixedSpec, NetSpec
 from proard.training.guard import Guard, flat
 from proard.training.optimizer import make_optimizer, optimizer_tensors
 from proard.training.ranks import BatchPart
@@ -42,7 +44,7 @@ class Update:
 
     def __init__(
         self,
-        net: Supernet | FixedNet,
+        net: Trainee,
         settings: Optimisation,
         *,
         memory: dict[str, Tensor] | None = None,
@@ -59,21 +61,21 @@ class Update:
             parameter.grad = torch.zeros_like(parameter)
         self.optimizer = make_optimizer(self.parameters, settings)
         self.guard = Guard(net.mean.device)
-        self.optimizer.found_inf = self.guard.failed
+        self.optimizer.found_inf = self.guard.failed  # type: ignore[attr-defined]  # fused optimizers read it
         self.sync = GradientSync(net, part.ranks) if part.several else None
         self.statistics = [buffer for name, buffer in net.named_buffers() if "running" in name]
         self.statistics += self.memory.values()
-        self.before: Tensor | None = None
+        self.before = flat(self.statistics)
         self.average = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.best = {name: value.clone() for name, value in self.average.items()}
 
     def begin(self) -> None:
         """Start a step: gradients are zero, statistics are remembered."""
-        torch._foreach_zero_([parameter.grad for parameter in self.parameters.values()])
+        torch._foreach_zero_([present(parameter.grad) for parameter in self.parameters.values()])
         self.before = flat(self.statistics)
 
     def __call__(
-        self, loss: Tensor, right: Sequence[Tensor], specs: Iterable[NetSpec], *, lr: float, step: int
+        self, loss: Tensor, right: Sequence[Tensor], specs: Iterable[NetSpec | FixedSpec], *, lr: float, step: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """End a step: one optimizer step, unless loss or gradient are not finite.
 
@@ -99,7 +101,7 @@ class Update:
         if self.sync is not None:
             loss, clean, robust = self.sync(specs, torch.stack([loss * self.part.weight, clean, robust]))
         parameters = list(self.parameters.values())
-        self.guard.watch(loss, step, [parameter.grad for parameter in parameters])
+        self.guard.watch(loss, step, [present(parameter.grad) for parameter in parameters])
         if self.settings.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip_norm)
         for group in self.optimizer.param_groups:
