@@ -45,7 +45,7 @@ An image classifier for small devices that was trained to withstand adversarial 
 | Classes | {num_classes} |
 | Arch | `{arch_id}` of space `{space}`: `{arch}` |
 
-All accuracies are measured, with 95 % Wilson intervals; none is a prediction.
+Accuracies are measured and stand with their 95 % Wilson intervals; none is a prediction.
 
 ## Intended use
 
@@ -62,7 +62,7 @@ safety component: see the limits below.
 | PyTorch | `student.pt2` (torch.export), or `proard.export.load_student("student.safetensors")` |
 | Checksums | `sha256sum -c SHA256SUMS` |
 
-The metadata properties of the ONNX file also contain class names, arch, costs and threat model.
+Class names, arch, costs and threat model also stand in the metadata properties of the ONNX file.
 
 ## Example
 
@@ -185,7 +185,7 @@ def model_card(
     opset : int
         Of the ONNX file.
     origin : mapping
-        Sentences that describe the origin of the weights: `FROM_SUPERNET` or `TRAINED_ALONE`.
+        Which sentences say where the weights come from: `FROM_SUPERNET` or `TRAINED_ALONE`.
     """
     worst = _hardest(rows[rows["split"] == "test"])
     header, adversarial, made = facts.to_header(), parity["adversarial"], supernet.get("provenance", {})
@@ -233,13 +233,13 @@ def model_card(
 
 
 def _hardest(test: pd.DataFrame) -> pd.Series:
-    """The row of the worst case over all attacks if the table has it, else the row with the lowest robust accuracy."""
+    """The worst case over all attacks where the table has it, else the attack that left fewest images."""
     over_all = test[test["attack"] == "worst"]
     return test.sort_values("robust_acc").iloc[0] if over_all.empty else over_all.iloc[0]
 
 
 def _front_matter(facts: StudentFacts, worst: pd.Series) -> str:
-    """Metadata for model hubs; texts of users are written as JSON, which is valid YAML."""
+    """Metadata for model hubs; texts of users stand as JSON, which YAML reads."""
     hub_name = HUB_DATASETS.get(facts.dataset)
     robust = f"Robust accuracy, {facts.threat.norm} {_eps(facts.threat.eps)}, {_called(worst)}"
     lines = [

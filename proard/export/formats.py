@@ -1,4 +1,4 @@
-"""A folded network as safetensors, single-file ONNX and torch.export archive; each file describes its network."""
+"""A folded network as safetensors, single-file ONNX and torch.export archive; each file says what it holds."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OLDEST_RUNTIME = {18: "1.15", 19: "1.15", 20: "1.17", 21: "1.18", 22: "1.21", 23
 
 @dataclass(frozen=True)
 class StudentFacts:
-    """Description of the network that every exported file contains.
+    """What every exported file says about its network.
 
     Attributes
     ----------

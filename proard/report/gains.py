@@ -76,6 +76,6 @@ def _draw_subnet(
 
 
 def _named(subnet: str, facts: pd.Series) -> str:
-    """Legend text of a mark."""
+    """What a mark stands for."""
     of_all = f"of {facts['num_archs']} subnets"
     return {"mean": f"mean {of_all}", "worst": f"worst {of_all}"}.get(subnet, f"{subnet} subnet")

@@ -45,7 +45,7 @@ SUMMARY: dict[str, tuple[pa.DataType, str]] = {
 FIXED = ("net", "loss", "macs", "params", "num_images", "lr", "epochs", "train_steps", "train_step_size")
 MEANS = ("val_robust_acc", "train_gradients", "train_forward_equivalents", "seconds_per_epoch")
 FIGURES = ("accuracy_figure", "own_figure", "eps_figure", "cost_figure")
-SHOWN = 40  # largest number of groups in a figure; of more, those with the highest robust accuracy on val
+SHOWN = 40  # groups in a figure; of more, those that stand most on val
 CYCLE = [COLOURS[name] for name in ("blue", "orange", "green", "gold", "sky", "navy", "muted", "ink")]
 MARKERS = "o^sDvP*X"
 KINDS = {"clean": (COLOURS["muted"], "o"), "own": (COLOURS["orange"], "^"), "worst": (COLOURS["blue"], "s")}
@@ -147,7 +147,7 @@ def figures_of(table: pd.DataFrame, summary: pd.DataFrame, *, eps: float, title:
 
 
 def shown_groups(summary: pd.DataFrame) -> list[str]:
-    """Groups in order; if there are too many for a figure, those with the highest robust accuracy on val (not test)."""
+    """Groups in order; of more than a figure holds, those that stand most on val (test chooses nothing)."""
     best = summary.drop_duplicates("group").set_index("group")["val_robust_acc"].fillna(0)
     chosen = set(best.sort_values(ascending=False, kind="stable").index[:SHOWN])
     return [group for group in best.index if group in chosen]
