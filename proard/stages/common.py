@@ -95,7 +95,7 @@ def parse_arguments(
 
 
 def keep_heap() -> bool:
-    """Let the C library reuse freed memory instead of returning it to the system; False where it cannot be asked.
+    """Let the C library reuse freed memory instead of returning it to the system; False where there is no such call.
 
     Activations of some MB come and go all the time; as fresh pages the kernel would have to zero each of them.
     """
@@ -137,7 +137,7 @@ def chosen_device(name: str, *, gpu: bool, several: bool) -> tuple[str, bool]:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a stage as a program: an error that the user can mend is one line, everything else a traceback."""
+    """Run a stage as a program: an error that the user can correct is one line, everything else a traceback."""
     take_any_character()
     try:
         become_several()

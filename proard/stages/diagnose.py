@@ -71,14 +71,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @dataclass(frozen=True)
 class Network:
-    """A network as it is deployed, folded where that can be, and what the tables say about it."""
+    """A network as it is deployed, folded where that can be, and its identity in the tables."""
 
     net: nn.Module
     identity: dict[str, Any]
 
     @classmethod
     def of(cls, net: nn.Module, arch: Arch, device: str) -> Network:
-        """The network on its device; its weights want no gradient."""
+        """The network on its device; its weights require no gradient."""
         net = (fold(net) if isinstance(net, StaticNet) else net).requires_grad_(False)
         identity = {"arch_id": arch.arch_id, "macs": net.spec.macs, "params": net.spec.params}
         return cls(net.to(device).eval(), identity)
@@ -221,7 +221,7 @@ def predicted(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def _words(name: str, bound: pd.DataFrame, radii: pd.DataFrame) -> str:
-    """What was found, for people."""
+    """Summary line for the terminal."""
     lines = []
     for eps, rows in bound.groupby("eps"):
         left, right, slack = rows["left"].mean(), rows["right"].mean(), rows["slack"].min()

@@ -7,7 +7,7 @@ import weakref
 from threading import Thread, current_thread
 from typing import Any
 
-COUNTRY = "USA"  # the tracker asks for one; only energy is kept, and the report converts it for the country it is told
+COUNTRY = "USA"  # the tracker needs one; only energy is kept, and the report converts it for the country it is told
 SECONDS_BETWEEN_READINGS = 15.0
 WH_PER_KWH = 1e3
 COUNTERS = {  # what CodeCarbon calls the way it reads a CPU
@@ -42,7 +42,7 @@ class EnergyMeter:
             data = self._reading.data
             parts = [data.cpu_energy, data.ram_energy] + ([data.gpu_energy] if self._gpu else [])
             return WH_PER_KWH * float(sum(parts))
-        except Exception:  # whatever a counter's driver may raise: a job does not fail for want of a figure
+        except Exception:  # of any kind, from a driver: a job must not fail because its energy is unknown
             return None
 
     @property
@@ -59,7 +59,7 @@ class EnergyMeter:
 
 
 class _Reading:
-    """What the tracker says: it hands its totals to `out`."""
+    """Output handler of the tracker, which passes its totals to `out`."""
 
     def __init__(self) -> None:
         self.tracker: Any = None
@@ -107,7 +107,7 @@ def _start(reading: _Reading) -> None:
 
 def _stop(reading: _Reading, starting: Thread) -> None:
     """End the tracker's threads."""
-    if starting is not current_thread():  # which may be the one that lets go of the meter last
+    if starting is not current_thread():  # the meter may be finalised in that very thread
         starting.join()
     try:
         reading.tracker.stop()

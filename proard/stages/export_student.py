@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @dataclass(frozen=True)
 class Measured:
-    """A measured network: its rows, the test images of these, and what the card is told beside them."""
+    """A measured network: its rows, the test images of these, and further facts for the card."""
 
     net: FoldedNet | FixedNet
     space: SearchSpace | FixedSpace
@@ -208,7 +208,7 @@ def chosen_rows(path: str | Path, budget: str) -> pd.DataFrame:
 
 
 def read_manifest(path: str) -> dict[str, Any]:
-    """What `prepare_data` says about the images."""
+    """Facts about the images, from the manifest."""
     try:
         manifest = json.loads(Path(path).read_text(encoding="utf-8"))
         return {key: manifest[key] for key in ("source", "classes", "splits")}
@@ -248,7 +248,7 @@ def checksum_list(paths: dict[str, Path]) -> str:
 
 
 def _summary(facts: StudentFacts, checked: dict[str, Any], paths: dict[str, Path]) -> str:
-    """What was made and how well it agrees, for people."""
+    """Summary line for the terminal."""
     spec, sizes = facts.space.spec(facts.arch), checked["bytes"]
     by_onnx, by_pt2 = checked["onnx_max_softmax_difference"], checked["pt2_max_softmax_difference"]
     attacked, accuracy = checked["adversarial"]["onnx_max_softmax_difference"], checked["onnx_test_accuracy"]

@@ -1,4 +1,4 @@
-"""What a training stage is told from outside, without being a setting: processes, time, how often to save.
+"""What the launcher of a training stage decides, not its settings: processes, time limit, interval of saving.
 
 The workflow passes it in environment variables, one JSON object each, so that a shell line, by which Snakemake sees
 whether a finished job is to be repeated, is the same whatever they say.
@@ -55,7 +55,7 @@ def become_several() -> None:
 
 
 def follow_launcher() -> None:
-    """As one of several processes: only the first prints, and none outlives the launcher.
+    """As one of several processes: only rank 0 prints, and all end with the launcher.
 
     Outside the training loop, which has a handler of its own, SIGTERM leaves the time to print an error.
     """
@@ -71,7 +71,7 @@ def follow_launcher() -> None:
 
 
 def fail(error: UserError) -> NoReturn:
-    """End with one line. Of several processes the first says what ends all; the others leave it the time to."""
+    """End with one line. Of several processes rank 0 prints the error; the others wait for it."""
     from proard.training.ranks import Gone  # not what a stage that does not train needs
 
     if rank() > 0 and not isinstance(error, Gone):
@@ -87,7 +87,7 @@ def fail(error: UserError) -> NoReturn:
 
 
 def _told(variable: str) -> dict[str, Any]:
-    """What the workflow says."""
+    """The value that the workflow has set."""
     try:
         return dict(json.loads(os.environ.get(variable) or "{}"))
     except ValueError:

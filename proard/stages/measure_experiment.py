@@ -201,7 +201,7 @@ def training_facts(
 
 
 def spread(archs: pd.DataFrame, number: int) -> list[str]:
-    """Archs evenly spread over the ranks of MACs, the cheapest and the dearest among them."""
+    """Archs evenly spread over the ranks of MACs, the cheapest and the most expensive included."""
     ordered = archs.sort_values(["macs", "arch"], ignore_index=True)
     ranks = np.unique(np.linspace(0, len(ordered) - 1, min(number, len(ordered))).round().astype(int))
     return ordered["arch"].iloc[ranks].tolist()
@@ -213,7 +213,7 @@ def scaled(attack: Attack, factor: float) -> Attack:
 
 
 def words(row: dict[str, Any]) -> str:
-    """One measurement for people."""
+    """One measurement as a line for the terminal."""
     return (
         f"{row['attack']} on {row['split']} at {row['eps'] * 255:g}/255: clean {row['clean_acc']:.1%}, "
         f"robust {row['robust_acc']:.1%}"

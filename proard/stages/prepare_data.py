@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _summary(splits: Splits, written: dict[str, dict]) -> str:
-    """What was read and where it went, for people."""
+    """Summary lines for the terminal."""
     height, width, channels = written["train"]["image_shape"]
     number = len(splits.classes)
     names = ", ".join(splits.classes[:10]) + (", ..." if number > 10 else "")

@@ -79,7 +79,7 @@ def under_budget(archive: pd.DataFrame, budget: Budget, number: int) -> pd.DataF
 
 
 def _facts(candidate: pd.Series, budget: Budget) -> dict[str, object]:
-    """What a row says beside its measurement."""
+    """Columns of a row beside its measurement."""
     names = ("predicted_clean_acc", "predicted_robust_acc", "found_by")
     return {**{name: candidate[name] for name in names}, "budget": budget.text}
 

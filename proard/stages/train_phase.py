@@ -74,7 +74,7 @@ def trained_widths(space: SearchSpace, opened: list[dict[str, Any]]) -> dict[str
 def start_from_teacher(
     net: Supernet, teacher: StaticNet, space: SearchSpace, teacher_space: SearchSpace, teacher_arch: Arch
 ) -> None:
-    """Copy the teacher's weights into the supernet, where the teacher is its largest subnet; say so otherwise."""
+    """Copy the teacher's weights into the supernet, if the teacher is its largest subnet; print otherwise."""
     if space.spec(space.largest) != teacher_space.spec(teacher_arch):
         print("the teacher is not this space's largest subnet: the supernet starts from random weights", flush=True)
         return

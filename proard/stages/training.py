@@ -28,7 +28,7 @@ VALIDATION_RECALIBRATION_IMAGES = 1000
 
 
 class AugmentedImages:
-    """Training images of one split, augmented in batches where they lie."""
+    """Training images of one split, augmented in batches on their device."""
 
     def __init__(self, train: ImageSet, settings: TrainTeacher | TrainControl | Phase | Student) -> None:
         self.train = train
@@ -183,7 +183,7 @@ class Training:
         return rows
 
     def control(self, path: str | None) -> Callable[[Tensor], Tensor] | None:
-        """The plainly trained network, where the settings name a loss that asks it.
+        """The plainly trained network, where the loss of the settings needs it.
 
         Raises
         ------
@@ -232,5 +232,5 @@ def train_alone(
 
 
 def frozen_network(net: StaticNet | FixedNet) -> Callable[[Tensor], Tensor]:
-    """Logits of a network that is not trained, batch norm folded; only images that ask for a gradient get one."""
+    """Logits of a network that is not trained, batch norm folded; only images that require a gradient get one."""
     return fold(net)

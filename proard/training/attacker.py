@@ -1,4 +1,4 @@
-"""The attacks of a training step: start, number of steps, attacked network, and what one attack leaves to others."""
+"""The attacks of a training step: start, number of steps, attacked network, and what later attacks start from."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ class Attacker:
         return {**options, "among": (self.part.count, self.part.rows)} if self.part.several else options
 
     def commit(self, failed: Tensor) -> None:
-        """End a step: only now does anything that outlives it change, and nothing where `failed`, of shape (), is 1."""
+        """End a step: store the perturbations for the next pass, unless `failed`, of shape (), is 1."""
         if self.carried is not None and self.found is not None:
             found, views = self.part.whole(self.found), present(self.views)
             before = self.carried.read(views, *found.shape[2:])

@@ -1,4 +1,4 @@
-"""The time a job has: a training stops, saves and leaves before it is stopped."""
+"""The time limit of a job: a training saves and stops before the scheduler kills it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def end_of_job(environment: Mapping[str, str] | None = None) -> float:
 
 
 def _asked(job: str) -> float:
-    """What squeue says of a job's end; infinite where it says nothing."""
+    """End of a job as squeue prints it; infinite where it prints none."""
     try:
         command = ["squeue", "--noheader", "--job", job, "--format", "%e"]
         said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout

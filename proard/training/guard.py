@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite, noticed on the device: nothing moves any more, the host need not wait."""
+"""Losses and gradients that are not finite, detected on the device: later steps change nothing; no host waits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Catastrophic overfitting: a training that stands its own attack and falls to any stronger one."""
+"""Catastrophic overfitting: a network that is robust to the attack of its training and to no stronger one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adversarial weight perturbation: a loss is descended at weights that were moved against it, layer by layer."""
+"""Adversarial weight perturbation: the loss is minimised at weights first moved to increase it, layer by layer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def perturbed(
     gamma: float,
     totals: Callable[[Sequence[Tensor]], Sequence[Tensor]] = lambda gradients: gradients,
 ) -> Iterator[None]:
-    """Context in which the weights stand at w + gamma ||w|| g / ||g||, g the gradient of `loss`; then they return.
+    """Context in which the weights are w + gamma ||w|| g / ||g||, g the gradient of `loss`; then they return.
 
     Parameters
     ----------

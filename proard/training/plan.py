@@ -1,4 +1,4 @@
-"""Who is trained in a step, and on what: sampling strategies and teacher modes as plans."""
+"""Which subnets a step trains and on which objective: sampling strategies and teacher modes as plans."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OPENED = ("width", "kernel", "depth", "expand")  # `progressive` opens dims in t
 
 @dataclass(frozen=True)
 class Drawn:
-    """One subnet of a step with its objective; `guides` marks the dynamic teacher, whose logits guide the others.
+    """One subnet of a step with its objective; `guides` marks the dynamic teacher, the target of the others.
 
     `rivals` compete with `arch` for its place: the `best` or the `worst` of them (`pick`) is trained.
     """
@@ -41,7 +41,7 @@ class Plan:
 
     `frozen_weight` is the frozen teacher's share of the target: 1 alone, 0 for the dynamic teacher alone.
     `memory(classes)` is what the loss remembers before the first step, where it does. `reads_target` says whether any
-    step asks the frozen teacher at clean images.
+    step reads the frozen teacher's logits at clean images.
     """
 
     draw: Callable[[int, int, int], list[Drawn]]
@@ -128,7 +128,7 @@ def phase_plan(space: SearchSpace, phase: Phase) -> Plan:
 
 @torch.no_grad()
 def choose_winners(drawn: list[Drawn], score: Callable[[Arch], Tensor]) -> list[Drawn]:
-    """Leave in each place the winner of its comparison.
+    """Replace the candidates of each place by the winner of their comparison.
 
     Parameters
     ----------

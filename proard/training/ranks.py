@@ -1,4 +1,4 @@
-"""Several processes that train one network: which part of a batch is whose, and what they add up.
+"""Several processes that train one network: the part of a batch that each one computes, and sums over all.
 
 One process a device, started by torchrun. All hold the same weights, draw the same archs, crops and noise for the
 whole batch, and look at their own part of it. Whatever depends on more than one image (gradients, batch-norm
@@ -39,7 +39,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process holds the lock, saves, speaks and writes."""
+        """Whether this is rank 0, which holds the lock, saves, prints and writes."""
         return self.rank == 0
 
     def part(self, count: int) -> BatchPart:
@@ -100,7 +100,7 @@ class Ranks:
         return [found[index % self.world][index // self.world] for index in range(len(jobs))]
 
     def exit_unless_first(self) -> None:
-        """End what is done together. Only the first process returns; the others end here.
+        """End the process group. Only rank 0 returns; the other processes exit here.
 
         Raises
         ------

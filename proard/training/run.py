@@ -322,7 +322,7 @@ class Run:
         return step % self.steps_per_epoch == 0 or step == self.total
 
     def _save_or_stop(self, stop: StopFlag) -> None:
-        """Save the state where it is due; save and stop where a signal, a successor or the time asks for it."""
+        """Save the state where it is due; save and stop at a signal, for a successor, or at the end of the time."""
         self.budget.step(ends_epoch=self.ends_epoch)
         late = self.clock() - self.saved_at > 60 * self.settings.save_every_minutes
         ends = self.budget.is_short(ends_epoch=self._ends_epoch(self.done.step + 1))

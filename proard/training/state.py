@@ -115,7 +115,7 @@ class ResumeState:
             yield
 
     def _locked(self) -> AbstractContextManager[object]:
-        """The lock, held; its holder is asked to save and stop."""
+        """Acquire the lock; ask another holder to save and stop."""
         lock = FileLock(self.lock_path)
         try:
             return lock.acquire(timeout=0)
@@ -134,7 +134,7 @@ class ResumeState:
         return self.request_path.exists()
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Tensors and facts of the newest state that fits, or None; a state that does not fit is said and ignored."""
+        """Tensors and facts of the newest state that fits, or None; others are ignored with a message."""
         for path in (self.path, self.previous_path):
             if not path.exists():
                 continue

@@ -1,4 +1,4 @@
-"""One training step: draw subnets, ask the teachers, and for each subnet clean pass, attack, adversarial pass, loss."""
+"""One training step: subnets, teacher outputs; for each subnet clean pass, attack, adversarial pass and loss."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Training = TrainTeacher | TrainControl | Phase | Student
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What one step is given.
+    """Inputs of one step.
 
     Attributes
     ----------
@@ -61,7 +61,7 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step gives: tensors of shape () on the device, for the whole batch; work per image.
+    """Results of one step: tensors of shape () on the device, for the whole batch; work per image.
 
     Attributes
     ----------
@@ -121,7 +121,7 @@ class TrainingStep:
         return self.teachers.needs_views or self.attacker.carried is not None
 
     def __call__(self, batch: StepBatch) -> StepResult:
-        """One optimizer step; if loss or gradient are not finite, it leaves all as it was, as do those that follow.
+        """Make one optimizer step. From a loss or gradient on that is not finite, no step changes anything.
 
         The host never waits for the device; `update.guard` remembers a failure.
         """
@@ -280,7 +280,8 @@ def training_step(
     teacher, control : callable, optional
         Frozen teacher and plainly trained network: images to logits.
     padded_shape : tuple of int, optional
-        Of the padded training images, (n, height, width, channels); needed where anything is kept per image.
+        Of the padded training images, (n, height, width, channels). Without it nothing is kept per image: attacks
+        start at noise, and teacher outputs are computed in every step.
     part : BatchPart, optional
         The part of every batch that this process is given; by default all of it.
     search : callable

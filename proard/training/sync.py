@@ -21,7 +21,7 @@ from proard.training.ranks import Ranks
 
 
 def active_gradients(net: Trainee, specs: Iterable[NetSpec | FixedSpec]) -> list[Tensor]:
-    """Views of the gradients, which must exist, that hold all that these subnets' passes have left.
+    """Views of the gradients, which must exist, that hold all non-zero gradients of these subnets' passes.
 
     Of a layer that several subnets share, the slice that holds all of theirs; tensors that are neither filters nor
     per channel go whole.

@@ -1,4 +1,4 @@
-"""A frozen teacher's logits on the views of the clean images that have come up, so that each is computed once."""
+"""A frozen teacher's logits on the views of the clean images seen so far, so that each view is computed once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BLOCK = 16  # images; the teacher is asked in multiples of it
 
 
 class TeacherTable:
-    """Logits by (image, row offset, column offset, mirrored), filled as views come up.
+    """Logits by (image, row offset, column offset, mirrored), filled when a view is first seen.
 
     Only a frozen teacher's answer to clean views is kept: it is a function of the view. What a loss asks the teacher
     at adversarial images never comes through here.
@@ -79,7 +79,7 @@ class TeacherTable:
     def __call__(
         self, teacher: Callable[..., Tensor], images: Tensor, views: Views, labels: Tensor | None = None
     ) -> tuple[Tensor, int]:
-        """Logits of a batch, and how many of its images the teacher had to see.
+        """Logits of a batch, and the number of images that the teacher computed.
 
         Parameters
         ----------
@@ -120,7 +120,7 @@ class TeacherTable:
         return known.float(), computed
 
     def keep(self, views: Views, logits: Tensor) -> None:
-        """Write down what the teacher said elsewhere about these views."""
+        """Store logits of these views that were computed elsewhere."""
         self.logits[self._slots(views)] = logits.to(self.logits.dtype)
 
     def _slots(self, views: Views) -> Tensor:

@@ -20,7 +20,7 @@ from proard.training.teacher_table import TeacherTable
 
 @dataclass(frozen=True)
 class Guidance:
-    """Who teaches a subnet in this step.
+    """The teachers of a subnet in this step.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""What a step changes in a training: weights, momentum, averages, and all of it put back where a loss failed."""
+"""The state that a step changes: weights, momentum, averages. A step whose loss is not finite changes nothing."""
 
 from __future__ import annotations
 
