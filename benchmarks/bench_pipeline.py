@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from proard.config import Attack, Measurement, RunConfig, job_settings, load
 from proard.data import ImageSet, keyed_generator, load_split, to_float
-from proard.evaluation.meter import validation_rows
+from proard.evaluation.meter import Conditions, validation_rows
 from proard.losses import InnerObjective
 from proard.nets import StaticNet, Supernet, extract, fold
 from proard.nets.elastic import BN_EPS, BN_MOMENTUM
@@ -245,11 +245,11 @@ def train(
         lr = learning_rate(settings, number, total, 0)
         batch = StepBatch(images, labels, generator, step=number, data_pass=data_pass, lr=lr)
         losses.append(step(batch).loss)
-    rule, how = settings.validation, {"threat": config.threat, "measurement": Measurement(), "seed": seed}
+    rule, conditions = settings.validation, Conditions(config.threat, Measurement(), seed)
     attack = Attack(name="val", num_steps=rule.num_steps, step_size=rule.step_size)
     pixels = {"recalibration": to_float(images_of.first(1000).images), "val": val.first(rule.num_images)}
     with step.update.averaged():
-        (row,) = validation_rows(net, {"largest": space.largest}, attack=attack, **pixels, **how)
+        (row,) = validation_rows(net, {"largest": space.largest}, attack=attack, conditions=conditions, **pixels)
     return net, {**row, "loss": float(torch.stack(losses[-steps:]).mean())}
 
 

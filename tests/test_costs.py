@@ -16,7 +16,7 @@ from training_runs import EPS, phase_run, plain_network, step_of, take
 from proard import cli
 from proard.artifacts import COSTS, Provenance, read_table, write_table
 from proard.config import NEEDS, Attack, Measurement, Threat, UserError
-from proard.evaluation import SubnetMeter
+from proard.evaluation import Conditions, SubnetMeter
 from proard.progress import duration
 from proard.report.cost_page import cost_figure
 from proard.report.costs import Comparison, by_stage, emissions, read_ledgers
@@ -116,9 +116,9 @@ class Counting(SubnetMeter):
 
 
 def meter(sets, folder, tally):
-    options = {"checksum": "abc", "threat": Threat(eps=EPS), "seed": 0, "train": sets["train"], "cache": folder}
-    measurement = Measurement(recalibration_images=20, batch_size=10)
-    return Counting(random_supernet(SPACE, dtype=torch.float32), measurement=measurement, tally=tally, **options)
+    options = {"checksum": "abc", "train": sets["train"], "cache": folder, "tally": tally}
+    conditions = Conditions(Threat(eps=EPS), Measurement(recalibration_images=20, batch_size=10), 0)
+    return Counting(random_supernet(SPACE, dtype=torch.float32), conditions=conditions, **options)
 
 
 def test_measurements_are_spent_once_and_cached_afterwards(sets, tmp_path):

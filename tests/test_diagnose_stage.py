@@ -17,7 +17,7 @@ from synthetic_run import SyntheticRun
 from proard.artifacts import ArtifactError, Provenance, read_metadata, read_table, save_tensors
 from proard.config import COMPARED, ConfigError, Threat, job_settings, load
 from proard.data import load_split
-from proard.evaluation import SubnetMeter
+from proard.evaluation import Conditions, SubnetMeter
 from proard.evaluation.tables import BOUND, PAIRS, RADII, SUMMARY
 from proard.export import StudentFacts, save_student
 from proard.nets import extract, fold, load_supernet, save_static, save_supernet
@@ -145,8 +145,8 @@ def test_the_networks_are_those_that_were_listed(tables, files):
         )
     test, config = load_split(files["test"]).first(6), config_of("smallest")
     supernet, checksum = load_supernet(files["supernet"], space)
-    shared = {"threat": config.threat, "measurement": config.measurement, "seed": 3}
-    meter = SubnetMeter(supernet, checksum=checksum, train=load_split(files["train"]), **shared)
+    conditions = Conditions(config.threat, config.measurement, 3)
+    meter = SubnetMeter(supernet, checksum=checksum, train=load_split(files["train"]), conditions=conditions)
     pixels = test.images.permute(0, 3, 1, 2).double() / 255
     logits = diagnose.in_float64(meter.student(space.smallest))(pixels)
     loss = torch.nn.functional.cross_entropy(logits, test.labels, reduction="none")

@@ -15,7 +15,7 @@ from torch import nn
 from proard.artifacts import MEASURED, wilson
 from proard.config import Attack, Measurement, Threat
 from proard.data import ImageSet, keyed_generator, to_float
-from proard.evaluation import SubnetMeter, attack_images, clean_correct, measure, rows_of
+from proard.evaluation import Conditions, SubnetMeter, attack_images, clean_correct, measure, rows_of
 from proard.nets import extract, fold, recalibrate
 
 EPS = 0.1
@@ -262,13 +262,9 @@ class Meter(SubnetMeter):
 
 
 def meter(sets, folder, **changes):
-    options = {
-        "checksum": "abc",
-        "threat": Threat(eps=EPS),
-        "measurement": Measurement(recalibration_images=20, batch_size=10),
-        "seed": 0,
-        **changes,
-    }
+    usual = {"threat": Threat(eps=EPS), "measurement": Measurement(recalibration_images=20, batch_size=10), "seed": 0}
+    conditions = Conditions(**{name: changes.pop(name, value) for name, value in usual.items()})
+    options = {"checksum": "abc", "conditions": conditions, **changes}
     net = random_supernet(tiny_space(), dtype=torch.float32)
     return Meter(net, train=options.pop("train", sets["train"]), cache=folder, **options)
 
@@ -406,9 +402,7 @@ def test_worst_row_is_the_conjunction_image_by_image():
         arch=tiny_space().smallest,
         split="test",
         attacks=[Attack(name="a", num_steps=3, restarts=2), Attack(name="b", num_steps=5)],
-        threat=Threat(),
-        measurement=Measurement(),
-        seed=0,
+        conditions=Conditions(Threat(), Measurement(), 0),
         worst=True,
     )
     assert [row["robust_acc"] for row in rows] == [3 / 6, 3 / 6, 2 / 6]
@@ -422,8 +416,8 @@ def test_measure_agrees_with_a_plain_count(sets):
     images: ImageSet = sets["val"]
     space = tiny_space()
     net = fold(extract(random_supernet(space, dtype=torch.float32).eval(), space.largest)).eval()
-    shared = {"threat": Threat(eps=1e-6), "measurement": Measurement(batch_size=7), "seed": 0}
-    entry = measure(net, images, [Attack(name="none", num_steps=1, step_size=1e-6)], **shared)["none"]
+    conditions = Conditions(Threat(eps=1e-6), Measurement(batch_size=7), 0)
+    entry = measure(net, images, [Attack(name="none", num_steps=1, step_size=1e-6)], conditions)["none"]
     expected = (net(to_float(images.images)).argmax(1) == images.labels).numpy()
     assert np.array_equal(entry["clean"], expected)
     assert np.array_equal(entry["robust"], expected)

@@ -36,7 +36,7 @@ from proard.artifacts.tables import PREDICTED, STUDENT
 from proard.config import UserError
 from proard.data import ImageSet, load_split, preprocess, to_float
 from proard.data.decode import decode_image
-from proard.evaluation import SubnetMeter
+from proard.evaluation import Conditions, SubnetMeter
 from proard.export import export_program, load_student, save_onnx
 from proard.export.formats import OLDEST_RUNTIME
 from proard.export.parity import check_parity, difference
@@ -109,9 +109,7 @@ def measured_network(inputs):
         supernet,
         checksum=checksum,
         train=load_split(inputs["train"]),
-        threat=CONFIG.threat,
-        measurement=CONFIG.measurement,
-        seed=0,
+        conditions=Conditions(CONFIG.threat, CONFIG.measurement, 0),
     )
     return meter.student(chosen_arch(inputs))
 

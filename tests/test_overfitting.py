@@ -10,7 +10,7 @@ from training_runs import no_validation, same, teacher_run
 from proard.artifacts import read_table
 from proard.config import Attack, Measurement, Threat, TrainingAttack, Validation, job_settings
 from proard.data import to_float
-from proard.evaluation.meter import validation_rows
+from proard.evaluation.meter import Conditions, validation_rows
 from proard.stages import train_teacher
 from proard.training import StepTally
 from proard.training.attacker import Attacker
@@ -78,9 +78,7 @@ def test_validation_measures_the_training_attack_on_the_same_images(tmp_path):
         "recalibration": to_float(sets["train"].images),
         "val": sets["val"],
         "attack": Attack(num_steps=3, step_size=0.1),
-        "threat": Threat(eps=0.2),
-        "measurement": Measurement(accounting="last_iterate"),
-        "seed": 0,
+        "conditions": Conditions(Threat(eps=0.2), Measurement(accounting="last_iterate"), 0),
     }
 
     def row(**options):

@@ -14,7 +14,7 @@ from training_runs import no_validation, phase_run, same, step_of, take, teacher
 from proard.attacks import pgd
 from proard.config import PRESETS, Attack, Measurement, Threat, UserError
 from proard.data import to_float
-from proard.evaluation import SubnetMeter
+from proard.evaluation import Conditions, SubnetMeter
 from proard.nets import Supernet
 from proard.space import SearchSpace
 from proard.stages.training import AugmentedImages
@@ -335,9 +335,7 @@ def test_every_space_trains_a_step_and_is_measured(name, tmp_path, tmp_path_fact
         net,
         checksum="net",
         train=images,
-        threat=Threat(),
-        measurement=Measurement(recalibration_images=4, batch_size=2),
-        seed=0,
+        conditions=Conditions(Threat(), Measurement(recalibration_images=4, batch_size=2), 0),
     )
     (row,) = meter.rows(space.smallest, images.first(2), [Attack(num_steps=1)])
     assert (row["macs"], row["num_images"]) == (space.spec(space.smallest).macs, 2)

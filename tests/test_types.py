@@ -33,11 +33,11 @@ from pathlib import Path
 import torch
 from helpers import image_sets, random_supernet, tiny_space
 from proard.config import Attack, Measurement, Threat
-from proard.evaluation import SubnetMeter
+from proard.evaluation import Conditions, SubnetMeter
 space = tiny_space()
 with tempfile.TemporaryDirectory() as folder:
     sets = image_sets(Path(folder), train=20, val=6)
-how = {"threat": Threat(eps=0.1), "measurement": Measurement(recalibration_images=20, batch_size=10), "seed": 0}
+how = {"conditions": Conditions(Threat(eps=0.1), Measurement(recalibration_images=20, batch_size=10), 0)}
 meter = SubnetMeter(random_supernet(space, dtype=torch.float32), checksum="net", train=sets["train"], **how)
 attacks = [Attack(name=name, num_steps=1, dtype=name) for name in ("float32", "bfloat16")]
 rows = meter.rows(space.smallest, sets["val"], attacks, worst=True)

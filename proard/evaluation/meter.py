@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,35 @@ from proard.data import ImageSet, to_float
 from proard.evaluation.adversary import Outcome, attack_images, clean_correct, stands_training_attack
 from proard.kernels import computed_type
 from proard.nets import FixedNet, FoldedNet, Supernet, extract, fold, recalibrate
-from proard.space import Arch, SearchSpace, Tally, Work, one_pass
+from proard.space import Arch, NetArch, NetSpace, Tally, Work, one_pass
 
 Measured = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a measurement depends on beside network, images and attacks.
+
+    Attributes
+    ----------
+    threat : Threat
+        Norm and radius, in pixel units.
+    measurement : Measurement
+        Accounting, recalibration images, batch size.
+    seed : int
+        Seed of the start noise.
+    """
+
+    threat: Threat
+    measurement: Measurement
+    seed: int
 
 
 def measure(
     net: Callable[[Tensor], Tensor],
     images: ImageSet,
     attacks: Sequence[Attack],
-    *,
-    threat: Threat,
-    measurement: Measurement,
-    seed: int,
+    conditions: Conditions,
 ) -> Measured:
     """Run attacks on a folded network.
 
@@ -43,6 +60,7 @@ def measure(
         attack computed; `dtype`: type of these gradients; `seconds`: time, including the clean pass.
     """
     pixels, results = to_float(images.images), {}
+    threat, measurement = conditions.threat, conditions.measurement
     attacks = [_as_computed(attack, pixels.device) for attack in attacks]
     started = time.monotonic()
     correct = clean_correct(net, pixels, images.labels, batch_size=measurement.batch_size)
@@ -58,7 +76,7 @@ def measure(
             eps=threat.eps,
             norm=threat.norm,
             accounting=measurement.accounting,
-            seed=seed,
+            seed=conditions.seed,
             batch_size=measurement.batch_size,
         )
         results[attack.name] = {
@@ -89,13 +107,11 @@ def work_of(entries: Collection[Mapping[str, Any]], macs: int) -> Work:
 def rows_of(
     measured: Measured,
     *,
-    space: SearchSpace,
-    arch: Arch,
+    space: NetSpace,
+    arch: NetArch,
     split: str,
     attacks: Sequence[Attack],
-    threat: Threat,
-    measurement: Measurement,
-    seed: int,
+    conditions: Conditions,
     worst: bool = False,
 ) -> list[dict[str, Any]]:
     """Table rows (MEASURED columns), one per attack; `worst` adds a row for the worst case per image."""
@@ -107,11 +123,11 @@ def rows_of(
         "macs": spec.macs,
         "params": spec.params,
         "split": split,
-        "norm": threat.norm,
-        "eps": threat.eps,
-        "accounting": measurement.accounting,
+        "norm": conditions.threat.norm,
+        "eps": conditions.threat.eps,
+        "accounting": conditions.measurement.accounting,
         "bn_mode": "recalibrated",
-        "seed": seed,
+        "seed": conditions.seed,
     }
     rows = []
     for attack in attacks:
@@ -173,22 +189,20 @@ class SubnetMeter:
         *,
         checksum: str,
         train: ImageSet,
-        threat: Threat,
-        measurement: Measurement,
-        seed: int,
+        conditions: Conditions,
         cache: str | Path | None = None,
         tally: Tally | None = None,
     ) -> None:
         self.tally = tally if tally is not None else Tally()
-        self.supernet, self.checksum, self.threat, self.measurement = supernet, checksum, threat, measurement
-        self.seed, self.cache = seed, Path(cache) if cache is not None else None
-        self.recalibration = train.first(measurement.recalibration_images)
+        self.supernet, self.checksum, self.conditions = supernet, checksum, conditions
+        self.cache = Path(cache) if cache is not None else None
+        self.recalibration = train.first(conditions.measurement.recalibration_images)
         self.student = lru_cache(maxsize=2)(self._student)
 
     def _student(self, arch: Arch) -> FoldedNet | FixedNet:
         """The subnet as it is measured and exported: extracted, recalibrated, folded."""
         net = extract(self.supernet, arch)
-        recalibrate(net, to_float(self.recalibration.images), batch_size=self.measurement.batch_size)
+        recalibrate(net, to_float(self.recalibration.images), batch_size=self.conditions.measurement.batch_size)
         self.tally.spent += len(self.recalibration) * one_pass(net.spec.macs)
         return fold(net).eval()
 
@@ -202,14 +216,7 @@ class SubnetMeter:
         self.tally.cached += work_of(found.values(), macs)
         self.tally.cached_seconds += sum(entry["seconds"] for entry in found.values())
         if missing:
-            fresh = measure(
-                self.student(arch),
-                images,
-                missing,
-                threat=self.threat,
-                measurement=self.measurement,
-                seed=self.seed,
-            )
+            fresh = measure(self.student(arch), images, missing, self.conditions)
             for name, entry in fresh.items():
                 _write(paths[name], entry)
             self.tally.spent += work_of(fresh.values(), macs)
@@ -226,9 +233,7 @@ class SubnetMeter:
             arch=arch,
             split=images.split,
             attacks=attacks,
-            threat=self.threat,
-            measurement=self.measurement,
-            seed=self.seed,
+            conditions=self.conditions,
             worst=worst,
         )
 
@@ -241,11 +246,11 @@ class SubnetMeter:
             "supernet": self.checksum,
             "images": images.checksum,
             "recalibration": self.recalibration.checksum,
-            "threat": self.threat.model_dump(),
-            "accounting": self.measurement.accounting,
-            "recalibration_batch": self.measurement.batch_size,
+            "threat": self.conditions.threat.model_dump(),
+            "accounting": self.conditions.measurement.accounting,
+            "recalibration_batch": self.conditions.measurement.batch_size,
             "attack": attack.model_dump(exclude={"name"}),
-            "seed": self.seed,
+            "seed": self.conditions.seed,
         }
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         return self.cache / name[:2] / f"{name[2:34]}.json"
@@ -283,15 +288,13 @@ def _checksum(stored: Mapping[str, Any]) -> str:
 
 @torch.no_grad()
 def validation_rows(
-    supernet: Supernet,
-    archs: Mapping[str, Arch],
+    supernet: Supernet | FixedNet,
+    archs: Mapping[str, Any],
     *,
     recalibration: Tensor,
     val: ImageSet,
     attack: Attack,
-    threat: Threat,
-    measurement: Measurement,
-    seed: int,
+    conditions: Conditions,
     training_attack: Mapping[str, Any] | None = None,
     tally: Tally | None = None,
 ) -> list[dict[str, Any]]:
@@ -301,15 +304,16 @@ def validation_rows(
     accumulates the work.
     """
     rows, tally = [], tally if tally is not None else Tally()
+    batch_size = conditions.measurement.batch_size
     for name, arch in archs.items():
         net = extract(supernet, arch)
-        recalibrate(net, recalibration, batch_size=measurement.batch_size)
+        recalibrate(net, recalibration, batch_size=batch_size)
         with torch.enable_grad():
-            entry = measure(fold(net), val, [attack], threat=threat, measurement=measurement, seed=seed)[attack.name]
+            entry = measure(fold(net), val, [attack], conditions)[attack.name]
         tally.spent += len(recalibration) * one_pass(net.spec.macs) + work_of([entry], net.spec.macs)
         own = {}
         if training_attack is not None:
-            given: dict[str, Any] = {"batch_size": measurement.batch_size, "seed": seed, "attack": training_attack}
+            given: dict[str, Any] = {"batch_size": batch_size, "seed": conditions.seed, "attack": training_attack}
             right = stands_training_attack(fold(net), to_float(val.images), val.labels, **given)
             own = {"val_train_attack_acc": float(right.double().mean())}
             tally.spent += len(val) * (2 * training_attack["num_steps"] + 1) * one_pass(net.spec.macs)

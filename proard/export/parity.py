@@ -21,7 +21,7 @@ from proard.config import UserError
 from proard.data import ImageSet, to_float
 from proard.export.formats import INPUT, OUTPUT, load_student
 from proard.losses import CrossEntropy
-from proard.nets import FoldedNet
+from proard.nets import FixedNet, FoldedNet
 from proard.progress import Progress
 
 SINGLE_IMAGES = 32
@@ -103,7 +103,9 @@ def export_is_the_network(name: str, found: Difference, *, tolerance: float, ima
         )
 
 
-def measured_logits(net: FoldedNet, test: ImageSet, *, row_clean_acc: float, batch_size: int) -> NDArray[np.float32]:
+def measured_logits(
+    net: FoldedNet | FixedNet, test: ImageSet, *, row_clean_acc: float, batch_size: int
+) -> NDArray[np.float32]:
     """Logits of shape (n, classes) of the network as measured, rebuilt on the device of `test`.
 
     Parameters

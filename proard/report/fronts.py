@@ -12,7 +12,7 @@ import pandas as pd
 from proard.artifacts import ArtifactError, read_metadata, read_table, sha256
 from proard.config import RunConfig, UserError, parse
 from proard.data import load_split
-from proard.evaluation import SubnetMeter
+from proard.evaluation import Conditions, SubnetMeter
 from proard.evaluation.comparison import image_weights
 from proard.nets import load_supernet
 from proard.search import Scale, hypervolume
@@ -174,9 +174,7 @@ def measured_outcomes(run_folder: str | Path, tables: Sequence[Path], *, stage: 
         supernet,
         checksum=checksum,
         train=load_split(data / "train.safetensors"),
-        threat=config.threat,
-        measurement=config.measurement,
-        seed=int(metadata["seed"]),
+        conditions=Conditions(config.threat, config.measurement, int(metadata["seed"])),
         cache=folder / "cache",
     )
     space, macs, clean, robust = SearchSpace(config.space), [], [], []

@@ -36,5 +36,8 @@ class NetSpace(Protocol):
     def spec(self, arch: Any) -> NetSpec | FixedSpec:
         """Costs and shape of an arch; an arch of another space is a ValueError."""
 
+    def genotype(self, arch: Any) -> Any:
+        """The arch as integers, one index per choice."""
+
     def read_arch(self, text: str) -> NetArch:
         """The arch whose JSON this is."""

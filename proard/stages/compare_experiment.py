@@ -56,9 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_table(files.table, table, TRAINED, provenance)
     if files.summary:
         compare_networks(job, students.networks_of(table), provenance)
-    if files.gains:
+    if files.gains and outcomes is not None:
         compare_supernets(job, outcomes[outcomes["trains"] == "supernet"], provenance)
-    if files.gaps:
+    if files.gaps and outcomes is not None:
         compare_twins(job, outcomes[outcomes["trains"] == "twin"], provenance)
     if files.bound:
         compare_diagnoses(job, files, provenance)

@@ -27,9 +27,9 @@ from proard.evaluation.tables import (
     summary_rows,
 )
 from proard.export import load_student
-from proard.nets import FoldedNet, StaticNet, fold, load_static
+from proard.nets import FixedNet, FoldedNet, StaticNet, fold, load_static
 from proard.progress import Progress
-from proard.space import Arch
+from proard.space import Arch, NetArch
 from proard.stages.common import Job, parse_arguments, run
 from proard.stages.measuring import load_images, subnet_meter
 from proard.stages.train_teacher import named_arch
@@ -74,14 +74,16 @@ class Network:
     """A network as it is deployed, folded where that can be, and its identity in the tables."""
 
     net: nn.Module
+    spec: Any
     identity: dict[str, Any]
 
     @classmethod
-    def of(cls, net: nn.Module, arch: Arch, device: str) -> Network:
+    def of(cls, net: StaticNet | FoldedNet | FixedNet, arch: NetArch, device: str) -> Network:
         """The network on its device; its weights require no gradient."""
-        net = (fold(net) if isinstance(net, StaticNet) else net).requires_grad_(False)
-        identity = {"arch_id": arch.arch_id, "macs": net.spec.macs, "params": net.spec.params}
-        return cls(net.to(device).eval(), identity)
+        spec = net.spec
+        folded = (fold(net) if isinstance(net, StaticNet) else net).requires_grad_(False)
+        identity = {"arch_id": arch.arch_id, "macs": spec.macs, "params": spec.params}
+        return cls(folded.to(device).eval(), spec, identity)
 
 
 def load_network(path: str, device: str) -> Network:
@@ -123,7 +125,7 @@ def chosen_network(job: Job, teacher: Network) -> tuple[str, Network]:
 
 def check_shape(network: Network, images: ImageSet, path: str) -> None:
     """Refuse a network for other images."""
-    spec, (height, _, channels) = network.net.spec, images.images.shape[1:]
+    spec, (height, _, channels) = network.spec, images.images.shape[1:]
     if (spec.image_channels, spec.image_size, spec.classes) != (channels, height, len(images.classes)):
         raise ConfigError(
             f"{path} is for {spec.image_channels}x{spec.image_size}x{spec.image_size} images of {spec.classes} "
@@ -148,14 +150,23 @@ def diagnosed_bound(
     exact = in_float64(student), in_float64(teacher)
     progress = Progress(f"{who['network']}: bound", len(images) * len(settings.shares), "images")
     for share in settings.shares:
-        ball = {"eps": share * threat.eps, "norm": threat.norm}
+        eps, norm = share * threat.eps, threat.norm
         for first, pixels, labels in chunks(images, min(AT_ONCE, job.config.measurement.batch_size)):
             generator_of = generators(job.seed, BOUND_NOISE, first, len(labels))
-            options = {"num_steps": settings.num_steps, "restarts": settings.restarts, "generator_of": generator_of}
-            points = search_points(student, teacher, pixels, labels, **ball, **options)
-            bound = measure_bound(*exact, pixels.double(), labels, points, **ball)
-            yield from bound_rows(bound, first=first, **who, **ball)
-            progress.advance(len(labels), note=f"eps {ball['eps']:.4f}: least slack {float(bound.slack.min()):.2g}")
+            points = search_points(
+                student,
+                teacher,
+                pixels,
+                labels,
+                eps=eps,
+                norm=norm,
+                num_steps=settings.num_steps,
+                restarts=settings.restarts,
+                generator_of=generator_of,
+            )
+            bound = measure_bound(*exact, pixels.double(), labels, points, eps=eps, norm=norm)
+            yield from bound_rows(bound, first=first, **who, eps=eps, norm=norm)
+            progress.advance(len(labels), note=f"eps {eps:.4f}: least slack {float(bound.slack.min()):.2g}")
     progress.close()
 
 
@@ -185,7 +196,7 @@ def smoothed_radii(job: Job, net: nn.Module, images: ImageSet, who: dict[str, An
     if not (settings.num_images and settings.sigmas):
         return
     images = images.first(settings.num_images)
-    numbers = {name: getattr(settings, name) for name in ("num_choose", "num_certify", "alpha")}
+    numbers: dict[str, Any] = {name: getattr(settings, name) for name in ("num_choose", "num_certify", "alpha")}
     progress = Progress(f"{who['network']}: smoothing", len(settings.sigmas) * len(images), "certificates")
     for sigma in settings.sigmas:
         limit = largest_radius(sigma, settings.num_certify, settings.alpha)
@@ -193,8 +204,8 @@ def smoothed_radii(job: Job, net: nn.Module, images: ImageSet, who: dict[str, An
         shared["alpha"] = settings.alpha
         for first, pixels, labels in chunks(images, 1):
             (stream,) = generators(job.seed, SMOOTHING_NOISE, first, 1)(0, 0)
-            batches = {"batch_size": job.config.measurement.batch_size, "generator": stream}
-            found = certify(net, pixels[0], sigma=sigma, **numbers, **batches)
+            batch_size = job.config.measurement.batch_size
+            found = certify(net, pixels[0], sigma=sigma, batch_size=batch_size, generator=stream, **numbers)
             yield {**smoothing_row(found, int(labels[0]), **who, **shared), "image": first}
             progress.advance()
     progress.close()

@@ -65,7 +65,8 @@ class _Reading:
         self.tracker: Any = None
         self.data: Any = None
         self.hardware: list[str] = []
-        self.version, self.failure = "", None
+        self.version = ""
+        self.failure: str | None = None
 
     def out(self, total: Any, _delta: Any) -> None:
         """Keep the newest totals."""

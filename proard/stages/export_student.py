@@ -29,7 +29,7 @@ from proard.export import (
     save_student,
 )
 from proard.nets import FixedNet, FoldedNet
-from proard.space import Arch, FixedArch, FixedSpace, SearchSpace, one_pass, parse_budget
+from proard.space import Arch, NetArch, NetSpace, one_pass, parse_budget
 from proard.stages.common import Job, parse_arguments, run
 from proard.stages.measuring import load_images, subnet_meter, trained_network
 
@@ -73,8 +73,8 @@ class Measured:
     """A measured network: its rows, the test images of these, and further facts for the card."""
 
     net: FoldedNet | FixedNet
-    space: SearchSpace | FixedSpace
-    arch: Arch | FixedArch
+    space: NetSpace
+    arch: NetArch
     rows: pd.DataFrame
     test: ImageSet
     describe: dict[str, Any]

@@ -11,15 +11,15 @@ import pandas as pd
 from torch import Tensor
 
 from proard.artifacts import OUTCOMES, read_header, read_table, write_table
-from proard.config import Attack, Student, SupernetTraining, Threat, UserError, group_of
+from proard.config import Attack, Phase, Student, SupernetTraining, Threat, Twins, UserError, group_of
 from proard.data import ImageSet, to_float
-from proard.evaluation import SubnetMeter, measure, rows_of, stands_training_attack, work_of
+from proard.evaluation import Conditions, SubnetMeter, measure, rows_of, stands_training_attack, work_of
 from proard.evaluation.meter import Measured
 from proard.progress import Progress
 from proard.space import Arch, SearchSpace, one_pass
 from proard.space.cost import human
 from proard.stages.common import Job, parse_arguments, run
-from proard.stages.measuring import load_images, subnet_meter, trained_network
+from proard.stages.measuring import conditions_of, load_images, subnet_meter, trained_network
 from proard.training.attacker import pgd_options
 
 Rows = list[dict[str, Any]]
@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         optional=["val", "train", "supernet", "archs", "cache"],
     )
     (training,) = job.config.experiment.trainings
+    assert not isinstance(training, Twins)  # written out before any job
     files = job.files
     for flag in needed_files(job, training):
         if getattr(files, flag) is None:
@@ -83,7 +84,7 @@ def network(job: Job, student: Student) -> Rows:
     macs = predict.spec.macs
 
     def measured(images: ImageSet, attacks: Sequence[Attack], threat: Threat) -> Measured:
-        found = measure(predict, images, attacks, threat=threat, measurement=config.measurement, seed=job.seed)
+        found = measure(predict, images, attacks, conditions_of(job, threat))
         job.ledger.tally.spent += work_of(found.values(), macs)
         return found
 
@@ -91,7 +92,9 @@ def network(job: Job, student: Student) -> Rows:
     if student.attack_steps:
         rows += own_attack_rows(job, student, predict, space=space, arch=arch, macs=macs)
     if student.trains == "twin":
-        rows += outcome_rows(job, supernet_measuring(job, files.supernet)(arch), role="subnet", space=space, arch=arch)
+        assert isinstance(arch, Arch)
+        subnet = supernet_measuring(job, files.supernet)(arch)
+        rows += outcome_rows(job, subnet, role="subnet", space=space, arch=arch)
     return rows
 
 
@@ -123,7 +126,7 @@ def outcome_rows(job: Job, measured: Measuring, *, role: str, **identity: Any) -
             threat = job.config.threat.model_copy(update={"eps": eps})
             here = [scaled(attack, eps / job.config.threat.eps) for attack in attacks]
             entries = measured(images, here, threat)
-            described = {"threat": threat, "measurement": job.config.measurement, "seed": job.seed, **identity}
+            described = {"conditions": conditions_of(job, threat), **identity}
             worst = images.split == "test" or len(here) > 1
             found = rows_of(entries, split=images.split, attacks=here, worst=worst, **described)
             who = {"role": role, "net": identity["space"].settings.name}
@@ -156,7 +159,7 @@ def own_attack_rows(
     job.ledger.tally.spent += work_of([entry], macs) + len(images) * one_pass(macs)
     own = Attack(name="own", num_steps=attack.num_steps, step_size=attack.step_size)
     last = job.config.measurement.model_copy(update={"accounting": "last_iterate"})
-    described = {"threat": threat, "measurement": last, "seed": job.seed, **identity}
+    described = {"conditions": Conditions(threat, last, job.seed), **identity}
     (row,) = rows_of({"own": entry}, split=images.split, attacks=[own], **described)
     who = {"role": student.trains, "net": identity["space"].settings.name}
     return [{**row, **who, **outcomes_of({"own": entry}, "own")}]
@@ -171,10 +174,12 @@ def training_facts(
     newest, total = tables[-1], ends[["step", "epoch", *HISTORY[2:7]]].sum()
     kept = newest[newest["best"].astype(bool)]
     kept = (newest if kept.empty else kept).iloc[-1]
-    alone = isinstance(training, Student)
-    last = training if alone else training.phases[-1]
-    steps = training.attack_steps if alone else last.attack.num_steps
-    epochs = training.epochs if alone else float(total["epoch"])
+    last: Student | Phase
+    if isinstance(training, Student):
+        last, steps, epochs = training, training.attack_steps, training.epochs
+    else:
+        last = training.phases[-1]
+        steps, epochs = last.attack.num_steps, float(total["epoch"])
     return {
         "training": training.name,
         "group": group_of(training.name),

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from proard.config import Threat
 from proard.data import ImageSet, load_split, to_float
-from proard.evaluation import SubnetMeter
+from proard.evaluation import Conditions, SubnetMeter
 from proard.nets import FixedNet, FoldedNet, fold, load_static, load_supernet, recalibrate
-from proard.space import Arch, FixedArch, FixedSpace, SearchSpace, one_pass
+from proard.space import FixedSpace, NetArch, NetSpace, SearchSpace, one_pass
 from proard.stages.common import Job
 
 AnySpace = SearchSpace | FixedSpace
+
+
+def conditions_of(job: Job, threat: Threat | None = None) -> Conditions:
+    """Under what a job measures; `threat` replaces that of the run."""
+    return Conditions(threat or job.config.threat, job.config.measurement, job.seed)
 
 
 def subnet_meter(
@@ -22,15 +27,13 @@ def subnet_meter(
         net.to(job.device),
         checksum=checksum,
         train=load_split(job.files.train, job.device),
-        threat=threat or job.config.threat,
-        measurement=job.config.measurement,
-        seed=job.seed,
+        conditions=conditions_of(job, threat),
         cache=cache,
         tally=job.ledger.tally,
     )
 
 
-def trained_network(job: Job, path: str, *, trains: str) -> tuple[FoldedNet | FixedNet, AnySpace, Arch | FixedArch]:
+def trained_network(job: Job, path: str, *, trains: str) -> tuple[FoldedNet | FixedNet, NetSpace, NetArch]:
     """A network of an experiment as it is measured and exported, folded, with its space and arch.
 
     A twin's batch norm is reset on `--train` as that of the subnet which it is compared with.

@@ -47,8 +47,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     folders = {"benchmarks": job.files.benchmarks, "ledgers": job.files.ledgers}
     results = load_results(vars(job.files), run=job.config.run, seed=job.seed, **folders)
     threat, settings = job.config.threat, job.config.report
-    words = {"title": settings.title, "country": settings.country}
-    report = render(results, html=job.files.html, norm=threat.norm, eps=threat.eps, **words)
+    report = render(
+        results,
+        html=job.files.html,
+        title=settings.title,
+        norm=threat.norm,
+        eps=threat.eps,
+        country=settings.country,
+    )
     for name, flag in FIGURES.items():
         artifacts.write_text(getattr(job.files, flag), report.figures.get(name, placeholder(name)))
     artifacts.write_text(job.files.html, report.html)

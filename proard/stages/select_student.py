@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     meter = subnet_meter(job, cache=files.cache)
     val = load_images(job, "val", settings.num_images)
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     progress = Progress(f"select {budget.text}", len(candidates), "candidates")
     for _, candidate in candidates.iterrows():
         (row,) = meter.rows(Arch.from_json(candidate["arch"]), val, [settings.attack])

@@ -9,6 +9,7 @@ from proard.data import load_split
 from proard.evaluation import measure, rows_of, work_of
 from proard.nets import fold, save_static
 from proard.stages.common import parse_arguments, run
+from proard.stages.measuring import conditions_of
 from proard.stages.train_teacher import teacher_arch, teacher_space
 from proard.stages.training import Training, train_alone
 
@@ -29,10 +30,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with training.state.owned():
         net, rows = train_alone(training, label="control", space=space, arch=arch, objective="plain")
         folded, table = fold(net), []
-        shared = {"threat": config.threat, "measurement": config.measurement, "seed": job.seed}
+        conditions = conditions_of(job)
         for path in (files.val, files.test):
             images = load_split(path, job.device)
-            measured = measure(folded, images, config.verify_front.attacks, **shared)
+            measured = measure(folded, images, config.verify_front.attacks, conditions)
             job.ledger.tally.spent += work_of(measured.values(), net.spec.macs)
             table += rows_of(
                 measured,
@@ -40,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 arch=arch,
                 split=images.split,
                 attacks=config.verify_front.attacks,
+                conditions=conditions,
                 worst=True,
-                **shared,
             )
         training.write_history(files.history, rows)
         write_table(files.table, table, MEASURED, training.provenance)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from proard.attacks import pgd
-from proard.config import Space, Student, SupernetTraining, UserError
+from proard.config import Space, Student, SupernetTraining, Twins, UserError
 from proard.nets import load_static, save_static
-from proard.space import Arch, FixedArch, FixedSpace, SearchSpace
+from proard.space import NetSpace, SearchSpace
 from proard.stages import train_phase
 from proard.stages.common import Job, parse_arguments, run
 from proard.stages.ledger import peak_rss_bytes
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None, *, search: Callable[..., Tensor] = p
         optional=["teacher", "control", "previous"],
     )
     (training,) = job.config.experiment.trainings
+    assert not isinstance(training, Twins)  # written out before any job
     if isinstance(training, SupernetTraining):
         (phase,) = training.phases
         job.files.supernet = job.files.weights
@@ -57,22 +59,29 @@ def train_network(job: Job, student: Student, *, search: Callable[..., Tensor] =
         )
         training.write_history(files.history, rows)
         on_gpu = job.device.startswith("cuda")
-        memory = {"peak_memory": peak_rss_bytes()}
+        memory: dict[str, int | None] = {"peak_memory": peak_rss_bytes()}
         memory["peak_device_memory"] = torch.cuda.max_memory_allocated() if on_gpu else None
-        described = {"space": space, "arch": arch, "provenance": training.provenance}
-        save_static(files.weights, net, kind="trained_student", training=memory, **described)
+        save_static(
+            files.weights,
+            net,
+            space=space,
+            arch=arch,
+            kind="trained_student",
+            provenance=training.provenance,
+            training=memory,
+        )
         training.state.finish()
-    last, most = rows[-1], memory["peak_device_memory"] or memory["peak_memory"]
+    last, most = rows[-1], memory["peak_device_memory"] or memory["peak_memory"] or 0
     print(
         f"{student.name}: {last['gradients']:,} gradients of one image, {last['seconds'] / student.epochs:.1f} s an "
         f"epoch, at most {most / 2**20:,.0f} MiB of memory"
     )
 
 
-def student_network(student: Student, own: Space) -> tuple[SearchSpace | FixedSpace, Arch | FixedArch]:
+def student_network(student: Student, own: Space) -> tuple[NetSpace, Any]:
     """The space and the arch of a network, for the run's images."""
     where = f"experiment.{student.name}"
-    space = SearchSpace(own) if student.net is None else fitted_space(student.net, own, where=f"{where}.net")
+    space: NetSpace = SearchSpace(own) if student.net is None else fitted_space(student.net, own, where=f"{where}.net")
     return space, named_arch(student.arch, space, where=where)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from proard.artifacts import read_header
 from proard.config import Phase, UserError
-from proard.nets import StaticNet, Supernet, implant, load_static, load_supernet, save_supernet, sort_channels
-from proard.space import DIMS, Arch, SearchSpace
+from proard.nets import FixedNet, StaticNet, Supernet, implant, load_static, load_supernet, save_supernet, sort_channels
+from proard.space import DIMS, Arch, NetArch, NetSpace, SearchSpace
 from proard.stages.common import Job, parse_arguments, run
 from proard.stages.training import Training, frozen_network
 from proard.training import phase_plan, within_budget
@@ -36,7 +36,7 @@ def train(job: Job, phase: Phase) -> None:
     training = Training(job, phase, files.supernet, inputs)
     space = SearchSpace(job.config.space)
     try:
-        phase = within_budget(space, training.settings, images=len(training.train), seed=job.seed)
+        phase = within_budget(space, phase, images=len(training.train), seed=job.seed)
         plan = phase_plan(space, phase)
     except ValueError as error:
         raise UserError(f"{job.stage}.{phase.name}: {error}") from None
@@ -53,9 +53,15 @@ def train(job: Job, phase: Phase) -> None:
         if phase.sort_channels == "l1":
             sort_channels(net, trained_widths(space, opened))
         predict = None if phase.teacher == "dynamic" else frozen_network(teacher.to(job.device))
-        networks = {"teacher": predict, "control": files.control}
-        validated = validated_archs(space, phase)
-        rows = training.fit(net, label=phase.name, plan=plan, settings=phase, validated=validated, **networks)
+        rows = training.fit(
+            net,
+            label=phase.name,
+            plan=plan,
+            settings=phase,
+            validated=validated_archs(space, phase),
+            teacher=predict,
+            control=files.control,
+        )
         opened.append({dim: getattr(phase, dim) for dim in DIMS if getattr(phase, dim) is not None})
         training.write_history(files.history, rows)
         save_supernet(files.supernet, net, training.provenance, phase=phase.name, opened=opened)
@@ -72,10 +78,10 @@ def trained_widths(space: SearchSpace, opened: list[dict[str, Any]]) -> dict[str
 
 
 def start_from_teacher(
-    net: Supernet, teacher: StaticNet, space: SearchSpace, teacher_space: SearchSpace, teacher_arch: Arch
+    net: Supernet, teacher: StaticNet | FixedNet, space: SearchSpace, teacher_space: NetSpace, teacher_arch: NetArch
 ) -> None:
     """Copy the teacher's weights into the supernet, if the teacher is its largest subnet; print otherwise."""
-    if space.spec(space.largest) != teacher_space.spec(teacher_arch):
+    if not isinstance(teacher, StaticNet) or space.spec(space.largest) != teacher_space.spec(teacher_arch):
         print("the teacher is not this space's largest subnet: the supernet starts from random weights", flush=True)
         return
     implant(net, teacher)

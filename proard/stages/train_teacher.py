@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pydantic import ValidationError
 
 from proard.artifacts import HISTORY, write_table
 from proard.config import ConfigError, Space, TrainTeacher, named_nets
 from proard.config.nets import Named
-from proard.nets import load_static, load_trades, save_static
-from proard.space import Arch, FixedArch, FixedSpace, SearchSpace, space_of
+from proard.nets import FixedNet, StaticNet, load_static, load_trades, save_static
+from proard.nets.modules import present
+from proard.space import Arch, NetSpace, SearchSpace, space_of
 from proard.stages.common import Job, parse_arguments, run
 from proard.stages.launch import rank
 from proard.stages.training import Training, train_alone
@@ -50,29 +52,32 @@ def take_from_file(job: Job, settings: TrainTeacher) -> None:
     """Check the given teacher and copy it into the run, with an empty history; one process does."""
     if rank() > 0:
         return
-    own = job.config.space
+    own, file = job.config.space, present(settings.file)
+    net: StaticNet | FixedNet
+    space: NetSpace
+    arch: Any
     if settings.source == "trades":
-        net, space, arch = load_trades(settings.file, image_size=own.image_size)
-    elif zipfile.is_zipfile(settings.file):
+        net, space, arch = load_trades(file, image_size=own.image_size)
+    elif zipfile.is_zipfile(file):
         raise ConfigError(
             f"train_teacher.file {settings.file} is a file of torch.save; source file reads a teacher.safetensors of "
             "this package: write source: trades for a WideResNet as TRADES saves it"
         )
     else:
-        net, space, arch, _ = load_static(settings.file, kind=("teacher", "control", "trained_student"))
+        net, space, arch, _ = load_static(file, kind=("teacher", "control", "trained_student"))
     shape = (space.settings.image_channels, space.settings.image_size, space.settings.classes)
     if shape != (own.image_channels, own.image_size, own.classes):
         raise ConfigError(
             f"train_teacher.file {settings.file} is for {shape[0]}x{shape[1]}x{shape[1]} images of {shape[2]} classes; "
             f"this run has {own.image_channels}x{own.image_size}x{own.image_size} of {own.classes}"
         )
-    provenance = job.provenance(settings.file)
+    provenance = job.provenance(file)
     save_static(job.files.teacher, net, space=space, arch=arch, kind="teacher", provenance=provenance)
     write_table(job.files.history, [], HISTORY, provenance)
     print(f"teacher taken from {settings.file}: {space.spec(arch).macs / 1e6:.1f} M MACs")
 
 
-def teacher_space(settings: TrainTeacher, own: Space) -> SearchSpace | FixedSpace:
+def teacher_space(settings: TrainTeacher, own: Space) -> NetSpace:
     """The teacher's space: the run's, or the preset that `train_teacher.space` names, for the run's images."""
     if settings.space is None:
         return SearchSpace(own)
@@ -82,12 +87,12 @@ def teacher_space(settings: TrainTeacher, own: Space) -> SearchSpace | FixedSpac
     return fitted_space(nets[settings.space], own, where="train_teacher.space")
 
 
-def teacher_arch(settings: TrainTeacher, space: SearchSpace | FixedSpace) -> Arch | FixedArch:
+def teacher_arch(settings: TrainTeacher, space: NetSpace) -> Any:
     """The largest subnet, or the one whose dims are written out."""
     return named_arch(settings.arch, space, where="train_teacher")
 
 
-def fitted_space(net: Named, own: Space, *, where: str) -> SearchSpace | FixedSpace:
+def fitted_space(net: Named, own: Space, *, where: str) -> NetSpace:
     """The space of a network, for images and classes of the run's own space; `where` is the key, for messages."""
     shape = {"image_channels": own.image_channels, "image_size": own.image_size, "classes": own.classes}
     try:
@@ -96,13 +101,11 @@ def fitted_space(net: Named, own: Space, *, where: str) -> SearchSpace | FixedSp
         raise ConfigError(f"{where}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
 
 
-def named_arch(
-    arch: str | Mapping[str, Sequence[float]], space: SearchSpace | FixedSpace, *, where: str
-) -> Arch | FixedArch:
+def named_arch(arch: str | Mapping[str, Sequence[float]], space: NetSpace, *, where: str) -> Any:
     """The largest or the smallest subnet, or the one whose dims are written out; `where` is the section."""
     if isinstance(arch, str):
         return space.smallest if arch == "smallest" else space.largest
-    if isinstance(space, FixedSpace):
+    if not isinstance(space, SearchSpace):
         raise ConfigError(f"{where}.arch: network {space.settings.name} has one arch; leave arch out")
     missing = set(space.options) ^ set(arch)
     if missing:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -14,9 +14,9 @@ from proard.artifacts import HISTORY, write_table
 from proard.attacks import pgd
 from proard.config import Attack, Measurement, Phase, Student, TrainControl, TrainTeacher, UserError
 from proard.data import Augmenter, ImageSet, Views, epoch_order, load_split, to_float
-from proard.evaluation.meter import validation_rows
+from proard.evaluation.meter import Conditions, validation_rows
 from proard.nets import FixedNet, StaticNet, Supernet, extract, fold, load_static, recalibrate
-from proard.space import Arch, FixedArch, FixedSpace, SearchSpace, Work
+from proard.space import Arch, FixedArch, FixedSpace, NetSpace, SearchSpace, Work
 from proard.stages.common import Job
 from proard.stages.launch import save_every_minutes
 from proard.training import Plan, ResumeState, Run, fingerprint, single_plan
@@ -54,7 +54,8 @@ class AugmentedImages:
     @property
     def padded_shape(self) -> tuple[int, int, int, int]:
         """Shape of the padded images: (n, height, width, channels)."""
-        return self.augment.padded_shape
+        number, height, width, channels = self.augment.padded_shape
+        return number, height, width, channels
 
 
 @dataclass
@@ -87,7 +88,13 @@ class Training:
         )
         self.state = ResumeState(self.output, mark, ranks=self.ranks, costs=self.job.ledger)
 
-    def supernet(self, space: SearchSpace | FixedSpace) -> Supernet | FixedNet:
+    @overload
+    def supernet(self, space: SearchSpace) -> Supernet: ...
+
+    @overload
+    def supernet(self, space: NetSpace) -> Supernet | FixedNet: ...
+
+    def supernet(self, space: NetSpace) -> Supernet | FixedNet:
         """A fresh supernet, or a network that no space describes, for the images at hand.
 
         Raises
@@ -104,17 +111,19 @@ class Training:
                 "set prepare_data.image_size and prepare_data.classes, or write the space for them"
             )
         generator = torch.Generator().manual_seed(self.job.seed)
-        made = FixedNet if isinstance(space, FixedSpace) else Supernet
-        net = made(space, mean=self.train.mean, std=self.train.std, generator=generator)
-        return net.to(self.job.device)
+        pixels: dict[str, Any] = {"mean": self.train.mean, "std": self.train.std, "generator": generator}
+        if isinstance(space, SearchSpace):
+            return Supernet(space, **pixels).to(self.job.device)
+        assert isinstance(space, FixedSpace)
+        return FixedNet(space, **pixels).to(self.job.device)
 
     def fit(
         self,
-        net: Supernet,
+        net: Supernet | FixedNet,
         *,
         label: str,
         plan: Plan,
-        validated: dict[str, Arch],
+        validated: Mapping[str, Arch | FixedArch],
         settings: TrainTeacher | TrainControl | Phase | Student | None = None,
         teacher: Callable[[Tensor], Tensor] | None = None,
         control: str | None = None,
@@ -131,21 +140,20 @@ class Training:
         val = self.val.first(rule.num_images)
         recalibration = self.recalibration_images()
         attacks = any(drawn.objective.inner for drawn in plan.draw(self.job.seed, 0, 0))
+        conditions = Conditions(threat, Measurement(), self.job.seed)
         watched = rule.watch(settings.attack) != "off" and attacks
 
-        def validate(averaged: Supernet) -> list[dict[str, Any]]:
+        def validate(averaged: Supernet | FixedNet) -> list[dict[str, Any]]:
             return self.ranks.divided(list(validated.items()), lambda named: row_of(averaged, *named))
 
-        def row_of(averaged: Supernet, name: str, arch: Arch) -> dict[str, Any]:
+        def row_of(averaged: Supernet | FixedNet, name: str, arch: Any) -> dict[str, Any]:
             (row,) = validation_rows(
                 averaged,
                 {name: arch},
                 recalibration=recalibration,
                 val=val,
                 attack=attack,
-                threat=threat,
-                measurement=Measurement(),
-                seed=self.job.seed,
+                conditions=conditions,
                 training_attack=weakest(settings.attack, eps=threat.eps, norm=threat.norm) if watched else None,
                 tally=self.job.ledger.tally,
             )
@@ -210,8 +218,8 @@ def train_alone(
     training: Training,
     *,
     label: str,
-    space: SearchSpace | FixedSpace,
-    arch: Arch | FixedArch,
+    space: NetSpace,
+    arch: Any,
     objective: str,
     control: str | None = None,
     teacher: Callable[[Tensor], Tensor] | None = None,
@@ -224,8 +232,15 @@ def train_alone(
     """
     net = training.supernet(space)
     plan = single_plan(arch, objective, training.settings)
-    networks = {"teacher": teacher, "control": control}
-    rows = training.fit(net, label=label, plan=plan, validated={"largest": arch}, search=search, **networks)
+    rows = training.fit(
+        net,
+        label=label,
+        plan=plan,
+        validated={"largest": arch},
+        teacher=teacher,
+        control=control,
+        search=search,
+    )
     static = extract(net, arch)
     recalibrate(static, training.recalibration_images(), batch_size=Measurement().batch_size)
     return static, rows

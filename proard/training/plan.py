@@ -27,7 +27,7 @@ class Drawn:
     `rivals` compete with `arch` for its place: the `best` or the `worst` of them (`pick`) is trained.
     """
 
-    arch: Arch
+    arch: Any
     objective: Objective
     options: dict[str, Any]
     guides: bool = False
@@ -72,7 +72,7 @@ def with_terms(objective: Objective, phase: Phase | Student) -> Objective:
     return objective if phase.loss_scale == 1 else scaled(objective, scale=phase.loss_scale)
 
 
-def single_plan(arch: Arch, objective: str, settings: Any) -> Plan:
+def single_plan(arch: Any, objective: str, settings: Any) -> Plan:
     """Train one network alone: teacher, control, or a student of a frozen teacher."""
     found, options = bind(objective, settings)
     if isinstance(settings, (Phase, Student)):
