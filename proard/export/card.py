@@ -45,7 +45,7 @@ An image classifier for small devices that was trained to withstand adversarial 
 | Classes | {num_classes} |
 | Arch | `{arch_id}` of space `{space}`: `{arch}` |
 
-Accuracies are measured and stand with their 95 % Wilson intervals; none is a prediction.
+Accuracies are measured and given with their 95 % Wilson intervals; none is a prediction.
 
 ## Intended use
 
@@ -62,7 +62,7 @@ safety component: see the limits below.
 | PyTorch | `student.pt2` (torch.export), or `proard.export.load_student("student.safetensors")` |
 | Checksums | `sha256sum -c SHA256SUMS` |
 
-Class names, arch, costs and threat model also stand in the metadata properties of the ONNX file.
+Class names, arch, costs and threat model are also in the metadata properties of the ONNX file.
 
 ## Example
 
