@@ -101,7 +101,7 @@ class Space(Extended):
 
     @model_validator(mode="after")
     def blocks_are_the_familys(self) -> Space:
-        """Kernels and squeeze-excite belong to MobileNets, shortcut convolutions to ResNets; expand 1 has no 1x1."""
+        """Kernels and squeeze-excite need family mobilenet, shortcuts family resnet; expand 1 is its only choice."""
         if self.block not in self.families[self.family]:
             blocks = " or ".join(self.families[self.family])
             raise ValueError(f"block is {self.block}; blocks of family {self.family} are {blocks}")

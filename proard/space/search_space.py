@@ -153,7 +153,7 @@ class SearchSpace:
 
     @cached_property
     def _slots_by_unit(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of every block slot its number beyond the unit's least, and its unit; per unit what each depth gene adds."""
+        """Per block slot: number beyond the unit's minimum, and unit; per unit: blocks added by each depth gene."""
         number = [np.arange(slots) - unit.blocks for unit, slots in zip(self.settings.units, self.slots, strict=True)]
         extra = np.zeros((len(self.slots), max(map(len, self._unit_depths))), dtype=np.int64)
         for row, choices in zip(extra, self._unit_depths, strict=True):
@@ -273,7 +273,7 @@ class SearchSpace:
 
     @cached_property
     def _cost_tables(self) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
-        """(macs, params) of every stem, per unit of every first and every later block, and of what follows them."""
+        """(macs, params) of every stem; per unit, of every first and every later block; of the layers after them."""
         s, widths = self.settings, self.settings.width
         kept = [value == s.depth[-1] for value in self.options["depth"][0]] if self.deep_stem else [False]
         stems = [

@@ -59,7 +59,7 @@ class GateSpec:
 
 @dataclass(frozen=True)
 class PoolSpec:
-    """`max`: 3x3 windows at stride 2, padded by 1. `mean`: windows of side `stride`, cut off at the border."""
+    """`max`: 3x3 windows at stride 2, padded by 1. `mean`: windows of side `stride`, no partial ones at the border."""
 
     kind: Literal["max", "mean"]
     stride: int
@@ -71,7 +71,7 @@ Step = ConvSpec | GateSpec | PoolSpec
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """Steps in sequence; `shortcut` is None or the steps beside them (none of them: identity), then an activation."""
+    """A sequence of steps beside a `shortcut` (None, or steps; no step is the identity), then an activation."""
 
     steps: tuple[Step, ...]
     shortcut: tuple[Step, ...] | None = None

@@ -41,7 +41,7 @@ def one_pass(macs: float) -> Work:
 
 @dataclass
 class Tally:
-    """The work of measurements: `done` was computed, and the rest was found in the cache of earlier measurements."""
+    """Work of measurements: `spent` was computed here; `cached` was saved by results found in the cache."""
 
     spent: Work = Work()
     cached: Work = Work()
