@@ -1,4 +1,4 @@
-"""One loop for every inner maximisation in training; the objective and the network are arguments."""
+"""The loop of all attacks in training; the objective and the network are arguments."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def start_point(
     clip_to_ball: bool = True,
     among: tuple[int, slice] | None = None,
 ) -> Tensor:
-    """First iterate: the images with `start_noise_`, clipped.
+    """First iterate: the images plus `start_noise_`, clipped.
 
-    Noise is drawn on the generator's device, so that one seed gives one start on every device. Where the images are
-    a part of so many, `among`, it is drawn for all of them.
+    Noise is drawn on the generator's device, so that one seed gives the same start on every device. `among` is (number,
+    part): the images are this part of that number of images, and noise is drawn for all of them.
     """
     if start == "zero":
         return images.clone()
@@ -35,7 +35,7 @@ def start_point(
     noise = torch.empty((count, *images.shape[1:]), dtype=images.dtype, device=device)
     start_noise_(noise, eps=scale * eps, start=start, norm=norm, generator=generator)
     noise = noise[part].contiguous(memory_format=torch.channels_last)
-    if images.is_cuda and not noise.is_cuda:  # from pageable memory the host would wait for the device
+    if images.is_cuda and not noise.is_cuda:  # with pageable memory the host would wait for the device
         noise = noise.pin_memory().to(images.device, non_blocking=True)
     return clipper(images, eps=eps, norm=norm, clip_to_ball=clip_to_ball)(noise.add_(images))
 
@@ -43,7 +43,7 @@ def start_point(
 def start_noise_(
     noise: Tensor, *, eps: float, start: str, norm: str = "linf", generator: torch.Generator | None
 ) -> Tensor:
-    """Fill `noise`, of four dims, with `uniform` noise in the ball, `gaussian` (TRADES: 0.001 N(0, 1)), or `zero`."""
+    """Fill `noise`, of four dims: `uniform` in the ball, `gaussian` (TRADES: 0.001 N(0, 1)), or `zero`."""
     if start == "zero":
         return noise.zero_()
     if start == "gaussian":
@@ -62,17 +62,17 @@ def ball_noise_(noise: Tensor, *, eps: float, norm: str, generator: torch.Genera
 
 
 def bounds(images: Tensor, *, eps: float, clip_to_ball: bool = True) -> tuple[Tensor, Tensor]:
-    """Least and greatest value of every pixel in the linf ball and the pixel range, or in the pixel range alone."""
+    """Minimum and maximum of every pixel in the linf ball and the pixel range, or in the pixel range only."""
     if not clip_to_ball:
         return torch.zeros_like(images), torch.ones_like(images)
     return (images - eps).clamp_(min=0), (images + eps).clamp_(max=1)
 
 
 def clipper(images: Tensor, *, eps: float, norm: str = "linf", clip_to_ball: bool = True) -> Callable[[Tensor], Tensor]:
-    """Clip in place to the ball around `images` and to the pixel range, with bounds that are computed once.
+    """Return a function that clips in place to the ball around `images` and the pixel range; bounds are computed once.
 
-    Without `clip_to_ball` the pixel range alone counts. The l2 ball comes first: clipping to the pixel range only
-    brings an image nearer to one that lies inside it.
+    Without `clip_to_ball` it clips only to the pixel range. The l2 ball comes first: clipping to the pixel range then
+    only moves an image closer to the clean one, which lies in the range.
     """
     if not clip_to_ball:
         return lambda adv: adv.clamp_(0, 1)
@@ -89,10 +89,10 @@ def clipper(images: Tensor, *, eps: float, norm: str = "linf", clip_to_ball: boo
 
 
 def ascend_(adv: Tensor, gradient: Tensor, step_size: float, norm: str = "linf") -> Tensor:
-    """One steepest-ascent step of length `step_size` in place; `gradient` is used up, a zero one moves nothing."""
+    """One steepest-ascent step of length `step_size`, in place; `gradient` is overwritten, a zero one has no effect."""
     if norm == "linf":
         return adv.add_(gradient.sign_(), alpha=step_size)
-    peak = gradient.abs().amax((1, 2, 3), keepdim=True)  # squares of small gradients would vanish in float32
+    peak = gradient.abs().amax((1, 2, 3), keepdim=True)  # without it squares of small gradients are 0 in float32
     gradient.div_(peak.clamp_(min=torch.finfo(gradient.dtype).tiny))
     length = torch.linalg.vector_norm(gradient, dim=(1, 2, 3), keepdim=True)  # at least 1, or 0
     return adv.add_(gradient.mul_(step_size / length.clamp_(min=0.5)))
@@ -101,7 +101,7 @@ def ascend_(adv: Tensor, gradient: Tensor, step_size: float, norm: str = "linf")
 def input_gradient(
     predict: Callable[[Tensor], Tensor], objective: InnerObjective, adv: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Logits at `adv` and the gradient of the summed objective with respect to it; weights get none."""
+    """Logits at `adv`, and the gradient of the summed objective with respect to it; weights get no gradient."""
     adv = adv.detach().requires_grad_()
     with torch.enable_grad():
         logits = predict(adv)
@@ -111,10 +111,10 @@ def input_gradient(
 
 
 def differentiate(predict: Callable[[Tensor], Tensor]) -> Callable[[InnerObjective, Tensor], tuple[Tensor, Tensor]]:
-    """Return `input_gradient` of a fixed network, by the network's own method where it offers one.
+    """Return `input_gradient` of a fixed network, by the network's own method if it has one.
 
-    `predict.input_gradient()`, where it exists, gives None or a callable of images and of the objective's gradient
-    with respect to the logits. Weights must stay as they are while the result is in use.
+    `predict.input_gradient()`, if it exists, returns None or a callable of images and of the objective's gradient with
+    respect to the logits. Weights must not change while the result is in use.
     """
     own = predict.input_gradient() if hasattr(predict, "input_gradient") else None
     if own is None:
@@ -157,7 +157,7 @@ def pgd(
     among: tuple[int, slice] | None = None,
     steps: Callable[..., Tensor] = take_steps,
 ) -> Tensor:
-    """Projected steepest ascent of `objective` inside the eps-ball and the image box.
+    """Projected steepest ascent of `objective` inside the eps-ball and the pixel range.
 
     Parameters
     ----------
@@ -168,25 +168,25 @@ def pgd(
     images : Tensor of shape (batch, channels, height, width)
         Clean images in [0, 1], float32.
     eps, step_size : float
-        Radius and step in pixel units, in the norm.
+        Radius and step length in pixel units, measured in `norm`.
     num_steps : int
         Steps; 0 returns the start point.
     start : {'uniform', 'gaussian', 'zero'}
         First iterate.
     generator : torch.Generator
-        Source of the start noise, which is drawn before the steps.
+        Generator of the start noise, which is drawn before the steps.
     norm : {'linf', 'l2'}
-        Norm of the ball. Steps follow the gradient's sign in linf, the gradient at unit length in l2.
+        Norm of the ball. Steps use the gradient's sign in linf and the normalised gradient in l2.
     start_scale : float
         Radius of the uniform start in units of eps.
     clip_to_ball : bool
-        False leaves the pixel range as the only limit, so that start and steps add up (N-FGSM).
+        If False, only the pixel range is a limit, so that start and steps add up (N-FGSM).
     initial : Tensor of the shape of `images`, optional
-        First iterate instead of `start`, clipped; left as it is.
+        First iterate instead of `start`; it is clipped in a copy and not changed.
     among : (int, slice), optional
-        The images are this part of so many; the start is the one they have there.
+        (number, part): the images are this part of that number of images; they get the part's start noise.
     steps : callable
-        What takes the steps in linf: `take_steps`, or a `kernels.CapturedSteps` of it.
+        Function that takes the steps in linf: `take_steps`, or a `kernels.CapturedSteps` of it.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""What systems do not have in common: how many cores a process may use, which characters its output takes."""
+"""Differences between systems: the number of cores a process may use, and the characters of its output."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import sys
 
 
 def usable_cores() -> int:
-    """CPU cores that this process may use; all of the machine's where the system does not limit them (macOS)."""
+    """CPU cores that this process may use; all cores if the system has no limit per process (macOS)."""
     limited = getattr(os, "sched_getaffinity", None)
     return len(limited(0)) if limited else os.cpu_count() or 1
 
 
 def take_any_character() -> None:
-    """Let the output replace what its encoding lacks (a C locale has ASCII alone), instead of ending the program."""
+    """Let the output replace characters missing in its encoding (a C locale has only ASCII) instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure") and stream.encoding.lower().replace("-", "") != "utf8":
             stream.reconfigure(errors="replace")

@@ -1,4 +1,4 @@
-"""Progress of long work: a live bar on a terminal, one line now and then in a log."""
+"""Progress of long work: a live bar on a terminal, or a line from time to time in a log."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 45 s, 3 min 20 s, 2 h 05 min."""
+    """Seconds as text: 45 s, 3 min 20 s, 2 h 05 min."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
@@ -18,24 +18,24 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Counts work done and says rate and remaining time.
+    """Counts finished work and shows rate and remaining time.
 
     Parameters
     ----------
     label : str
-        What is being done.
+        Name of the work.
     total : int
-        Units of work in all.
+        Total number of units of work.
     unit : str
         Plural name of a unit.
     done : int
-        Units already done before this process started (a resumed job).
+        Units done before this process started (a resumed job).
     every : float
-        Seconds between two lines when standard output is no terminal.
+        Seconds between two lines if standard output is not a terminal.
     start_up : int
-        Units at the beginning that the rate leaves out once others are done: they hold what happens only once.
+        First units, which contain one-time work: the rate excludes them as soon as others are done.
     clock : callable
-        The time now, in seconds.
+        Returns the current time in seconds.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Progress:
         self.note: str | Callable[[], str] = ""
 
     def advance(self, units: int = 1, note: str | Callable[[], str] = "") -> None:
-        """Count units, remember the newest remark, and show both when it is time to; only then is a callable called."""
+        """Count units, store the newest note, and show both if it is time; a callable note is called only then."""
         self.done += units
         self.note = note or self.note
         now = self.clock()
@@ -68,7 +68,7 @@ class Progress:
             self.rated_from, self.rated_from_count = now, self.done
 
     def show(self) -> None:
-        """Show where the work stands, now."""
+        """Show the current progress now."""
         self.shown = self.clock()
         elapsed = max(self.shown - self.rated_from, 1e-9)
         rate = (self.done - self.rated_from_count) / elapsed
@@ -89,9 +89,9 @@ class Progress:
             print(f"{share:4.0%} {text}", flush=True)
 
     def say(self, line: str) -> None:
-        """Print a line of its own above the bar."""
+        """Print a separate line above the bar."""
         print(f"\r\x1b[2K{line}" if self.live else line, flush=True)
 
     def close(self) -> None:
-        """End the bar with the whole duration."""
+        """Finish the bar and print the total duration."""
         self.say(f"{self.label}: {self.done} {self.unit} in {duration(self.clock() - self.started)}")

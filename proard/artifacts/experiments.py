@@ -1,4 +1,4 @@
-"""Columns of the tables of experiments: outcomes image by image, means over seeds, gains and gaps."""
+"""Columns of the tables of experiments: outcomes per image, means over seeds, gains and gaps."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from proard.artifacts.tables import FLAG, FLOAT, IDENTITY, INT, MEASURED, TEXT
 
 TRAINED: dict[str, tuple[pa.DataType, str]] = {
     **MEASURED,
-    "training": (TEXT, "name of the training, its grid and its seed included; of a chosen student its budget"),
+    "training": (TEXT, "name of the training with grid and seed; for a selected student its budget"),
     "group": (TEXT, "name without the seed"),
-    "trains": (TEXT, "network, twin or supernet; budget: a student that select_student chose"),
-    "role": (TEXT, "network: trained alone; twin: alone, beside a subnet; subnet: of a supernet; chosen: of a budget"),
+    "trains": (TEXT, "network, twin or supernet; budget: a student selected by select_student"),
+    "role": (
+        TEXT,
+        "network: trained alone; twin: alone, beside a subnet; subnet: of a supernet; chosen: of a budget",
+    ),
     "net": (TEXT, "name of the network or of its space"),
     "loss": (TEXT, "loss of the training"),
     "train_seed": (INT, "seed of the training; `seed` is that of the measurement"),
@@ -22,21 +25,21 @@ TRAINED: dict[str, tuple[pa.DataType, str]] = {
     "kept_epoch": (INT, "epoch whose weights are kept"),
     "val_clean_acc": (FLOAT, "fraction of val at the kept epoch"),
     "val_robust_acc": (FLOAT, "fraction of val at the kept epoch, PGD of the validation"),
-    "effort": (TEXT, "JSON of the rule of equal effort; empty without one"),
+    "effort": (TEXT, "JSON of the equal-effort rule; empty without one"),
     "optimizer_steps": (INT, "optimizer steps of the training"),
     "train_images": (INT, "training images seen"),
     "train_gradients": (INT, "backward passes of one image: attack steps, input gradients of the loss, updates"),
-    "train_forward_equivalents": (INT, "image forward-equivalents of the training, the teacher's included"),
+    "train_forward_equivalents": (INT, "image forward-equivalents of the training, including the teacher's"),
     "train_macs": (FLOAT, "multiply-accumulates of the training, as counted"),
-    "train_seconds": (FLOAT, "wall seconds of the training, validation included"),
-    "seconds_per_epoch": (FLOAT, "wall seconds of the training, validation included, per pass"),
-    "peak_memory": (INT, "greatest resident memory of the training's process, bytes"),
-    "peak_device_memory": (INT, "greatest memory on the accelerator, bytes; empty on a CPU"),
+    "train_seconds": (FLOAT, "wall seconds of the training, including validation"),
+    "seconds_per_epoch": (FLOAT, "wall seconds of the training per epoch, including validation"),
+    "peak_memory": (INT, "largest resident memory of the training's process, bytes"),
+    "peak_device_memory": (INT, "largest memory on the accelerator, bytes; empty on a CPU"),
 }
 OUTCOMES: dict[str, tuple[pa.DataType, str]] = {
     **TRAINED,
-    "clean": (pa.list_(FLAG), "image by image: classified correctly"),
-    "robust": (pa.list_(FLAG), "image by image: classified correctly, clean and under the attack"),
+    "clean": (pa.list_(FLAG), "per image: classified correctly"),
+    "robust": (pa.list_(FLAG), "per image: classified correctly, both clean and under the attack"),
 }
 INTERVAL = "fraction, 95 % over seeds and images"
 GAINS: dict[str, tuple[pa.DataType, str]] = {
@@ -51,15 +54,15 @@ GAINS: dict[str, tuple[pa.DataType, str]] = {
         for name, meaning in (("acc", "fraction, mean over seeds"), ("gain", "fraction, over the baseline"))
         for end in ("", "_low", "_high")
     },
-    "baseline": (TEXT, "training that the gains are over"),
+    "baseline": (TEXT, "training to which the gains are relative"),
     "num_seeds": (INT, "trainings"),
-    "num_archs": (INT, "measured subnets of each"),
+    "num_archs": (INT, "measured subnets of each training"),
     "num_images": (INT, "images"),
     "optimizer_steps": (INT, "optimizer steps of one training, mean over seeds"),
     "train_images": (INT, "training images seen in one training, mean over seeds"),
     "train_forward_equivalents": (INT, "image forward-equivalents of one training as counted, mean over seeds"),
     "train_macs": (FLOAT, "multiply-accumulates of one training as counted, mean over seeds"),
-    "train_seconds": (FLOAT, "wall seconds of one training, validation included, mean over seeds"),
+    "train_seconds": (FLOAT, "wall seconds of one training, including validation, mean over seeds"),
 }
 GAPS: dict[str, tuple[pa.DataType, str]] = {
     **IDENTITY,
@@ -70,11 +73,11 @@ GAPS: dict[str, tuple[pa.DataType, str]] = {
     "num_seeds": (INT, "twins of this arch"),
     "subnet_acc": (FLOAT, "fraction"),
     "twin_acc": (FLOAT, "fraction, mean over seeds"),
-    "gap": (FLOAT, "fraction, subnet less twin"),
+    "gap": (FLOAT, "fraction, subnet minus twin"),
     "gap_low": (FLOAT, "fraction, 95 % bootstrap over images, paired"),
     "gap_high": (FLOAT, "fraction, 95 % bootstrap over images, paired"),
-    "gap_sd_over_seeds": (FLOAT, "fraction, standard deviation of the gap over the twins' seeds; empty for one"),
-    "subnet_only": (FLOAT, "fraction of images that only the subnet has right, mean over seeds"),
-    "twin_only": (FLOAT, "fraction of images that only the twin has right, mean over seeds"),
+    "gap_sd_over_seeds": (FLOAT, "fraction, standard deviation of the gap over the twins' seeds; empty for one seed"),
+    "subnet_only": (FLOAT, "fraction of images that only the subnet classifies correctly, mean over seeds"),
+    "twin_only": (FLOAT, "fraction of images that only the twin classifies correctly, mean over seeds"),
     "seed": (INT, "seed of the redraws"),
 }

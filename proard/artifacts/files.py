@@ -1,4 +1,4 @@
-"""Atomic writing, so that a run killed at any moment leaves no half-written file."""
+"""Atomic writes: a run that is killed at any moment leaves no half-written file."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from proard.config import UserError
 
 
 class ArtifactError(UserError):
-    """A file of a run is missing, damaged or of another run: the text says which, and what to rerun."""
+    """A file of a run is missing, damaged or from another run: the text names it and what to rerun."""
 
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success flush it to disk and rename it, on failure remove it.
+    """Yield a temporary path beside `path`; on success flush and rename it, on failure remove it.
 
     Raises
     ------
     ArtifactError
-        The disk is full. Libraries say so in their own ways: by an error number, or in words.
+        The disk is full. Libraries report this either by an error number or by a text.
     """
     path = Path(path)
     temporary = None
@@ -45,15 +45,15 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     except Exception as error:
         if not _is_full(error):
             raise
-        said = f"no space left to write {path.name} in {path.parent}, or the quota is reached"
-        raise ArtifactError(f"{said}; free some, then the same command continues") from None
+        said = f"no space left to write {path.name} in {path.parent}, or the quota is exceeded"
+        raise ArtifactError(f"{said}; free some space, then repeat the same command: it continues") from None
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
 
 
 def _is_full(error: Exception) -> bool:
-    """Whether an error says that a disk or a quota is full."""
+    """Whether an error reports a full disk or quota."""
     numbers = (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, OSError) and error.errno in numbers:
         return True

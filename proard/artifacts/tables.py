@@ -1,4 +1,4 @@
-"""Result tables in Parquet: columns with units, provenance in the file's metadata, checked reading."""
+"""Result tables in Parquet: columns with units, provenance in the file's metadata, checked reads."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from proard.artifacts.files import ArtifactError, atomic_path, sha256
 
 INT, FLOAT, TEXT, FLAG = pa.int64(), pa.float64(), pa.string(), pa.bool_()
 
-# column: (type, unit or meaning). Names are contract.
+# column: (type, unit or meaning). Other programs rely on the names.
 IDENTITY: dict[str, tuple[pa.DataType, str]] = {
     "arch_id": (TEXT, "stable hash of the canonical arch"),
     "genotype": (pa.list_(INT), "choice index of every gene"),
     "arch": (TEXT, "JSON of the canonical arch"),
     "macs": (INT, "multiply-accumulates of one image"),
-    "params": (INT, "trained numbers"),
+    "params": (INT, "trained parameters"),
 }
 MEASURED: dict[str, tuple[pa.DataType, str]] = {
     **IDENTITY,
@@ -36,7 +36,7 @@ MEASURED: dict[str, tuple[pa.DataType, str]] = {
     "step_size": (FLOAT, "pixel units of [0, 1]"),
     "num_steps": (INT, "steps per restart"),
     "restarts": (INT, "restarts"),
-    "dtype": (TEXT, "type of the attack's gradients, as computed; an image counts as misclassified by float32 logits"),
+    "dtype": (TEXT, "type of the attack's gradients; an image counts as misclassified only by float32 logits"),
     "accounting": (TEXT, "any_iterate or last_iterate"),
     "bn_mode": (TEXT, "batch-norm statistics inside the attack"),
     "num_images": (INT, "images"),
@@ -50,7 +50,7 @@ MEASURED: dict[str, tuple[pa.DataType, str]] = {
     "clean_acc_half_b": (FLOAT, "fraction, images of odd index"),
     "robust_acc_half_a": (FLOAT, "fraction, images of even index"),
     "robust_acc_half_b": (FLOAT, "fraction, images of odd index"),
-    "gradients": (INT, "input gradients of one image that the attack took"),
+    "gradients": (INT, "input gradients of the attack, counted per image"),
     "seconds": (FLOAT, "wall seconds of the measurement"),
     "seed": (INT, "seed of images and noise"),
 }
@@ -69,8 +69,8 @@ FRONT: dict[str, tuple[pa.DataType, str]] = {
 }
 STUDENT: dict[str, tuple[pa.DataType, str]] = {
     **FRONT,
-    "budget": (TEXT, "the limit that was asked for"),
-    "role": (TEXT, "candidate: measured on val to choose; choice: the chosen student under every attack"),
+    "budget": (TEXT, "the requested limit"),
+    "role": (TEXT, "candidate: measured on val for the selection; choice: the selected student under every attack"),
     "chosen": (FLAG, "the student of this budget"),
 }
 HISTORY: dict[str, tuple[pa.DataType, str]] = {
@@ -83,14 +83,14 @@ HISTORY: dict[str, tuple[pa.DataType, str]] = {
     "loss": (FLOAT, "nats per image, mean over the epoch"),
     "train_clean_acc": (FLOAT, "fraction of augmented training images, in training mode; NaN without a clean pass"),
     "train_robust_acc": (FLOAT, "fraction under the training attack, in training mode"),
-    "arch": (TEXT, "validated subnet: largest, smallest or middle; empty where nothing was validated"),
+    "arch": (TEXT, "validated subnet: largest, smallest or middle; empty without a validation"),
     "macs": (INT, "multiply-accumulates of one image"),
     "val_clean_acc": (FLOAT, "fraction"),
     "val_robust_acc": (FLOAT, "fraction, PGD"),
     "val_num_images": (INT, "images"),
     "val_train_attack_acc": (
         FLOAT,
-        "fraction, under the training's attack, where overfitting is watched for",
+        "fraction, under the training's attack; only if overfitting is monitored",
     ),
     "images": (INT, "training images seen"),
     "forward_equivalents": (INT, "image forward-equivalents of the training so far: forward 1, input gradient 1 more"),
@@ -103,17 +103,17 @@ HISTORY: dict[str, tuple[pa.DataType, str]] = {
 }
 COSTS: dict[str, tuple[pa.DataType, str]] = {
     "stage": (TEXT, "stage of the pipeline"),
-    "job": (TEXT, "folder of the job in its stage; empty where the stage is one job"),
-    "attempts": (INT, "processes whose costs add up here; those of a resumed training up to what they saved"),
+    "job": (TEXT, "folder of the job in its stage; empty if the stage is one job"),
+    "attempts": (INT, "processes whose costs are added here; those of a resumed training up to their last saved state"),
     "seconds": (FLOAT, "wall seconds"),
     "device": (TEXT, "cpu, or the GPU's name"),
-    "devices": (INT, "CPU threads or GPUs that the job held"),
+    "devices": (INT, "CPU threads or GPUs reserved by the job"),
     "device_seconds": (FLOAT, "wall seconds times devices"),
     "forward_equivalents": (
         FLOAT,
         "image forward-equivalents: forward 1, input gradient 1 more, weights' 2 more",
     ),
-    "work_macs": (FLOAT, "multiply-accumulates: the same passes, each times the MACs of its network"),
+    "work_macs": (FLOAT, "multiply-accumulates of the same passes: each times the MACs of its network"),
     "weight_gradients": (FLOAT, "gradient evaluations: images times the networks trained on them"),
     "train_forward_equivalents": (FLOAT, "image forward-equivalents of training steps"),
     "train_macs": (FLOAT, "multiply-accumulates of training steps"),
@@ -121,18 +121,18 @@ COSTS: dict[str, tuple[pa.DataType, str]] = {
     "measure_macs": (FLOAT, "multiply-accumulates of validation, recalibration and measurement"),
     "cached_forward_equivalents": (FLOAT, "image forward-equivalents of results found in the cache; not in the others"),
     "cached_macs": (FLOAT, "multiply-accumulates of results found in the cache; not in the others"),
-    "cached_seconds": (FLOAT, "wall seconds that the results found in the cache once took; not in the others"),
+    "cached_seconds": (FLOAT, "wall seconds in which results found in the cache were computed; not in the others"),
     "peak_rss_bytes": (INT, "bytes, largest resident set of an attempt"),
     "peak_cuda_bytes": (INT, "bytes, largest allocation on the GPU; empty without one"),
     "energy_wh": (FLOAT, "watt-hours"),
-    "energy_method": (TEXT, "how the energy was found"),
+    "energy_method": (TEXT, "method of the energy measurement"),
     "seed": (INT, "seed of the job"),
 }
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a file comes from; written into every artefact's metadata."""
+    """The origin of a file; written into the metadata of every artefact."""
 
     run: str
     stage: str
@@ -158,7 +158,7 @@ class Provenance:
 
 
 def table_schema(columns: Mapping[str, tuple[pa.DataType, str]]) -> pa.Schema:
-    """Arrow schema whose fields carry their unit."""
+    """Arrow schema whose fields contain their unit."""
     return pa.schema([pa.field(name, kind, metadata={"unit": unit}) for name, (kind, unit) in columns.items()])
 
 
@@ -168,17 +168,17 @@ def write_table(
     columns: Mapping[str, tuple[pa.DataType, str]],
     provenance: Provenance,
 ) -> None:
-    """Write rows with exactly these columns, their units and the provenance; missing columns become null.
+    """Write rows with exactly these columns, their units and the provenance; missing values become null.
 
     Raises
     ------
     ValueError
-        A row has a column that the table does not have, or a value of the wrong type.
+        A row has a column that the table lacks, or a value of the wrong type.
     """
     frame = pd.DataFrame(rows, columns=None if len(rows) else list(columns))
     strange = set(frame.columns) - set(columns)
     if strange:
-        raise ValueError(f"{path}: columns {sorted(strange)} are not of this table")
+        raise ValueError(f"{path}: columns {sorted(strange)} do not belong to this table")
     schema = table_schema(columns).with_metadata({"proard": provenance.to_json()})
     data = frame.reindex(columns=list(columns)).to_dict("list")
     arrays = [pa.array([_null_if_missing(value) for value in data[entry.name]], type=entry.type) for entry in schema]
@@ -189,10 +189,10 @@ def write_table(
 
 
 def _checksum(table: pa.Table) -> str:
-    """SHA-256 of names, types, values and provenance: Parquet's own covers the pages of data, not their headers."""
+    """SHA-256 of names, types, values and provenance; Parquet's own checksums cover data pages, not their headers."""
     digest = hashlib.sha256((table.schema.metadata or {}).get(b"proard", b""))
     for name, column in zip(table.column_names, table.columns, strict=True):
-        kind = getattr(column.type, "value_type", column.type)  # a list calls its entries differently once it is read
+        kind = getattr(column.type, "value_type", column.type)  # the entries of a list have another name after reading
         digest.update(f"{name}{kind}{column.to_pylist()}".encode())
     return digest.hexdigest()
 
@@ -223,7 +223,9 @@ def read_table(path: str | Path, *, columns: Iterable[str] = ()) -> pd.DataFrame
         raise ArtifactError(f"{path} is no readable Parquet table ({reason}); delete it and rerun its stage") from None
     missing = set(columns) - set(frame.columns)
     if missing:
-        raise ArtifactError(f"{path} lacks the columns {sorted(missing)}; it was not written by this version's stage")
+        raise ArtifactError(
+            f"{path} lacks the columns {sorted(missing)}; it was written by another version of the package"
+        )
     return frame
 
 
@@ -240,7 +242,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
 
 def wilson(successes: float, trials: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a share of `trials`."""
+    """95 % Wilson score interval of the fraction `successes` / `trials`."""
     z = 1.959963984540054
     share = successes / trials
     centre = (share + z**2 / (2 * trials)) / (1 + z**2 / trials)

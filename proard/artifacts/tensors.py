@@ -18,7 +18,7 @@ from proard.artifacts.tables import Provenance
 
 
 def tensors_checksum(tensors: Mapping[str, Tensor]) -> str:
-    """Checksum of names, types, shapes and values."""
+    """Checksum of names, types, shapes and values of tensors."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -35,7 +35,7 @@ def save_tensors(
     Parameters
     ----------
     kind : str
-        What the file is (`teacher`, `supernet`, `student`, `images`); `load_tensors` checks it.
+        Kind of the file (`teacher`, `supernet`, `student`, `images`); `load_tensors` checks it.
     extra
         Further JSON values for the header.
     """
@@ -48,7 +48,7 @@ def save_tensors(
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
-    """Header of a file written by `save_tensors`; empty for other safetensors files.
+    """Read the header of a file written by `save_tensors`; it is empty for other safetensors files.
 
     Raises
     ------
@@ -67,7 +67,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
 
 
 def load_tensors(path: str | Path, *, kind: str | tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and header of a file, after checking kind and checksum.
+    """Read the tensors and header of a file, and check its kind and checksum.
 
     Raises
     ------
@@ -77,14 +77,14 @@ def load_tensors(path: str | Path, *, kind: str | tuple[str, ...]) -> tuple[dict
     header = read_header(path)
     kinds = (kind,) if isinstance(kind, str) else kind
     if header.get("kind") not in kinds:
-        raise ArtifactError(f"{path} holds {header.get('kind', 'foreign tensors')!r}, expected {' or '.join(kinds)}")
+        raise ArtifactError(f"{path} contains {header.get('kind', 'foreign tensors')!r}, expected {' or '.join(kinds)}")
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     found = tensors_checksum(tensors)
     said = str(header.get("checksum"))
     if found != said:
         raise ArtifactError(
-            f"{path} is damaged: its contents have checksum {found[:12]}, its header says {said[:12]}; "
+            f"{path} is damaged: its contents have checksum {found[:12]}, its header has {said[:12]}; "
             "delete it and rerun its stage"
         )
     return tensors, header

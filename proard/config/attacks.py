@@ -13,9 +13,10 @@ OBJECTIVE_WORDS = {"ce": "cross-entropy", "margin": "logit margin (CW)"}  # of a
 
 
 class Threat(Settings):
-    """What the adversary may do. One threat model per run; every stage reads this one.
+    """The threat model of the run: what the adversary may change. Every stage uses this one threat model.
 
-    `linf` limits the change of every pixel, `l2` the Euclidean length of the whole perturbation, which may exceed 1.
+    `linf` limits the change of every pixel. `l2` limits the Euclidean length of the whole perturbation, which may
+    exceed 1.
     """
 
     norm: Literal["linf", "l2"] = "linf"
@@ -24,14 +25,15 @@ class Threat(Settings):
     @field_validator("eps")
     @classmethod
     def eps_is_in_pixel_units(cls, value: float, info: ValidationInfo) -> float:
-        """No pixel changes by more than 1."""
+        """Refuse an `linf` radius above 1, the largest possible change of a pixel."""
         return value if info.data.get("norm") == "l2" else in_pixel_units(value)
 
 
 class Curriculum(Settings):
-    """Attack steps grow from `first_steps` to `num_steps`, every count for an equal share of the training.
+    """The number of attack steps grows from `first_steps` to `num_steps`, each used for an equal part of the training.
 
-    Fewer steps than `num_steps` are each at least `reach` * eps / steps long, so that they still cross the ball.
+    With fewer steps than `num_steps`, each step is at least `reach` * eps / steps long, so that the attack can cross
+    the ball.
     """
 
     first_steps: Natural = 1
@@ -39,24 +41,26 @@ class Curriculum(Settings):
 
 
 class TrainingAttack(Extended):
-    """Inner maximisation of training.
+    """The inner maximisation of adversarial training.
 
-    `objective` is what the adversary ascends: `loss` (what the loss's paper takes), `ce`, `margin`, `kl_clean` (to the
-    network's own clean output) or `kl_teacher`. A divergence also grows when the true class gains: on networks of low
-    confidence, such as small ones early on, it makes a weak attack; prefer `ce` there.
-    `bn_mode` says which statistics batch norm uses inside the attack: `running` (the stored ones), `batch` (those
-    of the perturbed batch, in every step) or `clean_batch` (those of the clean batch, fixed during the attack).
+    `objective` is the function that the attack maximises. `loss` is the one from the paper of the training's loss. The
+    others are `ce`, `margin`, `kl_clean` (divergence from the network's own clean output) and `kl_teacher`. A
+    divergence also grows when the probability of the true class grows. It is therefore a weak attack on networks of low
+    confidence, such as small networks early in training; prefer `ce` there.
+    `bn_mode` selects the batch-norm statistics inside the attack: `running` (the stored ones), `batch` (those of the
+    perturbed batch, in every step) or `clean_batch` (those of the clean batch, fixed during the attack).
 
-    `start_scale` is the radius of the uniform start in units of eps; `clip_to_ball: false` leaves the pixel range as
-    the only limit. One step of eps with `start_scale: 2` and `clip_to_ball: false` is N-FGSM.
-    `shared` crafts the adversarial images of a step with several subnets once, on its `smallest` or `largest`;
-    every other subnet takes `own_steps` of `own_step_size` (by default `step_size`) from there. A dynamic teacher,
-    trained first, attacks for itself under `smallest`.
-    `carry_passes` lets an image's perturbation start where the previous pass over the data left it, drawn anew every
-    so many passes (ATTA): one byte per value of the padded training images, on the device and in the resume state.
-    `crafted_on: teacher` perturbs images against the frozen teacher instead of the network that is trained.
-    `graph: auto` replays a captured CUDA graph for every linf attack step of a full batch, except under
-    `bn_mode: batch`; it changes nothing on a CPU.
+    `start_scale` is the radius of the uniform start in units of eps. With `clip_to_ball: false` only the pixel range
+    limits the perturbation. One step of eps with `start_scale: 2` and `clip_to_ball: false` is N-FGSM.
+    `shared` is for steps with several subnets: the adversarial images are computed once, on the `smallest` or the
+    `largest` subnet. Every other subnet continues from them with `own_steps` of `own_step_size` (default: `step_size`).
+    Under `smallest`, a dynamic teacher is trained first and uses its own attack.
+    `carry_passes` starts an image's perturbation from that of the previous pass over the data, and draws it again after
+    this number of passes (ATTA). It needs one byte per value of the padded training images, on the device and in the
+    resume state.
+    `crafted_on: teacher` attacks the frozen teacher instead of the trained network.
+    `graph: auto` replays a captured CUDA graph for every linf attack step of a full batch, except under `bn_mode:
+    batch`. It has no effect on a CPU.
     """
 
     gained = frozenset({"crafted_on", "own_step_size"})
@@ -79,11 +83,11 @@ class TrainingAttack(Extended):
 
     @model_validator(mode="after")
     def parts_fit(self) -> TrainingAttack:
-        """A scale needs the start that it scales, stored perturbations their ball, a curriculum room to grow."""
+        """Check that start_scale has a uniform start, carry_passes clips to the ball and the curriculum can grow."""
         if self.start_scale != 1 and self.start != "uniform":
             raise ValueError(f"start_scale is the radius of start uniform; start is {self.start}")
         if self.carry_passes is not None and not self.clip_to_ball:
-            raise ValueError("carry_passes keeps perturbations inside the ball: leave clip_to_ball true")
+            raise ValueError("carry_passes stores perturbations inside the ball: set clip_to_ball to true")
         if self.curriculum is not None and self.curriculum.first_steps > self.num_steps:
             first = self.curriculum.first_steps
             raise ValueError(f"curriculum.first_steps is {first}; expected: at most num_steps, {self.num_steps}")
@@ -91,11 +95,11 @@ class TrainingAttack(Extended):
 
 
 class Attack(Extended):
-    """An attack that measures: `objective` is `ce` (cross-entropy) or `margin` (Carlini-Wagner's logit margin).
+    """An attack of a measurement: `objective` is `ce` (cross-entropy) or `margin` (Carlini and Wagner's logit margin).
 
-    `start` is `uniform` in the ball, or `zero`: the image itself, as FGSM has it in one step of eps.
-    `dtype: bfloat16` computes gradients in that type; what falls, falls by float32 logits. Faster, and a little weaker:
-    meant for the many labels of `evaluate_archs`.
+    `start` is `uniform` in the ball, or `zero`: the unchanged image, as in FGSM with one step of eps.
+    `dtype: bfloat16` computes gradients in bfloat16. It is faster and slightly weaker, and meant for the many labels of
+    `evaluate_archs`. An image counts as misclassified only by float32 logits.
     """
 
     gained = frozenset({"start", "dtype"})
@@ -110,7 +114,7 @@ class Attack(Extended):
 
     @model_validator(mode="after")
     def restarts_differ(self) -> Attack:
-        """From the image itself every restart is the same."""
+        """Refuse several restarts from the unchanged image: they would all be the same."""
         if self.start == "zero" and self.restarts > 1:
             raise ValueError(f"start zero makes all restarts equal; restarts is {self.restarts}")
         return self

@@ -1,4 +1,4 @@
-"""Parquet files as far as settings need them: which column holds the labels, and the class names it brings."""
+"""What the settings need from Parquet files: the column of the labels, and the class names stored in the file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LABEL_NAMES = ("label", "labels", "target", "class", "fine_label")
 
 
 def matching_paths(text: str, *, folder_holds: str | None = None) -> list[Path]:
-    """Existing files or folders of a path or a glob, in order; of a folder the files that match `folder_holds`."""
+    """Existing files or folders that match a path or glob, sorted; in a folder, the files that match `folder_holds`."""
     path = Path(text).expanduser()
     if folder_holds is not None and path.is_dir():
         return sorted(path.glob(folder_holds))
@@ -28,13 +28,13 @@ def label_candidates(schema: pa.Schema, wanted: str | None) -> list[str]:
     Parameters
     ----------
     wanted : str, optional
-        The name that the settings give.
+        The column's name in the settings.
 
     Returns
     -------
     list of str
-        The wanted column, if it holds integers, booleans or text. Without one those called as labels are; integers
-        come before booleans, these before text, and `label` before the other names.
+        The wanted column, if its type is integer, boolean or text. If none is wanted: the columns with a usual name of
+        labels. Integers are preferred to booleans, booleans to text, and `label` to the other names.
     """
     import pyarrow as pa
 
@@ -47,7 +47,7 @@ def label_candidates(schema: pa.Schema, wanted: str | None) -> list[str]:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Any of Arrow's types of text, categories of text too."""
+    """Whether this is one of Arrow's text types, including categories of text."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(kind):
@@ -56,7 +56,7 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def hub_classes(schema: pa.Schema, column: str) -> tuple[str, ...] | None:
-    """Class names of a column, in label order, where a Hugging Face data set left them in the file's metadata."""
+    """Class names of a column, in label order, from a Hugging Face data set's entry in the file's metadata, or None."""
     try:
         feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
         return tuple(map(str, feature["names"])) if feature["_type"] == "ClassLabel" else None
@@ -65,7 +65,7 @@ def hub_classes(schema: pa.Schema, column: str) -> tuple[str, ...] | None:
 
 
 def with_hub_classes(section: Any) -> Any:
-    """A section `prepare_data` of Parquet files with the class names of its first file, if it gives none itself."""
+    """The section `prepare_data`; if it lacks class names, with those stored in the first Parquet file."""
     if not isinstance(section, Mapping) or section.get("source") != "parquet" or section.get("classes") is not None:
         return section
     import pyarrow as pa
@@ -77,6 +77,6 @@ def with_hub_classes(section: Any) -> Any:
         schema = pq.read_schema(first)
         (column,) = label_candidates(schema, section.get("label_column"))
     except (ValueError, TypeError, LookupError, OSError, pa.ArrowException):
-        return section  # the data are read, and what is wrong with them said, by `prepare_data`
+        return section  # `prepare_data` reads the data and reports errors in them
     names = hub_classes(schema, column)
     return section if names is None else {**section, "classes": names}

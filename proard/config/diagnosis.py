@@ -1,4 +1,4 @@
-"""Settings of the diagnosis: which networks are compared with the teacher, and how finely."""
+"""Settings of the diagnosis: the networks compared with the teacher, and the numbers of images, radii and samples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TEACHER = "teacher"
 
 
 def in_ascending_order(values: tuple[float, ...]) -> tuple[float, ...]:
-    """Refuse values that repeat or fall: they become an axis."""
+    """Refuse values that repeat or are not in ascending order: they become an axis."""
     if list(values) != sorted(set(values)):
         raise PydanticCustomError("ascending", "different numbers in ascending order")
     return values
@@ -27,9 +27,9 @@ Sigmas = Annotated[tuple[Positive, ...], AfterValidator(in_ascending_order)]
 
 
 class Diagnosed(Settings):
-    """A network beside the teacher: the exported student of a `budget`, a `file`, or the run's subnet of an `arch`.
+    """A network to compare with the teacher: an exported student (`budget`), a `file`, or a subnet of the run (`arch`).
 
-    A file is an exported student or a network trained by itself (student, teacher, control), in safetensors. `arch` is
+    A file is an exported student or a separately trained network (student, teacher, control), in safetensors. `arch` is
     `largest`, `smallest` or a mapping of elastic dims.
     """
 
@@ -40,20 +40,21 @@ class Diagnosed(Settings):
 
     @model_validator(mode="after")
     def names_one_network(self) -> Diagnosed:
-        """Exactly one source; `teacher` is always there."""
+        """Require exactly one source; the name `teacher` is reserved."""
         given = [key for key in ("budget", "file", "arch") if getattr(self, key) is not None]
         if len(given) != 1:
             raise ValueError(f"needs one of budget, file and arch; given: {', '.join(given) or 'none'}")
         if self.name == TEACHER:
-            raise ValueError(f"a network named {TEACHER} is diagnosed without being listed; name this one otherwise")
+            raise ValueError(f"the name {TEACHER} is reserved: the teacher is always diagnosed; choose another name")
         return self
 
 
 class Clever(Settings):
-    """CLEVER radii of the first `num_images` (0: none), in both norms, from gradients in balls of these radii.
+    """CLEVER radii of the first `num_images` images (0: none), from gradients in balls of both norms.
 
-    `num_maxima` points, each the largest of `num_samples` gradient norms, are fitted for each of the `targets`
-    strongest wrong classes (all of them if left out, as in the paper, which takes 500 points of 1,024 samples).
+    For each of the `targets` strongest wrong classes a distribution is fitted to `num_maxima` points. Each point is the
+    largest of `num_samples` gradient norms. Without `targets` all wrong classes are used, as in the paper, which takes
+    500 points of 1,024 samples.
     """
 
     num_images: Natural = 50
@@ -65,10 +66,10 @@ class Clever(Settings):
 
 
 class Smoothing(Settings):
-    """Randomised smoothing of the first `num_images` (0: none), for every standard deviation of `sigmas`.
+    """Randomised smoothing of the first `num_images` images (0: none), for every standard deviation in `sigmas`.
 
-    `num_choose` noisy copies choose the class, `num_certify` others certify it; a certificate is wrong with probability
-    `alpha` at most.
+    `num_choose` noisy copies select the class and `num_certify` other copies certify it. A certificate is wrong with a
+    probability of at most `alpha`.
     """
 
     num_images: Natural = 100
@@ -79,10 +80,10 @@ class Smoothing(Settings):
 
 
 class Diagnose(Settings):
-    """Networks beside their teacher: the terms of KDIGA's bound, radii, and who is aligned and who stands.
+    """Comparison of networks with their teacher: the terms of KDIGA's bound, radii, gradient alignment and robustness.
 
-    The bound is taken on the first `num_images` of `test`, at every radius of `shares` (of `threat.eps`), at points
-    that `restarts` of `num_steps` steps find.
+    The bound is computed on the first `num_images` of `test`, for every radius of `shares` (in units of `threat.eps`),
+    at points found by `restarts` attacks of `num_steps` steps.
     """
 
     networks: tuple[Diagnosed, ...] = ()

@@ -1,4 +1,4 @@
-"""Experiments: named trainings with overrides, grids, seeds and a rule of equal effort, measured and compared alike."""
+"""Experiments: named trainings with overrides, grids, seeds and an equal-effort rule, measured and compared alike."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from proard.config.fields import ConfigError, Count, FolderName, Int, Natural, P
 from proard.config.settings import Phase, TrainPhase, merge
 from proard.config.students import Effort, Student
 
-COMPARED: dict[str, dict[str, str]] = {  # what compare_experiment writes beside its table, by what there is to compare
+COMPARED: dict[str, dict[str, str]] = {  # files of compare_experiment beside its table, by kind of comparison
     "networks": {
         "summary": "summary.parquet",
         "accuracy_figure": "accuracy.svg",
@@ -37,9 +37,9 @@ COMPARED: dict[str, dict[str, str]] = {  # what compare_experiment writes beside
 
 
 class SupernetTraining(Settings):
-    """An experiment's training of the supernet: what differs from `train_phase`.
+    """An experiment's training of the supernet: overrides of the run's `train_phase`.
 
-    Its keys win over the shared keys of `train_phase` and over every phase's own. Where it has `phases`, these replace
+    Its keys override the shared keys of `train_phase` and the keys of every phase. If it has `phases`, these replace
     the list, and the keys beside them are their shared defaults. The supernet of the last phase is measured.
     """
 
@@ -53,9 +53,9 @@ class SupernetTraining(Settings):
 class Twins(Settings):
     """Archs of the run's space that are trained alone and compared with the run's subnets of the same arch.
 
-    One arch is drawn from each of `archs` equal parts of the range of log-MACs, whatever its accuracy, and trained once
-    per seed. All other keys replace those of the run's last phase. Without `effort` and `epochs` a twin makes as many
-    optimizer steps as all phases together.
+    The range of log-MACs is divided into `archs` equal parts. One arch is drawn from each part, independently of its
+    accuracy, and trained once per seed. All other keys override those of the run's last phase. Without `effort` and
+    `epochs` a twin makes as many optimizer steps as all phases together.
     """
 
     trains: Literal["twins"]
@@ -68,7 +68,7 @@ class Twins(Settings):
     @model_validator(mode="before")
     @classmethod
     def other_keys_are_overrides(cls, value: Any) -> Any:
-        """Collect the keys of a network's training; they are checked when the twins are written out."""
+        """Collect the keys of a network's training; they are checked when the list of twins is expanded."""
         if not isinstance(value, Mapping):
             return value
         own = {key: entry for key, entry in value.items() if key in cls.model_fields}
@@ -77,13 +77,13 @@ class Twins(Settings):
 
 
 class MeasureExperiment(Settings):
-    """What every training is measured under, whatever it was trained with.
+    """The measurement of every training of an experiment, independent of how it was trained.
 
-    `attacks` and their worst case on the first `num_test_images` of test, at every radius of `eps` (left out: the
-    threat's); at a radius of x times the threat's a step is x times as long. `val_attacks` on `num_val_images` of val
-    serve choices between trainings. A network that was trained with an attack is also measured under that attack
-    (`own`), as some papers do. Of a supernet, `num_archs` of `sample_archs` are measured, evenly spread over MACs, both
-    ends included.
+    `attacks` and their worst case are measured on the first `num_test_images` of test, at every radius of `eps`
+    (default: the threat's). At x times the threat's radius a step is x times as long. `val_attacks` on `num_val_images`
+    of val serve choices between trainings. A network that was trained with an attack is also measured under that attack
+    (`own`), as in some papers. Of a supernet, `num_archs` of `sample_archs` are measured, evenly spread over MACs,
+    including the smallest and the largest.
     """
 
     eps: tuple[Positive, ...] = ()
@@ -98,23 +98,23 @@ class MeasureExperiment(Settings):
 
     @model_validator(mode="after")
     def names_differ(self) -> MeasureExperiment:
-        """Attack names are keys of the tables."""
+        """Require different names of attacks: they are keys of the tables."""
         for key in ("attacks", "val_attacks"):
             names = [attack.name for attack in getattr(self, key)]
             if len(set(names)) < len(names) or {"worst", "own"} & set(names):
-                raise ValueError(f"{key} need different names, none of them `worst` or `own`; they are {names}")
+                raise ValueError(f"{key} need different names other than `worst` and `own`; they are {names}")
         return self
 
 
 class Experiment(Settings):
     """Trainings that are measured alike and compared in one table.
 
-    Every entry of `trainings` has a `name` and says what it `trains`: a `network` alone (the default), a `supernet`, a
-    `twin` or several `twins`; its other keys are overrides. `defaults` are keys that all entries share. `grid`, lists
-    of values by (dotted) key, and `seeds`, a list, stand for one training per combination, named NAME_key=value_seed=1.
-
-    Gains of supernets are over `baseline` (by default the first supernet); intervals come from `bootstraps` redraws of
-    the images. `budgets: true` puts the students of `select_student.budgets` into the same table.
+    Every entry of `trainings` has a `name` and a kind in `trains`: one `network` (the default), a `supernet`, a `twin`
+    or several `twins`. Its other keys are overrides. `defaults` are keys that all entries share. `grid` (lists of
+    values by dotted key) and `seeds` (a list) expand an entry into one training per combination, named
+    NAME_key=value_seed=1. Gains of supernets are relative to `baseline` (by default the first supernet). Intervals come
+    from `bootstraps` redraws of the images. `budgets: true` adds the students of `select_student.budgets` to the same
+    table.
     """
 
     title: str = "Trainings compared"
@@ -127,35 +127,35 @@ class Experiment(Settings):
 
     @model_validator(mode="after")
     def names_differ(self) -> Experiment:
-        """A training's name is its folder."""
+        """Require different names of trainings: a name is also a folder."""
         names = [training.name for training in self.trainings]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"trainings need different names; {', '.join(twice)} stands more than once")
+            raise ValueError(f"trainings need different names; {', '.join(twice)} occurs more than once")
         return self
 
 
 def group_of(name: str) -> str:
-    """Name of a training without its seed."""
+    """The name of a training without its seed."""
     return re.sub(r"_seed=\d+$", "", name)
 
 
 def write_out(section: Mapping[str, Any], train_phase: Any, parse: Callable[..., Any]) -> Mapping[str, Any]:
-    """The section `experiment` with every training in full.
+    """Expand the section `experiment`: every training with all its settings.
 
     Parameters
     ----------
     section : mapping
-        As written: `defaults`, and `trainings` with `grid` and `seeds`.
+        The section as in the config: `defaults`, and `trainings` with `grid` and `seeds`.
     train_phase : mapping
-        The run's section as written; supernets override it.
+        The run's section as in the config; trainings of supernets override it.
     parse : callable
         `proard.config.parse`.
 
     Raises
     ------
     ConfigError
-        Names the training and its key.
+        A training is not valid; the message names the training and its key.
     """
     listed, defaults = section.get("trainings"), section.get("defaults") or {}
     if not isinstance(listed, (list, tuple)) or not isinstance(defaults, Mapping):
@@ -171,7 +171,7 @@ def write_out(section: Mapping[str, Any], train_phase: Any, parse: Callable[...,
 
 
 def _parsed(entry: dict[str, Any], train_phase: Any, parse: Callable[..., Any]) -> Student | SupernetTraining | Twins:
-    """One training, checked, its epochs as its rule of equal effort wants them."""
+    """One training, checked, with the epochs that its equal-effort rule requires."""
     kind, where = entry.get("trains", "network"), f"experiment.{entry.get('name', 'trainings')}"
     if kind == "supernet":
         return _supernet(entry, train_phase if isinstance(train_phase, Mapping) else {}, where, parse)
@@ -182,19 +182,19 @@ def _parsed(entry: dict[str, Any], train_phase: Any, parse: Callable[..., Any]) 
     student = parse(Student, entry, where=where)
     effort = student.effort
     if effort is not None and effort.forward_equivalents is not None:
-        raise ConfigError(f"{where}.effort: forward_equivalents are for supernets; write gradients or steps")
+        raise ConfigError(f"{where}.effort: forward_equivalents is for supernets; use gradients or steps")
     return with_equal_gradients(student)
 
 
 def with_equal_gradients(student: Student) -> Student:
-    """A network's training, its epochs as its `effort` wants them where that is a number of gradients."""
+    """A network's training, with the epochs that its `effort` requires if this is a number of gradients."""
     if student.effort is None or student.effort.gradients is None:
         return student
     return student.model_copy(update={"epochs": student.effort.gradients / (student.attack_steps + 1)})
 
 
 def _supernet(entry: dict[str, Any], train_phase: Mapping[str, Any], where: str, parse: Callable) -> SupernetTraining:
-    """A training of the supernet: its overrides over the run's phases."""
+    """A training of the supernet: the run's phases with its overrides."""
     outer = {key: entry[key] for key in ("trains", "name", "seed", "effort") if key in entry}
     own = {key: value for key, value in entry.items() if key not in outer and key != "phases"}
     shared = {key: value for key, value in train_phase.items() if key != "phases"}
@@ -207,7 +207,7 @@ def _supernet(entry: dict[str, Any], train_phase: Mapping[str, Any], where: str,
     if effort is None:
         return training
     if effort.forward_equivalents is None:
-        raise ConfigError(f"{where}.effort: gradients and steps are for networks; write forward_equivalents")
+        raise ConfigError(f"{where}.effort: gradients and steps are for networks; use forward_equivalents")
     whole = sum(phase.epochs for phase in written)
     parts = [phase.forward_equivalents or effort.forward_equivalents * phase.epochs / whole for phase in written]
     stretched = [
@@ -217,7 +217,7 @@ def _supernet(entry: dict[str, Any], train_phase: Mapping[str, Any], where: str,
 
 
 def expand(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One training as written into as many as its `grid` and `seeds` stand for.
+    """Expand one training of the config into one for every combination of its `grid` and `seeds`.
 
     Parameters
     ----------
@@ -227,18 +227,18 @@ def expand(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
     Returns
     -------
     list of dict
-        Without `grid` and `seeds`; the last key of the grid and then the seed vary fastest. A name gains
-        `_KEY=VALUE` for every key of the grid, its last part alone, with `8-255` for 8/255, and `_seed=N`.
+        Trainings without `grid` and `seeds`. The seed varies fastest, then the last key of the grid. `_KEY=VALUE` is
+        appended to the name for every key of the grid (KEY is its last part; 8/255 becomes `8-255`), then `_seed=N`.
 
     Raises
     ------
     ConfigError
-        A grid that is no mapping of keys to lists, seeds that are no list.
+        The grid is not a mapping of keys to lists, or the seeds are not a list.
     """
     own = {key: value for key, value in entry.items() if key not in ("grid", "seeds")}
     name, grid, seeds = own.get("name"), entry.get("grid", {}), entry.get("seeds", [None])
     if not isinstance(grid, Mapping) or not all(_is_list(values) for values in grid.values()):
-        raise ConfigError(f"experiment.{name}.grid is {grid!r}; expected: keys with lists of values each")
+        raise ConfigError(f"experiment.{name}.grid is {grid!r}; expected: a mapping of keys to lists of values")
     if not _is_list(seeds):
         raise ConfigError(f"experiment.{name}.seeds is {seeds!r}; expected: a list of seeds")
     expanded = []
@@ -254,12 +254,12 @@ def expand(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _is_list(value: Any) -> bool:
-    """Whether this is a list that holds something."""
+    """Whether this is a list with at least one entry."""
     return isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
 
 
 def _nested(path: Sequence[str], value: Any) -> Any:
-    """`value` under a path of keys."""
+    """`value` below a path of keys."""
     for key in reversed(path):
         value = {key: value}
     return value

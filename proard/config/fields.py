@@ -1,4 +1,4 @@
-"""Field types of the settings: numbers that may arrive as text, pixel radii, and the base class."""
+"""Field types of the settings (numbers that may be given as text, pixel radii) and the base class."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ from pydantic_core import PydanticCustomError
 
 
 class UserError(ValueError):
-    """Something a user can mend; its text is all that is shown, without a traceback."""
+    """An error that a user can correct; only its text is shown, without a traceback."""
 
 
 class ConfigError(UserError):
-    """A setting: the text names the key, the value and what was expected."""
+    """An error in a setting: the text names the key, the value and what was expected."""
 
 
 class DataError(UserError):
-    """Something in the user's images or labels: the text names the file, and the row or class."""
+    """An error in the user's images or labels: the text names the file, and the row or class."""
 
 
 def shown(value: Any) -> str:
-    """A value as part of a line: the beginning of a long one."""
+    """A value as part of a line; of a long one only the beginning."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 class Settings(BaseModel):
-    """Base of every settings class: immutable, and an unknown key is an error."""
+    """Base class of all settings: immutable; an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Extended(Settings):
-    """Settings that gained keys: those in `gained` are written only where set, so that older fingerprints hold."""
+    """Settings with later keys: those in `gained` are written only if set, so that older fingerprints stay valid."""
 
     gained: ClassVar[frozenset[str]] = frozenset()
 
     @model_serializer(mode="wrap")
     def leave_out_unset(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """All keys but the gained ones that stand at their default."""
+        """All keys except the gained ones that have their default value."""
         fields = type(self).model_fields
         unset = {key for key in self.gained if getattr(self, key) == fields[key].default}
         return {key: value for key, value in write(self).items() if key not in unset}
@@ -63,16 +63,16 @@ FOLDER_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.=-]*"
 
 
 def parse_number(value: Any) -> Any:
-    """Turn text such as `8/255`, `1e-3` or `7` into the number it spells; leave everything else to pydantic.
+    """Convert text such as `8/255`, `1e-3` or `7` into a number; return everything else unchanged for pydantic.
 
-    A number that a float cannot hold, infinities and NaN among them, is refused.
+    A number that a float cannot represent is refused; so are infinities and NaN.
     """
     if isinstance(value, bool):
         raise PydanticCustomError("number", "a number, not true or false")
     try:
         number = _spelled(value.replace(" ", "")) if isinstance(value, str) else value
         is_finite = not isinstance(number, (int, float)) or math.isfinite(number)
-    except OverflowError:  # an integer or a fraction that no float holds
+    except OverflowError:  # an integer or a fraction too large for a float
         is_finite = False
     except (ValueError, ZeroDivisionError):
         raise PydanticCustomError("number", "a number such as 0.05, 1e-3 or 8/255") from None
@@ -82,9 +82,9 @@ def parse_number(value: Any) -> Any:
 
 
 def _spelled(text: str) -> float:
-    """The number that a text spells: an exact integer where it is written as one."""
+    """The number in a text: an exact integer if it is written as one."""
     if "/" not in text:
-        rough = float(text)  # before the exact value: 1e999999999 has too many digits to be computed
+        rough = float(text)  # before the exact value: 1e999999999 has too many digits to compute it
         if rough == 0 or not math.isfinite(rough):
             return rough
     fraction = Fraction(text)
@@ -92,14 +92,14 @@ def _spelled(text: str) -> float:
 
 
 def in_64_bits(value: int) -> int:
-    """Refuse an integer that no tensor and no generator takes."""
+    """Refuse an integer too large for tensors and generators."""
     if abs(value) > LARGEST_INT:
         raise PydanticCustomError("integer", "an integer below 9.2e18")
     return value
 
 
 def in_pixel_units(value: float) -> float:
-    """Refuse a radius above 1: someone wrote it on the 0-255 scale."""
+    """Refuse a radius above 1: it was probably given on the 0-255 scale."""
     if value > 1:
         raise PydanticCustomError(
             "pixel_units", "a length in pixel units of [0, 1]: write {text}/255", {"text": f"{value:g}"}
@@ -108,14 +108,14 @@ def in_pixel_units(value: float) -> float:
 
 
 def folder_name(value: str) -> str:
-    """Refuse what is no plain name of a folder: `..` would lead out of the run's own."""
+    """Refuse a text that is not a plain folder name: `..` would lead out of the run's folder."""
     if not re.fullmatch(FOLDER_NAME, value):
         raise PydanticCustomError("name", "letters, digits, _ . = and -, beginning with a letter, a digit or _")
     return value
 
 
 def class_names(value: Any) -> Any:
-    """Refuse what YAML makes of class names that are not quoted, and what is no list of them."""
+    """Refuse class names that YAML read as another type for lack of quotes, and values that are not a list of names."""
     if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
         return value
     if isinstance(value, str) and re.fullmatch(r"[0-9.]+", value):  # a number of classes from the command line
@@ -130,14 +130,14 @@ def class_names(value: Any) -> Any:
 
 
 def names_differ(field: str, *reserved: str) -> Any:
-    """A validator for the body of a settings class: a field's entries have different names, none of them reserved."""
+    """A validator for the body of a settings class: entries of a field have different names, none of them reserved."""
 
     def check(settings: Any) -> Any:
         names = [entry.name for entry in getattr(settings, field)]
         wrong = sorted({name for name in names if names.count(name) > 1 or name in reserved})
         if wrong:
-            kept = f", none of them {' or '.join(f'`{name}`' for name in reserved)}" if reserved else ""
-            found = f"they are {names}" if len(names) < 10 else f"given again or not allowed: {', '.join(wrong)}"
+            kept = f" other than {' and '.join(f'`{name}`' for name in reserved)}" if reserved else ""
+            found = f"they are {names}" if len(names) < 10 else f"repeated or reserved: {', '.join(wrong)}"
             raise ValueError(f"{field} need different names{kept}; {found}")
         return settings
 

@@ -1,4 +1,4 @@
-"""Config files, read more strictly than YAML does: a key that is given twice is an error; errors name their line."""
+"""Config files, read more strictly than YAML: a repeated key is an error, and errors name their line."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from proard.config.fields import ConfigError
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
-    """Keys and values of a YAML or JSON file.
+    """Read the keys and values of a YAML or JSON file.
 
     Parameters
     ----------
     path : str or Path
-        A config file of a run or a profile of Snakemake.
+        A config file of a run or a Snakemake profile.
 
     Returns
     -------
     dict
-        What a plain YAML loader gives.
+        The result of a plain YAML loader.
 
     Raises
     ------
     ConfigError
-        The file cannot be read, is no YAML (file, line and column), holds no keys, or gives a key twice in one
-        section: YAML would keep the last one in silence.
+        The file cannot be read, is not YAML (the message names file, line and column) or has no keys; or a section has
+        a key twice, of which YAML would silently use the last one.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is no text in UTF-8 (byte {error.start}); save it as such") from None
+        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     loader = None
     try:
         loader = yaml.SafeLoader(text.replace("\t", " ") if _is_json(text) else text)
@@ -44,25 +44,25 @@ def read_file(path: str | Path) -> dict[str, Any]:
         if repeated:
             key, first, second = repeated
             raise ConfigError(
-                f"{path}: {key} is given twice, in line {first} and in line {second}; put what belongs to it into one"
+                f"{path}: {key} is given twice, in line {first} and in line {second}; merge them into one"
             )
         content = loader.construct_document(node) if node else None
     except yaml.MarkedYAMLError as error:
-        raise ConfigError(f"{path}{_place(error)}: no YAML: {_what(error)}") from None
+        raise ConfigError(f"{path}{_place(error)}: not valid YAML: {_what(error)}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     finally:
         if loader is not None:
             loader.dispose()
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds no keys")
+        raise ConfigError(f"{path} has no keys")
     return content
 
 
 def _is_json(text: str) -> bool:
-    """Whether a text is JSON, where tabs may indent."""
+    """Whether a text is JSON, in which tabs may indent."""
     try:
         json.loads(text)
     except (ValueError, RecursionError):
@@ -71,7 +71,7 @@ def _is_json(text: str) -> bool:
 
 
 def _repeated(node: yaml.Node | None, path: tuple[str, ...]) -> tuple[str, int, int] | None:
-    """The first key that a section gives twice: its dotted name and both lines. Merge keys (`<<`) may repeat."""
+    """The first key that a section contains twice: dotted name and both lines. Merge keys (`<<`) may repeat."""
     if isinstance(node, yaml.SequenceNode):
         return next(filter(None, (_repeated(entry, (*path, str(i))) for i, entry in enumerate(node.value))), None)
     if not isinstance(node, yaml.MappingNode):
@@ -91,13 +91,13 @@ def _repeated(node: yaml.Node | None, path: tuple[str, ...]) -> tuple[str, int, 
 
 
 def _place(error: yaml.MarkedYAMLError) -> str:
-    """Line and column of an error, as far as it has them."""
+    """Line and column of an error, if known."""
     mark = error.problem_mark or error.context_mark
     return f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
 
 
 def _what(error: yaml.MarkedYAMLError) -> str:
-    """What is wrong, and where the section that it belongs to began."""
+    """The problem, and the first line of the section that contains it."""
     began = error.context_mark
     where = f" from line {began.line + 1}" if began and error.context else ""
     tabs = "; indent with spaces, not with tabs" if "'\\t'" in str(error.problem) else ""

@@ -1,4 +1,4 @@
-"""Which image files a run reads: a fingerprint that changes with them, so that the workflow reads them again."""
+"""A fingerprint of the image files of a run: if it changes, the workflow reads them again."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from proard.config.images import PrepareData
 
 
 def image_fingerprint(settings: PrepareData) -> str:
-    """Hash of the paths, sizes and modification times of the user's image files; nothing is opened.
+    """Hash of the paths, sizes and modification times of the user's image files; no file is opened.
 
     Returns
     -------
     str
-        16 hex digits; empty for images that a library brings: `digits`, and CIFAR, whose files torchvision accepts
-        only with the published checksums. A path that does not exist counts as no file: `prepare_data` names it.
+        16 hex digits; empty for images that come from a library: `digits`, and CIFAR, for which torchvision checks the
+        published checksums. A path that does not exist counts as no file; `prepare_data` reports it.
     """
     if settings.source not in ("parquet", "imagefolder"):
         return ""
     digest = hashlib.sha256()
     for paths in (settings.train, settings.test):
         for text in (paths,) if isinstance(paths, str) else paths or ():
-            digest.update(f"{text}\n".encode(errors="surrogateescape"))  # as written: another checkout, the same words
+            digest.update(f"{text}\n".encode(errors="surrogateescape"))  # as in the config: equal in every checkout
             for path, status in _files(text, settings.source):
                 line = f"{path}\t{status.st_size}\t{status.st_mtime_ns}\n"
                 digest.update(line.encode(errors="surrogateescape"))
@@ -36,12 +36,12 @@ def image_fingerprint(settings: PrepareData) -> str:
 
 
 def _files(pattern: str, source: str) -> Iterator[tuple[str, os.stat_result]]:
-    """Image files of one path or glob, in order, by their path from there: those that `prepare_data` reads."""
+    """Image files that `prepare_data` reads for one path or glob: sorted, as relative paths."""
     for match in matching_paths(pattern, folder_holds="*.parquet" if source == "parquet" else None):
         in_folders = source == "imagefolder" and match.is_dir()
         try:
             files = _of_classes(match) if in_folders else [match]
-        except (OSError, DataError):  # a folder that cannot be read: `prepare_data` names it
+        except (OSError, DataError):  # a folder that cannot be read: `prepare_data` reports it
             continue
         for file in files:
             if file.exists():  # not deleted meanwhile
@@ -49,5 +49,5 @@ def _files(pattern: str, source: str) -> Iterator[tuple[str, os.stat_result]]:
 
 
 def _of_classes(root: Path) -> list[Path]:
-    """Image files of all class folders."""
+    """The image files of all class folders."""
     return [file for name in class_folders(root) for file, _ in list_images(root, name, Counter())]

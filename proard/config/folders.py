@@ -1,4 +1,4 @@
-"""Image files of a class folder: all that Pillow decodes, in linked folders too, nothing hidden."""
+"""Image files of a class folder: all formats that Pillow decodes, in linked folders too, without hidden files."""
 
 from __future__ import annotations
 
@@ -9,50 +9,50 @@ from pathlib import Path
 
 from proard.config.fields import DataError
 
-NOT_DECODED = {"EPS", "MPEG"}  # the one needs Ghostscript, of the other Pillow reads nothing but the size
+NOT_DECODED = {"EPS", "MPEG"}  # EPS needs Ghostscript; of MPEG Pillow reads only the size
 
 
 @cache
 def readable_suffixes() -> frozenset[str]:
-    """Suffixes, in lower case, of the formats that the installed Pillow decodes by itself."""
-    from PIL import Image, ImageFile  # not at the top: Snakemake, which reads settings first, seldom needs it
+    """Suffixes, in lower case, of the formats that the installed Pillow decodes itself."""
+    from PIL import Image, ImageFile  # imported here: Snakemake, which only reads settings, rarely needs it
 
     Image.init()
     readers = {name: reader for name, (reader, _) in Image.OPEN.items() if isinstance(reader, type)}
-    stubs = {name for name, reader in readers.items() if issubclass(reader, ImageFile.StubImageFile)}  # decode nothing
-    formats = {*Image.OPEN, "MPO"} - stubs - NOT_DECODED  # the reader of JPEG opens MPO
+    stubs = {name for name, reader in readers.items() if issubclass(reader, ImageFile.StubImageFile)}  # no decoder
+    formats = {*Image.OPEN, "MPO"} - stubs - NOT_DECODED  # the JPEG reader opens MPO
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
 
 
 def is_hidden_folder(name: str) -> bool:
-    """Whether tools, not people, made the folder: `.ipynb_checkpoints`, `.thumbnails`, `@eaDir`."""
+    """Whether a program created the folder, not the user: `.ipynb_checkpoints`, `.thumbnails`, `@eaDir`."""
     return name.startswith((".", "@"))
 
 
 def class_folders(root: Path) -> list[str]:
-    """Names of the folders of a class folder's images, in order."""
+    """Names of the class folders, sorted."""
     return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not is_hidden_folder(entry.name))
 
 
 def list_images(root: Path, name: str, left_out: Counter[str]) -> list[tuple[Path, str]]:
-    """Image files below `root/name`, at any depth.
+    """List the image files below `root/name`, at any depth.
 
-    Linked folders are followed, unless they lead to a folder that holds the link or `root`.
+    Linked folders are followed, unless they lead to a folder that contains the link or `root`.
 
     Parameters
     ----------
     left_out : Counter
-        Gains what is not read, counted by suffix or reason.
+        Entries that are not read are added to it, by suffix or reason.
 
     Returns
     -------
     list of (Path, str)
-        Sorted by path; the second is the file behind all links.
+        Path of each file, sorted, and its real path with all links resolved.
     """
     base, seen = os.path.realpath(root), set()
     files: list[tuple[Path, str]] = []
     linked: list[Path] = []
-    folders = [root / name]  # links come last: what they repeat keeps its own path
+    folders = [root / name]  # links come last: a file found directly keeps its own path
     while folders or linked:
         folder = folders.pop() if folders else linked.pop()
         real = os.path.realpath(folder)
@@ -67,7 +67,7 @@ def list_images(root: Path, name: str, left_out: Counter[str]) -> list[tuple[Pat
                 elif not entry.is_symlink():
                     folders.append(path)
                 elif _holds(os.path.realpath(path), real):
-                    left_out["linked in a circle"] += 1
+                    left_out["linked in a loop"] += 1
                 else:
                     linked.append(path)
             elif entry.name.startswith("."):
@@ -80,12 +80,12 @@ def list_images(root: Path, name: str, left_out: Counter[str]) -> list[tuple[Pat
 
 
 def _holds(folder: str, inner: str) -> bool:
-    """Whether `folder` is `inner` or lies above it; both behind all links."""
+    """Whether `folder` is `inner` or one of its parents; both with links resolved."""
     return Path(inner).is_relative_to(folder)
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What a folder holds, by name."""
+    """The entries of a folder, sorted by name."""
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)

@@ -1,4 +1,4 @@
-"""Where images come from and how they are split."""
+"""Settings of the source of the images and of their split."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Paths = str | tuple[str, ...]
 
 
 class PrepareData(Extended):
-    """Where images come from and how they are split. `train` and `test` are paths; a missing `test` is cut off.
+    """Source and split of the images. `train` and `test` are paths; without `test`, a part of `train` becomes test.
 
-    `max_train_images` thins the training images before `val` is cut off. `image_column` and `label_column` name columns
-    of Parquet files; without the latter an integer, boolean or text column called label, labels, target, class or
-    fine_label is taken. `classes` may be left out where a Hugging Face data set left its class names in the Parquet
-    files. `image_size` resizes images of `parquet` and `imagefolder` to that side.
+    `max_train_images` reduces the training images before `val` is split off. `image_column` and `label_column` name
+    columns of Parquet files. Without `label_column`, an integer, boolean or text column named label, labels, target,
+    class or fine_label is used. `classes` is optional if a Hugging Face data set stored its class names in the Parquet
+    files. `image_size` resizes images of `parquet` and `imagefolder` to that side in pixels.
     """
 
     gained = frozenset({"image_column"})
@@ -40,17 +40,17 @@ class PrepareData(Extended):
     @model_validator(mode="before")
     @classmethod
     def classes_from_the_file(cls, value: Any) -> Any:
-        """Class names that a Parquet file brings count as written in the config."""
+        """Use the class names stored in a Parquet file as if they were given in the config."""
         return with_hub_classes(value)
 
     @model_validator(mode="after")
     def source_is_complete(self) -> PrepareData:
-        """Sources that read the user's own files need a path and the classes."""
+        """Require a path and the classes for sources that read the user's own files."""
         if self.source in ("parquet", "imagefolder"):
             if self.train is None:
                 raise ValueError(f"source {self.source} needs `train`: the path of the training images")
             if self.classes is None:
-                where = "; only Parquet files that exist here and hold Hugging Face's class names do without"
+                where = " (optional only for existing Parquet files with Hugging Face's class names)"
                 raise ValueError(
                     f"source {self.source} needs `classes`: their names in label order, or their number"
                     f"{where if self.source == 'parquet' else ''}"
@@ -58,7 +58,7 @@ class PrepareData(Extended):
         return self
 
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, side in pixels and number of classes of the images this source yields."""
+        """Channels, side in pixels and number of classes of this source's images."""
         channels, size, classes = {"digits": (1, 8, 10), "cifar10": (3, 32, 10), "cifar100": (3, 32, 100)}.get(
             self.source, (3, 32, 0)
         )

@@ -1,4 +1,4 @@
-"""Settings of the losses. Where a loss's paper has another default than the key, naming the loss sets the paper's."""
+"""Settings of the losses. If a loss's paper has another default than the key, selecting the loss sets the paper's."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ PAPER_DEFAULTS: dict[str, dict[str, float]] = {
 class RobustOptions(Settings):
     """Options of objectives without a teacher.
 
-    `beta` weighs the divergence of `trades`, `mart` and `hat` (2.5 for `hat`) and the adversarial term of `fast_edge`
-    (1). `hat` adds `helper_weight` times a cross-entropy at `helper_reach` times the perturbation, labelled by the
-    run's plainly trained control. `awp_gamma` above 0 trains on weights moved against the loss by that share of each
-    layer's norm (the paper: 5e-3), from `awp_warmup_epochs` on.
+    `beta` weights the divergence of `trades`, `mart` and `hat` (2.5 for `hat`) and the adversarial term of `fast_edge`
+    (1). `hat` adds `helper_weight` times a cross-entropy at `helper_reach` times the perturbation. Its labels come from
+    the run's plainly trained control. With `awp_gamma` above 0, training uses weights moved against the loss by that
+    fraction of each layer's norm (paper: 5e-3), from `awp_warmup_epochs` on.
     """
 
     beta: NonNegative = 6.0
@@ -40,7 +40,7 @@ class RobustOptions(Settings):
     @model_validator(mode="before")
     @classmethod
     def paper_defaults(cls, value: Any) -> Any:
-        """Fill keys that are left out by what the named losses' papers take."""
+        """Fill missing keys with the defaults of the selected losses' papers."""
         if not isinstance(value, dict):
             return value
         named = [value.get(key) for key in ("loss", "objective", "teacher_objective")]
@@ -51,16 +51,17 @@ class RobustOptions(Settings):
 
 
 class DistillationOptions(RobustOptions):
-    """Options of distillation losses, and terms that any of them may add.
+    """Options of distillation losses, and terms that can be added to any of them.
 
-    `adv_weight` is the share of the adversarial term (`rslad`, `absld`, `alpha`: 5/6; `adaad`: 1), `soft_weight` that
-    of soft labels beside hard ones (`ard`, `iad`, `adaiad`: 1; `kd`, `akd`: 1/2), `temperature` theirs (30 for `ard`
-    and `adaiad`). `iad` and `adaiad` trust the teacher by p_y(x')^`trust_power` after `trust_after` of the training.
-    `mtard` moves the share of its two teachers at `balance_rate`. `absld` moves the temperature of each class by up
-    to `temperature_rate` a pass between `temperature_min` and `temperature_max`. `alpha` takes the larger divergence of
-    `alpha_min` and `alpha_max`, importance weights clipped at `ratio_clip`. Above 0, `igdm_weight` (the paper: 1 on
-    CIFAR-10) and `kdiga_weight` add input-gradient matching, the latter in `kdiga_norm` at `kdiga_at` images.
-    `loss_scale` multiplies the sum: releases that average divergences over classes, too, have 1 / classes of ours.
+    `adv_weight` is the weight of the adversarial term (`rslad`, `absld`, `alpha`: 5/6; `adaad`: 1). `soft_weight` is
+    the weight of soft labels against hard ones (`ard`, `iad`, `adaiad`: 1; `kd`, `akd`: 1/2), `temperature` their
+    temperature (30 for `ard` and `adaiad`). `iad` and `adaiad` weight the teacher by p_y(x')^`trust_power` after the
+    fraction `trust_after` of the training. `mtard` adapts the weights of its two teachers at the rate `balance_rate`.
+    `absld` changes the temperature of each class by up to `temperature_rate` per pass over the data, between
+    `temperature_min` and `temperature_max`. `alpha` uses the larger divergence of `alpha_min` and `alpha_max`, with
+    importance weights clipped at `ratio_clip`. Above 0, `igdm_weight` (paper: 1 on CIFAR-10) and `kdiga_weight` add
+    input-gradient matching; `kdiga_norm` and `kdiga_at` are the norm and the images of the latter. `loss_scale`
+    multiplies the sum: released code that also averages divergences over classes has 1 / classes of ours.
     """
 
     adv_weight: Share = 5 / 6

@@ -1,4 +1,4 @@
-"""Networks that are trained as they stand: spaces of a single arch by name, and networks that no space describes."""
+"""Networks that are trained whole: named spaces of a single arch, and networks outside the spaces."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BASIC: dict[str, Any] = {"family": "resnet", "block": "basic", "shortcut": "wher
 
 
 class Fixed(Settings):
-    """What networks outside the spaces have in common: the shape of their images."""
+    """Common settings of networks outside the spaces: the shape of their images."""
 
     image_channels: Count = 3
     image_size: Count = 32
@@ -23,7 +23,7 @@ class Fixed(Settings):
 
 
 class WideResNet(Fixed):
-    """Pre-activation ResNet of `depth` 6n + 4 layers, 16 `widen`, 32 `widen` and 64 `widen` channels wide.
+    """Pre-activation ResNet with `depth` 6n + 4 layers and 16 `widen`, 32 `widen` and 64 `widen` channels.
 
     Zagoruyko and Komodakis, 2016, arXiv:1605.07146; without dropout, as in robust training.
     """
@@ -35,14 +35,14 @@ class WideResNet(Fixed):
 
     @model_validator(mode="after")
     def blocks_are_whole(self) -> WideResNet:
-        """Three groups of blocks of two layers, and four layers beside them."""
+        """Require whole blocks: three groups of two-layer blocks and four other layers."""
         if self.depth < 10 or (self.depth - 4) % 6:
             raise ValueError(f"depth is {self.depth}; expected: 6n + 4, such as 10, 16, 28 or 34")
         return self
 
 
 class VisionTransformer(Fixed):
-    """Vision transformer, as torchvision builds it: `patch` pixels a side, `layers` of `heads`, `hidden`, `mlp` wide.
+    """Torchvision's vision transformer: patches of side `patch`, `layers` of `heads` heads, widths `hidden` and `mlp`.
 
     Dosovitskiy et al., ICLR 2021, arXiv:2010.11929.
     """
@@ -57,7 +57,7 @@ class VisionTransformer(Fixed):
 
     @model_validator(mode="after")
     def parts_are_whole(self) -> VisionTransformer:
-        """Patches tile the image, heads share the hidden width."""
+        """Require that `patch` divides `image_size` and `heads` divides `hidden`."""
         if self.image_size % self.patch:
             raise ValueError(f"patch is {self.patch}; expected: a divisor of image_size, {self.image_size}")
         if self.hidden % self.heads:
@@ -66,7 +66,7 @@ class VisionTransformer(Fixed):
 
 
 def resnet(name: str, channels: Sequence[int], blocks: Sequence[int], *, stem_stride: int = 1) -> Space:
-    """A ResNet of basic blocks for small images, 1x1 shortcuts where shapes change (He et al., arXiv:1512.03385)."""
+    """A ResNet of basic blocks for small images; 1x1 shortcuts where shapes change (He et al., arXiv:1512.03385)."""
     units = [
         Unit(channels=out, blocks=count, stride=1 if index == 0 else 2)
         for index, (out, count) in enumerate(zip(channels, blocks, strict=True))
@@ -85,7 +85,7 @@ def mobilenet_v2(name: str, rows: Sequence[tuple[int, int, int, int]], *, stem: 
     return Space(name=name, family="mobilenet", block="mbconv", stem=stem, units=tuple(units), final=last)
 
 
-SHALLOW = ((1, 16, 1, 1), (6, 24, 2, 1))  # MobileNetV2 for 32x32: no stride in the stem and in the second row
+SHALLOW = ((1, 16, 1, 1), (6, 24, 2, 1))  # MobileNetV2 for 32x32: stride 1 in the stem and in the second row
 DEEP = ((6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 MICRO = ((1, 8, 1, 1), (4, 16, 2, 1), (4, 24, 2, 2), (4, 48, 2, 2))
 Named = Space | WideResNet | VisionTransformer
@@ -117,5 +117,5 @@ NETS: dict[str, Named] = {
 
 
 def named_nets() -> dict[str, Named]:
-    """Every network that a name stands for: the search spaces' presets and the networks above."""
+    """All networks that have a name: the presets of the search spaces and the networks above."""
     return {**PRESETS, **NETS}

@@ -1,4 +1,4 @@
-"""The package's search spaces by name."""
+"""The named search spaces of the package."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def mobilenet_v3(name: str, images: str) -> Space:
 
 
 def mobilenet_v2(name: str, images: str, *, channels: Sequence[int]) -> Space:
-    """MobileNetV2's layers without squeeze-excite, ReLU6 throughout; the last unit has one block."""
+    """MobileNetV2's layers without squeeze-excite, ReLU6 everywhere; the last unit has one block."""
     stem_stride, strides = STRIDES[images]
     units = [
         Unit(channels=out, blocks=2, stride=stride, activation="relu6")

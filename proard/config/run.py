@@ -1,4 +1,4 @@
-"""The settings of a whole run, what each stage gets of them, and errors that a user can act on."""
+"""The settings of a whole run, the part of them that each stage reads, and messages for invalid settings."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ class RunConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def name_becomes_space(cls, value: Any) -> Any:
-        """Replace a preset's name by the preset, in the shape of the data source where one is given.
+        """Replace a preset's name by the preset, adapted to the shape of the data source if one is given.
 
-        Users' own images take the side of a named ImageNet-size preset where they have none of their own.
+        The user's own images without an image size get the side of a named ImageNet-size preset.
         """
         if not isinstance(value, Mapping):
             return value
@@ -96,7 +96,7 @@ class RunConfig(Settings):
             try:
                 channels, size, classes = PrepareData.model_validate(value["prepare_data"]).image_shape()
             except ValidationError:
-                pass  # reported with its key when the section itself is validated
+                pass  # reported with its key when the section is validated
             else:
                 space = {**space, "image_channels": channels, "image_size": size, "classes": classes}
         value["space"] = space
@@ -105,7 +105,7 @@ class RunConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def trainings_are_written_out(cls, value: Any) -> Any:
-        """Write every training of the experiment out: defaults, grids, seeds, phases."""
+        """Expand the experiment's trainings: defaults, grids, seeds and phases."""
         section = value.get("experiment") if isinstance(value, Mapping) else None
         if not isinstance(section, Mapping):
             return value
@@ -113,14 +113,15 @@ class RunConfig(Settings):
 
 
 def load(config: Mapping[str, Any]) -> RunConfig:
-    """Check the settings of a whole run.
+    """Validate the settings of a whole run.
 
     Raises
     ------
     ConfigError
-        Names the key, its value, what was expected and, for an unknown key, the nearest valid ones. An l2 attack that
-        measures and cannot cross its ball is an error too: its accuracies would be too high. So are too few archs to
-        fit the predictor, except in an experiment, which may need a few archs and no predictor.
+        A setting is not valid; the message names the key, its value, what was expected and, for an unknown key, the
+        nearest valid ones. It is also an error if an l2 attack of a measurement cannot cross its ball (its accuracies
+        would be too high), or if there are too few archs to fit the predictor. The latter is allowed in an experiment,
+        which may need a few archs but no predictor.
     """
     run = parse(RunConfig, config)
     sampled, fitted = run.sample_archs.num_archs, run.fit_predictor
@@ -144,7 +145,7 @@ def load(config: Mapping[str, Any]) -> RunConfig:
 
 
 def _measuring_attacks(run: RunConfig) -> dict[str, s.Attack | s.Validation]:
-    """Attacks whose accuracies are compared or reported, by the key that a user would change."""
+    """Attacks of measurements that are compared or reported, by their key in the config."""
     attacks: dict[str, s.Attack | s.Validation] = {
         f"verify_front.attacks.{attack.name}": attack for attack in run.verify_front.attacks
     }
@@ -173,7 +174,7 @@ def parse(model: type[Model], values: Mapping[str, Any] | str, *, where: str = "
 
 
 def explain(model: type[BaseModel], values: Any, error: Mapping[str, Any], where: str) -> str:
-    """One line for one pydantic error: key, value, expectation, way out."""
+    """One line for one pydantic error: key, value, what was expected, and how to correct it."""
     path = [str(part) for part in ([where] if where else []) + _named_path(values, error["loc"])]
     key = ".".join(path) or "settings"
     if error["type"] == "extra_forbidden":
@@ -188,16 +189,16 @@ def explain(model: type[BaseModel], values: Any, error: Mapping[str, Any], where
         name, value = path[-1], float(parse_number(error["input"]))
         return f"{key} is {error['input']}; {name} is in pixel units of [0, 1], write {value:g}/255"
     if error["type"] == "invalid_key":
-        return f"{key} is a key that YAML does not read as text; quote it as it is written"
+        return f"{key} is a key that YAML does not read as text; put it in quotes"
     if error["type"] == "string_type" and isinstance(error["input"], bool):
-        return f"{key} is {error['input']}, as YAML reads yes, no, on and off; quote it as it is written"
+        return f"{key} is {error['input']}, because YAML converts unquoted yes, no, on and off; put it in quotes"
     if error["type"] == "string_type" and isinstance(error["input"], (int, float, date)):
-        return f"{key} is {error['input']}, which YAML does not read as text; quote it: '{error['input']}'"
+        return f"{key} is {error['input']}, which YAML does not read as text; put it in quotes: '{error['input']}'"
     return f"{key} is {shown(error['input'])}; expected: {message.removeprefix('input should be ')}"
 
 
 def unknown(kind: str, key: str, valid: Any, *, last: str | None = None) -> str:
-    """Message for a name that does not exist, with the three names nearest to it."""
+    """Message for an unknown name, with the three nearest valid names."""
     name, names = last or key, list(valid)
     alike = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"; did you mean {alike[0]}?" if alike else ""
@@ -205,13 +206,13 @@ def unknown(kind: str, key: str, valid: Any, *, last: str | None = None) -> str:
 
 
 def _named_path(values: Any, location: tuple[Any, ...]) -> list[Any]:
-    """The location as the user wrote it: list entries that carry a name are called by it."""
+    """The location with names in place of indices, for list entries that have a name."""
     path: list[Any] = []
     for part in location:
         if isinstance(part, str) and ("[" in part or part in ("int", "float", "str") or part.startswith("function-")):
-            continue  # pydantic's name for a branch of a union
+            continue  # pydantic's name of a branch of a union
         if isinstance(values, Mapping) and part not in values and part == values.get("family"):
-            continue  # its name for a branch that the family chooses
+            continue  # pydantic's name of the branch of a family
         entry = None
         if isinstance(values, Mapping):
             values = entry = values.get(part)
@@ -226,7 +227,7 @@ def _named_path(values: Any, location: tuple[Any, ...]) -> list[Any]:
 
 
 def _keys_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    """Valid keys of the mapping at `location`, read from the generated schema."""
+    """Valid keys of the mapping at `location`, from the generated schema."""
     schema = model.model_json_schema()
     node: dict[str, Any] = schema
     for part in location:
@@ -235,7 +236,7 @@ def _keys_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
             node = node.get("items", node.get("prefixItems", [{}])[0] if "prefixItems" in node else {})
         else:
             chosen = node.get("discriminator", {}).get("mapping", {}).get(part)
-            named = [*node.get("patternProperties", {}).values(), node][0]  # a mapping whose keys the user names
+            named = [*node.get("patternProperties", {}).values(), node][0]  # a mapping with arbitrary keys
             node = {"$ref": chosen} if chosen else node.get("properties", {}).get(part, named)
     return list(_resolve(schema, node).get("properties", {}))
 
@@ -259,7 +260,7 @@ def job_settings(
     phase: str | None = None,
     training: str | None = None,
 ) -> str:
-    """The sections a job reads, as canonical JSON: what stands in its shell line and triggers its reruns.
+    """The sections that a job reads, as canonical JSON: part of its shell command, so that changes rerun the job.
 
     Raises
     ------
@@ -273,7 +274,7 @@ def job_settings(
         section = config.experiment.model_copy(update={"trainings": chosen})
         config = config.model_copy(update={"experiment": section})
     sections = config.model_dump(mode="json", include=set(NEEDS[stage]))
-    if stage != "verify_front" and "verify_front" in sections:  # these measure under the same attacks, no more
+    if stage != "verify_front" and "verify_front" in sections:  # these stages use only the attacks of that section
         sections["verify_front"] = {"attacks": sections["verify_front"]["attacks"]}
     if stage in OF_EXPERIMENT:
         part = {key: sections["experiment"][key] for key in OF_EXPERIMENT[stage]}
@@ -287,14 +288,14 @@ def job_settings(
 
 
 def at_any_rhythm(settings: Any) -> Any:
-    """Dumped settings with every `save_every_minutes` at its default: it changes no result."""
+    """Dumped settings with every `save_every_minutes` at its default, because it changes no result."""
     if isinstance(settings, Mapping):
         return {key: RHYTHM if key == "save_every_minutes" else at_any_rhythm(settings[key]) for key in settings}
     return [at_any_rhythm(entry) for entry in settings] if isinstance(settings, (list, tuple)) else settings
 
 
 def without_rhythm(config: RunConfig) -> tuple[RunConfig, dict[str, Any]]:
-    """The config at the default `save_every_minutes`, and where it was another: by stage, or by stage and name."""
+    """The config with the default `save_every_minutes`, and the other values of it: by stage, or by stage and name."""
     others: dict[str, Any] = {}
     for stage, section in config:
         if isinstance(section, s.Optimisation) and section.save_every_minutes != RHYTHM:
@@ -310,7 +311,7 @@ def without_rhythm(config: RunConfig) -> tuple[RunConfig, dict[str, Any]]:
 
 
 def _only_phase(section: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The list of phases of a section with one of them."""
+    """The list of phases of a section, reduced to one phase."""
     phases = {phase["name"]: phase for phase in section["phases"]}
     if name not in phases:
         raise ConfigError(unknown("phase", name, phases))
@@ -323,7 +324,7 @@ def json_schema() -> dict[str, Any]:
     space = schema["properties"]["space"]
     schema["properties"]["space"] = {
         "anyOf": [{"enum": sorted(PRESETS)}, {key: space[key] for key in space if key != "default"}],
-        "description": "A preset's name or a space written out.",
+        "description": "A preset's name, or the settings of a space.",
         "default": "resnet_digits",
     }
     defined = schema["$defs"]

@@ -13,12 +13,12 @@ PATH = "workflow/schemas/config.schema.yaml"
 
 
 def schema_text() -> str:
-    """JSON schema of a config file as YAML, as it is committed in `workflow/schemas/`.
+    """The JSON schema of a config file as YAML, as committed in `workflow/schemas/`.
 
     Returns
     -------
     str
-        Draft 2020-12, with every key's default and, where the settings class gives one, its description.
+        Draft 2020-12, with the default of every key and with descriptions from the settings classes.
     """
     return HEADER.format(path=PATH) + yaml.safe_dump(json_schema(), sort_keys=False, width=120, allow_unicode=True)
 

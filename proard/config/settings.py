@@ -23,14 +23,15 @@ from proard.config.fields import (
 )
 from proard.config.losses import WITHOUT_ATTACK, Distillation, DistillationOptions, RobustObjective, RobustOptions
 
-KeptType = Literal["float32", "float16"]  # of teacher outputs that are kept in a table
+KeptType = Literal["float32", "float16"]  # type of stored teacher outputs
 
 
 class Measurement(Settings):
-    """How every subnet is measured, the same in evaluation, verification, selection and export.
+    """Measurement of a subnet, equal in evaluation, verification, selection and export.
 
-    `accounting`: `any_iterate` counts an image as lost if any iterate is misclassified, `last_iterate` (the papers')
-    looks at the last one only. `recalibration_images` of `train` reset the batch-norm statistics of each subnet.
+    `accounting`: with `any_iterate` an image counts as misclassified if any iterate of the attack is; with
+    `last_iterate` (as in the papers) only the last iterate counts. The batch-norm statistics of each subnet are
+    recomputed on `recalibration_images` images of `train`.
     """
 
     accounting: Literal["any_iterate", "last_iterate"] = "any_iterate"
@@ -39,19 +40,19 @@ class Measurement(Settings):
 
 
 class Augmentation(Settings):
-    """Random crop from an image padded by `crop_padding` black pixels, and a mirror image half of the time."""
+    """Random crop from an image padded by `crop_padding` black pixels, mirrored with probability 1/2."""
 
     crop_padding: Natural = 4
     flip: bool = True
 
 
 class Validation(Settings):
-    """Measurement on `val` during training, every so many epochs; the best epoch by robust accuracy is kept.
+    """Measurement on `val` during training, every so many epochs; the epoch with the best robust accuracy is kept.
 
-    `overfitting` watches for catastrophic overfitting, the failure of training with one or two attack steps: the same
-    images are also attacked as in training, and where PGD leaves less than `overfitting_ratio` of the accuracy that
-    the training's attack leaves, `warn` says so and `stop` ends the training there, with its best weights so far.
-    Left out, it is `warn` for attacks of one or two steps and `off` for longer ones.
+    `overfitting` monitors catastrophic overfitting, a failure of training with one or two attack steps. The same images
+    are also attacked as in training, and the two robust accuracies are compared. If that under PGD is below
+    `overfitting_ratio` times that under the training's attack, `warn` prints a warning, and `stop` ends the training
+    and keeps its best weights so far. The default is `warn` for attacks of one or two steps and `off` for longer ones.
     """
 
     every_epochs: Count = 5
@@ -62,16 +63,16 @@ class Validation(Settings):
     overfitting_ratio: Share = 0.5
 
     def watch(self, attack: TrainingAttack) -> Literal["warn", "stop", "off"]:
-        """What the monitor of catastrophic overfitting does in a training with this attack."""
+        """Action of the monitor of catastrophic overfitting in a training with this attack."""
         return self.overfitting or ("warn" if 1 <= attack.num_steps <= 2 else "off")
 
 
 class Optimisation(Extended):
-    """Linear warm-up and cosine decay of the learning rate; EMA of the weights.
+    """Linear warm-up and cosine decay of the learning rate; exponential moving average (EMA) of the weights.
 
     `optimizer`: `sgd` with Nesterov momentum, `adamw`, or `muon`, which orthogonalises the momentum of convolutions and
-    moves all else as `sgd` does, without decay. Under the last two `weight_decay` takes `lr * weight_decay` of a weight
-    in every step.
+    updates all other weights as `sgd` does, without decay. With `adamw` and `muon` every step subtracts `lr *
+    weight_decay` times the weight.
     """
 
     gained = frozenset({"optimizer"})
@@ -93,19 +94,19 @@ class Optimisation(Extended):
 
     @property
     def asks_frozen_teacher(self) -> bool:
-        """Whether a frozen teacher is there to be attacked."""
+        """Whether the training has a frozen teacher that can be attacked."""
         return False
 
     @model_validator(mode="after")
     def attacked_network_is_there(self) -> Optimisation:
-        """Images are crafted on a teacher only where there is one."""
+        """Require a frozen teacher if images are attacked on it."""
         if self.attack.crafted_on == "teacher" and not self.asks_frozen_teacher:
             raise ValueError("attack.crafted_on is teacher; this training has no frozen teacher")
         return self
 
 
 class OfOneNetwork:
-    """What a training of teacher or control has in place of settings that only phases and students have."""
+    """Fixed values, in trainings of teacher and control, of settings that only phases and students have."""
 
     schedule: ClassVar[Literal["cosine", "constant", "steps"]] = "cosine"
     keep: ClassVar[Literal["best", "last"]] = "best"
@@ -116,12 +117,13 @@ class OfOneNetwork:
 
 
 class TrainTeacher(Optimisation, RobustOptions, OfOneNetwork):
-    """The fixed robust network. `arch` is `largest` or a mapping of elastic dims; `space` names another space or net.
+    """The fixed robust network. `arch` is `largest` or a mapping of elastic dims; `space` is another space or network.
 
-    `source`: `train` it here, take a `file` that this package wrote, or convert a `file` that holds a WideResNet as
-    TRADES publishes it (`trades`; nothing but tensors is read).
+    `source`: `train` trains it here, `file` uses a file written by this package, `trades` converts a WideResNet
+    checkpoint in the format that the authors of TRADES published (only tensors are read).
 
-    `objective`: `plain`, `pgd_at` (also called `sat`), `trades`, `mart` or `hat`, whose helper is the run's control.
+    `objective`: `plain`, `pgd_at` (also called `sat`), `trades`, `mart` or `hat`. The helper network of `hat` is the
+    run's control.
     """
 
     source: Literal["train", "file", "trades"] = "train"
@@ -132,20 +134,20 @@ class TrainTeacher(Optimisation, RobustOptions, OfOneNetwork):
 
     @property
     def needs_control(self) -> bool:
-        """Whether the training asks the plainly trained network."""
+        """Whether the training uses the plainly trained control."""
         return self.source == "train" and self.objective == "hat"
 
     @model_validator(mode="after")
     def file_is_named(self) -> TrainTeacher:
-        """A teacher from a file needs the file."""
+        """Require `file` for a teacher from a file."""
         if self.source != "train" and self.file is None:
-            wanted = "a teacher.safetensors" if self.source == "file" else "a WideResNet checkpoint of TRADES' layout"
+            wanted = "a teacher.safetensors" if self.source == "file" else "a WideResNet checkpoint in TRADES' format"
             raise ValueError(f"source {self.source} needs `file`: the path of {wanted}")
         return self
 
 
 class TrainControl(Optimisation, OfOneNetwork):
-    """The plainly trained network of the teacher's size: what robust training is compared with."""
+    """The plainly trained network of the teacher's size: the baseline for robust training."""
 
     helper_reach: ClassVar[float] = 1.0
     awp_gamma: ClassVar[float] = 0.0
@@ -154,26 +156,28 @@ class TrainControl(Optimisation, OfOneNetwork):
 
 
 class Phase(Optimisation, DistillationOptions):
-    """One leg of progressive distillation: which choices are open, who is drawn, who teaches, with which loss.
+    """One phase of progressive distillation: its open choices, sampled subnets, teacher and loss.
 
-    `width`, `depth`, `expand`, `kernel` list the open choices; an omitted dim is fully open. `teacher` is `frozen` (a
-    separate network), `dynamic` (the largest subnet, trained jointly on `teacher_objective`) or `both`, with
-    `frozen_weight` as the frozen one's share. `warm_start` picks where the weights come from. `sort_channels` `l1`
-    first moves the channels that weigh most to the front, among those that no trained subnet tells apart.
+    `width`, `depth`, `expand`, `kernel` list the open choices, from which subnets are sampled; without a list all
+    choices of that dim are open. `teacher` is `frozen` (a separate network), `dynamic` (the largest subnet, trained
+    jointly on `teacher_objective`) or `both`, with weight `frozen_weight` for the frozen one. `warm_start` selects the
+    initial weights. `sort_channels: l1` first moves the most important channels to the front. It exchanges only
+    channels that each trained subnet has all or none of.
 
-    `sampling`: `per_pass`, `uniform`, `sandwich`; `progressive` is uniform among choices that open with the training
-    (width, kernel, depth, expand, as far as there is a choice, an equal part each); `pareto` is the sandwich whose
-    inner subnets win a comparison of `pareto_candidates` at a drawn cost, the `best` or the `worst` by their loss on
-    the batch (`pareto_pick`).
+    `sampling`: `per_pass`, `uniform`, `sandwich`, `progressive` or `pareto`. `progressive` samples uniformly; the
+    choices of width, kernel, depth and expand open one after the other during the training, each dim with several
+    choices for an equal part. `pareto` is the sandwich in which each inner subnet is selected from `pareto_candidates`
+    at a random cost: the `best` or the `worst` by their loss on the batch (`pareto_pick`).
 
-    `forward_equivalents` stretches `epochs`, and `warmup_epochs` with them, until the phase spends that many: phases of
-    different strategies then take equally many gradient evaluations. `complexity_decay` above 0 is a complexity-aware
-    learning rate: a subnet's gradients shrink by (1 - share of the training done)^(complexity_decay * c), where c falls
+    `forward_equivalents` scales `epochs` and `warmup_epochs` so that the phase takes that many; phases with different
+    sampling then have equal effort. `complexity_decay` above 0 is a complexity-aware learning rate: a subnet's
+    gradients are multiplied by (1 - completed fraction of the training)^(complexity_decay * c). c decreases linearly
     with log-MACs from 1 for the smallest subnet of the space to 0 for the largest.
 
-    `keep`: the epoch that is `best` on val, by robust accuracy of the validated subnets, or the `last`.
-    `teacher_logits` keeps the frozen teacher's logits of every view of the clean images that has come up, in a table on
-    the device: images * (2 crop_padding + 1)^2 * 2 if mirrored * classes numbers, 324 MB in float32 for CIFAR-10.
+    `keep`: the `best` epoch by robust accuracy of the validated subnets on val, or the `last`.
+    `teacher_logits` stores the frozen teacher's logits of every view of the clean images that has occurred, in a table
+    on the device. Its size is images * (2 crop_padding + 1)^2 * 2 if mirrored * classes numbers: 324 MB in float32 for
+    CIFAR-10.
     """
 
     gained = Optimisation.gained | {
@@ -210,26 +214,26 @@ class Phase(Optimisation, DistillationOptions):
 
     @property
     def asks_frozen_teacher(self) -> bool:
-        """A dynamic teacher is itself trained in the step."""
+        """Whether the only teacher is frozen; a dynamic teacher is itself trained in the step."""
         return self.teacher == "frozen"
 
     @property
     def needs_control(self) -> bool:
-        """Whether the training asks the plainly trained network."""
+        """Whether the training uses the plainly trained control."""
         return self.loss == "mtard" or (self.teacher != "frozen" and self.teacher_objective == "hat")
 
     @model_validator(mode="after")
     def terms_fit(self) -> Phase:
-        """What is matched at adversarial images needs an attack."""
+        """Refuse gradient matching at adversarial images for a loss without an attack."""
         if self.loss in WITHOUT_ATTACK and (self.igdm_weight > 0 or (self.kdiga_weight > 0 and self.kdiga_at == "adv")):
-            raise ValueError(f"loss {self.loss} has no attack: igdm_weight and kdiga_at: adv do not fit it")
+            raise ValueError(f"loss {self.loss} has no attack; igdm_weight and kdiga_at: adv need one")
         return self
 
     @model_validator(mode="after")
     def kept_logits_are_a_frozen_teachers(self) -> Phase:
-        """A teacher that learns has no logits to keep."""
+        """Refuse to store logits of a teacher that is trained."""
         if self.teacher_logits is not None and self.teacher == "dynamic":
-            raise ValueError("teacher_logits keeps those of a frozen teacher; teacher is dynamic")
+            raise ValueError("teacher_logits stores logits of a frozen teacher; teacher is dynamic")
         return self
 
 
@@ -241,7 +245,7 @@ class TrainPhase(Settings):
     @model_validator(mode="before")
     @classmethod
     def spread_defaults(cls, value: Any) -> Any:
-        """Write the section's shared keys into each phase that does not override them."""
+        """Copy the section's shared keys into each phase that does not override them."""
         if not isinstance(value, dict) or not isinstance(value.get("phases"), (list, tuple)):
             return value
         shared = {key: entry for key, entry in value.items() if key != "phases"}
@@ -251,7 +255,7 @@ class TrainPhase(Settings):
 
 
 def merge(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Return `own` over `shared`, mapping by mapping."""
+    """Override `shared` with `own`, recursively in mappings."""
     merged = dict(shared)
     for key, value in own.items():
         both_mappings = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -260,14 +264,14 @@ def merge(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 
 class SampleArchs(Settings):
-    """How many subnets are measured for the predictor, in how many strata of MACs."""
+    """Number of subnets that are measured for the predictor, and number of strata of MACs."""
 
     num_archs: Annotated[Int, Field(ge=4)] = 200
     strata: Count = 10
 
 
 class EvaluateArchs(Settings):
-    """Labels of the predictor: `num_images` of `val` under `attack`, `archs_per_shard` subnets per job."""
+    """Labels of the predictor: accuracy on `num_images` of `val` under `attack`; `archs_per_shard` subnets per job."""
 
     archs_per_shard: Count = 50
     num_images: Annotated[Int, Field(ge=2)] = 1000
@@ -291,16 +295,16 @@ class FitPredictor(Settings):
 
     @property
     def least_archs(self) -> int:
-        """Measured archs without which nothing can be fitted: those held out, and three in every fold."""
+        """The minimum number of measured archs for a fit: those held out, and three in every fold."""
         return self.held_out + 3 * self.folds
 
 
 class SearchFront(Settings):
-    """NSGA-II and random search at the same number of evaluations; `max_cost` limits `cost` (a table column).
+    """NSGA-II and random search with equal numbers of evaluations; `max_cost` limits `cost` (a table column).
 
-    Where at most `enumerate_up_to` archs are within the limit, all of them are predicted (a million takes seconds, or
-    half a minute with the slowest model): their exact front joins the archive, and both searches' hypervolume is given
-    relative to it.
+    If at most `enumerate_up_to` archs are within the limit, all of them are predicted (a million takes seconds, or half
+    a minute with the slowest model). Their exact front is then added to the archive, and the hypervolume of both
+    searches is reported relative to it.
     """
 
     cost: Literal["macs", "params"] = "macs"
@@ -311,7 +315,7 @@ class SearchFront(Settings):
 
 
 class VerifyFront(Settings):
-    """Archs of each search that are measured on val and on test, under `attacks`, with their worst case."""
+    """Measurement of `num_archs` archs of each search on val and test, under each of `attacks` and their worst case."""
 
     num_archs: Count = 8
     num_val_images: Count | None = None
@@ -325,7 +329,7 @@ class VerifyFront(Settings):
 
 
 class SelectStudent(Settings):
-    """Budgets such as `macs=150M`, one or a list; of each the `candidates` best by prediction are measured on val."""
+    """Budgets such as `macs=150M`, one or a list. The `candidates` best predicted archs of each are measured on val."""
 
     budgets: Budgets = ()
     candidates: Count = 5
@@ -334,7 +338,7 @@ class SelectStudent(Settings):
 
 
 class ExportStudent(Settings):
-    """Formats beside safetensors are always written; `opset` is the ONNX operator set."""
+    """Settings of the exported files; all formats are always written. `opset` is the ONNX operator set."""
 
     opset: Annotated[Int, Field(ge=18)] = 20
     license: str = "unspecified"
@@ -342,7 +346,7 @@ class ExportStudent(Settings):
 
 
 class Report(Extended):
-    """The page's title, and the country (ISO 3166, three letters) whose electricity converts energy to emissions."""
+    """The page's title, and the country (ISO 3166, three letters) whose electricity is used to estimate emissions."""
 
     gained = frozenset({"country"})
 

@@ -17,7 +17,7 @@ Kernels = Annotated[tuple[Count, ...], Field(min_length=1)]
 class Stem(Extended):
     """First convolutions. `conv`: one 3x3. `deep`: 3x3, an elastic residual 3x3, 3x3 (ResNet-D style).
 
-    `pool` puts a 3x3 max-pooling of stride 2 behind them.
+    `pool` adds a 3x3 max-pooling of stride 2 after them.
     """
 
     gained = frozenset({"activation", "pool"})
@@ -30,9 +30,9 @@ class Stem(Extended):
 
 
 class Unit(Extended):
-    """Blocks at one resolution: full output width, least number of blocks, stride of the first block.
+    """Blocks at one resolution: full output width, minimum number of blocks, stride of the first block.
 
-    `depth`, `expand` and `kernel` replace the space's choices in this unit. `se` gives its blocks squeeze-excite.
+    `depth`, `expand` and `kernel` replace the space's choices in this unit. `se` adds squeeze-excite to its blocks.
     """
 
     gained = frozenset({"activation", "se", "depth", "expand", "kernel"})
@@ -58,12 +58,13 @@ class Final(Settings):
 class Space(Extended):
     """A search space of one of two families.
 
-    `resnet` has `basic` or `bottleneck` blocks; `mobilenet` has `mbconv` blocks: 1x1, depthwise, 1x1. `depth` lists how
-    many blocks may stand beyond a unit's `blocks`; `expand` lists the inner width of a block relative to its output
-    width (`mbconv`: input width); `kernel` lists the sides of depthwise convolutions; `width` lists multipliers of the
-    stem's and of each unit's channels. Channels are rounded to multiples of `channel_multiple`, never down by more than
-    10 %. `shortcut` is the way around a ResNet unit's first block: a strided convolution, one behind mean pooling, or a
-    strided one `where_needed`, nothing where the block changes neither size nor width.
+    `resnet` has `basic` or `bottleneck` blocks; `mobilenet` has `mbconv` blocks: 1x1, depthwise, 1x1. `depth` lists
+    possible numbers of blocks in addition to a unit's `blocks`. `expand` lists the inner width of a block relative to
+    its output width (`mbconv`: input width). `kernel` lists the sides of depthwise convolutions. `width` lists
+    multipliers of the channels of the stem and of each unit. Channels are rounded to multiples of `channel_multiple`,
+    and at most 10 % down. `shortcut` is the shortcut of a ResNet unit's first block: a strided convolution (`conv`) or
+    a convolution after mean pooling (`pool_conv`). With `where_needed` it is a strided convolution only if the block
+    changes the image size or the width.
     """
 
     gained = frozenset({"kernel", "shortcut", "final"})
@@ -87,31 +88,33 @@ class Space(Extended):
 
     @model_validator(mode="after")
     def choices_rise(self) -> Space:
-        """Choice lists are strictly rising, so that the last entry is the largest subnet's; kernels are odd."""
+        """Choice lists are strictly ascending, so the last entry belongs to the largest subnet; kernels are odd."""
         lists = {name: getattr(self, name) for name in ("depth", "expand", "width", "kernel")}
         for index, unit in enumerate(self.units):
             lists |= {f"units.{index}.{name}": getattr(unit, name) for name in ("depth", "expand", "kernel")}
         for name, choices in lists.items():
             if choices is not None and list(choices) != sorted(set(choices)):
-                raise ValueError(f"{name} lists its choices once each, smallest first; it is {list(choices)}")
+                raise ValueError(f"{name} must list different choices, smallest first; it is {list(choices)}")
             if choices is not None and name.endswith("kernel") and any(side % 2 == 0 for side in choices):
-                raise ValueError(f"{name} lists odd sides; it is {list(choices)}")
+                raise ValueError(f"{name} must list odd sides; it is {list(choices)}")
         return self
 
     @model_validator(mode="after")
     def blocks_are_the_familys(self) -> Space:
-        """Kernels and squeeze-excite belong to MobileNets, shortcut convolutions to ResNets; expand 1 has no 1x1."""
+        """Kernels and squeeze-excite need family mobilenet, shortcuts family resnet; expand 1 is its only choice."""
         if self.block not in self.families[self.family]:
             blocks = " or ".join(self.families[self.family])
             raise ValueError(f"block is {self.block}; blocks of family {self.family} are {blocks}")
         if self.family == "resnet" and (self.kernel != (3,) or any(unit.kernel or unit.se for unit in self.units)):
             raise ValueError("kernel and se are settings of family mobilenet")
         if self.shortcut == "where_needed" and len(self.width) > 1:
-            raise ValueError(f"shortcut where_needed fits blocks of one width alone; width lists {list(self.width)}")
+            raise ValueError(f"shortcut where_needed allows a single width only; width is {list(self.width)}")
         if self.family == "mobilenet":
             if self.shortcut != "conv":
                 raise ValueError("shortcut is a setting of family resnet")
             for choices in (self.expand, *(unit.expand for unit in self.units if unit.expand)):
                 if 1 in choices and len(choices) > 1:
-                    raise ValueError(f"expand 1 has no expanding convolution and stands alone; it is {list(choices)}")
+                    raise ValueError(
+                        f"expand 1 (without 1x1 convolution) must be the only choice; it is {list(choices)}"
+                    )
         return self

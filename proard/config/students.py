@@ -1,4 +1,4 @@
-"""A network that is trained alone: what is trained, who teaches, with which loss."""
+"""Settings of the training of a single network: the network, its teacher and its loss."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ EFFORTS = ("forward_equivalents", "gradients", "steps")
 
 
 class Effort(Settings):
-    """Equal effort: what trainings spend alike; it decides their `epochs`. Exactly one of the first three.
+    """Equal effort: the quantity that is equal in all trainings and determines their `epochs`. Set one of three.
 
-    `forward_equivalents`: of a whole training of the supernet, shared among its phases in proportion to their epochs.
-    `gradients`: backward passes for each training image; an epoch takes one for every attack step and one for the
-    update. `steps`: as many optimizer steps as the run's `phases` made; `path` adds the teacher's, where the supernet
-    began with the teacher's weights. The comparison refuses trainings of one rule whose counts differ by more than the
-    share `tolerance`.
+    `forward_equivalents`: those of the supernet's whole training, divided among its phases in proportion to their
+    epochs. `gradients`: backward passes per training image; an epoch takes one per attack step and one for the update.
+    `steps`: as many optimizer steps as the run's `phases`; `path` adds the teacher's steps if the supernet started from
+    the teacher's weights. The comparison refuses trainings of one rule whose counts differ by more than the fraction
+    `tolerance`.
     """
 
     forward_equivalents: Positive | None = None
@@ -32,7 +32,7 @@ class Effort(Settings):
 
     @model_validator(mode="after")
     def one_rule(self) -> Effort:
-        """One quantity is made equal."""
+        """Require exactly one quantity."""
         given = [key for key in EFFORTS if getattr(self, key) is not None]
         if len(given) != 1:
             raise ValueError(f"needs one of {', '.join(EFFORTS)}; given: {', '.join(given) or 'none'}")
@@ -40,19 +40,19 @@ class Effort(Settings):
 
 
 class Student(Optimisation, DistillationOptions):
-    """An experiment's training of one network alone, on any loss of the package.
+    """An experiment's training of a single network, with any loss of the package.
 
-    `trains`: a `network`, or a `twin`, which is an arch of the run's space that is compared with the run's subnet.
-    `net` is the name of a network or of a space, one of them written out with its `family`, or the run's own space
-    where it is left out; images are the run's. `arch` is `largest`, `smallest` or a mapping of a space's elastic dims.
-    `loss` is any loss of `train_phase` or `train_teacher`, or `plain` cross-entropy; where it asks a teacher, that is
-    the run's. `clean_noise` moves the images of a loss without attack by uniform noise of
-    so many eps (KDIGA's random start: 1). `teacher_logits` and `teacher_gradients` keep what a frozen teacher says of
-    the views of clean images that have come up: a view's logits, its input gradient (as many numbers as it has pixels).
+    `trains`: a `network`, or a `twin`, an arch of the run's space that is compared with the run's subnet of that arch.
+    `net` is the name of a network or a space, or the settings of one with its `family`; the default is the run's own
+    space. The images are the run's. `arch` is `largest`, `smallest` or a mapping of a space's elastic dims.
+    `loss` is any loss of `train_phase` or `train_teacher`, or `plain` cross-entropy; its teacher is the run's.
+    `clean_noise` adds uniform noise of that many eps to the images of a loss without an attack (KDIGA's random start:
+    1). `teacher_logits` and `teacher_gradients` store outputs of a frozen teacher for the views of clean images that
+    have occurred: a view's logits, or its input gradient (one number per pixel value).
 
-    `schedule`: `cosine` to zero, `constant`, or `steps`, a tenth at half and at three quarters of the training.
-    `keep`: the epoch that is `best` on val, or the `last`. `seed` is the seed of the training, the run's where it is
-    left out; images, their split and the measurement's noise keep the run's.
+    `schedule`: `cosine` to zero, `constant`, or `steps`, which divides by ten at 1/2 and 3/4 of the training.
+    `keep`: the `best` epoch on val, or the `last`. `seed` is the seed of the training (default: the run's); images,
+    their split and the noise of the measurement always use the run's.
     """
 
     gained = frozenset()
@@ -78,18 +78,18 @@ class Student(Optimisation, DistillationOptions):
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the training asks a frozen teacher."""
+        """Whether the training uses a frozen teacher."""
         crafted = self.attack.crafted_on == "teacher"
         return crafted or self.loss in get_args(Distillation) or self.igdm_weight > 0 or self.kdiga_weight > 0
 
     @property
     def asks_frozen_teacher(self) -> bool:
-        """A teacher may also serve the attack alone."""
+        """Always: a teacher can also be used for the attack only."""
         return True
 
     @property
     def needs_control(self) -> bool:
-        """Whether the training asks the plainly trained network."""
+        """Whether the training uses the plainly trained control."""
         return self.loss in ("mtard", "hat")
 
     @model_validator(mode="before")
@@ -105,30 +105,30 @@ class Student(Optimisation, DistillationOptions):
 
     @model_validator(mode="after")
     def terms_fit(self) -> Student:
-        """What is matched at adversarial images needs an attack; logits that are kept need a teacher."""
+        """Gradient matching at adversarial images needs an attack; stored logits or gradients need a use."""
         at_adv = self.igdm_weight > 0 or (self.kdiga_weight > 0 and self.kdiga_at == "adv")
         if self.loss in ("plain", *WITHOUT_ATTACK) and at_adv:
-            raise ValueError(f"loss {self.loss} has no attack: igdm_weight and kdiga_at: adv do not fit it")
+            raise ValueError(f"loss {self.loss} has no attack; igdm_weight and kdiga_at: adv need one")
         if self.teacher_logits is not None and not self.needs_teacher:
-            raise ValueError(f"teacher_logits keeps a teacher's logits; loss {self.loss} asks none")
+            raise ValueError(f"teacher_logits stores a teacher's logits; loss {self.loss} uses no teacher")
         if self.teacher_gradients is not None and not (self.kdiga_weight > 0 and self.kdiga_at == "clean"):
-            raise ValueError("teacher_gradients keeps what kdiga_weight matches at clean images; it matches none there")
+            raise ValueError("teacher_gradients needs kdiga_weight above 0 and kdiga_at: clean")
         return self
 
     @model_validator(mode="after")
     def twin_is_of_the_runs_space(self) -> Student:
-        """A twin has the arch of a subnet."""
+        """Refuse a twin that is not an arch of the run's space."""
         if self.trains == "twin" and self.net is not None:
-            raise ValueError("a twin is an arch of the run's own space: leave net out")
+            raise ValueError("a twin is an arch of the run's own space; remove net")
         return self
 
     @model_validator(mode="after")
     def noise_is_the_only_perturbation(self) -> Student:
-        """Images that change in every step have no view to keep, and an attack its own start."""
+        """Refuse clean_noise with an attack (which has its own start) or with stored outputs (views never repeat)."""
         if self.clean_noise and self.loss not in ("plain", *WITHOUT_ATTACK):
-            raise ValueError(f"clean_noise is for losses without an attack; loss {self.loss} starts its own")
+            raise ValueError(f"clean_noise is for losses without an attack; loss {self.loss} has one")
         if self.clean_noise and (self.teacher_logits or self.teacher_gradients):
             raise ValueError(
-                "clean_noise changes every image in every step: teacher_logits, teacher_gradients keep none"
+                "clean_noise changes every image in every step; remove teacher_logits and teacher_gradients"
             )
         return self

@@ -1,4 +1,4 @@
-"""Images: sources, the one train / val / test split, sets in memory, augmentation."""
+"""Images: sources, the train / val / test split, sets in memory, augmentation."""
 
 from proard.config import DataError
 from proard.data.augment import Augmenter, Views, epoch_order, keyed_generator

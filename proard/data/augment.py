@@ -1,4 +1,4 @@
-"""Batched augmentation where the images are: no workers, one gather per batch. Orders keyed by seed and epoch."""
+"""Batched augmentation on the images' device: no workers, one gather per batch, orders keyed by seed and epoch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from proard.data.images import to_float
 
 @dataclass(frozen=True)
 class Views:
-    """Which window of which padded image each image of a batch is.
+    """The window of the padded image that each image of a batch is cropped from.
 
     Attributes
     ----------
     indices : Tensor of shape (batch,)
-        The images; no image twice.
+        Indices of the images, all different.
     top, left : Tensor of shape (batch,)
         Offsets into the padded image, in pixels.
     mirrored : Tensor of shape (batch,)
@@ -38,8 +38,8 @@ class Views:
     def pixels(self, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
         """Image, row and column of every pixel of the views, as an index into padded images.
 
-        `padded[views.pixels(height, width)]` reads the views of shape (batch, height, width, ...) mirrored as they are,
-        and assigning to it writes them back to where they come from.
+        `padded[views.pixels(height, width)]` reads the views, of shape (batch, height, width, ...) and mirrored if they
+        are. An assignment to it writes values back to their places in the padded images.
         """
         rows = self.top[:, None] + torch.arange(height, device=self.top.device)
         steps = torch.arange(width, device=self.left.device)
@@ -48,12 +48,12 @@ class Views:
 
 
 class Augmenter:
-    """Random crops of padded images, mirrored half of the time.
+    """Random crops of padded images, mirrored with probability 1/2.
 
     Parameters
     ----------
     images : Tensor of shape (n, height, width, channels)
-        uint8. Padded once; all crops are windows of that one copy.
+        uint8. They are padded once; all crops are windows of this copy.
     padding : int
         Black pixels added on each side; offsets are uniform over the (2 padding + 1)^2 windows.
     flip : bool
@@ -78,7 +78,7 @@ class Augmenter:
         generator : torch.Generator
             On the CPU, also for images on a GPU, so that one seed gives the same crops everywhere.
         part : slice
-            Which of them to make; crops are drawn for all.
+            The part of the batch to return; random numbers are drawn for the whole batch.
 
         Returns
         -------
@@ -89,17 +89,17 @@ class Augmenter:
         return self.crop(views.indices, views.top, views.left, views.mirrored)
 
     def draw(self, indices: Tensor, generator: torch.Generator) -> Views:
-        """Draw the views that a call with these arguments gives."""
+        """Draw the views of a call with the same arguments."""
         offsets = torch.randint(2 * self.padding + 1, (2, len(indices)), generator=generator)
         mirrored = torch.randint(2 if self.flip else 1, (1, len(indices)), generator=generator)
         draws = torch.cat([indices[None], offsets, mirrored]).to(self.windows.device, non_blocking=True)  # (4, batch)
         return Views(draws[0], draws[1], draws[2], draws[3].bool())
 
     def crop(self, indices: Tensor, top: Tensor, left: Tensor, mirrored: Tensor) -> Tensor:
-        """Crops at given offsets into the padded images, mirrored where told; all arguments of shape (batch,)."""
+        """Crops at given offsets into the padded images, mirrored where `mirrored` is true; all of shape (batch,)."""
         crops = self.windows[indices, top, left]  # (batch, height, width, channels)
         if self.flip:
-            if crops.is_cuda:  # the host would have to wait for the number of mirrored rows
+            if crops.is_cuda:  # avoids a wait of the host for the number of mirrored rows
                 crops = torch.where(mirrored[:, None, None, None], crops.flip(2), crops)
             else:
                 crops[mirrored] = crops[mirrored].flip(2)
@@ -107,7 +107,7 @@ class Augmenter:
 
 
 def keyed_generator(seed: int, *key: int) -> torch.Generator:
-    """CPU generator that depends on nothing but its key, such as (seed, epoch): a resumed job draws the same."""
+    """CPU generator that depends only on its key, such as (seed, epoch): a resumed job draws the same numbers."""
     state = np.random.SeedSequence([seed, *key]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
 
@@ -118,6 +118,6 @@ def epoch_order(number: int, *, seed: int, epoch: int) -> Tensor:
     Returns
     -------
     Tensor of shape (number,)
-        int64, on the CPU, a function of the three arguments alone.
+        int64, on the CPU; it depends only on the three arguments.
     """
     return torch.randperm(number, generator=keyed_generator(seed, epoch))

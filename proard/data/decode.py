@@ -1,4 +1,4 @@
-"""Encoded images (JPEG, PNG, ...) to one uint8 array, in threads, with errors that name the image."""
+"""Decode encoded images (JPEG, PNG, ...) into one uint8 array, in threads; errors name the image."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from PIL import Image, ImageOps
 from proard.config import DataError
 from proard.progress import Progress
 
-CHUNK = 64  # images per task: a task costs about as much as decoding one 32 x 32 image
+CHUNK = 64  # images per task; the overhead of a task is about the time to decode one 32 x 32 image
 
 Encoded = tuple[int, str, bytes | Path]
-"""Position in the result, where the image comes from (for messages), and its bytes or its file."""
+"""Position in the result, source of the image (for messages), and its bytes or its file."""
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """Images, uint8 of shape (k, height, width, channels), and a digest of the encoded bytes of each, if there are any.
+    """Decoded images, uint8 of shape (k, height, width, channels), and digests of their encoded bytes, if any.
 
     Equal files have equal digests.
     """
@@ -35,10 +35,10 @@ class Decoded:
 
 
 def preprocess(image: Image.Image, size: int | None = None, mode: str = "RGB") -> np.ndarray:
-    """Turn a Pillow image into the pixels that networks are trained and measured on.
+    """Convert a Pillow image into the pixels of training and measurement.
 
-    The image is turned upright (EXIF), laid over white where it is transparent, cropped to its centre square and
-    resized to `size` x `size` pixels (bicubic), if it has another size.
+    The image is rotated upright (EXIF), put on white where it is transparent, cropped to its centre square and, if its
+    size differs, resized to `size` x `size` pixels (bicubic).
 
     Returns
     -------
@@ -67,7 +67,7 @@ def decode_image(encoded: bytes | Path, where: str, *, size: int | None = None) 
     encoded : bytes or Path
         The encoded image, or its file.
     where : str
-        Where it comes from, for messages.
+        Source of the image, for messages.
     size : int, optional
         Side in pixels, see `preprocess`.
 
@@ -78,29 +78,29 @@ def decode_image(encoded: bytes | Path, where: str, *, size: int | None = None) 
     Raises
     ------
     DataError
-        The bytes are no complete image, or hold more than 8 bits per channel.
+        The bytes are no complete image, or have more than 8 bits per channel.
     """
     try:
         with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
             return preprocess(image, size)
-    except Exception as error:  # Pillow's readers raise nearly anything on damaged bytes
+    except Exception as error:  # Pillow's readers may raise any error on damaged bytes
         reason = str(error).split("<")[0].strip() or type(error).__name__
         raise DataError(f"{where} cannot be decoded as an image ({reason}); replace or remove it") from None
 
 
 def decode_all(batches: Iterable[Sequence[Encoded]], count: int, *, size: int | None, label: str) -> Decoded:
-    """Decode images into one array, with as many threads as torch may use.
+    """Decode images into one array, with at most torch's number of threads.
 
     Parameters
     ----------
     batches : iterable of sequences of (position, where, encoded)
-        Each position of the result exactly once.
+        Every position of the result occurs exactly once.
     count : int
         Number of images in all.
     size : int, optional
         See `decode_image`. Without it all images must be of one size.
     label : str
-        What is decoded, for the progress line.
+        Name of the images, for the progress line.
 
     Raises
     ------
@@ -125,7 +125,7 @@ def decode_all(batches: Iterable[Sequence[Encoded]], count: int, *, size: int | 
                     if pixels.shape != images.shape[1:]:
                         raise DataError(
                             f"images differ in size: {first} is {_size(images[0])}, {where} is {_size(pixels)}; "
-                            "set prepare_data.image_size to the side that all images shall have"
+                            "set prepare_data.image_size to one side for all images"
                         )
                     images[position], digests[position] = pixels, digest
                 progress.advance(len(chunk))
@@ -136,11 +136,11 @@ def decode_all(batches: Iterable[Sequence[Encoded]], count: int, *, size: int | 
 
 
 def _digest(encoded: bytes | Path) -> bytes:
-    """Of the encoded image; its file, just decoded, is still in the system's memory."""
+    """Digest of the encoded image; a file that was just decoded is still in the system's cache."""
     content = encoded if isinstance(encoded, bytes) else encoded.read_bytes()
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def _size(pixels: NDArray[np.uint8]) -> str:
-    """Width x height, as people say it."""
+    """Width x height in pixels, for messages."""
     return f"{pixels.shape[1]} x {pixels.shape[0]} pixels"

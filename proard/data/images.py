@@ -1,4 +1,4 @@
-"""A split in memory and on disk: uint8 images with labels, checksum and the training images' statistics."""
+"""A split in memory and on disk: uint8 images with labels, checksum and statistics of the training images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from proard.artifacts import Provenance, load_tensors, read_header, save_tensors
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Labelled images of one split, resident on one device.
+    """Labelled images of one split, stored on one device.
 
     Attributes
     ----------
@@ -25,13 +25,13 @@ class ImageSet:
     labels : Tensor of shape (n,)
         int64, on the same device.
     checksum : str
-        Of exactly these images and labels, in this order.
+        Checksum of these images and labels in this order.
     split : str
         train, val or test.
     classes : tuple of str
         Class names in label order.
     mean, std : tuple of float
-        Per channel, in pixel units of [0, 1], of the training images, whatever the split.
+        Statistics per channel of the training images, for every split, in pixel units of [0, 1].
     """
 
     images: Tensor
@@ -47,18 +47,18 @@ class ImageSet:
         return len(self.images)
 
     def take(self, indices: Tensor | Sequence[int]) -> ImageSet:
-        """The images at these indices, as a set with a checksum of its own."""
+        """The images at these indices, as a set with its own checksum."""
         index = torch.as_tensor(indices, dtype=torch.int64, device=self.images.device)
         return self._subset(self.images[index], self.labels[index])
 
     def first(self, number: int | None) -> ImageSet:
-        """The first `number` images, a stratified sample; all of them for None or where there are not more."""
+        """The first `number` images, a stratified sample; for None or a larger number all of them."""
         if number is None or number >= len(self):
             return self
         return self._subset(self.images[:number], self.labels[:number])
 
     def _subset(self, images: Tensor, labels: Tensor) -> ImageSet:
-        """A set of these images of this set."""
+        """A new set with some of the images of this set."""
         checksum = tensors_checksum({"images": images, "labels": labels})
         return replace(self, images=images, labels=labels, checksum=checksum)
 
@@ -74,7 +74,7 @@ def save_split(
     std: Sequence[float],
     provenance: Provenance,
 ) -> str:
-    """Write a split for `load_split` and return the checksum of its contents.
+    """Write a split for `load_split`; return the checksum of its contents.
 
     Parameters
     ----------
@@ -95,7 +95,7 @@ def load_split(path: str | Path, device: str | torch.device = "cpu") -> ImageSet
     Raises
     ------
     ArtifactError
-        The file is missing, truncated, damaged, or holds no images.
+        The file is missing, truncated, damaged, or has no images.
     """
     tensors, header = load_tensors(path, kind="images")
     return ImageSet(
@@ -110,7 +110,7 @@ def load_split(path: str | Path, device: str | torch.device = "cpu") -> ImageSet
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Turn stored images into network input.
+    """Convert stored images into network inputs.
 
     Parameters
     ----------
@@ -122,8 +122,8 @@ def to_float(images: Tensor) -> Tensor:
     Tensor of shape (batch, channels, height, width)
         float32 in [0, 1], in channels_last memory: the values of x / 255, correctly rounded, on every device.
     """
-    pixels = images.permute(0, 3, 1, 2).to(torch.float32)  # the memory stays (batch, height, width, channels)
-    return pixels.div_(pixels.new_full((), 255))  # CUDA would multiply by the reciprocal of a number of the host
+    pixels = images.permute(0, 3, 1, 2).to(torch.float32)  # memory layout unchanged: (batch, height, width, channels)
+    return pixels.div_(pixels.new_full((), 255))  # for a Python number CUDA would multiply by its reciprocal
 
 
 def pixel_statistics(images: NDArray[np.uint8], *, batch: int = 1000) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -136,7 +136,7 @@ def pixel_statistics(images: NDArray[np.uint8], *, batch: int = 1000) -> tuple[t
     Returns
     -------
     mean, std : tuple of float
-        `std` is at least 1/255, so that a constant channel can be divided by it.
+        `std` is at least 1/255, so that a constant channel causes no division by zero.
     """
     channels = images.shape[-1]
     counts = np.zeros((channels, 256))

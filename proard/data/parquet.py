@@ -16,12 +16,12 @@ from proard.config import DataError, PrepareData
 from proard.config.columns import LABEL_NAMES, hub_classes, is_text, label_candidates
 from proard.data.decode import Encoded
 
-BATCH = 2048  # rows read at once
+BATCH = 2048  # rows per read
 
 
 @dataclass(frozen=True)
 class ImageTable:
-    """A Parquet file whose labels are read and whose images are not; `classes` are those that its metadata names."""
+    """A Parquet file with its labels read and its images not yet read; `classes` come from its metadata."""
 
     path: Path
     image_column: str
@@ -31,7 +31,7 @@ class ImageTable:
     classes: tuple[str, ...] | None
 
     def encoded(self, position: NDArray[np.int64]) -> Iterator[list[Encoded]]:
-        """Yield, batch by batch, the encoded images of the rows whose `position` in the result is not negative."""
+        """Yield, in batches, the encoded images of the rows whose `position` in the result is not negative."""
         column = f"{self.image_column}.bytes" if self.nested else self.image_column
         row = 0
         try:
@@ -51,13 +51,13 @@ class ImageTable:
 
 
 def open_parquet(path: Path, settings: PrepareData) -> ImageTable:
-    """Find the columns of a file by name and type and read the labels.
+    """Find the columns of a file by name and type, and read the labels.
 
     Raises
     ------
     DataError
-        The file is no Parquet file, has no rows, no single image column, no single label column, a null label, or a
-        text that is no class.
+        The file is not a Parquet file or has no rows, it has not exactly one image column and one label column, or a
+        label is null or a text that is not a class.
     """
     try:
         file = pq.ParquetFile(path)
@@ -84,30 +84,30 @@ def open_parquet(path: Path, settings: PrepareData) -> ImageTable:
 
 
 def _indices(path: Path, name: str, column: pa.ChunkedArray, settings: PrepareData) -> pa.ChunkedArray:
-    """Class indices of a column of class names."""
+    """Class indices for a column of class names."""
     if not isinstance(settings.classes, tuple):
         raise DataError(
-            f"{path}: column {name} holds text, such as {column[0].as_py()!r}, and prepare_data.classes is "
-            f"{settings.classes}; write the list of names there"
+            f"{path}: column {name} contains text, such as {column[0].as_py()!r}, but prepare_data.classes is "
+            f"{settings.classes}; set it to the list of names"
         )
     indices = pc.index_in(column, value_set=pa.array(settings.classes))
     if indices.null_count:
         row = int(np.flatnonzero(indices.is_null().to_numpy())[0])
         raise DataError(
             f"{path} row {row} has label {column[row].as_py()!r}; expected {', '.join(settings.classes[:10])}"
-            f"{', ...' if len(settings.classes) > 10 else ''}, as prepare_data.classes lists them "
+            f"{', ...' if len(settings.classes) > 10 else ''}, the names in prepare_data.classes "
             f"({indices.null_count} such rows in this file)"
         )
     return indices
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
-    """Any of Arrow's types of bytes."""
+    """Whether this is one of Arrow's types of bytes."""
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
 def _is_image(kind: pa.DataType) -> bool:
-    """Bytes, or a struct with a field `bytes` of bytes."""
+    """Whether this is bytes, or a struct with a field `bytes` of bytes."""
     if not pa.types.is_struct(kind):
         return _is_bytes(kind)
     index = kind.get_field_index("bytes")
@@ -115,7 +115,7 @@ def _is_image(kind: pa.DataType) -> bool:
 
 
 def _only(path: Path, schema: pa.Schema, role: str, names: list[str], wanted: str | None) -> str:
-    """The one column of this role, or an error that lists the columns."""
+    """The single column of this role, or an error that lists all columns."""
     if len(names) == 1:
         return names[0]
     expected = {
@@ -128,10 +128,10 @@ def _only(path: Path, schema: pa.Schema, role: str, names: list[str], wanted: st
     else:
         found = f"{len(names)} {role} columns" if names else f"no {role} column"
     columns = ", ".join(f"{entry.name}: {entry.type}" for entry in schema)
-    way_out = f"; name the right one in prepare_data.{role}_column" if role == "label" or names else ""
+    way_out = f"; set the right one in prepare_data.{role}_column" if role == "label" or names else ""
     raise DataError(f"{path} has {found}, expected {expected}; its columns are {columns}{way_out}")
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
     """The error of a damaged file."""
-    return DataError(f"{path} is no readable Parquet file ({str(error).splitlines()[0]}); fetch it again")
+    return DataError(f"{path} is no readable Parquet file ({str(error).splitlines()[0]}); download or copy it again")

@@ -1,4 +1,4 @@
-"""Where images come from: bundled digits, CIFAR, Parquet files, folders. Labels first, pixels on demand."""
+"""Sources of images: bundled digits, CIFAR, Parquet files, folders. Labels are read first, pixels on demand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from proard.config.folders import class_folders, list_images
 from proard.data.decode import Decoded, Encoded, decode_all
 from proard.data.parquet import ImageTable, open_parquet
 
-READ_AHEAD = 4096  # files per batch handed to the decoder
+READ_AHEAD = 4096  # files per batch of the decoder
 
 
 @dataclass(frozen=True)
@@ -27,19 +27,19 @@ class Source:
     Attributes
     ----------
     name : str
-        What it is, for people.
+        Name of the source, for messages.
     labels : ndarray of shape (n,)
         Class index of each image.
     classes : tuple of str
         Class names in label order.
     where : callable
-        Index to the place of that image, for messages.
+        Maps an index to the location of that image, for messages.
     read : callable
-        Indices in any order to their images, uint8 of shape (k, height, width, channels), and their digests.
+        Maps indices in any order to their images, uint8 of shape (k, height, width, channels), and digests.
     files : tuple of Path
-        What is read; empty for data that a library brings.
+        Files or folders that are read; empty for data from a library.
     notes : tuple of str
-        Lines for people: what was chosen and what was left out.
+        Lines for the user: which columns are read and which files are left out.
     """
 
     name: str
@@ -52,12 +52,12 @@ class Source:
 
 
 def open_sources(settings: PrepareData) -> tuple[Source, Source | None]:
-    """Open the training images and, where there are any, the test images; labels are checked.
+    """Open the training images and, if there are any, the test images; the labels are checked.
 
     Raises
     ------
     DataError
-        A file is missing, holds no images, a label is out of range, a class is empty, or train and test share files.
+        A file is missing or has no images, a label is out of range, a class is empty, or train and test share files.
     """
     if settings.source == "digits":
         train, test = _digits(settings), None
@@ -71,18 +71,18 @@ def open_sources(settings: PrepareData) -> tuple[Source, Source | None]:
         _check_labels(source)
     shared = {file.resolve() for file in train.files} & {file.resolve() for file in test.files} if test else None
     if shared:
-        raise DataError(f"{min(shared)} is read for prepare_data.train and for prepare_data.test; the two must differ")
+        raise DataError(f"{min(shared)} is in prepare_data.train and in prepare_data.test; remove it from one")
     return train, test
 
 
 def _check_labels(source: Source) -> None:
-    """Every label names a class, and every class has an image."""
+    """Check that every label is the index of a class and that every class has an image."""
     number = len(source.classes)
     wrong = np.flatnonzero((source.labels < 0) | (source.labels >= number))
     if len(wrong):
         raise DataError(
-            f"{source.where(int(wrong[0]))} has label {source.labels[wrong[0]]}; expected 0 to {number - 1}, as "
-            f"prepare_data.classes gives {number} classes ({len(wrong)} such images in all)"
+            f"{source.where(int(wrong[0]))} has label {source.labels[wrong[0]]}; expected 0 to {number - 1}, because "
+            f"prepare_data.classes has {number} classes ({len(wrong)} such images in all)"
         )
     empty = np.flatnonzero(np.bincount(source.labels, minlength=number) == 0)
     if len(empty):
@@ -93,7 +93,7 @@ def _check_labels(source: Source) -> None:
 
 
 def _class_names(settings: PrepareData, default: tuple[str, ...] | None = None) -> tuple[str, ...]:
-    """The names of the settings, else those the source knows, else 0 to n - 1."""
+    """The class names of the settings, else those of the source, else 0 to n - 1."""
     if isinstance(settings.classes, tuple):
         return settings.classes
     number = settings.classes or len(default or ())
@@ -116,7 +116,7 @@ def _digits(settings: PrepareData) -> Source:
 
 
 def _cifar(settings: PrepareData, *, train: bool) -> Source:
-    """Torchvision's CIFAR; it verifies the checksums of its files before it opens them."""
+    """Torchvision's CIFAR; torchvision verifies the checksums of the files before it opens them."""
     from torchvision import datasets
 
     dataset = datasets.CIFAR10 if settings.source == "cifar10" else datasets.CIFAR100
@@ -137,7 +137,7 @@ def _cifar(settings: PrepareData, *, train: bool) -> Source:
 
 
 def of_torchvision(settings: PrepareData, data: Any, *, train: bool) -> Source:
-    """The images of a CIFAR class of torchvision."""
+    """The images of one of torchvision's CIFAR data sets."""
     name = f"{settings.source} ({'train' if train else 'test'})"
     return Source(
         name,
@@ -177,12 +177,12 @@ def _parquet(
 
 
 def _columns(key: str, tables: list[ImageTable], classes: tuple[str, ...]) -> tuple[str, ...]:
-    """Which columns are read, a line for each choice; an error where a file numbers the classes otherwise."""
+    """One line for each pair of columns that is read; an error if a file has another order of classes."""
     for table in tables:
         if table.classes and table.classes != classes and sorted(table.classes) == sorted(classes):
             raise DataError(
-                f"{table.path} numbers its classes {', '.join(table.classes[:10])}, prepare_data.classes is "
-                f"{', '.join(classes[:10])}; leave prepare_data.classes out, or write the file's order"
+                f"{table.path} has the class order {', '.join(table.classes[:10])}, prepare_data.classes is "
+                f"{', '.join(classes[:10])}; remove prepare_data.classes, or use the file's order"
             )
     chosen = dict.fromkeys((table.image_column, table.label_column) for table in tables)
     return tuple(f"{key}: images from column {images}, labels from column {labels}" for images, labels in chosen)
@@ -191,7 +191,7 @@ def _columns(key: str, tables: list[ImageTable], classes: tuple[str, ...]) -> tu
 def _image_folder(
     settings: PrepareData, key: str, paths: str | tuple[str, ...] | None, classes: tuple[str, ...] | None
 ) -> Source:
-    """Folders that hold one folder of image files per class."""
+    """Folders with one folder of image files per class."""
     roots = _expand(f"prepare_data.{key}", paths)
     for root in roots:
         if not root.is_dir():
@@ -201,13 +201,13 @@ def _image_folder(
     places = ", ".join(map(str, roots))
     if isinstance(settings.classes, int) and len(classes) != settings.classes:
         raise DataError(
-            f"{places} holds {len(classes)} class folders ({', '.join(classes[:10])}), but prepare_data.classes is "
+            f"{places} has {len(classes)} class folders ({', '.join(classes[:10])}), but prepare_data.classes is "
             f"{settings.classes}"
         )
     strange = [name for name in found if name not in classes]
     if strange:
         raise DataError(
-            f"{places} holds a folder {strange[0]!r} that is no class; expected {', '.join(classes[:10])}"
+            f"{places} has a folder {strange[0]!r} that is no class; expected {', '.join(classes[:10])}"
             f"{', ...' if len(classes) > 10 else ''}: remove the folder, or correct prepare_data.classes"
         )
     labelled, left_out = _labelled(roots, classes)
@@ -226,27 +226,27 @@ def _image_folder(
 
 
 def _labelled(roots: tuple[Path, ...], classes: tuple[str, ...]) -> tuple[list[tuple[Path, int]], Counter[str]]:
-    """Image files with their labels, each file once, and what was left out."""
+    """Image files with their labels, each file once, and counts of files left out."""
     left_out: Counter[str] = Counter()
-    first: dict[str, tuple[Path, int]] = {}  # by the file behind all links
+    first: dict[str, tuple[Path, int]] = {}  # by the real path, with links resolved
     for label, name in enumerate(classes):
         for root in roots:
             for file, real in list_images(root, name, left_out):
                 known, its_label = first.setdefault(real, (file, label))
                 if its_label != label:
-                    raise DataError(f"{file} and {known} are one file in two classes; remove one of the links")
+                    raise DataError(f"{file} and {known} are the same file in two classes; remove one of the links")
                 left_out["linked twice"] += known != file
     return list(first.values()), +left_out
 
 
 def _expand(key: str, paths: str | tuple[str, ...] | None, *, folder_holds: str | None = None) -> tuple[Path, ...]:
-    """Existing files or folders of one path, several paths or globs, each once, in order."""
+    """Existing files or folders of one path, several paths or globs, sorted and without repetitions."""
     found: list[Path] = []
     for text in (paths,) if isinstance(paths, str) else paths or ():
         matches = matching_paths(text, folder_holds=folder_holds)
         if not matches:
             is_folder = Path(text).expanduser().is_dir()
-            what = f"folder {text} holds no {folder_holds}" if is_folder else f"{text} does not exist"
+            what = f"folder {text} has no {folder_holds}" if is_folder else f"{text} does not exist"
             raise DataError(f"{key}: {what} (seen from {Path.cwd()}); correct the path")
         found.extend(matches)
     if not found:

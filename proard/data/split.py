@@ -1,4 +1,4 @@
-"""The one train / val / test split: seeded, stratified, stored in an order whose every prefix is a fair sample."""
+"""The train / val / test split: seeded, stratified, stored in an order whose every prefix is a stratified sample."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Splits:
     Attributes
     ----------
     source : str
-        What was read, for people.
+        Name of what was read, for messages.
     classes : tuple of str
         Class names in label order.
     images : dict of ndarray of shape (n, height, width, channels)
@@ -29,7 +29,7 @@ class Splits:
     files : tuple of Path
         Files or folders that were read.
     notes : tuple of str
-        Lines for people: what was chosen, what was left out, copies.
+        Lines for the user: columns that were read, files left out, copies.
     """
 
     source: str
@@ -43,14 +43,15 @@ class Splits:
 def make_splits(settings: PrepareData, *, seed: int) -> Splits:
     """Read the images of the settings and split them.
 
-    A missing test set is cut off first, then training images are thinned to `max_train_images`, then val is cut
-    off. Each of the three random choices has a stream of its own, so changing one setting keeps the others' choice.
+    If there is no test set, it is split off first. Then the training images are reduced to `max_train_images`, and val
+    is split off. Each of the three random choices has its own random stream, so one setting does not change the others'
+    choice.
 
     Raises
     ------
     DataError
-        Anything wrong with files, labels, classes or image sizes, or a test set that shares images with the training
-        images; the text names the file or row.
+        An error in files, labels, classes or image sizes, or a test set that shares images with the training images;
+        the text names the file or row.
     """
     source, test_source = open_sources(settings)
     pool = np.arange(len(source.labels))
@@ -81,7 +82,7 @@ def make_splits(settings: PrepareData, *, seed: int) -> Splits:
 
 
 def stratified_order(labels: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
-    """Random order whose every prefix holds each class in its share, up to one image.
+    """Random order in which every prefix contains each class in its proportion, up to one image.
 
     Parameters
     ----------
@@ -102,16 +103,16 @@ def stratified_order(labels: NDArray[np.int64], rng: np.random.Generator) -> NDA
 def stratified_cut(
     labels: NDArray[np.int64], fraction: float, rng: np.random.Generator, source: Source, name: str
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Cut a fraction of every class off, at least one image.
+    """Split off a fraction of every class, at least one image.
 
     Parameters
     ----------
     labels : ndarray of shape (n,)
     fraction : float in (0, 1)
     source : Source
-        Gives class names and its own name to the message.
+        Source of the names in the message.
     name : str
-        What is cut off.
+        Name of the part that is split off.
 
     Returns
     -------
@@ -128,7 +129,7 @@ def stratified_cut(
         members = np.flatnonzero(labels == label)
         if len(members) < 2:
             raise DataError(
-                f"class {label} ({class_name!r}) of {source.name} has too few images left to share between train and "
+                f"class {label} ({class_name!r}) of {source.name} has too few images left for both train and "
                 f"{name}: {len(members)}, expected at least 2; add images of it or raise prepare_data.max_train_images"
             )
         number = min(max(1, round(fraction * len(members))), len(members) - 1)
@@ -144,14 +145,14 @@ def _stream(seed: int, number: int) -> np.random.Generator:
 def _thinned(
     labels: NDArray[np.int64], indices: NDArray[np.int64], limit: int | None, rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """At most `limit` of `indices`, stratified, in stratified order."""
+    """At most `limit` of `indices`, a stratified sample in stratified order."""
     return indices[stratified_order(labels[indices], rng)][:limit]
 
 
 def _read(
     source: Source, parts: dict[str, NDArray[np.int64]]
 ) -> tuple[dict[str, NDArray[np.uint8]], dict[str, NDArray[np.int64]], dict[str, tuple[bytes, ...]]]:
-    """Images, labels and digests of the parts, from one pass over the source; the images are views of one array."""
+    """Images, labels and digests of the parts, from one pass over the source; images are views of one array."""
     decoded = source.read(np.concatenate(list(parts.values())))
     ends = np.cumsum([len(indices) for indices in parts.values()])
     stacks = np.split(decoded.images, ends[:-1])
@@ -169,37 +170,37 @@ def _copies(
     parts: dict[str, NDArray[np.int64]],
     digests: dict[str, tuple[bytes, ...]],
 ) -> tuple[str, ...]:
-    """Refuse a test set that shares files or bytes with train or val; a note where test was cut from one set."""
+    """Refuse a test set that shares files or bytes with train or val; only note it if test was split off."""
     known = {
         digest: int(index)
         for name in ("train", "val")
-        for digest, index in zip(digests[name], parts[name], strict=False)  # a library's data have none
+        for digest, index in zip(digests[name], parts[name], strict=False)  # data of a library have no digests
     }
     tested = zip(digests["test"], parts["test"], strict=False)
     shared = [(int(index), known[digest]) for digest, index in tested if digest in known]
     if not shared:
         return ()
     index, twin = min(shared)
-    pair = f"{(test_source or source).where(index)} is {source.where(twin)}"
+    pair = f"{(test_source or source).where(index)} equals {source.where(twin)}"
     if test_source is None:
-        return (f"test: {len(shared)} images have a copy in train or val ({pair}); remove copies",)
+        return (f"test: {len(shared)} images have a copy in train or val ({pair}); remove the copies",)
     raise DataError(
-        f"prepare_data.test shares images with prepare_data.train: {len(shared)} of {len(parts['test'])} are equal "
-        f"byte for byte ({pair}); remove them from one of the two"
+        f"prepare_data.test shares images with prepare_data.train: {len(shared)} of {len(parts['test'])} are copies "
+        f"byte for byte ({pair}); remove them from one of both"
     )
 
 
 def _check_shapes(settings: PrepareData, images: dict[str, NDArray[np.uint8]]) -> None:
-    """All splits have the shape that the settings promise to the networks."""
+    """Check that all splits have the shape that the networks expect."""
     channels, side, _ = settings.image_shape()
     for name, stack in images.items():
         height, width, found = stack.shape[1:]
         if (height, width, found) == (side, side, channels):
             continue
         if settings.source in ("parquet", "imagefolder"):
-            hint = f"set prepare_data.image_size: {min(height, width)} to keep them, or another side to resize them"
+            hint = f"set prepare_data.image_size: {min(height, width)} to keep this size, or another one to resize"
         else:
-            hint = "prepare_data.image_size resizes the sources parquet and imagefolder only; remove it"
+            hint = "prepare_data.image_size applies to the sources parquet and imagefolder only; remove it"
         raise DataError(
             f"{name} images are {width} x {height} pixels with {found} channels, expected {side} x {side} with "
             f"{channels}; {hint}"

@@ -1,4 +1,4 @@
-"""Kernels of our own with plain twins: for a GPU fused steps and captured loops, for a CPU batch norm in C."""
+"""Own kernels with reference implementations: on a GPU fused steps and captured loops, on a CPU batch norm in C."""
 
 from proard.kernels.captured import CapturedSteps
 from proard.kernels.convolution import Conv2d, convolution, every

@@ -1,8 +1,8 @@
-"""CUDA graphs of an attack's step: captured once for a network's shape, replayed for every step of every batch.
+"""CUDA graphs of an attack step, captured once per network shape and replayed for every step of every batch.
 
-One step is what a graph holds. It is captured right after the first step ran eagerly, so that a network met for the
-first time pays one pass of host time and no extra arithmetic, and the number of steps may change from call to call.
-Attacks of few steps are captured where their network comes a second time.
+A graph contains one step. It is captured directly after the first step ran eagerly. A new network thus costs one more
+pass of host time but no extra arithmetic, and the number of steps may differ between calls. For attacks of few steps,
+the graph is captured when their network occurs for the second time.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 TakeSteps = Callable[..., Tensor]
 Replay = Callable[[], object]
-PAYS = 3  # replays in one call from which a capture pays though its network may never come again
+PAYS = 3  # replays in one call from which a capture is worth its cost, even if the network never occurs again
 
 
 class CudaCapture:
-    """Records what a function launches; all graphs share one memory pool, as no two of them ever overlap.
+    """Records the launches of a function; all graphs share one memory pool, because they never run at the same time.
 
     `torch.cuda.graph` would also wait for the device and return all cached memory to the driver at every capture.
     """
@@ -32,7 +32,7 @@ class CudaCapture:
         self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def __call__(self, body: Callable[[], object]) -> Replay:
-        """Capture `body`, which must have run before, and give what replays it; nothing is computed yet."""
+        """Capture `body`, which must have run before, and return the function that replays it; nothing is computed."""
         graph = torch.cuda.CUDAGraph()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
@@ -55,11 +55,11 @@ class Captured:
     replay: Replay | None = None
 
     def load(self, predict: nn.Module, objective: Any, images: list[Tensor]) -> None:
-        """Copy weights, target and images to where the graph reads them."""
+        """Copy weights, target and images to the tensors that the graph reads."""
         own = [*self.predict.buffers(), *tensors_of(self.objective).values(), *self.images]
         new = [*predict.buffers(), *tensors_of(objective).values(), *images]
         grouped: dict[Hashable, tuple[list[Tensor], list[Tensor]]] = {}
-        for target, source in zip(own, new, strict=True):  # one type in, one out: what a fused copy asks for
+        for target, source in zip(own, new, strict=True):  # a fused copy needs one type of source and one of target
             targets, sources = grouped.setdefault((source.dtype, target.dtype), ([], []))
             targets.append(target)
             sources.append(source)
@@ -68,7 +68,7 @@ class Captured:
 
 
 class CapturedSteps:
-    """An attack's loop that replays a captured step, or runs as it is where there is nothing to gain.
+    """An attack's loop that replays a captured step, or runs eagerly if that is not slower.
 
     Parameters
     ----------
@@ -76,18 +76,19 @@ class CapturedSteps:
         The eager loop: `take_steps(predict, objective, adv, low, high, step_size=..., num_steps=...)` changes `adv` in
         place and returns it.
     batch_size : int
-        Batches of another size are ragged: they run eagerly, as do networks that are no module of buffers alone and
-        tensors that are not on a GPU.
+        Batches of another size run eagerly. So do networks that are not a module with only buffers, and tensors that
+        are not on a GPU.
     capacity : int
-        Graphs kept; the one unused for longest goes first. Each holds a copy of its weights and of one batch.
+        Maximum number of graphs; the least recently used one is removed first. Each contains a copy of its weights and
+        of one batch.
     remembered : int
-        Networks of which it is known that they came before.
+        Maximum number of networks whose first occurrence is remembered.
     capture : callable, optional
-        Turns a function into what replays it. The default makes CUDA graphs; another one serves any device.
+        Converts a function into one that replays it. The default makes CUDA graphs; others may support other devices.
 
     Notes
     -----
-    Where a capture fails, a warning says why, and all that follows runs eagerly.
+    If a capture fails, a warning gives the reason, and all later steps run eagerly.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class CapturedSteps:
         step_size: float,
         num_steps: int,
     ) -> Tensor:
-        """The iterate after `num_steps` steps; `adv` may be used up."""
+        """The iterate after `num_steps` steps; `adv` may be overwritten."""
         images = [adv, low, high]
         key = self._key(predict, objective, images, step_size) if num_steps > 0 and not self.failed else None
         graph, replays = None, num_steps
@@ -132,7 +133,7 @@ class CapturedSteps:
             return self.take_steps(predict, objective, adv, low, high, step_size=step_size, num_steps=num_steps)
         self.graphs[key] = graph
         self.graphs.move_to_end(key)
-        if len(self.graphs) > self.capacity:  # never the last one, with which the shared pool would go
+        if len(self.graphs) > self.capacity:  # never the last one, because the shared pool would be freed with it
             self.graphs.popitem(last=False)
         assert graph.replay is not None
         for _ in range(replays):
@@ -140,7 +141,7 @@ class CapturedSteps:
         return graph.images[0].clone()
 
     def _pays(self, key: Hashable, num_steps: int) -> bool:
-        """Whether to capture a network without a graph: many steps follow its first, or it has been met before."""
+        """Whether to capture a new graph: many steps follow the first one, or the network occurred before."""
         mark = hash(key)
         again = mark in self.met
         self.met[mark] = None
@@ -150,25 +151,25 @@ class CapturedSteps:
         return again or num_steps - 1 >= PAYS
 
     def _captured(self, predict: nn.Module, objective: Any, images: list[Tensor], step_size: float) -> Captured | None:
-        """A graph that has taken the first step of this very attack; None, with a warning, where it cannot be."""
+        """A graph that has taken the first step of this attack; None, with a warning, if the capture fails."""
         graph = Captured(copy.deepcopy(predict), _own_tensors(objective), [x.clone() for x in images])
 
         def step() -> None:
             self.take_steps(graph.predict, graph.objective, *graph.images, step_size=step_size, num_steps=1)
 
-        step()  # what a capture wants to have run before it
+        step()  # a capture needs a run before it
         try:
             self.capture = self.capture or CudaCapture()
             graph.replay = self.capture(step)
-        except RuntimeError as error:  # what was given is untouched: the attack runs eagerly from its start
-            warnings.warn(f"attack steps are not captured, they run eagerly: {error}", stacklevel=3)
+        except RuntimeError as error:  # the inputs are unchanged: the attack runs eagerly from its start
+            warnings.warn(f"attack steps run eagerly, because their capture failed: {error}", stacklevel=3)
             self.failed = True
-            self.graphs.clear()  # nothing is captured into their pool any more
+            self.graphs.clear()  # no further capture uses their pool
             return None
         return graph
 
     def _key(self, predict: Any, objective: Any, images: list[Tensor], step_size: float) -> Hashable | None:
-        """What a graph depends on beyond the contents of tensors; None where the loop is to run eagerly."""
+        """Everything a graph depends on except the values of tensors; None if the loop must run eagerly."""
         if not (self.any_device or images[0].is_cuda) or len(images[0]) != self.batch_size:
             return None
         if not isinstance(predict, nn.Module) or any(True for _ in predict.parameters()):
@@ -178,7 +179,7 @@ class CapturedSteps:
         constants = tuple((name, value) for name, value in vars(objective).items() if not isinstance(value, Tensor))
         key = (
             type(predict),
-            getattr(predict, "spec", None),  # layers of equal shapes may still be put together differently
+            getattr(predict, "spec", None),  # layers of equal shapes may be connected differently
             type(objective),
             constants,
             tuple(described),
@@ -187,13 +188,13 @@ class CapturedSteps:
         )
         try:
             hash(key)
-        except TypeError:  # an objective that keeps more than tensors and plain constants
+        except TypeError:  # an objective with attributes other than tensors and constants
             return None
         return key
 
 
 def tensors_of(objective: Any) -> dict[str, Tensor]:
-    """The tensors that an objective keeps, by name."""
+    """The tensors of an objective, by name."""
     return {name: value for name, value in vars(objective).items() if isinstance(value, Tensor)}
 
 
@@ -206,5 +207,5 @@ def _own_tensors(objective: Any) -> Any:
 
 
 def _description(tensor: Tensor) -> Hashable:
-    """Everything about a tensor but its numbers."""
+    """Shape, type, layout and device of a tensor, without its values."""
     return tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride()

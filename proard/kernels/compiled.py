@@ -1,4 +1,4 @@
-"""C kernels for CPUs: compiled at first use with the machine's own compiler, kept in the user's cache folder."""
+"""C kernels for CPUs, compiled at first use with the machine's compiler and stored in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_name("maps.c")
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
-NATIVE = ("-march=native", "-mcpu=native", "-O3")  # the last two where a compiler for Arm takes no -march=native
-LIMITED = {"avx2": "x86-64-v3", "default": "x86-64"}  # processors by torch's own limit, ATEN_CPU_CAPABILITY
+NATIVE = ("-march=native", "-mcpu=native", "-O3")  # the last two for Arm compilers without -march=native
+LIMITED = {"avx2": "x86-64-v3", "default": "x86-64"}  # processor for each value of torch's limit, ATEN_CPU_CAPABILITY
 
 
 @cache
 def maps_library() -> ctypes.CDLL | None:
-    """The compiled `maps.c`; None, with one warning, where it cannot be compiled or loaded."""
+    """The compiled `maps.c`; None, with one warning, if it cannot be compiled or loaded."""
     try:
         library = ctypes.CDLL(str(build(SOURCE)))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or error
-        warnings.warn(f"the C kernels are not used, training is slower: {reason}", stacklevel=2)
+        warnings.warn(f"the C kernels are not used, which makes training slower: {reason}", stacklevel=2)
         return None
     pointer, number, size, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double
     library.norm_forward.argtypes = [number] * 2 + [pointer] * 3 + [real] + [size] * 2 + [pointer] * 3 + [number]
@@ -43,25 +43,25 @@ def maps_library() -> ctypes.CDLL | None:
 
 
 def loaded_maps() -> ctypes.CDLL:
-    """The compiled `maps.c` where it is known to be there."""
+    """The compiled `maps.c`, for callers that have checked that it exists."""
     library = maps_library()
     assert library is not None
     return library
 
 
 def build(source: Path) -> Path:
-    """Compile a source file unless that was done before for this text, compiler and processor; the library's path.
+    """Compile a source file, unless the library for this text, compiler and processor exists; return its path.
 
     Raises
     ------
     OSError
         There is no C compiler, or the cache folder cannot be written.
     CalledProcessError
-        The compiler fails; its words are in `stderr`.
+        The compiler fails; its messages are in `stderr`.
     """
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
-        raise OSError("no C compiler is on the path (cc, or what CC names)")
+        raise OSError("no C compiler is on the path (cc, or the one in CC)")
     limit = LIMITED.get(os.environ.get("ATEN_CPU_CAPABILITY", ""))
     natives = NATIVE if limit is None else (f"-march={limit}",)
     text = source.read_bytes()
@@ -84,31 +84,31 @@ def build(source: Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """The user's cache folder; without a home folder, one of the user's own among the system's temporary files."""
+    """The user's cache folder; without a home folder, a private folder among the system's temporary files."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "proard"
-    except RuntimeError:  # no HOME, and the user is in no list of passwords
+    except RuntimeError:  # no HOME, and no password entry of the user
         return private_folder(Path(tempfile.gettempdir()))
 
 
 def private_folder(place: Path) -> Path:
-    """A folder of this user's own in a place where others write, too.
+    """A private folder of this user in a place where other users also write.
 
     Raises
     ------
     OSError
-        The folder of that name is another user's, or others may write there.
+        The folder of that name belongs to another user, or others may write there.
     """
     folder = place / f"proard-cache-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if found.st_uid != os.getuid() or found.st_mode & 0o077 or not stat.S_ISDIR(found.st_mode):
-        raise OSError(f"{folder} is not this user's own; set XDG_CACHE_HOME") from None
+        raise OSError(f"{folder} is not private to this user; set XDG_CACHE_HOME") from None
     return folder
 
 
 def processor() -> bytes:
-    """What the machine says of its processor: code for one may not run on another that shares the home folder."""
+    """Description of the processor: its code may not run on another machine that shares the home folder."""
     path = Path("/proc/cpuinfo")
     if not path.exists():
         return f"{platform.machine()} {platform.processor()}".encode()

@@ -1,8 +1,8 @@
-"""The convolution that all networks use: the library's, without the one operator of it that is broken on some CPUs.
+"""The convolution of all networks: the library's, without the operator that is broken on some CPUs.
 
-oneDNN's weight gradient of a 1x1 convolution of stride 2 over channels-last maps is wrong where input channels are
-fewer than its vector block (8 with AVX2): wrong numbers, a hang, or a damaged heap. So measured with torch 2.14.1 and
-oneDNN 3.12. A strided 1x1 convolution reads every second pixel only: here these pixels are taken first.
+oneDNN's weight gradient of a 1x1 convolution of stride 2 over channels-last maps is wrong if there are fewer input
+channels than its vector block (8 with AVX2). It gives wrong numbers, hangs, or damages the heap (measured with torch
+2.14.1 and oneDNN 3.12). A strided 1x1 convolution reads only every second pixel; here these pixels are selected first.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, groups: int = 1) -> Tensor:
-    """Convolve maps, padded by half the kernel; on a CPU a strided 1x1 convolution runs at stride 1 on sliced maps.
+    """Convolve maps, padded by half the kernel; on a CPU a strided 1x1 convolution runs at stride 1 on selected pixels.
 
     Parameters
     ----------
@@ -21,15 +21,15 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride
     weight : Tensor of shape (out, in / groups, kernel, kernel)
     bias : Tensor of shape (out,), optional
     stride : int
-        In rows and columns.
+        Stride in rows and columns.
     groups : int
         As in `torch.nn.functional.conv2d`.
 
     Returns
     -------
     Tensor of shape (batch, out, height', width')
-        The same numbers as the library's up to rounding. While a network is exported, the library's operator itself is
-        recorded, so that files keep one strided convolution.
+        The library's result up to rounding. During an export the library's operator is recorded, so that the file
+        contains one strided convolution.
     """
     kernel = weight.shape[-1]
     if kernel == 1 and stride > 1 and x.device.type == "cpu" and not torch.compiler.is_exporting():
@@ -38,14 +38,14 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride
 
 
 def every(stride: int, x: Tensor) -> Tensor:
-    """Every `stride`-th row and column of maps, as a copy in their memory layout."""
+    """Every `stride`-th row and column of maps, as a copy in the same memory layout."""
     last = x.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if last else torch.contiguous_format
     return x[:, :, ::stride, ::stride].contiguous(memory_format=layout)
 
 
 class Conv2d(nn.Conv2d):
-    """`nn.Conv2d` by `convolution`: an odd kernel, padded by half of it."""
+    """`nn.Conv2d` computed by `convolution`: odd kernel, padded by half of it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, in, h, w) to (batch, out, h', w')."""

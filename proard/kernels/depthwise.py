@@ -1,8 +1,8 @@
-"""Depthwise convolution on a CPU with gradients that are faster than the library's where that is slow.
+"""Depthwise convolution on a CPU, with faster gradients in the cases where the library is slow.
 
-The library takes 2 to 30 times as long as the C kernel for filter gradients of kernels above 3, and up to 90 times as
-long for input gradients of strided convolutions in bfloat16 as for a convolution of the spread gradient with turned
-filters; so measured with torch 2.15 on a processor with AVX-512 and AMX.
+For filter gradients of kernels above 3 the library takes 2 to 30 times as long as the C kernel. For input gradients of
+strided convolutions in bfloat16 it takes up to 90 times as long as a convolution of the dilated gradient with flipped
+filters. Measured with torch 2.15 on a processor with AVX-512 and AMX.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from proard.kernels.compiled import loaded_maps, maps_library
 from proard.kernels.maps import TYPES
 from proard.kernels.switch import in_use
 
-WIDE = 5  # kernel from which the C kernel is the faster filter gradient
+WIDE = 5  # smallest kernel for which the C kernel's filter gradient is faster
 
 
 def depthwise_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
@@ -28,16 +28,16 @@ def depthwise_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride
     x : Tensor of shape (batch, channels, height, width)
         Maps.
     weight : Tensor of shape (channels, 1, kernel, kernel)
-        Filters of odd size. Under autocast both are cast as a convolution's are.
+        Filters of odd size. Under autocast maps and filters are cast as for a convolution.
     bias : Tensor of shape (channels,), optional
         Added to the result.
     stride : int
-        In rows and columns.
+        Stride in rows and columns.
 
     Returns
     -------
     Tensor of shape (batch, channels, height', width')
-        The same numbers as the library's; its gradients differ from the library's in rounding.
+        Equal to the library's result; its gradients differ from the library's in rounding.
     """
     kind = x.device.type
     if kind == "cpu" and torch.is_autocast_enabled(kind):
@@ -48,7 +48,7 @@ def depthwise_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride
 
 
 def pays(x: Tensor, weight: Tensor, stride: int) -> bool:
-    """Whether a gradient will be asked for that is faster here, of tensors that suit the C kernel."""
+    """Whether a gradient is needed that is faster here, and the tensors are valid for the C kernel."""
     return (
         torch.is_grad_enabled()
         and (x.requires_grad or weight.requires_grad)
@@ -68,7 +68,7 @@ def _library(x: Tensor, weight: Tensor, stride: int, bias: Tensor | None = None)
 
 
 class _Depthwise(torch.autograd.Function):
-    """The library's convolution with gradients of our own."""
+    """The library's convolution with own gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
@@ -80,7 +80,7 @@ class _Depthwise(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         db = dy.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
-        if torch.is_grad_enabled():  # somebody wants a gradient of this gradient
+        if torch.is_grad_enabled():  # a gradient of this gradient is needed
             wanted = [each for each, needed in zip((x, weight), ctx.needs_input_grad, strict=False) if needed]
             found = iter(torch.autograd.grad(_library(x, weight, ctx.stride), wanted, dy, create_graph=True))
             dx, dw = (next(found) if needed else None for needed in ctx.needs_input_grad[:2])
@@ -92,7 +92,7 @@ class _Depthwise(torch.autograd.Function):
 
 
 def _input_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """Gradient with respect to `x`: a convolution with turned filters, of `dy` spread over the pixels of `x`."""
+    """Gradient with respect to `x`: a convolution of `dy`, dilated by the stride, with flipped filters."""
     if stride > 1 and x.dtype is torch.float32:
         return _by_library(dy, x, weight, stride, of_input=True)
     if stride > 1:
@@ -119,7 +119,7 @@ def _filter_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tens
         torch.get_num_threads(),
     )
     if failed:
-        raise MemoryError("the depthwise convolution's kernel found no memory")
+        raise MemoryError("the kernel of the depthwise convolution cannot allocate memory")
     return found.to(weight.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Which twin runs: the fused kernel on a GPU where Triton works and the tensors suit it, the plain one elsewhere."""
+"""Selection of the implementation: the fused kernel on a GPU with Triton, the reference implementation elsewhere."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from proard.kernels.switch import in_use
 
 
 def fused_for(device: torch.device) -> ModuleType | None:
-    """The fused kernels of the attack step; None where they cannot run or are switched off."""
+    """The fused kernels of the attack step; None if they cannot run or are switched off."""
     return proven(device) if device.type == "cuda" and in_use("fused") else None
 
 
 @cache
 def proven(device: torch.device) -> ModuleType | None:
-    """The fused kernels, once they have given the plain ones' results on this GPU; None, with a warning, otherwise."""
+    """The fused kernels, if their results on this GPU equal the reference; otherwise None, with a warning."""
     try:
         kernels = import_module("proard.kernels.fused")
         kernels.prove(device)
-    except Exception as error:  # no Triton, no C compiler for its launcher, an unknown GPU: the plain twins do
+    except Exception as error:  # no Triton, no C compiler for its launcher, an unknown GPU: fallback to the reference
         warnings.warn(f"fused kernels are not used on {device}: {type(error).__name__}: {error}", stacklevel=2)
         return None
     return kernels
@@ -39,11 +39,11 @@ def pgd_update_(adv: Tensor, gradient: Tensor, low: Tensor, high: Tensor, *, ste
     adv : Tensor
         Iterate in [0, 1]; changed in place and returned.
     gradient : Tensor of the shape of `adv`
-        May be used up.
+        May be overwritten.
     low, high : Tensor of the shape of `adv`
         Bounds of every pixel: ball and pixel range.
     step_size : float
-        In pixel units; pixels of zero gradient stay.
+        In pixel units; pixels with a zero gradient do not change.
     """
     fused = fused_for(adv.device)
     if fused is not None and fused.fits(adv, gradient, low, high):
@@ -57,9 +57,9 @@ def softmax_difference(logits: Tensor, target: Tensor) -> Tensor:
     Parameters
     ----------
     logits : Tensor of shape (batch, classes)
-        Of any floating type; computed in float32, float64 in its own.
+        Any floating type; computed in float32, or in float64 for float64.
     target : Tensor of shape (batch, classes) or (batch,)
-        Probabilities, or labels (int64) that stand for one-hot rows.
+        Probabilities, or labels (int64) in place of one-hot rows.
 
     Returns
     -------

@@ -1,6 +1,6 @@
-"""The fused kernels, in Triton. Imported on demand: only where a GPU, or the interpreter in tests, runs them.
+"""The fused kernels, in Triton. Imported only if a GPU, or the interpreter in tests, runs them.
 
-Each reads its inputs once and writes its result once, in one launch; the twins in `plain` say what is computed.
+Each kernel reads its inputs once and writes its result once, in one launch; `plain` defines what it computes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _pgd_update(adv, gradient, low, high, step_size, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def _softmax_difference(out, logits, target, classes, LABELS: tl.constexpr, BLOCK: tl.constexpr):
-    """One image per program: softmax of its logits minus its target row, or minus 1 at its label where LABELS."""
+    """One image per program: softmax of its logits minus its target row, or minus 1 at its label if LABELS."""
     image = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < classes
@@ -47,14 +47,14 @@ def _softmax_difference(out, logits, target, classes, LABELS: tl.constexpr, BLOC
 
 
 def pgd_update_(adv: Tensor, gradient: Tensor, low: Tensor, high: Tensor, *, step_size: float) -> Tensor:
-    """`plain.pgd_update_` in one launch, for tensors that `fits` accepts; `gradient` is left as it is."""
+    """`plain.pgd_update_` in one launch, for tensors accepted by `fits`; `gradient` is not changed."""
     size = adv.numel()
     _pgd_update[(triton.cdiv(size, BLOCK),)](adv, gradient, low, high, step_size, size, BLOCK=BLOCK)
     return adv
 
 
 def softmax_difference(logits: Tensor, target: Tensor) -> Tensor:
-    """`plain.softmax_difference` in one launch, for any floating type but float64."""
+    """`plain.softmax_difference` in one launch, for all floating types except float64."""
     logits, target = logits.contiguous(), target.contiguous()
     images, classes = logits.shape
     out = torch.empty_like(logits)
@@ -70,18 +70,18 @@ def softmax_difference(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def fits(adv: Tensor, *others: Tensor) -> bool:
-    """Whether tensors are float32 and lie alike in memory without gaps, so that one index serves them all."""
+    """Whether tensors are float32 with the same dense memory layout, so that one index is valid for all."""
     dense = adv.is_contiguous() or adv.is_contiguous(memory_format=torch.channels_last)
     return dense and all(x.dtype is torch.float32 and x.stride() == adv.stride() for x in (adv, *others))
 
 
 def prove(device: torch.device) -> None:
-    """Run both kernels on a few numbers of the device and compare them with their twins.
+    """Run both kernels on a few numbers on the device and compare them with the reference implementations.
 
     Raises
     ------
     RuntimeError
-        They do not give what the twins give; other errors come from the compiler or the driver.
+        A result differs from the reference; other errors come from the compiler or the driver.
     """
     ramp = torch.linspace(-1, 1, 24, device=device).reshape(2, 12)
     low, high = ramp - 0.1, ramp + 0.1
@@ -91,6 +91,6 @@ def prove(device: torch.device) -> None:
     labels = torch.tensor([3, 11], device=device)
     pairs = [(softmax_difference(ramp, t), plain.softmax_difference(ramp, t)) for t in (labels, ramp.softmax(1))]
     if not torch.equal(moved, wanted):
-        raise RuntimeError("the fused update differs from its plain twin")
+        raise RuntimeError("the fused update differs from its reference")
     if not all(torch.allclose(first, second, rtol=0, atol=1e-6) for first, second in pairs):
-        raise RuntimeError("the fused softmax difference differs from its plain twin")
+        raise RuntimeError("the fused softmax difference differs from its reference")

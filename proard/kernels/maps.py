@@ -1,8 +1,8 @@
-"""Passes over a CPU's maps: batch norm with its activation, sum and mask of gradients; in C, or by their plain twins.
+"""Passes over a CPU's feature maps: batch norm with activation, sum and mask of gradients; in C or by reference.
 
-In a training pass the library's batch norm on channels-last maps of few channels costs more than the convolutions. The
-C kernel reads each map twice forward and twice backward, fills the vector unit with several pixels at once, and spares
-the activation's own passes.
+In a training pass the library's batch norm on channels-last maps of few channels takes longer than the convolutions.
+The C kernel reads each map twice forward and twice backward, fills the vector unit with several pixels at once, and
+needs no separate passes for the activation.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1}
 def norm_activation(
     x: Tensor, scale: Tensor, shift: Tensor, *, eps: float, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise by the batch's mean and variance, scale and shift, activate.
+    """Normalise by the batch's mean and variance, scale and shift, then apply the activation.
 
     Parameters
     ----------
     x : Tensor of shape (batch, channels, height, width)
-        What a convolution gave.
+        Output of a convolution.
     scale, shift : Tensor of shape (channels,)
         Batch norm's weight and bias.
     eps : float
@@ -40,12 +40,12 @@ def norm_activation(
     Returns
     -------
     tuple of Tensor
-        The activated map, and per channel the mean and the (biased) variance that it was divided by, without a graph.
+        The activated map; per channel, without a graph, the mean and the (biased) variance used for the normalisation.
 
     Notes
     -----
-    The C kernel computes in float32 with sums in double, whatever the type of `x`; a gradient of its gradient is that
-    of the plain twin.
+    For every type of `x` the C kernel computes in float32, with sums in double. A gradient of its gradient is computed
+    by the reference implementation.
     """
     if suits(x, scale, shift) and in_use("maps") and maps_library() is not None:
         return _Fused.apply(x, scale, shift, eps, activation)
@@ -53,16 +53,16 @@ def norm_activation(
 
 
 def mask_gradient_(gradient: Tensor, out: Tensor | None, side: Tensor | None = None) -> Tensor:
-    """Add `side` to a gradient and zero it where a ReLU's output is not positive, in place.
+    """Add `side` to a gradient and set it to zero where a ReLU's output is not positive, in place.
 
     Parameters
     ----------
     gradient : Tensor
-        Changed and returned.
+        Changed in place and returned.
     out : Tensor of the shape of `gradient`, optional
-        What the ReLU gave; without it nothing is zeroed.
+        Output of the ReLU; without it nothing is set to zero.
     side : Tensor of the shape of `gradient`, optional
-        A gradient that joins here.
+        A second gradient of the same map.
     """
     others = [each for each in (side, out) if each is not None]
     alike = others and in_use("maps") and all(_alike(each, gradient) for each in others)
@@ -81,7 +81,7 @@ def mask_gradient_(gradient: Tensor, out: Tensor | None, side: Tensor | None = N
 
 
 def _alike(tensor: Tensor, gradient: Tensor) -> bool:
-    """Whether the C kernel can walk both from first to last number."""
+    """Whether the C kernel can process both tensors in memory order."""
     return (
         gradient.device.type == tensor.device.type == "cpu"
         and tensor.dtype is gradient.dtype
@@ -95,26 +95,26 @@ def _alike(tensor: Tensor, gradient: Tensor) -> bool:
 def plain_norm_activation(
     x: Tensor, scale: Tensor, shift: Tensor, *, eps: float, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same by library calls, on any device and in any type."""
-    mean, var = torch.zeros_like(scale.detach()), torch.zeros_like(scale.detach())  # momentum 1 leaves the batch's own
+    """Reference implementation by library calls, for any device and type."""
+    mean, var = torch.zeros_like(scale.detach()), torch.zeros_like(scale.detach())  # momentum 1: the batch's statistics
     out = F.batch_norm(x, mean, var, scale, shift, training=True, momentum=1.0, eps=eps)
     values = out.numel() / out.shape[1]  # per channel
     return PLAIN[activation](out), mean, var * ((values - 1) / values)
 
 
 def suits(x: Tensor, scale: Tensor, shift: Tensor) -> bool:
-    """Whether the C kernel takes these tensors: on the CPU, channels last without gaps, float32 coefficients."""
+    """Whether the tensors are valid for the C kernel: on the CPU, channels last and dense, float32 coefficients."""
     return (
         x.device.type == "cpu"
         and x.dtype in TYPES
-        and x.numel() > x.shape[1]  # one value per channel is the library's error to raise
+        and x.numel() > x.shape[1]  # for one value per channel the library raises an error
         and x.is_contiguous(memory_format=torch.channels_last)
         and all(each.dtype is torch.float32 and each.is_contiguous() for each in (scale, shift))
     )
 
 
 class _Fused(torch.autograd.Function):
-    """The C kernel with its gradient."""
+    """The C kernel and its gradient."""
 
     @staticmethod
     def forward(
@@ -141,7 +141,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, shift, mean, var = ctx.saved_tensors
-        if torch.is_grad_enabled():  # somebody wants a gradient of this gradient
+        if torch.is_grad_enabled():  # a gradient of this gradient is needed
             y = plain_norm_activation(x, scale, shift, eps=ctx.eps, activation=ctx.activation)[0]
             wanted = [each for each, needed in zip((x, scale, shift), ctx.needs_input_grad, strict=False) if needed]
             found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))

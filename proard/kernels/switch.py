@@ -1,17 +1,17 @@
-"""A switch that leaves kernels of our own to their plain twins: for comparisons, and where a kernel fails its proof."""
+"""Switch from own kernels to reference implementations: for comparisons, and for kernels that fail their check."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-KINDS = ("fused", "maps", "depthwise")  # Triton's on a GPU; batch norm and depthwise gradients in C
-_left_out: set[str] = set()  # of the whole process: backward passes run in threads of their own
+KINDS = ("fused", "maps", "depthwise")  # Triton kernels on a GPU; batch norm in C; depthwise gradients in C
+_left_out: set[str] = set()  # for the whole process, because backward passes run in other threads
 
 
 @contextmanager
 def plain_twins(*kinds: str) -> Iterator[None]:
-    """Context in which the plain twins run instead of these kinds of kernels, or of all."""
+    """Context in which the reference implementations run instead of kernels of these kinds, or of all kinds."""
     added = set(kinds or KINDS) - _left_out
     _left_out.update(added)
     try:

@@ -1,4 +1,4 @@
-"""Which type a network really computes in: bfloat16 only where the device has instructions for it."""
+"""The type in which a network computes: bfloat16 only if the device has instructions for it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ PLAIN = "float32"
 
 @cache
 def one_pass(dtype: torch.dtype) -> bool:
-    """Whether oneDNN convolves with an epilogue in this type on this CPU: tried once per process."""
+    """Whether oneDNN can convolve with an epilogue in this type on this CPU; tried once per process."""
     if not torch.backends.mkldnn.is_available():
         return False
     x, weight, bias = torch.ones(1, 1, 1, 1, dtype=dtype), torch.ones(1, 1, 1, 1, dtype=dtype), torch.ones(1).to(dtype)
     shape = ([0, 0], [1, 1], [1, 1], 1)
     try:
         torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *shape, "relu", [], "")
-    except (RuntimeError, AttributeError):  # the processor lacks the instructions, or the build lacks the operator
+    except (RuntimeError, AttributeError):  # no such instructions in the processor, or no such operator in the build
         return False
     return True
 
@@ -41,14 +41,14 @@ def has_bfloat16(kind: str) -> bool:
 
 
 def computed_type(name: str, device: torch.device | str) -> str:
-    """The type that a network computes in where `name` is asked for; one line is printed where that is another one.
+    """The type of a network's computations if `name` is requested; prints one line if the two differ.
 
     Parameters
     ----------
     name : {'float32', 'bfloat16'}
-        What the settings ask for.
+        Type in the settings.
     device : torch.device or str
-        Where the network is.
+        Device of the network.
     """
     kind = torch.device(device).type
     if name != "bfloat16" or has_bfloat16(kind):
@@ -59,7 +59,7 @@ def computed_type(name: str, device: torch.device | str) -> str:
 
 @cache
 def _explain(kind: str) -> None:
-    """Print, once per process, that bfloat16 is replaced."""
+    """Print, once per process, that float32 replaces bfloat16."""
     what = "this CPU" if kind == "cpu" else "this device"
     print(
         f"bfloat16 is asked for, but {what} only emulates it: float32 is used, which is faster here "

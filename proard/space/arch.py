@@ -1,4 +1,4 @@
-"""One choice for every elastic dim."""
+"""An arch: one choice for every elastic dim."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ DIMS = {"depth": int, "width": float, "expand": float, "kernel": int}
 
 @dataclass(frozen=True)
 class Arch:
-    """A subnet's choices, in canonical form: blocks that depth leaves out have `expand` and `kernel` 0.
+    """The choices of a subnet, in canonical form: blocks removed by `depth` have `expand` and `kernel` 0.
 
     Attributes
     ----------
     depth : tuple of int
-        Blocks beyond each unit's least number; in a space with a deep stem, the stem's entry comes first.
+        Blocks beyond each unit's minimum number; in a space with a deep stem, the stem's entry comes first.
     width : tuple of float
         Width multipliers: stem (middle and out of a deep stem), then one per unit.
     expand : tuple of float
-        Inner width of every block over its output width (MobileNets: input width), unit by unit; 0 where the block is
-        left out.
+        Inner width of every block divided by its output width (MobileNets: input width), unit by unit; 0 for removed
+        blocks.
     kernel : tuple of int
         Side of every block's depthwise convolution, unit by unit; empty in spaces without elastic kernels.
     """
@@ -39,15 +39,15 @@ class Arch:
 
     @classmethod
     def from_json(cls, text: str) -> Arch:
-        """Read what `to_json` wrote."""
+        """Read the result of `to_json`."""
         return cls.from_dims(json.loads(text))
 
     @classmethod
     def from_dims(cls, dims: Mapping[str, Sequence[float]]) -> Arch:
-        """The arch whose dims these are; `kernel` may be missing."""
+        """The arch with these dims; `kernel` is optional."""
         return cls(**{dim: tuple(DIMS[dim](value) for value in values) for dim, values in dims.items()})
 
     @property
     def arch_id(self) -> str:
-        """Twelve hexadecimal digits that name this arch in tables, caches and file names."""
+        """Twelve hexadecimal digits that identify this arch in tables, caches and file names."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]

@@ -1,7 +1,7 @@
 """The layers of a space: stem, blocks and tail for given multipliers, expansions and kernels.
 
-`basic` and `bottleneck` blocks are ResNets', expanded relative to their output; `mbconv` are MobileNets' inverted
-bottlenecks, expanded relative to their input, with a depthwise convolution of elastic kernel.
+`basic` and `bottleneck` blocks are those of ResNets, expanded relative to their output. `mbconv` blocks are the
+inverted bottlenecks of MobileNets, expanded relative to their input, with a depthwise convolution of elastic kernel.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ GATE_REDUCTION, GATE_MULTIPLE = 4, 8
 
 
 def make_divisible(value: float, multiple: int) -> int:
-    """Nearest multiple of `multiple`, at least one of it and not more than 10 % below `value`."""
+    """Nearest multiple of `multiple`, at least `multiple` and at most 10 % below `value`."""
     rounded = max(multiple, int(value + multiple / 2) // multiple * multiple)
     return rounded + multiple if rounded < 0.9 * value else rounded
 
 
 def shrunk(size: int, stride: int) -> int:
-    """Side of a map after a stride."""
+    """Side of a feature map after a stride."""
     return -(-size // stride)
 
 
 def unit_width(space: Space, unit: int, multiplier: float) -> int:
-    """Channels that leave a unit; unit -1 is the stem."""
+    """Output channels of a unit; unit -1 is the stem."""
     full = space.stem.channels if unit < 0 else space.units[unit].channels
     return make_divisible(full * multiplier, space.channel_multiple)
 
@@ -37,7 +37,7 @@ def middle_width(space: Space, channels: int, out: int, expand: float) -> int:
 
 
 def stem_blocks(space: Space, widths: Sequence[float], *, residual: bool) -> list[BlockSpec]:
-    """The stem at its multipliers: of its output, in a deep stem of its middle before that.
+    """The stem at its width multipliers: one for its output; a deep stem has one for its middle before that.
 
     `residual` keeps the residual convolution of a deep stem.
     """
@@ -59,7 +59,7 @@ def stem_blocks(space: Space, widths: Sequence[float], *, residual: bool) -> lis
 def unit_block(
     space: Space, unit: int, index: int, channels: int, *, width: float, expand: float, kernel: int, size: int
 ) -> BlockSpec:
-    """Block `index` of a unit, entered by `channels` maps of side `size`; only the first strides."""
+    """Block `index` of a unit, for `channels` input maps of side `size`; only the first block is strided."""
     settings, name = space.units[unit], f"unit{unit + 1}.block{index + 1}"
     out, stride = unit_width(space, unit, width), settings.stride if index == 0 else 1
     middle, after = middle_width(space, channels, out, expand), shrunk(size, stride)
@@ -90,7 +90,7 @@ def unit_block(
 
 
 def tail(space: Space, channels: int, size: int) -> tuple[list[BlockSpec], tuple[ConvSpec, ...], int]:
-    """What follows the last unit: blocks before the pooling, convolutions after it, features of the linear layer."""
+    """Layers after the last unit: blocks before the pooling, convolutions after it, features of the linear layer."""
     final = space.final
     blocks: list[BlockSpec] = []
     mixer: tuple[ConvSpec, ...] = ()
@@ -104,7 +104,7 @@ def tail(space: Space, channels: int, size: int) -> tuple[list[BlockSpec], tuple
 
 
 def _gate(name: str, channels: int) -> GateSpec:
-    """Squeeze to a quarter of the channels, excite all of them."""
+    """Squeeze to a quarter of the channels, then excite all of them."""
     squeezed = make_divisible(channels // GATE_REDUCTION, GATE_MULTIPLE)
     reduce = ConvSpec(f"{name}.squeeze", channels, squeezed, 1, 1, 1, "relu", norm=False, bias=True)
     excite = ConvSpec(f"{name}.excite", squeezed, channels, 1, 1, 1, "h_sigmoid", norm=False, bias=True)
@@ -112,7 +112,7 @@ def _gate(name: str, channels: int) -> GateSpec:
 
 
 def _shortcut(space: Space, name: str, channels: int, out: int, stride: int, after: int) -> tuple[Step, ...]:
-    """The 1x1 convolution beside a ResNet unit's first block, strided or behind a mean pooling, or nothing."""
+    """The 1x1 shortcut of a ResNet unit's first block, strided or after mean pooling, or nothing."""
     if space.shortcut == "where_needed" and channels == out and stride == 1:
         return ()
     if space.shortcut != "pool_conv":

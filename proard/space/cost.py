@@ -1,4 +1,4 @@
-"""Budgets beside the costs of a space's subnets."""
+"""Budgets compared with the costs of a space's subnets."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 def check_budget(text: str, space: SearchSpace) -> str:
-    """What a user may want to know of a budget: a note where no subnet of the space is as large, else nothing.
+    """Check a budget; return a note if it is above the largest subnet of the space, else an empty text.
 
     Raises
     ------
     ConfigError
-        It is not understood, or below the smallest subnet; the smallest feasible cost is named.
+        The budget is not valid, or below the smallest subnet; the message names the smallest feasible cost.
     """
     budget = parse_budget(text)
     smallest, largest = (getattr(space.spec(arch), budget.column) for arch in (space.smallest, space.largest))
@@ -33,7 +33,7 @@ def check_budget(text: str, space: SearchSpace) -> str:
 
 
 def human(count: float) -> str:
-    """A cost as people write it: 150M, 2.36G."""
+    """A cost in its usual notation: 150M, 2.36G."""
     for suffix in ("G", "M", "K"):
         if count >= SUFFIXES[suffix]:
             return f"{count / SUFFIXES[suffix]:.4g}{suffix}"

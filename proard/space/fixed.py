@@ -1,4 +1,4 @@
-"""Networks outside the search spaces, in the same words: a space of one arch with its costs."""
+"""Networks outside the search spaces, with the same interface: a space of one arch with its costs."""
 
 from __future__ import annotations
 
@@ -54,31 +54,31 @@ class FixedSpace:
         Raises
         ------
         ValueError
-            The arch is another network's.
+            The arch belongs to another network.
         """
         self.genotype(arch)
         return self._spec
 
     def read_arch(self, text: str) -> FixedArch:
-        """The arch whose JSON this is."""
+        """The arch described by this JSON."""
         return FixedArch(text)
 
     def genotype(self, arch: FixedArch) -> tuple[int, ...]:
-        """No gene; an arch of another network is a ValueError."""
+        """An empty genotype; an arch of another network is a ValueError."""
         if arch != self.largest:
             raise ValueError(f"arch {arch.to_json()} is not network {self.settings.name}")
         return ()
 
     @cached_property
     def _spec(self) -> FixedSpec:
-        """The network's costs, counted once."""
+        """The network's costs, computed once."""
         s = self.settings
         macs, params = wide_resnet_cost(s) if isinstance(s, WideResNet) else vit_cost(s)
         return FixedSpec(macs, params, s.classes, s.image_channels, s.image_size)
 
 
 def wide_resnet_cost(net: WideResNet) -> tuple[int, int]:
-    """Multiply-accumulates and trained numbers: convolutions, norms, linear layer."""
+    """Multiply-accumulates and trained parameters: convolutions, norms, linear layer."""
     size, channels = net.image_size, 16
     macs = params = net.image_channels * channels * 9
     macs *= size**2
@@ -94,7 +94,7 @@ def wide_resnet_cost(net: WideResNet) -> tuple[int, int]:
 
 
 def vit_cost(net: VisionTransformer) -> tuple[int, int]:
-    """Multiply-accumulates and trained numbers: patches, attention with both of its products, MLP, head."""
+    """Multiply-accumulates and trained parameters: patches, attention with both of its products, MLP, head."""
     patches, hidden, mlp = (net.image_size // net.patch) ** 2, net.hidden, net.mlp
     tokens, pixels = patches + 1, net.image_channels * net.patch**2
     layer = 4 * hidden**2 + 2 * hidden * mlp
@@ -105,7 +105,7 @@ def vit_cost(net: VisionTransformer) -> tuple[int, int]:
 
 
 def read_space(described: Mapping[str, Any]) -> NetSpace:
-    """The space whose settings a file's header holds."""
+    """The space whose settings are in a file's header."""
     family = FAMILIES.get(described.get("family", ""), Space)
     return space_of(family.model_validate(described))
 

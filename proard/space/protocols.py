@@ -1,4 +1,4 @@
-"""What training, measurement and export want of a space and of its networks, be there one network or many."""
+"""Interface of spaces and networks for training, measurement and export, with one network or many."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ class NetArch(Protocol):
 
     @property
     def arch_id(self) -> str:
-        """Its name in tables."""
+        """Identifier of the network in tables."""
 
     def to_json(self) -> str:
         """Canonical JSON; equal networks give equal text."""
 
 
 class NetSpace(Protocol):
-    """A set of networks in one set of weights: a `SearchSpace`, or a `FixedSpace` of one network."""
+    """A set of networks that share weights: a `SearchSpace`, or a `FixedSpace` of one network."""
 
     @property
     def settings(self) -> Any:
-        """Its section of a config."""
+        """The settings of the space in a config."""
 
     @property
     def largest(self) -> Any:
-        """The arch of most multiply-accumulates."""
+        """The arch with the most multiply-accumulates."""
 
     @property
     def smallest(self) -> Any:
@@ -40,4 +40,4 @@ class NetSpace(Protocol):
         """The arch as integers, one index per choice."""
 
     def read_arch(self, text: str) -> NetArch:
-        """The arch whose JSON this is."""
+        """The arch described by this JSON."""

@@ -1,4 +1,4 @@
-"""Which archs are measured: a sample stratified over MACs, the enumeration of a small space, identity columns."""
+"""Archs to measure: a sample stratified over MACs, the enumeration of a small space, identity columns."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import numpy as np
 from proard.config import UserError
 from proard.space.search_space import SearchSpace
 
-POOL = 100_000  # draws of each kind; independent of how many archs are asked for, so that a larger sample contains it
-POOL_OF_SPREAD = 500  # draws of each kind, at every start of the workflow: a few milliseconds
-BLOCK = 32_768  # genotypes that are enumerated at a time
+POOL = 100_000  # draws of each kind; independent of num_archs, so that a larger sample contains a smaller one
+POOL_OF_SPREAD = 500  # draws of each kind; a few milliseconds at every start of the workflow
+BLOCK = 32_768  # genotypes per enumerated block
 
 
 def stratified_sample(space: SearchSpace, num_archs: int, *, strata: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw different archs, equally many of each stratum of log-MACs.
+    """Draw different archs, equally many from each stratum of log-MACs.
 
-    The range from the smallest to the largest subnet is cut into `strata` equal parts of log-MACs. The smallest, the
-    largest and the uniform-scaling diagonal are always among the archs. Further archs go to the stratum that has
-    fewest so far and has archs left. Within a stratum, uniform draws come first; draws with a common scale per
-    dim follow, because uniform draws concentrate in the middle and hardly reach the ends.
+    The range from the smallest to the largest subnet is divided into `strata` equal parts of log-MACs. The smallest,
+    the largest and the uniform-scaling diagonal are always in the sample. Every further arch is taken from the stratum
+    with the fewest archs so far that still has candidates. In a stratum, uniform draws come first. Draws with a common
+    scale per dim follow, because uniform draws concentrate in the middle and rarely reach the ends.
 
     Parameters
     ----------
@@ -35,14 +35,15 @@ def stratified_sample(space: SearchSpace, num_archs: int, *, strata: int, seed: 
     Returns
     -------
     genotypes : ndarray of shape (num_archs, genes), int64
-        Canonical, in random order, so that any range of rows is a fair mix.
+        Canonical, in random order, so that any range of rows is a random sample.
     strata : ndarray of shape (num_archs,), int64
         Stratum of each arch, 0 for the cheapest.
 
     Raises
     ------
     UserError
-        The space has fewer archs than asked for, or fewer are asked for than are always included.
+        The space has fewer archs than `num_archs`, or `num_archs` is below the number of archs that are always
+        included.
     """
     anchors = np.asarray([space.genotype(arch) for arch in anchor_archs(space)])
     if num_archs < len(anchors):
@@ -53,11 +54,11 @@ def stratified_sample(space: SearchSpace, num_archs: int, *, strata: int, seed: 
     if num_archs > space.size:
         raise UserError(
             f"sample_archs.num_archs is {num_archs}; space {space.settings.name} has only {space.size} archs; "
-            "ask for fewer, or give the space more choices"
+            "lower it, or add choices to the space"
         )
     rng = np.random.default_rng(seed)
     pool = _first_occurrences(np.concatenate([anchors, _draw(space, max(POOL, 20 * num_archs), rng)]))
-    if len(pool) < num_archs:  # nearly the whole space is asked for
+    if len(pool) < num_archs:  # nearly the whole space is needed
         everything = rng.permutation(enumerate_genotypes(space.choices, space.canonical))
         pool = _first_occurrences(np.concatenate([pool, everything]))
     stratum = _strata(space, pool, strata)
@@ -67,17 +68,17 @@ def stratified_sample(space: SearchSpace, num_archs: int, *, strata: int, seed: 
 
 
 def shard_names(total: int, size: int) -> list[str]:
-    """Ranges of rows that are measured together, first and last of each: 0000-0049, 0050-0099, ..."""
+    """Names of the ranges of rows that one job measures, from first to last row: 0000-0049, 0050-0099, ..."""
     return [f"{first:04d}-{min(first + size, total) - 1:04d}" for first in range(0, total, size)]
 
 
 def anchor_archs(space: SearchSpace) -> list[Any]:
-    """The smallest, the largest and the diagonal, each once."""
+    """The smallest, the largest and the diagonal archs, without repetitions."""
     return list(dict.fromkeys([space.smallest, space.largest, *space.diagonal()]))
 
 
 def enumerate_genotypes(choices: Sequence[int], canonical: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Every canonical genotype once, of shape (size, genes), in lexicographic order."""
+    """All canonical genotypes, of shape (size, genes), in lexicographic order."""
     return np.concatenate(list(genotype_blocks(choices, canonical)))
 
 
@@ -88,25 +89,25 @@ def genotype_blocks(
     keep: Callable[[np.ndarray], np.ndarray] | None = None,
     rows: int = BLOCK,
 ) -> Iterator[np.ndarray]:
-    """Every canonical genotype once, in lexicographic order, at most `rows` at a time.
+    """Yield all canonical genotypes in lexicographic order, at most `rows` at a time.
 
     Parameters
     ----------
     choices : sequence of int
         Number of choices of every gene.
     canonical : callable
-        Genotypes of shape (n, genes) to canonical ones.
+        Maps genotypes of shape (n, genes) to canonical ones.
     keep : callable, optional
-        Genotypes to bool of shape (n,). Where a genotype is refused, so must be all that have a larger choice
-        somewhere, as under a cost limit: then whole branches are left out unseen.
+        Maps genotypes to bool of shape (n,). If it refuses a genotype, it must also refuse all with a larger choice in
+        any gene, as a cost limit does: whole branches are then skipped.
     rows : int
-        Largest block; memory grows with it and not with the space.
+        Largest block; memory depends on it and not on the size of the space.
 
     Notes
     -----
-    Genes are opened from left to right, those to come at 0, and what is not canonical is dropped after each, so that
-    hardly more is ever built than is yielded. This needs genes that switch others off (depth) to stand before those
-    (expand).
+    Genes are enumerated from left to right, with later genes at 0. After each gene, genotypes that are not canonical
+    are removed, so that few more are built than yielded. Genes that switch others off (depth) must therefore come
+    before those (expand).
     """
     branches = [(0, np.zeros((1, len(choices)), dtype=np.int64))]
     if keep is not None and not keep(branches[0][1])[0]:
@@ -128,7 +129,7 @@ def genotype_blocks(
 def _open_gene(
     genotypes: np.ndarray, gene: int, count: int, canonical: Callable[[np.ndarray], np.ndarray]
 ) -> np.ndarray:
-    """Every genotype with each choice of one gene, where that is canonical."""
+    """Every genotype with each choice of one gene, if the result is canonical."""
     if count == 1:
         return genotypes
     opened = np.repeat(genotypes, count, axis=0)
@@ -137,7 +138,7 @@ def _open_gene(
 
 
 def spread_archs(space: SearchSpace, number: int, *, seed: int) -> np.ndarray:
-    """One genotype from each of `number` equal parts of the range of log-MACs, cheapest first; never an end of it.
+    """One genotype from each of `number` equal parts of the range of log-MACs, cheapest first, without the two ends.
 
     Raises
     ------
@@ -151,14 +152,14 @@ def spread_archs(space: SearchSpace, number: int, *, seed: int) -> np.ndarray:
     empty = set(range(number)) - set(stratum.tolist())
     if empty:
         raise UserError(
-            f"archs is {number} for twins; space {space.settings.name} has no arch in {len(empty)} of as many "
-            "equal parts of its range of MACs; ask for fewer"
+            f"archs is {number} for twins; space {space.settings.name} has no arch in {len(empty)} of that many "
+            "equal parts of its range of MACs; lower archs"
         )
     return np.stack([inner[np.flatnonzero(stratum == index)[0]] for index in range(number)])
 
 
 def identity_columns(space: SearchSpace, genotypes: np.ndarray) -> dict[str, list[Any]]:
-    """Columns that name archs in every table: `arch_id`, `genotype`, `arch`, `macs`, `params`."""
+    """Columns that identify archs in every table: `arch_id`, `genotype`, `arch`, `macs`, `params`."""
     genotypes = space.canonical(genotypes)
     archs = [space.arch(genotype) for genotype in genotypes]
     costs = space.costs(genotypes)
@@ -172,7 +173,7 @@ def identity_columns(space: SearchSpace, genotypes: np.ndarray) -> dict[str, lis
 
 
 def _draw(space: SearchSpace, count: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` uniform genotypes, then `count` whose genes share a random scale per dim."""
+    """`count` uniform genotypes, then `count` genotypes with a common random scale per dim."""
     uniform = space.sample(count, rng)
     scales = [np.repeat(rng.random((count, 1)), part.stop - part.start, axis=1) for part in space.sections]
     scaled = rng.binomial(np.asarray(space.choices) - 1, np.concatenate(scales, axis=1))
@@ -194,7 +195,7 @@ def _strata(space: SearchSpace, genotypes: np.ndarray, strata: int) -> np.ndarra
 
 
 def _level_strata(stratum: np.ndarray, num_archs: int, strata: int, *, given: int) -> np.ndarray:
-    """Rows of the first `given` archs and of further ones, each from the emptiest stratum that has any left."""
+    """Rows of the first `given` archs and of further ones, each from the stratum with the fewest that has any left."""
     members = [list(np.flatnonzero(stratum[given:] == index)[::-1] + given) for index in range(strata)]
     filled = np.bincount(stratum[:given], minlength=strata)
     kept = list(range(given))

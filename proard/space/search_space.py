@@ -1,8 +1,8 @@
 """Elastic search spaces: genotypes, canonical form, features and costs of whole populations at once.
 
-A genotype is a vector of choice indices: depth genes, then width genes, then one expand gene per block slot and, where
-kernels are elastic, one kernel gene per block slot. Genes of blocks that depth leaves out are 0 in canonical form, so
-that equal subnets have equal genotypes.
+A genotype is a vector of choice indices: depth genes, width genes, one expand gene per block slot and, if kernels are
+elastic, one kernel gene per block slot. In canonical form the genes of blocks removed by depth are 0, so that equal
+subnets have equal genotypes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Choices = TypeVar("Choices", bound=tuple[float, ...])
 
 
 class SearchSpace:
-    """All archs of a space's settings.
+    """All archs that the settings of a space allow.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ class SearchSpace:
         units = settings.units
         depths = [unit.depth or settings.depth for unit in units]
         self.slots = [unit.blocks + extra[-1] for unit, extra in zip(units, depths, strict=True)]
-        if self.deep_stem:  # its residual block is kept exactly when the stem's depth is the largest
+        if self.deep_stem:  # its residual block exists only at the largest depth of the stem
             depths.insert(0, tuple(sorted({settings.depth[0], settings.depth[-1]})))
         self.depths = depths
         self.kernels = self._per_slot([unit.kernel or settings.kernel for unit in units])
@@ -67,13 +67,13 @@ class SearchSpace:
 
     @cached_property
     def sections(self) -> tuple[slice, ...]:
-        """Where the genes of every dim stand in a genotype, in the order of `options`."""
+        """The range of each dim's genes in a genotype, in the order of `options`."""
         ends = np.cumsum([len(genes) for genes in self.options.values()]).tolist()
         return tuple(slice(start, end) for start, end in zip([0, *ends], ends, strict=False))
 
     @property
     def size(self) -> int:
-        """Number of different genotypes in canonical form."""
+        """Number of different canonical genotypes."""
         count, first = 1, 0
         for unit, extra, slots in zip(self.settings.units, self._unit_depths, self.slots, strict=True):
             variants = prod(len(self.options[dim][first]) for dim in self.options if dim not in ("depth", "width"))
@@ -84,12 +84,12 @@ class SearchSpace:
 
     @property
     def _unit_depths(self) -> list[tuple[int, ...]]:
-        """The depth choices of every unit, without the stem's."""
+        """The depth choices of every unit, without those of the stem."""
         return self.depths[int(self.deep_stem) :]
 
     @cached_property
     def elastic_kernels(self) -> dict[str, tuple[int, ...]]:
-        """The kernels of every convolution that has more than one, by name, smallest first."""
+        """By name, the kernels of every convolution with several choices, smallest first."""
         slots = [(unit, index) for unit, count in enumerate(self.slots) for index in range(count)]
         return {
             f"unit{unit + 1}.block{index + 1}.depthwise": kernels
@@ -113,11 +113,11 @@ class SearchSpace:
         return Arch(**dims)
 
     def read_arch(self, text: str) -> Arch:
-        """The arch whose JSON this is."""
+        """The arch described by this JSON."""
         return Arch.from_json(text)
 
     def genotype(self, arch: Arch) -> tuple[int, ...]:
-        """Canonical genotype of an arch.
+        """The canonical genotype of an arch.
 
         Raises
         ------
@@ -137,7 +137,7 @@ class SearchSpace:
         return tuple(int(gene) for gene in self.canonical(np.asarray(genes)[None])[0])
 
     def canonical(self, genotypes: np.ndarray) -> np.ndarray:
-        """Genotypes of shape (n, genes) with 0 in the genes of blocks that are left out."""
+        """Genotypes of shape (n, genes) with 0 in the genes of removed blocks."""
         canonical = np.array(genotypes, dtype=np.int64)
         active = self._active(canonical)
         for part in self.sections[2:]:
@@ -145,7 +145,7 @@ class SearchSpace:
         return canonical
 
     def _active(self, genotypes: np.ndarray) -> np.ndarray:
-        """Which block slots depth keeps, of shape (n, blocks)."""
+        """Whether depth keeps each block slot, of shape (n, blocks)."""
         number, unit, extra = self._slots_by_unit
         genes = genotypes[:, self.sections[0]][:, int(self.deep_stem) :]  # (n, units)
         beyond = extra[np.arange(len(self.slots)), genes]
@@ -153,7 +153,7 @@ class SearchSpace:
 
     @cached_property
     def _slots_by_unit(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of every block slot its number beyond the unit's least, and its unit; per unit what each depth gene adds."""
+        """Per block slot: number beyond the unit's minimum, and unit; per unit: blocks added by each depth gene."""
         number = [np.arange(slots) - unit.blocks for unit, slots in zip(self.settings.units, self.slots, strict=True)]
         extra = np.zeros((len(self.slots), max(map(len, self._unit_depths))), dtype=np.int64)
         for row, choices in zip(extra, self._unit_depths, strict=True):
@@ -162,16 +162,16 @@ class SearchSpace:
 
     @property
     def largest(self) -> Arch:
-        """The last choice everywhere: the dynamic teacher's arch."""
+        """The last choice of every gene: the dynamic teacher's arch."""
         return self.arch([count - 1 for count in self.choices])
 
     @property
     def smallest(self) -> Arch:
-        """The first choice everywhere."""
+        """The first choice of every gene."""
         return self.arch([0] * len(self.choices))
 
     def diagonal(self) -> list[Arch]:
-        """Uniform scaling: every gene at the same relative position, smallest to largest."""
+        """Uniform scaling: all genes at the same relative position, from smallest to largest."""
         steps = max(self.choices)
         archs = [
             self.arch([round(step / (steps - 1) * (count - 1)) if steps > 1 else 0 for count in self.choices])
@@ -189,12 +189,12 @@ class SearchSpace:
         expand: Sequence[float] | None = None,
         kernel: Sequence[int] | None = None,
     ) -> list[np.ndarray]:
-        """Per gene, the choice indices that a phase leaves open; None opens a dim fully.
+        """Per gene, the indices of the open choices of a phase; with None all choices of a dim are open.
 
         Raises
         ------
         ValueError
-            A value is not among the space's choices.
+            A value is not one of the space's choices.
         """
         genes = []
         for name, values in (("depth", depth), ("width", width), ("expand", expand), ("kernel", kernel)):
@@ -211,7 +211,7 @@ class SearchSpace:
         return genes
 
     def layer_widths(self, among: list[np.ndarray]) -> dict[str, set[int]]:
-        """Per convolution of stem and units, every number of output channels that it has among the open choices."""
+        """Per convolution of stem and units, all its numbers of output channels under the open choices."""
         s, found = self.settings, defaultdict(set)
         widths, expands = (
             [[choices[i] for i in kept] for choices, kept in zip(self.options[dim], among[part], strict=True)]
@@ -220,7 +220,7 @@ class SearchSpace:
         for stem in product(*widths[: 1 + self.deep_stem]):
             for conv in (conv for block in stem_blocks(s, stem, residual=self.deep_stem) for conv in block.convs):
                 found[conv.name].add(conv.out_channels)
-        del widths[: int(self.deep_stem)]  # the units follow the stem's output
+        del widths[: int(self.deep_stem)]  # the widths of the units follow that of the stem's output
         slots = [(unit, index) for unit, count in enumerate(self.slots) for index in range(count)]
         for (unit, index), inner in zip(slots, expands, strict=True):
             entered = unit if index == 0 else unit + 1
@@ -233,14 +233,14 @@ class SearchSpace:
         return dict(found)
 
     def sample(self, count: int, rng: np.random.Generator, *, among: list[np.ndarray] | None = None) -> np.ndarray:
-        """Draw `count` canonical genotypes, each gene uniform and independent; of shape (count, genes)."""
+        """Draw `count` canonical genotypes of shape (count, genes); each gene is uniform and independent."""
         among = among or self.open_choices()
         return self.canonical(np.stack([rng.choice(options, size=count) for options in among], axis=1))
 
     # --- features and costs ------------------------------------------------------------------------------------
 
     def features(self, genotypes: np.ndarray) -> np.ndarray:
-        """One-hot code of every gene, all zeros for blocks left out; of shape (n, sum of choices), float64."""
+        """One-hot code of every gene, zero for removed blocks; of shape (n, sum of choices), float64."""
         genotypes = np.asarray(genotypes)
         active = np.ones(genotypes.shape, dtype=bool)
         kept = self._active(genotypes)
@@ -252,7 +252,7 @@ class SearchSpace:
         return features
 
     def costs(self, genotypes: np.ndarray) -> dict[str, np.ndarray]:
-        """`macs` and `params` of every genotype, each of shape (n,), int64; exact, from a table per block."""
+        """`macs` and `params` of every genotype, each of shape (n,), int64; exact, from one table per block."""
         genotypes = np.asarray(genotypes)
         active = self._active(genotypes)
         stems, units, tails = self._cost_tables
@@ -273,7 +273,7 @@ class SearchSpace:
 
     @cached_property
     def _cost_tables(self) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
-        """(macs, params) of every stem, per unit of every first and every later block, and of what follows them."""
+        """(macs, params) of every stem; per unit, of every first and every later block; of the layers after them."""
         s, widths = self.settings, self.settings.width
         kept = [value == s.depth[-1] for value in self.options["depth"][0]] if self.deep_stem else [False]
         stems = [
@@ -312,11 +312,11 @@ class SearchSpace:
             tails.append((rest.macs, rest.params))
         return np.asarray(stems).reshape(shape), units, np.asarray(tails)
 
-    # --- the network spelled out -------------------------------------------------------------------------------
+    # --- the layers of a network -------------------------------------------------------------------------------
 
-    @lru_cache(maxsize=4096)  # noqa: B019 - a space lives as long as the process
+    @lru_cache(maxsize=4096)  # noqa: B019 - a space exists until the process ends
     def spec(self, arch: Arch) -> NetSpec:
-        """The static network of an arch: every layer with its channels and feature map.
+        """The layers of an arch, each with its channels and feature map.
 
         Raises
         ------
@@ -343,6 +343,6 @@ class SearchSpace:
 
 
 def _cost(blocks: Sequence[BlockSpec]) -> tuple[int, int]:
-    """(macs, params) of some blocks."""
+    """(macs, params) of a list of blocks."""
     convs = [conv for block in blocks for conv in block.convs]
     return sum(conv.macs for conv in convs), sum(conv.params for conv in convs)

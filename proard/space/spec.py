@@ -1,4 +1,4 @@
-"""A subnet spelled out: its layers with their channels and feature maps, from which costs are counted."""
+"""The layers of a subnet with their channels and feature maps; costs are computed from them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Activation = Literal["none", "relu", "relu6", "h_swish", "h_sigmoid"]
 
 @dataclass(frozen=True)
 class ConvSpec:
-    """A convolution, followed by batch norm where `norm`, then by its activation; `name` is its prefix among weights.
+    """A convolution with optional batch norm (`norm`) and an activation; `name` is the prefix of its weights.
 
-    `depthwise` convolutions have one filter per channel; `bias` stands only where there is no norm.
+    A `depthwise` convolution has one filter per channel. It has a `bias` only if it has no norm.
     """
 
     name: str
@@ -31,12 +31,12 @@ class ConvSpec:
 
     @property
     def groups(self) -> int:
-        """Groups of channels that do not see each other."""
+        """Number of groups of channels, as in `torch.nn.Conv2d`."""
         return self.in_channels if self.depthwise else 1
 
     @property
     def weights(self) -> int:
-        """Numbers in the filters."""
+        """Number of filter weights."""
         return self.in_channels // self.groups * self.out_channels * self.kernel**2
 
     @property
@@ -46,20 +46,20 @@ class ConvSpec:
 
     @property
     def params(self) -> int:
-        """Convolution weights, batch norm's scale and shift or the bias."""
+        """Number of filter weights, plus batch norm's scale and shift or the bias."""
         return self.weights + (2 * self.norm + self.bias) * self.out_channels
 
 
 @dataclass(frozen=True)
 class GateSpec:
-    """Squeeze-and-excitation: the convolutions read the channels' means and yield a factor for every channel."""
+    """Squeeze-and-excitation: the convolutions map the channels' means to one factor per channel."""
 
     convs: tuple[ConvSpec, ConvSpec]
 
 
 @dataclass(frozen=True)
 class PoolSpec:
-    """`max`: 3x3 windows at stride 2, padded by 1. `mean`: windows of side `stride`, cut off at the border."""
+    """`max`: 3x3 windows at stride 2, padded by 1. `mean`: windows of side `stride`, no partial ones at the border."""
 
     kind: Literal["max", "mean"]
     stride: int
@@ -71,7 +71,7 @@ Step = ConvSpec | GateSpec | PoolSpec
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """Steps in sequence; `shortcut` is None or the steps beside them (none of them: identity), then an activation."""
+    """A sequence of steps beside a `shortcut` (None, or steps; no step is the identity), then an activation."""
 
     steps: tuple[Step, ...]
     shortcut: tuple[Step, ...] | None = None
@@ -79,12 +79,12 @@ class BlockSpec:
 
     @property
     def convs(self) -> tuple[ConvSpec, ...]:
-        """The block's convolutions, the shortcut's last."""
+        """The block's convolutions, those of the shortcut last."""
         return tuple(convs_of((*self.steps, *(self.shortcut or ()))))
 
     @property
     def out_size(self) -> int:
-        """Side of the map that leaves the block."""
+        """Side of the block's output map."""
         last = self.steps[-1]
         assert not isinstance(last, GateSpec)
         return last.out_size
@@ -92,7 +92,7 @@ class BlockSpec:
 
 @dataclass(frozen=True)
 class NetSpec:
-    """A whole static network: blocks, global average pooling, the `mixer`'s convolutions, a linear layer `head`."""
+    """A whole network: blocks, global average pooling, the `mixer`'s convolutions, a linear layer `head`."""
 
     blocks: tuple[BlockSpec, ...]
     features: int
@@ -103,7 +103,7 @@ class NetSpec:
 
     @cached_property
     def convs(self) -> tuple[ConvSpec, ...]:
-        """Every convolution in the order of `blocks`, then the mixer's."""
+        """All convolutions in the order of `blocks`, then those of the mixer."""
         return (*chain.from_iterable(block.convs for block in self.blocks), *self.mixer)
 
     @property
@@ -113,12 +113,12 @@ class NetSpec:
 
     @property
     def params(self) -> int:
-        """Trained numbers: convolutions, batch norm's scale and shift, linear layer with bias."""
+        """Trained parameters: convolutions, batch norm's scale and shift, linear layer with bias."""
         return sum(conv.params for conv in self.convs) + (self.features + 1) * self.classes
 
 
 def convs_of(steps: tuple[Step, ...]) -> Iterator[ConvSpec]:
-    """Convolutions of some steps, those inside gates included."""
+    """The convolutions of some steps, including those of gates."""
     for step in steps:
         if isinstance(step, ConvSpec):
             yield step
@@ -128,7 +128,7 @@ def convs_of(steps: tuple[Step, ...]) -> Iterator[ConvSpec]:
 
 @dataclass(frozen=True)
 class FixedSpec:
-    """Costs and shape of a fixed network, as `NetSpec` has them."""
+    """Costs and shape of a fixed network, with the attributes of `NetSpec`."""
 
     macs: int
     params: int

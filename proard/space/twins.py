@@ -1,4 +1,4 @@
-"""Twins: some archs of the run's space as networks that are trained alone."""
+"""Twins: networks of some archs of the run's space that are trained alone."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from proard.space.search_space import SearchSpace
 
 
 def with_twins(run: RunConfig) -> RunConfig:
-    """The run with every entry `twins` written out, and the epochs of networks whose effort is a number of steps.
+    """The run with every entry `twins` expanded, and with `epochs` for networks whose effort is a number of steps.
 
-    A twin has the loss, the attack and the optimisation of the run's last phase, one arch, random initial weights and,
-    where the loss asks one, the run's frozen teacher, in place of a dynamic one too. The cheapest arch comes first.
+    A twin has one arch, random initial weights, and the loss, attack and optimisation of the run's last phase. If the
+    loss needs a teacher, it is the run's frozen one, even if the phase has a dynamic teacher. The cheapest arch comes
+    first.
 
     Raises
     ------
     ConfigError
-        An override is no key of a network, or the steps are not known before the run.
+        An override is not a key of a network, or the number of steps is not known before the run.
     """
     trainings: list[Any] = []
     for each in run.experiment.trainings:
@@ -34,7 +35,7 @@ def with_twins(run: RunConfig) -> RunConfig:
 
 
 def _twins(run: RunConfig, twins: Twins) -> Iterator[Student]:
-    """The trainings of one entry."""
+    """The trainings of one entry `twins`."""
     last, where = run.train_phase.phases[-1], f"experiment.{twins.name}"
     shared = {name: getattr(last, name) for name in Student.model_fields.keys() & Phase.model_fields.keys()}
     shared = {key: value.model_dump() if hasattr(value, "model_dump") else value for key, value in shared.items()}
@@ -55,20 +56,20 @@ def epochs_of_steps(run: RunConfig, student: Student) -> float:
 
     Notes
     -----
-    A step of a phase trains several subnets, a twin's step one: a subnet had at most one gradient evaluation of each
-    image of a step, its twin has exactly one.
+    A step of a phase trains several subnets, a twin's step trains one. In a step, a subnet has at most one gradient
+    evaluation per image, and its twin has exactly one.
 
     Raises
     ------
     ConfigError
-        The length of a phase is known only when it begins.
+        The length of a phase is known only at its start.
     """
     first, steps = run.train_phase.phases[0], None if student.effort is None else student.effort.steps
     for phase in run.train_phase.phases:
         if phase.forward_equivalents is not None:
             raise ConfigError(
                 f"experiment.{student.name}.effort.steps is {steps}, but phase {phase.name} is "
-                "stretched to its forward_equivalents: give a number of epochs, the one that its log names"
+                "scaled to its forward_equivalents; set its epochs to the number in its log instead"
             )
 
     def epochs(training: Optimisation, passes: int = 1) -> float:

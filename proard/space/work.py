@@ -1,4 +1,4 @@
-"""What computing costs: passes of images through networks, weighed by their multiply-accumulates."""
+"""Work of a computation: passes of images through networks, weighted by their multiply-accumulates."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Work:
-    """Counted passes of images through networks; sums and multiples are work again.
+    """Counted passes of images through networks; sums and multiples are also `Work`.
 
     Attributes
     ----------
@@ -15,9 +15,9 @@ class Work:
         Image forward-equivalents: a forward pass is 1, a gradient with respect to the image 1 more, the backward pass
         of training 2 more.
     macs : float
-        The same passes, each times the multiply-accumulates of the network that it went through.
+        The same passes, each times the multiply-accumulates of its network.
     weight_gradients : float
-        Gradient evaluations: images times the networks whose weights a loss on them was differentiated by.
+        Gradient evaluations with respect to weights: for each network, the number of images of its loss.
     """
 
     forwards: float = 0.0
@@ -35,13 +35,13 @@ class Work:
 
 
 def one_pass(macs: float) -> Work:
-    """One image forward through a network of that many multiply-accumulates."""
+    """A forward pass of one image through a network with that many multiply-accumulates."""
     return Work(1.0, macs)
 
 
 @dataclass
 class Tally:
-    """What measuring took: work that was done, and work whose result was found among earlier measurements."""
+    """Work of measurements: `spent` was computed here; `cached` was saved by results found in the cache."""
 
     spent: Work = Work()
     cached: Work = Work()
