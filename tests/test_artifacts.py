@@ -148,7 +148,7 @@ def test_missing_and_foreign_tensors_are_named(tmp_path):
 
     save_file({"a": torch.ones(2)}, tmp_path / "foreign.safetensors")
     assert read_header(tmp_path / "foreign.safetensors") == {}
-    with pytest.raises(ArtifactError, match="holds 'foreign tensors', expected teacher or control"):
+    with pytest.raises(ArtifactError, match="contains 'foreign tensors', expected teacher or control"):
         load_tensors(tmp_path / "foreign.safetensors", kind=("teacher", "control"))
 
 
@@ -201,7 +201,7 @@ def test_empty_table_keeps_its_columns(tmp_path):
 
 def test_foreign_columns_and_wrong_types_are_refused_and_write_nothing(tmp_path):
     path = tmp_path / "table.parquet"
-    with pytest.raises(ValueError, match=r"columns \['losss'\] are not of this table"):
+    with pytest.raises(ValueError, match=r"columns \['losss'\] do not belong to this table"):
         write_table(path, [row(losss=1)], HISTORY, provenance())
     with pytest.raises(ValueError, match="one"):
         write_table(path, [row(epoch="one")], HISTORY, provenance())

@@ -41,11 +41,11 @@ def test_shipped_configs_repeat_no_key_and_keep_the_names_of_their_students(path
         ("threat: {eps: 8/255}\nseed: 1\nthreat:\n  norm: l2\n", "threat is given twice, in line 1 and in line 3"),
         ("a:\n  b:\n    - {c: 1, d: 2,\n       c: 3}\n", "a.b.0.c is given twice, in line 3 and in line 4"),
         ('{\n\t"seed": 1,\n\t"seed": 2}', "seed is given twice, in line 2 and in line 3"),
-        ("run: a\nseed: [1\nspace: x\n", ", line 3, column 6: no YAML: expected ',' or ']'"),
-        ("threat:\n\teps: 8/255\n", ", line 2, column 1: no YAML: .*spaces, not with tabs"),
-        ("run: a: b\n", ", line 1, column 7: no YAML: mapping values"),
-        ("seed: 2024-99-99\n", "no YAML: month must be"),
-        ("- run\n", "holds no keys"),
+        ("run: a\nseed: [1\nspace: x\n", ", line 3, column 6: not valid YAML: expected ',' or ']'"),
+        ("threat:\n\teps: 8/255\n", ", line 2, column 1: not valid YAML: .*spaces, not with tabs"),
+        ("run: a: b\n", ", line 1, column 7: not valid YAML: mapping values"),
+        ("seed: 2024-99-99\n", "not valid YAML: month must be"),
+        ("- run\n", "has no keys"),
     ],
 )
 def test_a_file_that_yaml_reads_otherwise_than_meant_is_refused_with_its_lines(tmp_path, text, words):
@@ -97,11 +97,11 @@ def test_names_that_lead_out_of_their_folder_are_refused(name):
 
 @pytest.mark.parametrize("written", ["2024", "1.5", "2024-01-02", "no"])
 def test_a_name_that_yaml_does_not_read_as_text_is_to_be_quoted(written):
-    words = "quote it as it is written" if written == "no" else f"quote it: '{written}'"
+    words = "put it in quotes" if written == "no" else f"put it in quotes: '{written}'"
     name = yaml.safe_load(written)
     assert words in refusal(run=name)
     assert words in refusal(train_phase={"phases": [{"name": name}]})
-    assert "quote it" in refusal(experiment={"trainings": [{"name": name, "trains": "supernet"}]})
+    assert "put it in quotes" in refusal(experiment={"trainings": [{"name": name, "trains": "supernet"}]})
 
 
 @pytest.mark.parametrize(

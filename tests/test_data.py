@@ -229,19 +229,19 @@ def test_one_size_that_is_not_the_space_s_asks_for_image_size(tmp_path):
     root = write_folder(tmp_path / "train", {"a": 4, "b": 4})
     with pytest.raises(DataError, match=r"8 x 8 pixels.*expected 32 x 32.*set prepare_data.image_size: 8"):
         make_splits(PrepareData(source="imagefolder", train=root, classes=2), seed=0)
-    with pytest.raises(DataError, match=r"prepare_data.image_size resizes the sources parquet and imagefolder only"):
+    with pytest.raises(DataError, match=r"prepare_data.image_size applies to the sources parquet and imagefolder only"):
         make_splits(PrepareData(image_size=16), seed=0)
 
 
 def test_bad_folders_name_class_or_file(tmp_path):
     root = write_folder(tmp_path / "train", {"a": 4, "b": 4})
-    with pytest.raises(DataError, match=r"holds 2 class folders \(a, b\), but prepare_data.classes is 3"):
+    with pytest.raises(DataError, match=r"has 2 class folders \(a, b\), but prepare_data.classes is 3"):
         make_splits(folder_settings(root, classes=3), seed=0)
-    with pytest.raises(DataError, match=r"holds a folder 'b' that is no class; expected a, c"):
+    with pytest.raises(DataError, match=r"has a folder 'b' that is no class; expected a, c"):
         make_splits(folder_settings(root, classes=("a", "c")), seed=0)
     with pytest.raises(DataError, match=r"no image of class 2 \('c'\)"):
         make_splits(folder_settings(root, classes=("a", "b", "c")), seed=0)
-    with pytest.raises(DataError, match=r"is read for prepare_data.train and for prepare_data.test"):
+    with pytest.raises(DataError, match=r"is in prepare_data.train and in prepare_data.test"):
         make_splits(folder_settings(root, test=root), seed=0)
     (tmp_path / "train" / "b" / "2.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"train/b/2.png cannot be decoded"):

@@ -272,7 +272,7 @@ def test_the_report_shows_the_diagnosis_where_there_is_one(compared, tmp_path):
     [
         ({"networks": [{"name": "a"}]}, "diagnose.a: needs one of budget, file and arch; given: none"),
         ({"networks": [{"name": "a", "budget": "macs=1M", "arch": "largest"}]}, "given: budget, arch"),
-        ({"networks": [{"name": "teacher", "arch": "largest"}]}, "without being listed"),
+        ({"networks": [{"name": "teacher", "arch": "largest"}]}, "the name teacher is reserved"),
         ({"networks": [{"name": "a", "arch": "largest"}] * 2}, "different names"),
         ({"shares": [1, 0.5]}, "ascending order"),
         ({"shares": [2]}, "diagnose.shares"),

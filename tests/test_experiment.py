@@ -103,7 +103,7 @@ def test_seeds_and_grids_name_supernets_too():
         ({"trainings": [{"name": "a/b"}]}, ["experiment.a/b", "letters, digits"]),
         ({"trainings": [{"seeds": [1, 1]}]}, ["experiment", "different names", "a_seed=1"]),
         ({"trainings": [{"trains": "subnet"}]}, ["experiment.a.trains is 'subnet'", "network, supernet, twin"]),
-        ({"trainings": [{"effort": {"gradients": 3}}]}, ["experiment.a.effort", "write forward_equivalents"]),
+        ({"trainings": [{"effort": {"gradients": 3}}]}, ["experiment.a.effort", "use forward_equivalents"]),
         ({"trainings": [{"name": "ab"}], "baseline": "aa"}, ["experiment.baseline aa", "did you mean ab"]),
         ({"measure": {"attacks": [{"name": "worst"}]}}, ["experiment.measure", "`worst`"]),
         ({"threat": {"norm": "l2", "eps": 2}, "trainings": [{}]}, ["cannot cross an l2 ball"]),

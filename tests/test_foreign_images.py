@@ -47,7 +47,7 @@ def test_linked_folders_are_read_once_and_circles_end(tmp_path):
     splits, pairs = read(root)
     assert len(pairs) == len(set(pairs)) == 13
     assert sum(label == 0 for _, label in pairs) == 9
-    assert splits.notes == ("train: left out 3 linked in a circle, 1 linked twice",)
+    assert splits.notes == ("train: left out 3 linked in a loop, 1 linked twice",)
 
 
 def test_the_fingerprint_is_of_the_files_that_are_read(tmp_path):

@@ -73,7 +73,9 @@ def test_text_labels_become_the_index_of_their_class(tmp_path):
     assert counted(parquet_settings(path, classes=["dog", "cat"], label_column="kind"))[0] == [5, 15]
     with pytest.raises(DataError, match=r"a.parquet row 3 has label 'dog'; expected cat, cow, .*\(5 such rows"):
         make_splits(parquet_settings(path, classes=["cat", "cow"], label_column="kind"), seed=0)
-    with pytest.raises(DataError, match=r"column kind holds text, such as 'cat', and prepare_data.classes is 2; write"):
+    with pytest.raises(
+        DataError, match=r"column kind contains text, such as 'cat', but prepare_data.classes is 2; set"
+    ):
         make_splits(parquet_settings(path, label_column="kind"), seed=0)
     with pytest.raises(DataError, match=r"no label column 'knd' \(prepare_data.label_column\).*kind: string"):
         make_splits(parquet_settings(path, label_column="knd"), seed=0)
@@ -109,7 +111,7 @@ def test_class_names_come_from_the_file_where_the_config_has_none(tmp_path):
 
 def test_a_file_that_numbers_the_classes_otherwise_is_refused(tmp_path):
     path = write(tmp_path / "a.parquet", hub={"label": NAMES}, label=pa.array(LABELS))
-    with pytest.raises(DataError, match=r"a.parquet numbers its classes cat, dog, prepare_data.classes is dog, cat"):
+    with pytest.raises(DataError, match=r"a.parquet has the class order cat, dog, prepare_data.classes is dog, cat"):
         make_splits(parquet_settings(path, classes=["dog", "cat"]), seed=0)
 
 

@@ -395,9 +395,9 @@ def test_logits_that_a_loss_does_not_read_are_not_kept(train_set, tmp_path, loss
     ("changes", "message"),
     [
         ({"phase__attack": {"start": "zero", "start_scale": 2}}, "start_scale is the radius of start uniform"),
-        ({"phase__attack": {"carry_passes": 2, "clip_to_ball": False}}, "carry_passes keeps perturbations inside"),
+        ({"phase__attack": {"carry_passes": 2, "clip_to_ball": False}}, "carry_passes stores perturbations inside"),
         ({"phase__attack": {"num_steps": 2, "curriculum": {"first_steps": 3}}}, "first_steps is 3; expected: at most"),
-        ({"phase__teacher": "dynamic", "phase__teacher_logits": "float32"}, "teacher_logits keeps those of a frozen"),
+        ({"phase__teacher": "dynamic", "phase__teacher_logits": "float32"}, "teacher_logits stores logits of a frozen"),
         ({"threat": {"norm": "linf", "eps": 1.5}}, r"threat.eps is 1.5; .* write 1.5/255"),
         ({"threat": {"norm": "l2", "eps": 1.5}}, r"verify_front.attacks.pgd20: 20 steps .* cannot cross an l2 ball"),
     ],

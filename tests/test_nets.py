@@ -274,8 +274,8 @@ def test_supernet_of_another_space_is_refused(tmp_path):
 def test_file_of_another_kind_is_refused(tmp_path):
     path = tmp_path / "net.safetensors"
     save_supernet(path, random_supernet(tiny_space(), dtype=torch.float32), Provenance("run", "train_phase"))
-    with pytest.raises(ArtifactError, match="holds 'supernet', expected teacher"):
+    with pytest.raises(ArtifactError, match="contains 'supernet', expected teacher"):
         load_static(path, kind="teacher")
     save_tensors(path, {"x": torch.zeros(2)}, kind="images")
-    with pytest.raises(ArtifactError, match="holds 'images', expected supernet"):
+    with pytest.raises(ArtifactError, match="contains 'images', expected supernet"):
         load_supernet(path, tiny_space())

@@ -88,7 +88,7 @@ def test_a_shortcut_where_needed_is_the_identity_elsewhere():
     space = space_of(NETS["resnet20"])
     blocks = [block for block in space.spec(space.largest).blocks if block.shortcut is not None]
     assert [len(block.shortcut) for block in blocks] == [0, 0, 0, 1, 0, 0, 1, 0, 0]
-    with pytest.raises(ValueError, match="where_needed fits blocks of one width"):
+    with pytest.raises(ValueError, match="where_needed allows a single width"):
         Space.model_validate({**NETS["resnet20"].model_dump(), "width": (0.5, 1.0)})
 
 
@@ -282,7 +282,7 @@ def test_a_published_checkpoint_gives_the_published_logits(tmp_path, wrap):
         (lambda t: t.update({"module.block4.x": torch.zeros(1)}), ["holds block4.x"]),
         (lambda t: t.update({"module.fc.bias": torch.zeros(4)}), ["fc.bias has shape (4,), expected (3,)"]),
         (lambda t: t.pop("module.conv1.weight"), ["no WideResNet as TRADES saves it", "conv1.weight"]),
-        (lambda t: t.update(epoch=3), ["holds no state dict"]),
+        (lambda t: t.update(epoch=3), ["has no state dict"]),
         (lambda t: t.update(run=CrossEntropy(torch.zeros(1))), ["no checkpoint of tensors alone"]),
     ],
     ids=["missing", "strange", "shape", "other", "number", "object"],

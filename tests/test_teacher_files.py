@@ -66,7 +66,7 @@ def test_keys_are_listed_where_there_are_no_weights(tmp_path):
     assert "no keys" in refusal(tmp_path / "model.pt", [torch.zeros(1)])
     _, state = weights()
     twice = {**state, "module.conv1.weight": state["conv1.weight"]}
-    assert "holds conv1.weight twice" in refusal(tmp_path / "model.pt", twice)
+    assert "contains conv1.weight twice" in refusal(tmp_path / "model.pt", twice)
 
 
 @pytest.mark.parametrize(

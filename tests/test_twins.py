@@ -70,7 +70,7 @@ def test_a_twin_makes_as_many_steps_as_its_subnet_went_through(twins, changes, e
 
 @pytest.mark.parametrize("steps", ["phases", "path"])
 def test_epochs_of_stretched_phases_must_be_a_number(steps):
-    with pytest.raises(ConfigError, match=r"phase all is stretched .*give a number of epochs"):
+    with pytest.raises(ConfigError, match=r"phase all is scaled .*set its epochs"):
         run_with({**TWINS, "effort": {"steps": steps}}, phase__forward_equivalents=1e4)
     run = run_with({**TWINS, "epochs": 1.5}, phase__forward_equivalents=1e4)
     assert {training.epochs for training in run.experiment.trainings} == {1.5}
