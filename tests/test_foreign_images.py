@@ -66,7 +66,7 @@ def test_one_file_in_two_classes_is_refused(tmp_path):
     root = tmp_path / "train"
     write_folder(root, {"a": 4, "b": 4})
     (root / "b" / "same").symlink_to(root / "a", target_is_directory=True)
-    with pytest.raises(DataError, match=r"b/same/0.png and .*a/0.png are one file in two classes"):
+    with pytest.raises(DataError, match=r"b/same/0.png and .*a/0.png are the same file in two classes"):
         read(root)
 
 
@@ -125,7 +125,7 @@ def test_train_and_test_of_equal_files_are_refused_and_copies_within_are_named(t
     train, test = (write_folder(tmp_path / name, {"a": 6, "b": 6}, seed=seed) for seed, name in enumerate(SPLITS[::2]))
     for index in range(2):
         (tmp_path / "test" / "b" / f"copy{index}.png").write_bytes((tmp_path / f"train/b/{index}.png").read_bytes())
-    with pytest.raises(DataError, match=r"prepare_data.test shares .*: 2 of 14 are .*copy0.png is .*train/b/0.png"):
+    with pytest.raises(DataError, match=r"prepare_data.test shares .*: 2 of 14 are .*copy0.png equals .*train/b/0.png"):
         read(train, test=test)
     for index in range(6):
         (tmp_path / "train" / "a" / f"copy{index}.png").write_bytes((tmp_path / "train/a/0.png").read_bytes())

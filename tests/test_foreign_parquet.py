@@ -119,6 +119,6 @@ def test_train_and_test_that_share_images_are_refused(tmp_path):
     train = write(tmp_path / "train.parquet", label=pa.array(LABELS))
     images = [png(pixels) for pixels in [*random_pixels(3), *random_pixels(17, seed=1)]]
     test = write(tmp_path / "test.parquet", images=images, label=pa.array(LABELS))
-    shares = r"shares images with .*train: 3 of 20 are equal .*test.parquet row 0 is .*train.parquet row 0\)"
+    shares = r"shares images with .*train: 3 of 20 are copies .*test.parquet row 0 equals .*train.parquet row 0\)"
     with pytest.raises(DataError, match=shares):
         make_splits(parquet_settings(train, test=test), seed=0)

@@ -323,12 +323,12 @@ def test_resnet_spaces_are_written_as_before():
 @pytest.mark.parametrize(
     ("settings", "changes", "message"),
     [
-        (TINY_MOBILE, {"kernel": [3, 4]}, "kernel lists odd sides"),
-        (TINY_MOBILE, {"kernel": [5, 3]}, "kernel lists its choices once each, smallest first"),
+        (TINY_MOBILE, {"kernel": [3, 4]}, "kernel must list odd sides"),
+        (TINY_MOBILE, {"kernel": [5, 3]}, "kernel must list different choices, smallest first"),
         (TINY_MOBILE, {"expand": [1, 2]}, "expand 1 .without 1x1 convolution. must be"),
         (TINY_MOBILE, {"block": "basic"}, "block is basic; blocks of family mobilenet are mbconv"),
         (TINY_MOBILE, {"shortcut": "pool_conv"}, "shortcut is a setting of family resnet"),
-        (TINY_MOBILE, {"units": [{"channels": 8, "depth": [1, 0]}]}, "units.0.depth lists its choices once each"),
+        (TINY_MOBILE, {"units": [{"channels": 8, "depth": [1, 0]}]}, "units.0.depth must list different choices"),
         (TINY, {"kernel": [3, 5]}, "kernel and se are settings of family mobilenet"),
         (TINY, {"units": [{"channels": 8, "se": True}]}, "kernel and se are settings of family mobilenet"),
     ],

@@ -297,7 +297,7 @@ def test_equal_gradients_become_epochs():
         ConfigError, match="needs one of forward_equivalents, gradients, steps; given: gradients, steps"
     ):
         config_of({"name": "s", "effort": {"gradients": 1, "steps": "path"}})
-    with pytest.raises(ConfigError, match=r"experiment\.s\.effort: forward_equivalents are for supernets"):
+    with pytest.raises(ConfigError, match=r"experiment\.s\.effort: forward_equivalents is for supernets"):
         config_of({"name": "s", "effort": {"forward_equivalents": 1}})
 
 

@@ -62,7 +62,7 @@ def test_weights_are_found_under_usual_keys_and_prefixes(tmp_path, wrap, prefixe
 
 def test_keys_are_listed_where_there_are_no_weights(tmp_path):
     line = refusal(tmp_path / "model.pt", {"student": weights()[1], "epoch": 3})
-    assert "its keys are student, epoch; save tensors alone" in line
+    assert "its keys are student, epoch; save only tensors" in line
     assert "no keys" in refusal(tmp_path / "model.pt", [torch.zeros(1)])
     _, state = weights()
     twice = {**state, "module.conv1.weight": state["conv1.weight"]}

@@ -46,7 +46,7 @@ def test_one_arch_comes_from_each_part_of_the_range_and_no_end():
 
 def test_more_parts_than_the_space_can_fill_is_an_error():
     with pytest.raises(
-        ValueError, match=r"archs is 400 for twins; space tiny has no arch in \d+ of as many equal parts"
+        ValueError, match=r"archs is 400 for twins; space tiny has no arch in \d+ of that many equal parts"
     ):
         spread_archs(tiny_space(), 400, seed=0)
 
