@@ -353,7 +353,7 @@ def test_a_table_of_another_budget_or_without_a_choice_is_refused(inputs, tmp_pa
 
 
 def test_load_student_refuses_other_files(inputs, exported, tmp_path):
-    with pytest.raises(ArtifactError, match="holds 'supernet', expected student"):
+    with pytest.raises(ArtifactError, match="contains 'supernet', expected student"):
         load_student(inputs["supernet"])
     cut = tmp_path / "student.safetensors"
     cut.write_bytes((exported / "student.safetensors").read_bytes()[:-100])

@@ -177,11 +177,11 @@ class Run:
         Interrupted
             A signal, a successor or the end of the job's time asked to stop: the state is saved.
         """
-        self._resume()
-        label, done, update = self.label, self.done, self.step_on.update
-        progress = Progress(label, self.total, "steps", done=done.step, start_up=START_UP)
-        first, rated = done.step, 0.0
+        label, update = self.label, self.step_on.update
         with stop_on_signal() as stop:
+            self._resume()
+            first, rated = self.done.step, 0.0
+            progress = Progress(label, self.total, "steps", done=first, start_up=START_UP)
             while self.done.step < self.total and not self.done.overfitted:
                 started, number = self.clock(), self.done.step + 1 - first
                 result, lr = self.step()
