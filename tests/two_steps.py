@@ -19,15 +19,14 @@ import torch
 import yaml
 from training_runs import no_validation
 
-from proard.config import RunConfig, group_of, load
+from proard.config import RunConfig, group_of, load, named_nets
 from proard.config.nets import Named, VisionTransformer, WideResNet
-from proard.config.settings import merge
+from proard.config.losses import merge
 from proard.data import ImageSet
 from proard.nets import FixedNet, Supernet, extract, fold
 from proard.space import FixedSpace, SearchSpace, space_of
 from proard.space.twins import with_twins
-from proard.stages.train_experiment import student_network
-from proard.stages.train_teacher import teacher_arch, teacher_space
+from proard.stages.train_teacher import fitted_space, named_arch, teacher_arch, teacher_space
 from proard.stages.training import AugmentedImages
 from proard.training import Plan, ResumeState, Run, phase_plan, single_plan
 
@@ -35,7 +34,7 @@ CONFIGS = Path(__file__).parents[1] / "config"
 EXPECTED = Path(__file__).with_suffix(".json")
 BASE = "cifar10_micro"  # what a config without a run of its own is read on top of
 IMAGES, BATCH, SIDE = 8, 4, 8
-LENGTHS = {"name": True, "seed": True, "net": True, "epochs": True, "warmup_epochs": True, "validation": True}
+LENGTHS = {"name": True, "seed": True, "net": True, "epochs": True, "warmup_epochs": True}
 LENGTHS |= {"lr": True, "attack": {"step_size"}}
 
 
@@ -54,8 +53,7 @@ def trainings(name: str) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     largest = teacher_arch(run.train_teacher, taught_in)
     if run.train_teacher.source == "train":
         for label, settings in (("teacher", run.train_teacher), ("control", run.train_control)):
-            objective = getattr(settings, "objective", "plain")
-            listed.append((label, settings, taught_in, single_plan(largest, objective, settings)))
+            listed.append((label, settings, taught_in, single_plan(largest, settings.objective, settings)))
     legs = [(f"phase_{phase.name}", phase) for phase in run.train_phase.phases]
     trainings = with_twins(run).experiment.trainings
     for training in trainings:
@@ -63,8 +61,8 @@ def trainings(name: str) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
         legs += [(f"variant_{group_of(training.name)}_{phase.name}", phase) for phase in phases]
     listed += [(label, phase, space, phase_plan(space, phase)) for label, phase in legs]
     for student in (training for training in trainings if training.trains != "supernet"):
-        net = None if student.net is None else small(student.net)
-        own, arch = student_network(student.model_copy(update={"net": net}), run.space)
+        own = space if student.net is None else fitted_space(small(named_nets()[student.net]), run.space, where="net")
+        arch = named_arch(student.arch, own, where=student.name)
         listed.append((f"student_{student.name}", student, own, single_plan(arch, student.loss, student)))
     seen = set()
     for label, settings, where, plan in listed:

@@ -1,6 +1,6 @@
 """Settings of a run: one frozen class per stage, strict parsing, and the JSON schema generated from them."""
 
-from proard.config.attacks import OBJECTIVE_WORDS, Attack, Curriculum, Threat, TrainingAttack
+from proard.config.attacks import OBJECTIVE_WORDS, Attack, Threat, TrainingAttack
 from proard.config.diagnosis import TEACHER, Clever, Diagnose, Diagnosed, Smoothing
 from proard.config.experiment import COMPARED, Experiment, MeasureExperiment, SupernetTraining, Twins, group_of
 from proard.config.fields import ConfigError, DataError, UserError
@@ -11,12 +11,10 @@ from proard.config.presets import PRESETS
 from proard.config.run import (
     NEEDS,
     RunConfig,
-    at_any_rhythm,
     job_settings,
     json_schema,
     load,
     parse,
-    without_rhythm,
 )
 from proard.config.settings import (
     Augmentation,
@@ -36,7 +34,7 @@ from proard.config.settings import (
     VerifyFront,
 )
 from proard.config.spaces import Final, Space, Stem, Unit
-from proard.config.students import Effort, Student
+from proard.config.students import Effort, Student, TrainingSettings
 
 __all__ = [
     "COMPARED",
@@ -49,7 +47,6 @@ __all__ = [
     "Augmentation",
     "Clever",
     "ConfigError",
-    "Curriculum",
     "DataError",
     "Diagnose",
     "Diagnosed",
@@ -78,6 +75,7 @@ __all__ = [
     "TrainPhase",
     "TrainTeacher",
     "TrainingAttack",
+    "TrainingSettings",
     "Twins",
     "Unit",
     "UserError",
@@ -85,7 +83,6 @@ __all__ = [
     "VerifyFront",
     "VisionTransformer",
     "WideResNet",
-    "at_any_rhythm",
     "group_of",
     "job_settings",
     "json_schema",
@@ -93,5 +90,4 @@ __all__ = [
     "named_nets",
     "parse",
     "read_file",
-    "without_rhythm",
 ]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from proard.config.fields import Count, Extended, Natural, NonNegative, PixelLength, Positive, Settings, in_pixel_units
+from proard.config.fields import Count, Natural, PixelLength, Positive, Settings, in_pixel_units
 
 Dtype = Literal["float32", "bfloat16"]
 OBJECTIVE_WORDS = {"ce": "cross-entropy", "margin": "logit margin (CW)"}  # of attacks that measure
@@ -29,18 +29,7 @@ class Threat(Settings):
         return value if info.data.get("norm") == "l2" else in_pixel_units(value)
 
 
-class Curriculum(Settings):
-    """The number of attack steps grows from `first_steps` to `num_steps`, each used for an equal part of the training.
-
-    With fewer steps than `num_steps`, each step is at least `reach` * eps / steps long, so that the attack can cross
-    the ball.
-    """
-
-    first_steps: Natural = 1
-    reach: NonNegative = 1.25
-
-
-class TrainingAttack(Extended):
+class TrainingAttack(Settings):
     """The inner maximisation of adversarial training.
 
     `objective` is the function that the attack maximises. `loss` is the one from the paper of the training's loss. The
@@ -50,6 +39,8 @@ class TrainingAttack(Extended):
     `bn_mode` selects the batch-norm statistics inside the attack: `running` (the stored ones), `batch` (those of the
     perturbed batch, in every step) or `clean_batch` (those of the clean batch, fixed during the attack).
 
+    With `first_steps` the number of steps grows from there to `num_steps`, each number for an equal part of the
+    training. k steps are then each at least 1.25 eps / k long, so that the attack can cross the ball.
     `start_scale` is the radius of the uniform start in units of eps. With `clip_to_ball: false` only the pixel range
     limits the perturbation. One step of eps with `start_scale: 2` and `clip_to_ball: false` is N-FGSM.
     `shared` is for steps with several subnets: the adversarial images are computed once, on the `smallest` or the
@@ -59,50 +50,41 @@ class TrainingAttack(Extended):
     this number of passes (ATTA). It needs one byte per value of the padded training images, on the device and in the
     resume state.
     `crafted_on: teacher` attacks the frozen teacher instead of the trained network.
-    `graph: auto` replays a captured CUDA graph for every linf attack step of a full batch, except under `bn_mode:
-    batch`. It has no effect on a CPU.
     """
-
-    gained = frozenset({"crafted_on", "own_step_size"})
 
     objective: Literal["loss", "ce", "margin", "kl_clean", "kl_teacher", "kl_teacher_adv"] = "loss"
     num_steps: Natural = 10
     step_size: PixelLength = 2 / 255
     start: Literal["uniform", "gaussian", "zero"] = "uniform"
     bn_mode: Literal["running", "batch", "clean_batch"] = "clean_batch"
-    dtype: Dtype = "float32"
     start_scale: Positive = 1.0
     clip_to_ball: bool = True
-    curriculum: Curriculum | None = None
+    first_steps: Natural | None = None
     shared: Literal["smallest", "largest"] | None = None
     own_steps: Natural = 1
     own_step_size: PixelLength | None = None
     carry_passes: Count | None = None
-    graph: Literal["auto", "off"] = "off"
     crafted_on: Literal["student", "teacher"] = "student"
 
     @model_validator(mode="after")
     def parts_fit(self) -> TrainingAttack:
-        """Check that start_scale has a uniform start, carry_passes clips to the ball and the curriculum can grow."""
+        """Check that start_scale has a uniform start, carry_passes clips to the ball, first_steps can grow."""
         if self.start_scale != 1 and self.start != "uniform":
             raise ValueError(f"start_scale is the radius of start uniform; start is {self.start}")
         if self.carry_passes is not None and not self.clip_to_ball:
             raise ValueError("carry_passes stores perturbations inside the ball: set clip_to_ball to true")
-        if self.curriculum is not None and self.curriculum.first_steps > self.num_steps:
-            first = self.curriculum.first_steps
-            raise ValueError(f"curriculum.first_steps is {first}; expected: at most num_steps, {self.num_steps}")
+        if self.first_steps is not None and self.first_steps > self.num_steps:
+            raise ValueError(f"first_steps is {self.first_steps}; expected: at most num_steps, {self.num_steps}")
         return self
 
 
-class Attack(Extended):
+class Attack(Settings):
     """An attack of a measurement: `objective` is `ce` (cross-entropy) or `margin` (Carlini and Wagner's logit margin).
 
     `start` is `uniform` in the ball, or `zero`: the unchanged image, as in FGSM with one step of eps.
     `dtype: bfloat16` computes gradients in bfloat16. It is faster and slightly weaker, and meant for the many labels of
     `evaluate_archs`. An image counts as misclassified only by float32 logits.
     """
-
-    gained = frozenset({"start", "dtype"})
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = "pgd20"
     objective: Literal["ce", "margin"] = "ce"

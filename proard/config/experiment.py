@@ -8,12 +8,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
 from proard.config.attacks import Attack
 from proard.config.fields import ConfigError, Count, FolderName, Int, Natural, Positive, Settings, shown
-from proard.config.settings import Phase, TrainPhase, merge
-from proard.config.students import Effort, Student
+from proard.config.losses import merge
+from proard.config.settings import Phase, TrainPhase
+from proard.config.students import ExperimentTraining, Student
 
 COMPARED: dict[str, dict[str, str]] = {  # files of compare_experiment beside its table, by kind of comparison
     "networks": {
@@ -36,7 +37,7 @@ COMPARED: dict[str, dict[str, str]] = {  # files of compare_experiment beside it
 }
 
 
-class SupernetTraining(Settings):
+class SupernetTraining(ExperimentTraining):
     """An experiment's training of the supernet: overrides of the run's `train_phase`.
 
     Its keys override the shared keys of `train_phase` and the keys of every phase. If it has `phases`, these replace
@@ -44,13 +45,10 @@ class SupernetTraining(Settings):
     """
 
     trains: Literal["supernet"]
-    name: FolderName
-    seed: Natural | None = None
-    effort: Effort | None = None
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)]
 
 
-class Twins(Settings):
+class Twins(ExperimentTraining):
     """Archs of the run's space that are trained alone and compared with the run's subnets of the same arch.
 
     The range of log-MACs is divided into `archs` equal parts. One arch is drawn from each part, independently of its
@@ -62,7 +60,6 @@ class Twins(Settings):
     name: FolderName = "twin"
     archs: Annotated[Int, Field(ge=2)] = 4
     seeds: Annotated[tuple[Natural, ...], Field(min_length=1)] = (0,)
-    effort: Effort | None = None
     overrides: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
@@ -119,7 +116,7 @@ class Experiment(Settings):
 
     title: str = "Trainings compared"
     defaults: dict[str, Any] = Field(default_factory=dict)
-    trainings: tuple[Annotated[Student | SupernetTraining | Twins, Field(discriminator="trains")], ...] = ()
+    trainings: tuple[SerializeAsAny[ExperimentTraining], ...] = ()  # objects of a kind, by `write_out`
     measure: MeasureExperiment = MeasureExperiment()
     baseline: str | None = None
     bootstraps: Count = 1000

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from fractions import Fraction
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -13,9 +13,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     WithJsonSchema,
-    model_serializer,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -43,19 +41,6 @@ class Settings(BaseModel):
     """Base class of all settings: immutable; an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Extended(Settings):
-    """Settings with later keys: those in `gained` are written only if set, so that older fingerprints stay valid."""
-
-    gained: ClassVar[frozenset[str]] = frozenset()
-
-    @model_serializer(mode="wrap")
-    def leave_out_unset(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """All keys except the gained ones that have their default value."""
-        fields = type(self).model_fields
-        unset = {key for key in self.gained if getattr(self, key) == fields[key].default}
-        return {key: value for key, value in write(self).items() if key not in unset}
 
 
 LARGEST_INT = 2**63 - 1

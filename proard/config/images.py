@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from proard.config.columns import with_hub_classes
-from proard.config.fields import Classes, Count, Extended, Number
+from proard.config.fields import Classes, Count, Number, Settings
 
 Paths = str | tuple[str, ...]
 
 
-class PrepareData(Extended):
+class PrepareData(Settings):
     """Source and split of the images. `train` and `test` are paths; without `test`, a part of `train` becomes test.
 
     `max_train_images` reduces the training images before `val` is split off. `image_column` and `label_column` name
@@ -20,8 +20,6 @@ class PrepareData(Extended):
     class or fine_label is used. `classes` is optional if a Hugging Face data set stored its class names in the Parquet
     files. `image_size` resizes images of `parquet` and `imagefolder` to that side in pixels.
     """
-
-    gained = frozenset({"image_column"})
 
     source: Literal["digits", "cifar10", "cifar100", "parquet", "imagefolder"] = "digits"
     train: Paths | None = None

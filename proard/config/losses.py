@@ -1,83 +1,236 @@
-"""Settings of the losses. If a loss's paper has another default than the key, selecting the loss sets the paper's."""
+"""The training losses: one settings class each, with the options and the default values of its paper.
+
+In a config a loss is its name, or a mapping with its `name` and options: `loss: {name: absld, temperature_rate: 0.2}`.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import BeforeValidator, Field
 
 from proard.config.fields import NonNegative, Number, Positive, Settings, Share
 
-RobustObjective = Literal["pgd_at", "sat", "trades", "mart", "hat"]
-Distillation = Literal["rslad", "kd", "akd", "ard", "iad", "adaad", "adaiad", "mtard", "absld", "alpha", "fast_edge"]
-WITHOUT_ATTACK = ("kd",)
-PAPER_DEFAULTS: dict[str, dict[str, float]] = {
-    "hat": {"beta": 2.5},
-    "fast_edge": {"beta": 1.0},
-    "kd": {"soft_weight": 0.5},
-    "akd": {"soft_weight": 0.5},
-    "ard": {"temperature": 30.0},
-    "adaad": {"adv_weight": 1.0},
-    "adaiad": {"temperature": 30.0},
-}
 
+class Loss(Settings):
+    """A loss and its options, which are keyword arguments of the loss of this name in `proard.losses.OBJECTIVES`.
 
-class RobustOptions(Settings):
-    """Options of objectives without a teacher.
-
-    `beta` weights the divergence of `trades`, `mart` and `hat` (2.5 for `hat`) and the adversarial term of `fast_edge`
-    (1). `hat` adds `helper_weight` times a cross-entropy at `helper_reach` times the perturbation. Its labels come from
-    the run's plainly trained control. With `awp_gamma` above 0, training uses weights moved against the loss by that
-    fraction of each layer's norm (paper: 5e-3), from `awp_warmup_epochs` on.
+    `scale` multiplies the loss. Released code that also averages divergences over classes has 1 / classes of the
+    values here.
     """
 
+    attacked: ClassVar[bool] = True  # whether the training makes adversarial images
+    needs_teacher: ClassVar[bool] = False
+    needs_control: ClassVar[bool] = False  # the plainly trained network
+
+    name: str
+    scale: Positive = 1.0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the loss by name."""
+        return {key: value for key, value in self if key not in ("name", "scale")}
+
+
+class Plain(Loss):
+    """Cross-entropy on clean images."""
+
+    attacked = False
+    name: Literal["plain"] = "plain"
+
+
+class PgdAt(Loss):
+    """Cross-entropy on adversarial images (`sat` is its other name): Madry et al., arXiv:1706.06083."""
+
+    name: Literal["pgd_at", "sat"] = "pgd_at"
+
+
+class Trades(Loss):
+    """Cross-entropy on clean images, and `beta` times the divergence of the adversarial outputs: arXiv:1901.08573."""
+
+    name: Literal["trades"] = "trades"
     beta: NonNegative = 6.0
-    helper_weight: NonNegative = 0.5
-    helper_reach: Positive = 2.0
-    awp_gamma: NonNegative = 0.0
-    awp_warmup_epochs: NonNegative = 0
-
-    @model_validator(mode="before")
-    @classmethod
-    def paper_defaults(cls, value: Any) -> Any:
-        """Fill missing keys with the defaults of the selected losses' papers."""
-        if not isinstance(value, dict):
-            return value
-        named = [value.get(key) for key in ("loss", "objective", "teacher_objective")]
-        filled: dict[str, Any] = {}
-        for name in named:
-            filled |= PAPER_DEFAULTS.get(name, {}) if isinstance(name, str) else {}
-        return {**filled, **value}
 
 
-class DistillationOptions(RobustOptions):
-    """Options of distillation losses, and terms that can be added to any of them.
+class Mart(Loss):
+    """Boosted cross-entropy on adversarial images, and `beta` times a weighted divergence: Wang et al., ICLR 2020."""
 
-    `adv_weight` is the weight of the adversarial term (`rslad`, `absld`, `alpha`: 5/6; `adaad`: 1). `soft_weight` is
-    the weight of soft labels against hard ones (`ard`, `iad`, `adaiad`: 1; `kd`, `akd`: 1/2), `temperature` their
-    temperature (30 for `ard` and `adaiad`). `iad` and `adaiad` weight the teacher by p_y(x')^`trust_power` after the
-    fraction `trust_after` of the training. `mtard` adapts the weights of its two teachers at the rate `balance_rate`.
-    `absld` changes the temperature of each class by up to `temperature_rate` per pass over the data, between
-    `temperature_min` and `temperature_max`. `alpha` uses the larger divergence of `alpha_min` and `alpha_max`, with
-    importance weights clipped at `ratio_clip`. Above 0, `igdm_weight` (paper: 1 on CIFAR-10) and `kdiga_weight` add
-    input-gradient matching; `kdiga_norm` and `kdiga_at` are the norm and the images of the latter. `loss_scale`
-    multiplies the sum: released code that also averages divergences over classes has 1 / classes of ours.
+    name: Literal["mart"] = "mart"
+    beta: NonNegative = 6.0
+
+
+class Hat(Loss):
+    """TRADES, and `helper_weight` times a cross-entropy at twice the perturbation: Rade and Moosavi, ICLR 2022.
+
+    The labels of the helper term come from the run's plainly trained control.
     """
 
+    needs_control = True
+    name: Literal["hat"] = "hat"
+    beta: NonNegative = 2.5
+    helper_weight: NonNegative = 0.5
+
+
+class Distilled(Loss):
+    """A loss of distillation from a teacher."""
+
+    needs_teacher = True
+
+
+class Rslad(Distilled):
+    """Clean and adversarial outputs to the teacher's clean ones; `adv_weight` is the weight of the adversarial term."""
+
+    name: Literal["rslad"] = "rslad"
     adv_weight: Share = 5 / 6
-    soft_weight: Share = 1.0
+
+
+class Kd(Distilled):
+    """Soft labels of the teacher on clean images, with weight `soft_weight` against hard labels: arXiv:1503.02531."""
+
+    attacked = False
+    name: Literal["kd"] = "kd"
+    soft_weight: Share = 0.5
     temperature: Positive = 1.0
+
+
+class Akd(Distilled):
+    """Soft labels with student and teacher at the adversarial images: arXiv:2110.12072."""
+
+    name: Literal["akd"] = "akd"
+    soft_weight: Share = 0.5
+    temperature: Positive = 1.0
+
+
+class Ard(Distilled):
+    """The student's adversarial outputs to the teacher's clean ones: arXiv:1905.09747."""
+
+    name: Literal["ard"] = "ard"
+    soft_weight: Share = 1.0
+    temperature: Positive = 30.0
+
+
+class Trusting(Distilled):
+    """The teacher is weighted by p_y(x')^`trust_power` after the fraction `trust_after` of the training."""
+
+    soft_weight: Share = 1.0
     trust_power: NonNegative = 0.1
     trust_after: Share = 0.3
+
+
+class Iad(Trusting):
+    """ARD that also uses the student's own clean outputs where the teacher is unreliable: arXiv:2106.04928."""
+
+    name: Literal["iad"] = "iad"
+    temperature: Positive = 1.0
+
+
+class AdaIad(Trusting):
+    """IAD with the teacher at the adversarial images and AdaAD's attack: Huang et al., CVPR 2023."""
+
+    name: Literal["adaiad"] = "adaiad"
+    temperature: Positive = 30.0
+
+
+class AdaAd(Distilled):
+    """Student and teacher at the same images; the attack differentiates both: Huang et al., CVPR 2023."""
+
+    name: Literal["adaad"] = "adaad"
+    adv_weight: Share = 1.0
+
+
+class Mtard(Distilled):
+    """A robust and a plain teacher, balanced at the rate `balance_rate`: Zhao et al., ECCV 2022."""
+
+    needs_control = True
+    name: Literal["mtard"] = "mtard"
     balance_rate: Share = 0.025
+
+
+class Absld(Distilled):
+    """RSLAD with a temperature for each class.
+
+    Each temperature changes by up to `temperature_rate` per pass over the data, between `temperature_min` and
+    `temperature_max`.
+    """
+
+    name: Literal["absld"] = "absld"
+    adv_weight: Share = 5 / 6
     temperature_rate: NonNegative = 0.1
     temperature_min: Positive = 0.5
     temperature_max: Positive = 5.0
+
+
+class Alpha(Distilled):
+    """RSLAD with the larger alpha-divergence of `alpha_min` and `alpha_max`; weights are clipped at `ratio_clip`."""
+
+    name: Literal["alpha"] = "alpha"
+    adv_weight: Share = 5 / 6
     alpha_min: Number = -1.0
     alpha_max: Number = 1.0
     ratio_clip: Positive = 5.0
-    igdm_weight: NonNegative = 0.0
-    kdiga_weight: NonNegative = 0.0
-    kdiga_norm: Literal["l2", "l1", "l2_squared"] = "l2"
-    kdiga_at: Literal["clean", "adv"] = "clean"
-    loss_scale: Positive = 1.0
+
+
+class FastEdge(Distilled):
+    """Soft labels on clean images, and `beta` times the cross-entropy on adversarial ones (fast edge distillation)."""
+
+    name: Literal["fast_edge"] = "fast_edge"
+    beta: NonNegative = 1.0
+
+
+class Igdm(Settings):
+    """Input gradients matched by finite differences along the attack: arXiv:2312.03286 (`weight` 1 on CIFAR-10)."""
+
+    at_adversarial: ClassVar[bool] = True
+
+    name: Literal["igdm"] = "igdm"
+    weight: Positive = 1.0
+
+
+class Kdiga(Settings):
+    """Input gradients of the cross-entropy, aligned at the `clean` or `adv` images in a `norm`: arXiv:2110.12072."""
+
+    name: Literal["kdiga"] = "kdiga"
+    weight: Positive = 1.0
+    norm: Literal["l2", "l1", "l2_squared"] = "l2"
+    at: Literal["clean", "adv"] = "clean"
+
+    @property
+    def at_adversarial(self) -> bool:
+        """Whether the gradients are those at adversarial images."""
+        return self.at == "adv"
+
+
+def by_name(value: Any) -> Any:
+    """A name alone stands for a mapping with this name."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+def merge(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Override `shared` with `own`, recursively in mappings.
+
+    A mapping without a name overrides options of the loss named in `shared`; one with another name replaces it.
+    """
+    merged = dict(shared)
+    for key, value in own.items():
+        before = merged.get(key)
+        if isinstance(value, Mapping):
+            before = by_name(before) if key in NAMED_KEYS else before
+            known = before if isinstance(before, Mapping) else {}
+            replaced = value.get("name", known.get("name")) != known.get("name")
+            merged[key] = dict(value) if replaced else merge(known, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+NAMED_KEYS = ("loss", "objective", "teacher_objective", "alignment")
+SHORT = BeforeValidator(by_name)
+NAMED = Field(discriminator="name")
+Robust = PgdAt | Trades | Mart | Hat
+Distillation = Rslad | Kd | Akd | Ard | Iad | AdaIad | AdaAd | Mtard | Absld | Alpha | FastEdge
+TeacherLoss = Annotated[Annotated[Plain | Robust, NAMED], SHORT]
+RobustLoss = Annotated[Annotated[Robust, NAMED], SHORT]
+DistillationLoss = Annotated[Annotated[Distillation, NAMED], SHORT]
+AnyLoss = Annotated[Annotated[Plain | Robust | Distillation, NAMED], SHORT]
+Alignment = Annotated[Annotated[Igdm | Kdiga, NAMED], SHORT]

@@ -6,7 +6,7 @@ import difflib
 import json
 from collections.abc import Mapping
 from datetime import date
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -14,22 +14,38 @@ from proard.config import settings as s
 from proard.config.attacks import Threat
 from proard.config.diagnosis import Diagnose
 from proard.config.experiment import Experiment, SupernetTraining, group_of, write_out
-from proard.config.fields import NUMBER_SCHEMA, ConfigError, FolderName, Natural, Settings, parse_number, shown
+from proard.config.fields import (
+    NUMBER_SCHEMA,
+    ConfigError,
+    FolderName,
+    Natural,
+    Positive,
+    Settings,
+    parse_number,
+    shown,
+)
 from proard.config.images import PrepareData
-from proard.config.nets import named_nets
+from proard.config.losses import AnyLoss
 from proard.config.presets import IMAGENET_SIZE, PRESETS
 from proard.config.spaces import Space
-from proard.config.students import Student
 
 Model = TypeVar("Model", bound=BaseModel)
-RHYTHM = s.Optimisation.model_fields["save_every_minutes"].default
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "prepare_data": ("run", "prepare_data"),
-    "train_teacher": ("run", "space", "threat", "train_teacher"),
-    "train_control": ("run", "space", "threat", "measurement", "train_teacher", "train_control", "verify_front"),
-    "train_phase": ("run", "space", "threat", "train_phase"),
-    "train_experiment": ("run", "space", "threat", "experiment"),
+    "train_teacher": ("run", "space", "threat", "validation", "train_teacher"),
+    "train_control": (
+        "run",
+        "space",
+        "threat",
+        "measurement",
+        "validation",
+        "train_teacher",
+        "train_control",
+        "verify_front",
+    ),
+    "train_phase": ("run", "space", "threat", "validation", "train_phase"),
+    "train_experiment": ("run", "space", "threat", "validation", "experiment"),
     "measure_experiment": ("run", "space", "threat", "measurement", "experiment"),
     "compare_experiment": ("run", "threat", "experiment"),
     "sample_archs": ("run", "space", "sample_archs"),
@@ -43,6 +59,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "diagnose": ("run", "space", "threat", "measurement", "diagnose"),
     "report": ("run", "threat", "report"),
 }
+LOSS_OPTIONS = {option for loss in get_args(get_args(get_args(AnyLoss)[0])[0]) for option in loss().options}
 OF_EXPERIMENT = {  # keys of the section `experiment` that a stage reads
     "train_experiment": ("trainings",),
     "measure_experiment": ("trainings", "measure"),
@@ -58,6 +75,8 @@ class RunConfig(Settings):
     space: Space = PRESETS["resnet_digits"]
     threat: Threat = Threat()
     measurement: s.Measurement = s.Measurement()
+    validation: s.Validation = s.Validation()
+    save_every_minutes: Positive = 5
     prepare_data: PrepareData = PrepareData()
     train_teacher: s.TrainTeacher = s.TrainTeacher()
     train_control: s.TrainControl = s.TrainControl()
@@ -150,14 +169,11 @@ def _measuring_attacks(run: RunConfig) -> dict[str, s.Attack | s.Validation]:
         f"verify_front.attacks.{attack.name}": attack for attack in run.verify_front.attacks
     }
     attacks |= {"evaluate_archs.attack": run.evaluate_archs.attack, "select_student.attack": run.select_student.attack}
-    attacks |= {"train_teacher.validation": run.train_teacher.validation}
-    attacks |= {"train_control.validation": run.train_control.validation}
-    attacks |= {f"train_phase.{phase.name}.validation": phase.validation for phase in run.train_phase.phases}
+    attacks |= {"validation": run.validation}
     measure, trainings = run.experiment.measure, run.experiment.trainings
     measured = (*measure.attacks, *measure.val_attacks) if trainings else ()
     attacks |= {f"experiment.measure.{attack.name}": attack for attack in measured}
-    students = [each for each in trainings if isinstance(each, Student)]
-    return attacks | {f"experiment.{each.name}.validation": each.validation for each in students}
+    return attacks
 
 
 def parse(model: type[Model], values: Mapping[str, Any] | str, *, where: str = "") -> Model:
@@ -188,6 +204,10 @@ def explain(model: type[BaseModel], values: Any, error: Mapping[str, Any], where
     if error["type"] == "pixel_units":
         name, value = path[-1], float(parse_number(error["input"]))
         return f"{key} is {error['input']}; {name} is in pixel units of [0, 1], write {value:g}/255"
+    if error["type"] == "union_tag_not_found":
+        return f"{key} needs a name: write {path[-1]}: NAME, or {path[-1]}: {{name: NAME, OPTION: VALUE}}"
+    if error["type"] == "union_tag_invalid":
+        return unknown(path[-1], f"{key} {error['ctx']['tag']}", _tags(error), last=error["ctx"]["tag"])
     if error["type"] == "invalid_key":
         return f"{key} is a key that YAML does not read as text; put it in quotes"
     if error["type"] == "string_type" and isinstance(error["input"], bool):
@@ -200,9 +220,18 @@ def explain(model: type[BaseModel], values: Any, error: Mapping[str, Any], where
 def unknown(kind: str, key: str, valid: Any, *, last: str | None = None) -> str:
     """Message for an unknown name, with the three nearest valid names."""
     name, names = last or key, list(valid)
+    if name in LOSS_OPTIONS and kind == "setting":
+        return f"{key} is no setting of its own; it is an option of a loss: write loss: {{name: NAME, {name}: VALUE}}"
+    if name in RunConfig.model_fields and kind == "setting":
+        return f"{key} is no setting of this section; {name} is a key of the whole run"
     alike = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"; did you mean {alike[0]}?" if alike else ""
     return f"{key} is no {kind}{hint} (nearest: {', '.join(difflib.get_close_matches(name, names, n=3, cutoff=0))})"
+
+
+def _tags(error: Mapping[str, Any]) -> list[str]:
+    """The names that a union of settings allows."""
+    return [tag.strip("' ") for tag in error["ctx"]["expected_tags"].split(",")]
 
 
 def _named_path(values: Any, location: tuple[Any, ...]) -> list[Any]:
@@ -211,8 +240,8 @@ def _named_path(values: Any, location: tuple[Any, ...]) -> list[Any]:
     for part in location:
         if isinstance(part, str) and ("[" in part or part in ("int", "float", "str") or part.startswith("function-")):
             continue  # pydantic's name of a branch of a union
-        if isinstance(values, Mapping) and part not in values and part == values.get("family"):
-            continue  # pydantic's name of the branch of a family
+        if isinstance(values, Mapping) and part not in values and part == values.get("name"):
+            continue  # pydantic's name of the branch of a loss
         entry = None
         if isinstance(values, Mapping):
             values = entry = values.get(part)
@@ -287,29 +316,6 @@ def job_settings(
     return json.dumps(sections, sort_keys=True, separators=(",", ":"))
 
 
-def at_any_rhythm(settings: Any) -> Any:
-    """Dumped settings with every `save_every_minutes` at its default, because it changes no result."""
-    if isinstance(settings, Mapping):
-        return {key: RHYTHM if key == "save_every_minutes" else at_any_rhythm(settings[key]) for key in settings}
-    return [at_any_rhythm(entry) for entry in settings] if isinstance(settings, (list, tuple)) else settings
-
-
-def without_rhythm(config: RunConfig) -> tuple[RunConfig, dict[str, Any]]:
-    """The config with the default `save_every_minutes`, and the other values of it: by stage, or by stage and name."""
-    others: dict[str, Any] = {}
-    for stage, section in config:
-        if isinstance(section, s.Optimisation) and section.save_every_minutes != RHYTHM:
-            others[stage] = section.save_every_minutes
-        values = [value for _, value in section] if isinstance(section, BaseModel) else []
-        parts = [part for value in values if isinstance(value, tuple) for part in value]
-        parts += [phase for part in parts if isinstance(part, SupernetTraining) for phase in part.phases]
-        trainings = [part for part in parts if isinstance(part, (s.Phase, Student))]
-        names = {part.name: part.save_every_minutes for part in trainings if part.save_every_minutes != RHYTHM}
-        if names:
-            others["train_experiment" if stage == "experiment" else stage] = names
-    return RunConfig.model_validate(at_any_rhythm(config.model_dump(mode="json"))), others
-
-
 def _only_phase(section: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The list of phases of a section, reduced to one phase."""
     phases = {phase["name"]: phase for phase in section["phases"]}
@@ -328,16 +334,25 @@ def json_schema() -> dict[str, Any]:
         "default": "resnet_digits",
     }
     defined = schema["$defs"]
-    phase = {key: value for key, value in defined["Phase"]["properties"].items() if key != "name"}
-    defined["TrainPhase"]["properties"].update(phase)
-    many: dict[str, Any] = {"grid": {"type": "object", "additionalProperties": {"type": "array", "minItems": 1}}}
-    many["seeds"] = {"type": "array", "items": NUMBER_SCHEMA, "minItems": 1}
-    nets = [{"enum": sorted(named_nets())}, *defined["Student"]["properties"]["net"]["anyOf"]]
-    defined["Student"]["properties"]["net"] = {"anyOf": nets, "default": None}
-    defined["Student"]["properties"] |= many
-    supernet, twins = defined["SupernetTraining"], defined["Twins"]
-    supernet["properties"] = {**phase, **supernet["properties"], **many}
-    supernet["required"] = ["trains", "name"]
-    twins["additionalProperties"] = True  # keys of a network
-    del twins["properties"]["overrides"]
+    shared = {key: value for key, value in defined["Phase"]["properties"].items() if key != "name"}
+    defined["TrainPhase"]["properties"].update(shared)
+    training = defined["ExperimentTraining"]
+    training["properties"]["trains"] = {"enum": ["network", "supernet", "twin", "twins"], "default": "network"}
+    training["properties"] |= {
+        "grid": {"type": "object", "additionalProperties": {"type": "array", "minItems": 1}},
+        "seeds": {"type": "array", "items": NUMBER_SCHEMA, "minItems": 1},
+    }
+    training["required"] = ["name"]
+    training["additionalProperties"] = True  # keys of its kind, checked when the config is loaded
+    _allow_names(schema)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _allow_names(node: Any) -> None:
+    """Allow a name alone wherever the schema has a union of mappings with different names."""
+    for child in list(node.values() if isinstance(node, dict) else node if isinstance(node, list) else []):
+        _allow_names(child)
+    if not isinstance(node, dict) or node.get("discriminator", {}).get("propertyName") != "name":
+        return
+    union = {key: node.pop(key) for key in ("discriminator", "oneOf")}
+    node["anyOf"] = [{"enum": sorted(union["discriminator"]["mapping"])}, union]

@@ -10,7 +10,6 @@ from proard.config.attacks import Attack, Dtype, TrainingAttack
 from proard.config.budgets import Budgets
 from proard.config.fields import (
     Count,
-    Extended,
     Int,
     Natural,
     NonNegative,
@@ -21,7 +20,19 @@ from proard.config.fields import (
     Share,
     names_differ,
 )
-from proard.config.losses import WITHOUT_ATTACK, Distillation, DistillationOptions, RobustObjective, RobustOptions
+from proard.config.losses import (
+    Alignment,
+    DistillationLoss,
+    Igdm,
+    Kdiga,
+    Loss,
+    Plain,
+    RobustLoss,
+    Rslad,
+    TeacherLoss,
+    Trades,
+    merge,
+)
 
 KeptType = Literal["float32", "float16"]  # type of stored teacher outputs
 
@@ -47,12 +58,12 @@ class Augmentation(Settings):
 
 
 class Validation(Settings):
-    """Measurement on `val` during training, every so many epochs; the epoch with the best robust accuracy is kept.
+    """Measurement on `val` during every training, every so many epochs; the most robust epoch is kept.
 
     `overfitting` monitors catastrophic overfitting, a failure of training with one or two attack steps. The same images
-    are also attacked as in training, and the two robust accuracies are compared. If that under PGD is below
-    `overfitting_ratio` times that under the training's attack, `warn` prints a warning, and `stop` ends the training
-    and keeps its best weights so far. The default is `warn` for attacks of one or two steps and `off` for longer ones.
+    are also attacked as in training, and the two robust accuracies are compared. If that under PGD is below half of
+    that under the training's attack, `warn` prints a warning, and `stop` ends the training and keeps its best weights
+    so far. The default is `warn` for attacks of one or two steps and `off` for longer ones.
     """
 
     every_epochs: Count = 5
@@ -60,22 +71,19 @@ class Validation(Settings):
     num_steps: Count = 10
     step_size: PixelLength = 2 / 255
     overfitting: Literal["warn", "stop", "off"] | None = None
-    overfitting_ratio: Share = 0.5
 
     def watch(self, attack: TrainingAttack) -> Literal["warn", "stop", "off"]:
         """Action of the monitor of catastrophic overfitting in a training with this attack."""
         return self.overfitting or ("warn" if 1 <= attack.num_steps <= 2 else "off")
 
 
-class Optimisation(Extended):
+class Optimisation(Settings):
     """Linear warm-up and cosine decay of the learning rate; exponential moving average (EMA) of the weights.
 
     `optimizer`: `sgd` with Nesterov momentum, `adamw`, or `muon`, which orthogonalises the momentum of convolutions and
     updates all other weights as `sgd` does, without decay. With `adamw` and `muon` every step subtracts `lr *
     weight_decay` times the weight.
     """
-
-    gained = frozenset({"optimizer"})
 
     optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
     epochs: Positive = 100
@@ -87,20 +95,35 @@ class Optimisation(Extended):
     ema_decay: Share = 0.999
     clip_norm: Positive | None = None
     augment: Augmentation = Augmentation()
-    attack: TrainingAttack = TrainingAttack()
-    validation: Validation = Validation()
     dtype: Dtype = "float32"
-    save_every_minutes: Positive = 5
+
+
+class WeightPerturbation(Settings):
+    """Adversarial weight perturbation (AWP): Wu et al., NeurIPS 2020, arXiv:2004.05884.
+
+    From `warmup_epochs` on, the loss is computed at weights that are moved against it by the fraction `gamma` of each
+    layer's norm.
+    """
+
+    gamma: Positive = 5e-3
+    warmup_epochs: NonNegative = 0
+
+
+class AdversarialTraining(Optimisation):
+    """An optimisation with an attack and, if `awp` is set, with perturbed weights."""
+
+    attack: TrainingAttack = TrainingAttack()
+    awp: WeightPerturbation | None = None
 
     @property
-    def asks_frozen_teacher(self) -> bool:
+    def has_frozen_teacher(self) -> bool:
         """Whether the training has a frozen teacher that can be attacked."""
         return False
 
     @model_validator(mode="after")
-    def attacked_network_is_there(self) -> Optimisation:
+    def attacked_network_is_there(self) -> AdversarialTraining:
         """Require a frozen teacher if images are attacked on it."""
-        if self.attack.crafted_on == "teacher" and not self.asks_frozen_teacher:
+        if self.attack.crafted_on == "teacher" and not self.has_frozen_teacher:
             raise ValueError("attack.crafted_on is teacher; this training has no frozen teacher")
         return self
 
@@ -112,30 +135,31 @@ class OfOneNetwork:
     keep: ClassVar[Literal["best", "last"]] = "best"
     clean_noise: ClassVar[float] = 0.0
     complexity_decay: ClassVar[float] = 0.0
+    alignment: ClassVar[Alignment | None] = None
     teacher_logits: ClassVar[KeptType | None] = None
     teacher_gradients: ClassVar[KeptType | None] = None
 
 
-class TrainTeacher(Optimisation, RobustOptions, OfOneNetwork):
+class TrainTeacher(AdversarialTraining, OfOneNetwork):
     """The fixed robust network. `arch` is `largest` or a mapping of elastic dims; `space` is another space or network.
 
     `source`: `train` trains it here, `file` uses a file written by this package, `trades` converts a WideResNet
     checkpoint in the format that the authors of TRADES published (only tensors are read).
 
-    `objective`: `plain`, `pgd_at` (also called `sat`), `trades`, `mart` or `hat`. The helper network of `hat` is the
-    run's control.
+    `objective`: `plain`, `pgd_at` (also called `sat`), `trades`, `mart` or `hat`, or a mapping with this `name` and
+    options. The helper network of `hat` is the run's control.
     """
 
     source: Literal["train", "file", "trades"] = "train"
     file: str | None = None
     space: str | None = None
     arch: Literal["largest"] | dict[str, tuple[Number, ...]] = "largest"
-    objective: Literal["plain", "pgd_at", "sat", "trades", "mart", "hat"] = "trades"
+    objective: TeacherLoss = Trades()
 
     @property
     def needs_control(self) -> bool:
         """Whether the training uses the plainly trained control."""
-        return self.source == "train" and self.objective == "hat"
+        return self.source == "train" and self.objective.needs_control
 
     @model_validator(mode="after")
     def file_is_named(self) -> TrainTeacher:
@@ -149,25 +173,26 @@ class TrainTeacher(Optimisation, RobustOptions, OfOneNetwork):
 class TrainControl(Optimisation, OfOneNetwork):
     """The plainly trained network of the teacher's size: the baseline for robust training."""
 
-    helper_reach: ClassVar[float] = 1.0
-    awp_gamma: ClassVar[float] = 0.0
-    awp_warmup_epochs: ClassVar[float] = 0.0
+    objective: ClassVar[Plain] = Plain()
+    attack: ClassVar[TrainingAttack] = TrainingAttack()
+    awp: ClassVar[WeightPerturbation | None] = None
     needs_control: ClassVar[bool] = False
 
 
-class Phase(Optimisation, DistillationOptions):
+class Phase(AdversarialTraining):
     """One phase of progressive distillation: its open choices, sampled subnets, teacher and loss.
 
     `width`, `depth`, `expand`, `kernel` list the open choices, from which subnets are sampled; without a list all
-    choices of that dim are open. `teacher` is `frozen` (a separate network), `dynamic` (the largest subnet, trained
-    jointly on `teacher_objective`) or `both`, with weight `frozen_weight` for the frozen one. `warm_start` selects the
-    initial weights. `sort_channels: l1` first moves the most important channels to the front. It exchanges only
-    channels that each trained subnet has all or none of.
+    choices of that dim are open. `loss` is a distillation loss: its name, or a mapping with `name` and options.
+    `alignment` adds input-gradient matching (`kdiga` or `igdm`, with its `weight`). `teacher` is `frozen` (a separate
+    network), `dynamic` (the largest subnet, trained jointly on `teacher_objective`) or `both`, with weight
+    `frozen_weight` for the frozen one. `warm_start` selects the initial weights. `sort_channels: l1` first moves the
+    most important channels to the front. It exchanges only channels that each trained subnet has all or none of.
 
     `sampling`: `per_pass`, `uniform`, `sandwich`, `progressive` or `pareto`. `progressive` samples uniformly; the
     choices of width, kernel, depth and expand open one after the other during the training, each dim with several
-    choices for an equal part. `pareto` is the sandwich in which each inner subnet is selected from `pareto_candidates`
-    at a random cost: the `best` or the `worst` by their loss on the batch (`pareto_pick`).
+    choices for an equal part. `pareto` is the sandwich in which each inner subnet is the one of three at a random cost
+    with the highest loss on the batch.
 
     `forward_equivalents` scales `epochs` and `warmup_epochs` so that the phase takes that many; phases with different
     sampling then have equal effort. `complexity_decay` above 0 is a complexity-aware learning rate: a subnet's
@@ -180,14 +205,6 @@ class Phase(Optimisation, DistillationOptions):
     CIFAR-10.
     """
 
-    gained = Optimisation.gained | {
-        "kernel",
-        "sort_channels",
-        "forward_equivalents",
-        "complexity_decay",
-        "loss_scale",
-        "keep",
-    }
     schedule: ClassVar[Literal["cosine", "constant", "steps"]] = "cosine"
     clean_noise: ClassVar[float] = 0.0
     teacher_gradients: ClassVar[KeptType | None] = None
@@ -200,41 +217,43 @@ class Phase(Optimisation, DistillationOptions):
     sort_channels: Literal["none", "l1"] = "none"
     sampling: Literal["per_pass", "uniform", "sandwich", "progressive", "pareto"] = "sandwich"
     archs_per_step: Count = 3
-    pareto_candidates: Count = 3
-    pareto_pick: Literal["best", "worst"] = "worst"
-    loss: Distillation = "rslad"
+    loss: DistillationLoss = Rslad()
+    alignment: Alignment | None = None
     teacher: Literal["frozen", "dynamic", "both"] = "frozen"
     frozen_weight: Share = 0.5
     teacher_logits: KeptType | None = None
-    teacher_objective: RobustObjective = "trades"
+    teacher_objective: RobustLoss = Trades()
     warm_start: Literal["teacher", "random"] = "teacher"
     forward_equivalents: Positive | None = None
     complexity_decay: Annotated[Number, Field(ge=0, le=10)] = 0.0
     keep: Literal["best", "last"] = "best"
 
     @property
-    def asks_frozen_teacher(self) -> bool:
+    def has_frozen_teacher(self) -> bool:
         """Whether the only teacher is frozen; a dynamic teacher is itself trained in the step."""
         return self.teacher == "frozen"
 
     @property
     def needs_control(self) -> bool:
         """Whether the training uses the plainly trained control."""
-        return self.loss == "mtard" or (self.teacher != "frozen" and self.teacher_objective == "hat")
+        return self.loss.needs_control or (self.teacher != "frozen" and self.teacher_objective.needs_control)
 
     @model_validator(mode="after")
-    def terms_fit(self) -> Phase:
-        """Refuse gradient matching at adversarial images for a loss without an attack."""
-        if self.loss in WITHOUT_ATTACK and (self.igdm_weight > 0 or (self.kdiga_weight > 0 and self.kdiga_at == "adv")):
-            raise ValueError(f"loss {self.loss} has no attack; igdm_weight and kdiga_at: adv need one")
-        return self
-
-    @model_validator(mode="after")
-    def kept_logits_are_a_frozen_teachers(self) -> Phase:
-        """Refuse to store logits of a teacher that is trained."""
+    def parts_fit(self) -> Phase:
+        """Refuse an alignment at images that are not made, and stored logits of a teacher that is trained."""
+        check_alignment(self.loss, self.alignment)
         if self.teacher_logits is not None and self.teacher == "dynamic":
             raise ValueError("teacher_logits stores logits of a frozen teacher; teacher is dynamic")
         return self
+
+
+def check_alignment(loss: Loss, alignment: Igdm | Kdiga | None) -> None:
+    """Refuse input-gradient matching at adversarial images for a loss without an attack."""
+    if alignment is not None and alignment.at_adversarial and not loss.attacked:
+        raise ValueError(
+            f"loss {loss.name} has no attack, but alignment {alignment.name} is at adversarial images; "
+            "use kdiga with at: clean"
+        )
 
 
 class TrainPhase(Settings):
@@ -252,15 +271,6 @@ class TrainPhase(Settings):
         return {"phases": [merge(shared, phase) if isinstance(phase, dict) else phase for phase in value["phases"]]}
 
     distinct: ClassVar[Any] = names_differ("phases")
-
-
-def merge(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Override `shared` with `own`, recursively in mappings."""
-    merged = dict(shared)
-    for key, value in own.items():
-        both_mappings = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both_mappings else value
-    return merged
 
 
 class SampleArchs(Settings):
@@ -345,10 +355,8 @@ class ExportStudent(Settings):
     tolerance: Positive = 1e-5
 
 
-class Report(Extended):
+class Report(Settings):
     """The page's title, and the country (ISO 3166, three letters) whose electricity is used to estimate emissions."""
-
-    gained = frozenset({"country"})
 
     title: str = "Robust students for every budget"
     country: Annotated[str, Field(pattern=r"^[A-Z]{3}$")] = "USA"

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from proard.config.fields import Count, Extended, Int, Natural, Positive, Settings
+from proard.config.fields import Count, Int, Natural, Positive, Settings
 
 Activation = Literal["relu", "relu6", "h_swish"]
 Depths = Annotated[tuple[Natural, ...], Field(min_length=1)]
@@ -14,13 +14,11 @@ Factors = Annotated[tuple[Positive, ...], Field(min_length=1)]
 Kernels = Annotated[tuple[Count, ...], Field(min_length=1)]
 
 
-class Stem(Extended):
+class Stem(Settings):
     """First convolutions. `conv`: one 3x3. `deep`: 3x3, an elastic residual 3x3, 3x3 (ResNet-D style).
 
     `pool` adds a 3x3 max-pooling of stride 2 after them.
     """
-
-    gained = frozenset({"activation", "pool"})
 
     kind: Literal["conv", "deep"] = "conv"
     channels: Count = 32
@@ -29,13 +27,11 @@ class Stem(Extended):
     pool: bool = False
 
 
-class Unit(Extended):
+class Unit(Settings):
     """Blocks at one resolution: full output width, minimum number of blocks, stride of the first block.
 
     `depth`, `expand` and `kernel` replace the space's choices in this unit. `se` adds squeeze-excite to its blocks.
     """
-
-    gained = frozenset({"activation", "se", "depth", "expand", "kernel"})
 
     channels: Count
     blocks: Count = 1
@@ -55,7 +51,7 @@ class Final(Settings):
     activation: Activation = "relu"
 
 
-class Space(Extended):
+class Space(Settings):
     """A search space of one of two families.
 
     `resnet` has `basic` or `bottleneck` blocks; `mobilenet` has `mbconv` blocks: 1x1, depthwise, 1x1. `depth` lists
@@ -67,7 +63,6 @@ class Space(Extended):
     changes the image size or the width.
     """
 
-    gained = frozenset({"kernel", "shortcut", "final"})
     families: ClassVar[dict[str, tuple[str, ...]]] = {"resnet": ("basic", "bottleneck"), "mobilenet": ("mbconv",)}
 
     name: str = "custom"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import field_validator, model_validator
 
 from proard.config.fields import FolderName, Natural, NonNegative, Number, Positive, Settings
-from proard.config.losses import WITHOUT_ATTACK, Distillation, DistillationOptions, RobustObjective
-from proard.config.nets import Named, named_nets
-from proard.config.settings import KeptType, Optimisation
+from proard.config.losses import Alignment, AnyLoss, Kdiga, Rslad
+from proard.config.nets import named_nets
+from proard.config.settings import AdversarialTraining, KeptType, Phase, TrainControl, TrainTeacher, check_alignment
 
-Loss = Literal["plain", RobustObjective, Distillation]
 EFFORTS = ("forward_equivalents", "gradients", "steps")
 
 
@@ -39,13 +38,23 @@ class Effort(Settings):
         return self
 
 
-class Student(Optimisation, DistillationOptions):
+class ExperimentTraining(Settings):
+    """What every entry of `experiment.trainings` has; `trains` selects the kind, which has further keys."""
+
+    trains: str
+    name: FolderName
+    seed: Natural | None = None
+    effort: Effort | None = None
+
+
+class Student(AdversarialTraining, ExperimentTraining):
     """An experiment's training of a single network, with any loss of the package.
 
     `trains`: a `network`, or a `twin`, an arch of the run's space that is compared with the run's subnet of that arch.
-    `net` is the name of a network or a space, or the settings of one with its `family`; the default is the run's own
-    space. The images are the run's. `arch` is `largest`, `smallest` or a mapping of a space's elastic dims.
+    `net` is the name of a network or a space; the default is the run's own space. The images are the run's. `arch` is
+    `largest`, `smallest` or a mapping of a space's elastic dims.
     `loss` is any loss of `train_phase` or `train_teacher`, or `plain` cross-entropy; its teacher is the run's.
+    `alignment` adds input-gradient matching.
     `clean_noise` adds uniform noise of that many eps to the images of a loss without an attack (KDIGA's random start:
     1). `teacher_logits` and `teacher_gradients` store outputs of a frozen teacher for the views of clean images that
     have occurred: a view's logits, or its input gradient (one number per pixel value).
@@ -55,64 +64,56 @@ class Student(Optimisation, DistillationOptions):
     their split and the noise of the measurement always use the run's.
     """
 
-    gained = frozenset()
     complexity_decay: ClassVar[float] = 0.0
 
     trains: Literal["network", "twin"] = "network"
-    name: FolderName
-    net: Annotated[Named, Field(discriminator="family")] | None = None
+    net: str | None = None
     arch: Literal["largest", "smallest"] | dict[str, tuple[Number, ...]] = "largest"
-    loss: Loss = "rslad"
+    loss: AnyLoss = Rslad()
+    alignment: Alignment | None = None
     clean_noise: NonNegative = 0.0
     teacher_logits: KeptType | None = None
     teacher_gradients: KeptType | None = None
     schedule: Literal["cosine", "constant", "steps"] = "cosine"
     keep: Literal["best", "last"] = "best"
-    seed: Natural | None = None
-    effort: Effort | None = None
 
     @property
     def attack_steps(self) -> int:
         """Attack steps of the training; 0 for a loss without an attack."""
-        return 0 if self.loss in ("plain", *WITHOUT_ATTACK) else self.attack.num_steps
+        return self.attack.num_steps if self.loss.attacked else 0
 
     @property
     def needs_teacher(self) -> bool:
         """Whether the training uses a frozen teacher."""
-        crafted = self.attack.crafted_on == "teacher"
-        return crafted or self.loss in get_args(Distillation) or self.igdm_weight > 0 or self.kdiga_weight > 0
+        return self.attack.crafted_on == "teacher" or self.loss.needs_teacher or self.alignment is not None
 
     @property
-    def asks_frozen_teacher(self) -> bool:
+    def has_frozen_teacher(self) -> bool:
         """Always: a teacher can also be used for the attack only."""
         return True
 
     @property
     def needs_control(self) -> bool:
         """Whether the training uses the plainly trained control."""
-        return self.loss in ("mtard", "hat")
+        return self.loss.needs_control
 
-    @model_validator(mode="before")
+    @field_validator("net")
     @classmethod
-    def name_becomes_net(cls, value: Any) -> Any:
-        """Replace a network's name by its settings."""
-        if not isinstance(value, dict) or not isinstance(value.get("net"), str):
-            return value
-        nets = named_nets()
-        if value["net"] not in nets:
-            raise ValueError(f"net is {value['net']!r}; networks are {', '.join(sorted(nets))}")
-        return {**value, "net": nets[value["net"]].model_dump(mode="json")}
+    def net_has_a_name(cls, value: str | None) -> str | None:
+        """Refuse a name that no network has."""
+        if value is not None and value not in named_nets():
+            raise ValueError(f"net is {value!r}; networks are {', '.join(sorted(named_nets()))}")
+        return value
 
     @model_validator(mode="after")
-    def terms_fit(self) -> Student:
-        """Gradient matching at adversarial images needs an attack; stored logits or gradients need a use."""
-        at_adv = self.igdm_weight > 0 or (self.kdiga_weight > 0 and self.kdiga_at == "adv")
-        if self.loss in ("plain", *WITHOUT_ATTACK) and at_adv:
-            raise ValueError(f"loss {self.loss} has no attack; igdm_weight and kdiga_at: adv need one")
+    def parts_fit(self) -> Student:
+        """An alignment at adversarial images needs an attack; stored logits or gradients need a use."""
+        check_alignment(self.loss, self.alignment)
         if self.teacher_logits is not None and not self.needs_teacher:
-            raise ValueError(f"teacher_logits stores a teacher's logits; loss {self.loss} uses no teacher")
-        if self.teacher_gradients is not None and not (self.kdiga_weight > 0 and self.kdiga_at == "clean"):
-            raise ValueError("teacher_gradients needs kdiga_weight above 0 and kdiga_at: clean")
+            raise ValueError(f"teacher_logits stores a teacher's logits; loss {self.loss.name} uses no teacher")
+        clean = isinstance(self.alignment, Kdiga) and self.alignment.at == "clean"
+        if self.teacher_gradients is not None and not clean:
+            raise ValueError("teacher_gradients needs an alignment of kdiga with at: clean")
         return self
 
     @model_validator(mode="after")
@@ -125,10 +126,13 @@ class Student(Optimisation, DistillationOptions):
     @model_validator(mode="after")
     def noise_is_the_only_perturbation(self) -> Student:
         """Refuse clean_noise with an attack (which has its own start) or with stored outputs (views never repeat)."""
-        if self.clean_noise and self.loss not in ("plain", *WITHOUT_ATTACK):
-            raise ValueError(f"clean_noise is for losses without an attack; loss {self.loss} has one")
+        if self.clean_noise and self.loss.attacked:
+            raise ValueError(f"clean_noise is for losses without an attack; loss {self.loss.name} has one")
         if self.clean_noise and (self.teacher_logits or self.teacher_gradients):
             raise ValueError(
                 "clean_noise changes every image in every step; remove teacher_logits and teacher_gradients"
             )
         return self
+
+
+TrainingSettings = TrainTeacher | TrainControl | Phase | Student

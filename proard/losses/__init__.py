@@ -3,6 +3,9 @@
 All KL divergences are summed over classes and averaged over images (natural units), whatever the number of classes.
 """
 
+from importlib import import_module
+from pkgutil import iter_modules
+
 from proard.losses.alignment import NORMS, gradient_gap, igdm_term, kdiga_term, loss_gradient
 from proard.losses.distillation import (
     absld_loss,
@@ -29,9 +32,10 @@ from proard.losses.objectives import (
     with_igdm,
     with_kdiga,
 )
-from proard.losses.robust import hat_loss, mart_loss, sat_loss, trades_loss
+from proard.losses.robust import HELPER_REACH, hat_loss, mart_loss, sat_loss, trades_loss
 
 __all__ = [
+    "HELPER_REACH",
     "INNER_OBJECTIVES",
     "NORMS",
     "OBJECTIVES",
@@ -70,3 +74,6 @@ __all__ = [
     "with_igdm",
     "with_kdiga",
 ]
+
+for module in iter_modules(__path__, f"{__name__}."):  # each adds its objectives to OBJECTIVES
+    import_module(module.name)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from proard.losses.divergence import alpha_divergence, kl_to_teacher, softened_kl
+from proard.losses.objectives import OBJECTIVES, Batch, Memory, Objective
 
 
 def kd_loss(
@@ -381,3 +382,145 @@ def alpha_loss(
         return torch.where(low > high, low, high)
 
     return (adv_weight * larger(student_adv) + (1 - adv_weight) * larger(student_clean)).mean()
+
+
+# --- the objectives of training -------------------------------------------------------------------------------------
+
+
+def _trusted(batch: Batch, trust_power: float, trust_after: float) -> Tensor:
+    """IAD's trust, 1 before `trust_after` of the training."""
+    if batch.progress < trust_after:
+        return torch.ones_like(batch.teacher_adv[:, 0])
+    return trust(batch.teacher_adv, batch.labels, trust_power=trust_power)
+
+
+def _iad(batch: Batch, *, teacher: Tensor, trust_power: float, trust_after: float, **options: float) -> Tensor:
+    """IAD and AdaIAD."""
+    trusted = _trusted(batch, trust_power, trust_after)
+    return iad_loss(batch.clean, batch.adv, teacher, batch.labels, trusted, **options)
+
+
+def _adaad(batch: Batch, *, adv_weight: float) -> Tensor:
+    """AdaAD; nothing at clean images where they have no weight."""
+    if adv_weight == 1:
+        return kl_to_teacher(batch.adv, batch.teacher_adv.detach()).mean()
+    return adaad_loss(batch.clean, batch.adv, batch.teacher, batch.teacher_adv, adv_weight=adv_weight)
+
+
+def _mtard_memory(classes: int, *, balance_rate: float) -> Memory:
+    """Equal shares; the first losses are unknown (0)."""
+    return {"adv_share": torch.full((1,), 0.5), "first_losses": torch.zeros(2)}
+
+
+def _mtard_remember(batch: Batch, *, balance_rate: float) -> Memory:
+    """The first batch's losses, and the share of this batch."""
+    pairs = ((batch.adv, batch.teacher_adv), (batch.clean, batch.control))
+    losses = torch.stack([kl_to_teacher(*pair).detach().mean() for pair in pairs])
+    first = batch.memory["first_losses"]
+    first = torch.where(first == 0, losses.to(first), first)
+    share = balanced_share(batch.memory["adv_share"], losses.to(first), first, balance_rate=balance_rate)
+    return {"adv_share": share, "first_losses": first}
+
+
+def _mtard(batch: Batch, *, balance_rate: float) -> Tensor:
+    """MTARD at the remembered share."""
+    share = batch.memory["adv_share"]
+    return mtard_loss(batch.clean, batch.adv, batch.control, batch.teacher_adv, adv_share=share)
+
+
+def _absld_memory(classes: int, **options: float) -> Memory:
+    """Temperatures 1; no losses yet."""
+    memory = {f"{kind}_temperature": torch.ones(classes) for kind in ("clean", "adv")}
+    memory |= {f"{kind}_loss": torch.zeros(classes) for kind in ("clean", "adv")}
+    return memory | {"count": torch.zeros(classes), "data_pass": torch.zeros(1)}
+
+
+def _absld_remember(batch: Batch, *, adv_weight: float, **options: float) -> Memory:
+    """Sums of the pass; when a new pass begins, the temperatures that follow from the one before.
+
+    The attack on the first batch of a pass still goes by the temperatures of the pass before.
+    """
+    old, labels = batch.memory, batch.labels
+    begins = old["data_pass"] != batch.data_pass
+    kept = (~begins).to(old["count"])
+    new = {"data_pass": torch.full_like(old["data_pass"], batch.data_pass)}
+    new["count"] = (old["count"] * kept).index_add(0, labels, torch.ones_like(labels, dtype=kept.dtype))
+    for kind, logits in (("clean", batch.clean), ("adv", batch.adv)):
+        before, losses = old[f"{kind}_temperature"], old[f"{kind}_loss"]
+        moved = next_temperatures(before, losses, old["count"], **options)
+        new[f"{kind}_temperature"] = torch.where(begins, moved, before)
+        added = F.cross_entropy(logits.detach(), labels, reduction="none").to(losses)
+        new[f"{kind}_loss"] = (losses * kept).index_add(0, labels, added)
+    return new
+
+
+def _absld(batch: Batch, *, adv_weight: float, **options: float) -> Tensor:
+    """ABSLD at the remembered temperatures."""
+    temperatures = (batch.memory["clean_temperature"], batch.memory["adv_temperature"])
+    return absld_loss(batch.clean, batch.adv, batch.teacher, batch.labels, *temperatures, adv_weight=adv_weight)
+
+
+OBJECTIVES.update(
+    {
+        "kd": Objective(
+            None,
+            lambda batch, **options: kd_loss(batch.clean, batch.clean, batch.teacher, batch.labels, **options),
+            frozenset({"clean", "teacher"}),
+        ),
+        "akd": Objective(
+            "ce",
+            lambda batch, **options: kd_loss(batch.clean, batch.adv, batch.teacher_adv, batch.labels, **options),
+            frozenset({"clean", "adv", "teacher_adv"}),
+        ),
+        "ard": Objective(
+            "ce",
+            lambda batch, **options: kd_loss(batch.clean, batch.adv, batch.teacher, batch.labels, **options),
+            frozenset({"clean", "adv", "teacher"}),
+        ),
+        "iad": Objective(
+            "ce",
+            lambda batch, **options: _iad(batch, teacher=batch.teacher, **options),
+            frozenset({"clean", "adv", "teacher", "teacher_adv"}),
+        ),
+        "rslad": Objective(
+            "kl_teacher",
+            lambda batch, adv_weight: rslad_loss(batch.clean, batch.adv, batch.teacher, adv_weight=adv_weight),
+            frozenset({"clean", "adv", "teacher"}),
+        ),
+        "adaad": Objective(
+            "kl_teacher_adv",
+            _adaad,
+            frozenset({"clean", "adv", "teacher", "teacher_adv"}),
+            unweighted=lambda adv_weight: frozenset({"clean", "teacher"}) if adv_weight == 1 else frozenset(),
+        ),
+        "adaiad": Objective(
+            "kl_teacher_adv",
+            lambda batch, **options: _iad(batch, teacher=batch.teacher_adv, **options),
+            frozenset({"clean", "adv", "teacher_adv"}),
+        ),
+        "mtard": Objective(
+            "ce",
+            _mtard,
+            frozenset({"clean", "adv", "teacher_adv", "control"}),
+            _mtard_memory,
+            _mtard_remember,
+        ),
+        "absld": Objective(
+            "kl_class",
+            _absld,
+            frozenset({"clean", "adv", "teacher"}),
+            _absld_memory,
+            _absld_remember,
+        ),
+        "alpha": Objective(
+            "kl_teacher",
+            lambda batch, **options: alpha_loss(batch.clean, batch.adv, batch.teacher, **options),
+            frozenset({"clean", "adv", "teacher"}),
+        ),
+        "fast_edge": Objective(
+            "ce",
+            lambda batch, beta: fast_edge_loss(batch.clean, batch.adv, batch.teacher, batch.labels, beta=beta),
+            frozenset({"clean", "adv", "teacher"}),
+        ),
+    }
+)

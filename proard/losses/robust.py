@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from proard.losses.divergence import kl_to_teacher
+from proard.losses.objectives import OBJECTIVES, Objective
+
+HELPER_REACH = 2.0  # HAT's helper images: the clean image plus this multiple of the perturbation
 
 
 def sat_loss(adv: Tensor, labels: Tensor) -> Tensor:
@@ -131,3 +134,31 @@ def hat_loss(
     ICLR 2022.
     """
     return trades_loss(clean, adv, labels, beta=beta) + helper_weight * F.cross_entropy(beyond, helper_adv.argmax(1))
+
+
+# --- the objectives of training -------------------------------------------------------------------------------------
+
+OBJECTIVES.update(
+    {
+        "plain": Objective(None, lambda batch: F.cross_entropy(batch.clean, batch.labels), frozenset({"clean"})),
+        "pgd_at": Objective("ce", lambda batch: sat_loss(batch.adv, batch.labels), frozenset({"adv"})),
+        "trades": Objective(
+            "kl_clean",
+            lambda batch, beta: trades_loss(batch.clean, batch.adv, batch.labels, beta=beta),
+            frozenset({"clean", "adv"}),
+        ),
+        "mart": Objective(
+            "ce",
+            lambda batch, beta: mart_loss(batch.clean, batch.adv, batch.labels, beta=beta),
+            frozenset({"clean", "adv"}),
+        ),
+        "hat": Objective(
+            "kl_clean",
+            lambda batch, **options: hat_loss(
+                batch.clean, batch.adv, batch.beyond, batch.labels, batch.control_adv, **options
+            ),
+            frozenset({"clean", "adv", "beyond", "control_adv"}),
+        ),
+    }
+)
+OBJECTIVES["sat"] = OBJECTIVES["pgd_at"]  # its other name in the literature

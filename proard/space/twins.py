@@ -8,7 +8,8 @@ from typing import Any
 
 from proard.config import ConfigError, Phase, RunConfig, Student, Twins, parse
 from proard.config.experiment import with_equal_gradients
-from proard.config.settings import Optimisation, merge
+from proard.config.losses import merge
+from proard.config.settings import Optimisation
 from proard.space.sampling import spread_archs
 from proard.space.search_space import SearchSpace
 

@@ -83,6 +83,7 @@ def parse_arguments(
     trains = stage.startswith("train_")
     if trains:
         parser.add_argument("--minutes", type=float, help="time the job has, where its scheduler does not say")
+        parser.add_argument("--save-every-minutes", type=float, default=5.0, help="between two savings of the state")
     files = parser.parse_args(argv)
     if processes() > 1 and not trains:
         raise UserError(f"{stage} is no training: start it as one process, python -m proard.stages.{stage}")

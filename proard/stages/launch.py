@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 from proard.config import UserError
 
 PROCESSES = "PROARD_PROCESSES"  # {"train_phase": 4}
-SAVE_EVERY_MINUTES = "PROARD_SAVE_EVERY_MINUTES"  # {"train_teacher": 2, "train_phase": {"all": 2}}
 FIRST_SPEAKS = 3.0  # seconds that other processes leave the first one to say what ends them all
 LAST_WORDS = 10  # seconds that a process has once the launcher ends it, as it does as soon as one process has ended
 PDEATHSIG = 1  # linux/prctl.h
@@ -31,12 +30,6 @@ def rank() -> int:
 def processes() -> int:
     """Processes that torchrun started on this machine; 1 without it."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def save_every_minutes(stage: str, name: str) -> float | None:
-    """How often this stage, or its part called `name`, saves its state, where the workflow says so."""
-    told = _told(SAVE_EVERY_MINUTES).get(stage)
-    return told.get(name) if isinstance(told, dict) else told
 
 
 def become_several() -> None:

@@ -11,7 +11,7 @@ import pandas as pd
 from torch import Tensor
 
 from proard.artifacts import OUTCOMES, read_header, read_table, write_table
-from proard.config import Attack, Phase, Student, SupernetTraining, Threat, Twins, UserError, group_of
+from proard.config import Attack, Phase, Student, SupernetTraining, Threat, UserError, group_of
 from proard.data import ImageSet, to_float
 from proard.evaluation import Conditions, SubnetMeter, measure, rows_of, stands_training_attack, work_of
 from proard.evaluation.meter import Measured
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         optional=["val", "train", "supernet", "archs", "cache"],
     )
     (training,) = job.config.experiment.trainings
-    assert not isinstance(training, Twins)  # written out before any job
+    assert isinstance(training, (Student, SupernetTraining))  # twins are written out before any job
     files = job.files
     for flag in needed_files(job, training):
         if getattr(files, flag) is None:
@@ -184,7 +184,7 @@ def training_facts(
         "training": training.name,
         "group": group_of(training.name),
         "trains": training.trains,
-        "loss": last.loss,
+        "loss": last.loss.name,
         "train_seed": int(kept["seed"]),
         "train_steps": steps,
         "train_step_size": last.attack.step_size if steps else None,

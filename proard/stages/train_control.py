@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arch = teacher_arch(config.train_teacher, space)
     training = Training(job, config.train_control, files.control, [files.train, files.val, files.test])
     with training.state.owned():
-        net, rows = train_alone(training, label="control", space=space, arch=arch, objective="plain")
+        net, rows = train_alone(training, label="control", space=space, arch=arch, loss=config.train_control.objective)
         folded, table = fold(net), []
         conditions = conditions_of(job)
         for path in (files.val, files.test):

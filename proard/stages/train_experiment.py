@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from proard.attacks import pgd
-from proard.config import Space, Student, SupernetTraining, Twins, UserError
+from proard.config import Space, Student, SupernetTraining, UserError, named_nets
 from proard.nets import load_static, save_static
 from proard.space import NetSpace, SearchSpace
 from proard.stages import train_phase
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None, *, search: Callable[..., Tensor] = p
         optional=["teacher", "control", "previous"],
     )
     (training,) = job.config.experiment.trainings
-    assert not isinstance(training, Twins)  # written out before any job
+    assert isinstance(training, (Student, SupernetTraining))  # twins are written out before any job
     if isinstance(training, SupernetTraining):
         (phase,) = training.phases
         job.files.supernet = job.files.weights
@@ -52,7 +52,7 @@ def train_network(job: Job, student: Student, *, search: Callable[..., Tensor] =
             label=student.name,
             space=space,
             arch=arch,
-            objective=student.loss,
+            loss=student.loss,
             control=files.control,
             teacher=frozen_teacher(job, student),
             search=search,
@@ -81,7 +81,9 @@ def train_network(job: Job, student: Student, *, search: Callable[..., Tensor] =
 def student_network(student: Student, own: Space) -> tuple[NetSpace, Any]:
     """The space and the arch of a network, for the run's images."""
     where = f"experiment.{student.name}"
-    space: NetSpace = SearchSpace(own) if student.net is None else fitted_space(student.net, own, where=f"{where}.net")
+    space: NetSpace = SearchSpace(own)
+    if student.net is not None:
+        space = fitted_space(named_nets()[student.net], own, where=f"{where}.net")
     return space, named_arch(student.arch, space, where=where)
 
 

@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     inputs = [job.files.train, job.files.val] + ([control] if control else [])
     training = Training(job, settings, job.files.teacher, inputs)
     with training.state.owned():
-        objective = settings.objective
-        net, rows = train_alone(training, label="teacher", space=space, arch=arch, objective=objective, control=control)
+        loss = settings.objective
+        net, rows = train_alone(training, label="teacher", space=space, arch=arch, loss=loss, control=control)
         training.write_history(job.files.history, rows)
         save_static(job.files.teacher, net, space=space, arch=arch, kind="teacher", provenance=training.provenance)
         training.state.finish()

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from proard.artifacts import HISTORY, write_table
 from proard.attacks import pgd
-from proard.config import Attack, Measurement, Phase, Student, TrainControl, TrainTeacher, UserError
+from proard.config import Attack, Measurement, TrainingSettings, UserError
+from proard.config.losses import Loss
 from proard.data import Augmenter, ImageSet, Views, epoch_order, load_split, to_float
 from proard.evaluation.meter import Conditions, validation_rows
 from proard.nets import FixedNet, StaticNet, Supernet, extract, fold, load_static, recalibrate
 from proard.space import Arch, FixedArch, FixedSpace, NetSpace, SearchSpace, Work
 from proard.stages.common import Job
-from proard.stages.launch import save_every_minutes
 from proard.training import Plan, ResumeState, Run, fingerprint, single_plan
 from proard.training.attacker import weakest
 from proard.training.budget import Budget, end_of_job
@@ -30,7 +30,7 @@ VALIDATION_RECALIBRATION_IMAGES = 1000
 class AugmentedImages:
     """Training images of one split, augmented in batches on their device."""
 
-    def __init__(self, train: ImageSet, settings: TrainTeacher | TrainControl | Phase | Student) -> None:
+    def __init__(self, train: ImageSet, settings: TrainingSettings) -> None:
         self.train = train
         self.augment = Augmenter(train.images, padding=settings.augment.crop_padding, flip=settings.augment.flip)
 
@@ -66,16 +66,13 @@ class Training:
     """
 
     job: Job
-    settings: TrainTeacher | TrainControl | Phase | Student
+    settings: TrainingSettings
     output: str
     inputs: list[str]
 
     def __post_init__(self) -> None:
         files = self.job.files
         self.ranks = join(self.job.device)
-        minutes = save_every_minutes(self.job.stage, getattr(self.settings, "name", ""))
-        if minutes is not None:
-            self.settings = self.settings.model_copy(update={"save_every_minutes": minutes})
         self.train = load_split(files.train, self.job.device)
         self.val = load_split(files.val, self.job.device)
         self.provenance = self.job.provenance(*self.inputs)
@@ -124,7 +121,7 @@ class Training:
         label: str,
         plan: Plan,
         validated: Mapping[str, Arch | FixedArch],
-        settings: TrainTeacher | TrainControl | Phase | Student | None = None,
+        settings: TrainingSettings | None = None,
         teacher: Callable[[Tensor], Tensor] | None = None,
         control: str | None = None,
         search: Callable[..., Tensor] = pgd,
@@ -135,7 +132,7 @@ class Training:
         Of several processes only the first returns: what follows a training is its work alone.
         """
         threat, settings = self.job.config.threat, settings or self.settings
-        rule = settings.validation
+        rule = self.job.config.validation
         attack = Attack(name="val", num_steps=rule.num_steps, step_size=rule.step_size)
         val = self.val.first(rule.num_images)
         recalibration = self.recalibration_images()
@@ -182,6 +179,8 @@ class Training:
             control=self.control(control),
             ranks=self.ranks,
             search=search,
+            validation=rule,
+            save_every_minutes=self.job.files.save_every_minutes,
             budget=Budget(end_of_job() if minutes is None else time.time() + 60 * minutes),
         )
         rows = run.train()
@@ -220,7 +219,7 @@ def train_alone(
     label: str,
     space: NetSpace,
     arch: Any,
-    objective: str,
+    loss: Loss,
     control: str | None = None,
     teacher: Callable[[Tensor], Tensor] | None = None,
     search: Callable[..., Tensor] = pgd,
@@ -231,7 +230,7 @@ def train_alone(
     attack, with the arguments of `pgd`.
     """
     net = training.supernet(space)
-    plan = single_plan(arch, objective, training.settings)
+    plan = single_plan(arch, loss, training.settings)
     rows = training.fit(
         net,
         label=label,

@@ -23,20 +23,22 @@ from proard.training.plan import Drawn
 from proard.training.ranks import BatchPart
 from proard.training.teachers import Guidance
 
+CROSSING = 1.25  # length of all steps together, in eps, of an attack with fewer steps than at the end of the training
+
 
 def steps_at(attack: TrainingAttack, step: int, total_steps: int) -> int:
-    """Attack steps of optimizer step number `step`: `num_steps`, or the curriculum's, each for an equal share."""
-    if attack.curriculum is None:
+    """Attack steps of optimizer step number `step`: `num_steps`, or a number that grows to it."""
+    if attack.first_steps is None:
         return attack.num_steps
-    first = attack.curriculum.first_steps
+    first = attack.first_steps
     return min(first + step * (attack.num_steps - first + 1) // total_steps, attack.num_steps)
 
 
 def pgd_options(attack: TrainingAttack, *, eps: float, norm: str, num_steps: int) -> dict[str, Any]:
-    """Keyword arguments of `pgd` for an attack of `num_steps`, lengthened as its curriculum says."""
+    """Keyword arguments of `pgd` for an attack of `num_steps`, longer steps where they are fewer."""
     step_size = attack.step_size
-    if attack.curriculum is not None and 0 < num_steps < attack.num_steps:
-        step_size = max(step_size, attack.curriculum.reach * eps / num_steps)
+    if attack.first_steps is not None and 0 < num_steps < attack.num_steps:
+        step_size = max(step_size, CROSSING * eps / num_steps)
     return {
         "eps": eps,
         "norm": norm,
@@ -67,7 +69,7 @@ class Attacker:
     threat : Threat
         Norm and radius, in pixel units.
     total_steps : int
-        Optimizer steps of the training, which a curriculum is spread over.
+        Optimizer steps of the training.
     carried : CarriedPerturbations, optional
         Where attacks start instead of at noise.
     part : BatchPart, optional
@@ -96,7 +98,7 @@ class Attacker:
         self.attack, self.tally, self.threat, self.total_steps = attack, tally, threat, total_steps
         self.carried, self.part, self.dtype, self.search = carried, part or BatchPart(), dtype, search
         self.take_steps: Callable[..., Tensor] = take_steps
-        if attack.graph == "auto" and batch_size is not None:
+        if batch_size is not None:
             self.take_steps = CapturedSteps(take_steps, batch_size=batch_size)
         self.num_steps = attack.num_steps
         self.views: Views | None = None

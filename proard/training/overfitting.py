@@ -7,6 +7,7 @@ from typing import Any
 
 from proard.config import TrainingAttack, Validation
 
+RATIO = 0.5  # accuracy under PGD relative to that under the training's own attack, below which training has failed
 MARGIN = 0.1  # accuracies nearer than this are within the noise of a few hundred images
 
 
@@ -18,8 +19,7 @@ def overfitting(rows: Sequence[Mapping[str, Any]], rule: Validation, attack: Tra
     rows : sequence of mappings
         HISTORY rows, the newest epoch last. Rows without `val_train_attack_acc` were not watched.
     rule : Validation
-        `overfitting_ratio`: PGD must leave at least this share of the accuracy under the training's own attack, mean
-        over the validated subnets.
+        What is measured, and the action. Accuracies are means over the validated subnets.
     attack : TrainingAttack
         Named in the text.
 
@@ -42,12 +42,12 @@ def overfitting(rows: Sequence[Mapping[str, Any]], rule: Validation, attack: Tra
     if rule.watch(attack) == "off" or not newest:
         return None
     own, pgd = (sum(row[name] for row in newest) / len(newest) for name in ("val_train_attack_acc", "val_robust_acc"))
-    if pgd >= rule.overfitting_ratio * own or own - pgd < MARGIN:
+    if pgd >= RATIO * own or own - pgd < MARGIN:
         return None
     kept = next((row["epoch"] for row in rows if row["best"]), None)
     text = (
-        f"catastrophic overfitting at epoch {newest[0]['epoch']}: {own:.1%} of the validation images stand the "
-        f"training's own attack, {pgd:.1%} stand PGD-{rule.num_steps}"
+        f"catastrophic overfitting at epoch {newest[0]['epoch']}: {own:.1%} of the validation images are robust to "
+        f"the training's own attack, {pgd:.1%} to PGD-{rule.num_steps}"
     )
     if rule.watch(attack) == "stop":
         return f"{text}; the training ends here, with its best weights, those of epoch {kept}"

@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from proard.config import Phase, Student
+from proard.config import Phase, TrainingSettings
+from proard.config.losses import Igdm, Kdiga, Loss
 from proard.losses import OBJECTIVES, Memory, Objective, scaled, with_igdm, with_kdiga
 from proard.space import Arch, NetSpace, SearchSpace
 from proard.training.attentive import at_one_cost
 
+RIVALS = 3  # archs at one cost that compete for a place under `pareto`
 OPENED = ("width", "kernel", "depth", "expand")  # `progressive` opens dims in this order, as ProARD's phases do
 
 
@@ -24,7 +26,7 @@ OPENED = ("width", "kernel", "depth", "expand")  # `progressive` opens dims in t
 class Drawn:
     """One subnet of a step with its objective; `guides` marks the dynamic teacher, the target of the others.
 
-    `rivals` compete with `arch` for its place: the `best` or the `worst` of them (`pick`) is trained.
+    `rivals` compete with `arch` for its place: the one with the highest loss on the batch is trained.
     """
 
     arch: Any
@@ -32,7 +34,6 @@ class Drawn:
     options: dict[str, Any]
     guides: bool = False
     rivals: tuple[Arch, ...] = ()
-    pick: str = "worst"
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Plan:
 
     `frozen_weight` is the frozen teacher's share of the target: 1 alone, 0 for the dynamic teacher alone.
     `memory(classes)` is what the loss remembers before the first step, where it does. `reads_target` says whether any
-    step reads the frozen teacher's logits at clean images.
+    step reads the frozen teacher's logits at clean images; `loss` is the name of the loss of the subnets.
     """
 
     draw: Callable[[int, int, int], list[Drawn]]
@@ -49,37 +50,37 @@ class Plan:
     frozen_weight: float = 1.0
     memory: Callable[[int], Memory] | None = None
     reads_target: bool = True
+    loss: str = ""
 
 
-def bind(name: str, settings: Any) -> tuple[Objective, dict[str, Any]]:
-    """An objective by name, under the attack's own inner objective where one is set, with its options."""
-    objective, inner = OBJECTIVES[name], settings.attack.objective
+def bind(loss: Loss, settings: TrainingSettings) -> tuple[Objective, dict[str, Any]]:
+    """The objective of a loss with its options, under the attack's own inner objective where one is set."""
+    objective, inner = OBJECTIVES[loss.name], settings.attack.objective
     fits = objective.inner is not None and (not inner.startswith("kl_teacher") or objective.needs_teacher)
     if inner != "loss" and fits:
         objective = replace(objective, inner=inner)
-    options = {option: getattr(settings, option) for option in objective.options}
+    options = loss.options
     if objective.unweighted is not None:
         objective = replace(objective, needs=objective.needs - objective.unweighted(**options))
     return objective, options
 
 
-def with_terms(objective: Objective, phase: Phase | Student) -> Objective:
-    """A loss with the terms that a phase or a student adds to it, times its scale."""
-    if phase.igdm_weight > 0:
-        objective = with_igdm(objective, weight=phase.igdm_weight)
-    if phase.kdiga_weight > 0:
-        objective = with_kdiga(objective, weight=phase.kdiga_weight, norm=phase.kdiga_norm, at=phase.kdiga_at)
-    return objective if phase.loss_scale == 1 else scaled(objective, scale=phase.loss_scale)
+def aligned_and_scaled(objective: Objective, alignment: Igdm | Kdiga | None, *, scale: float) -> Objective:
+    """An objective with the input-gradient matching of its training, times its scale."""
+    if isinstance(alignment, Igdm):
+        objective = with_igdm(objective, weight=alignment.weight)
+    elif alignment is not None:
+        objective = with_kdiga(objective, weight=alignment.weight, norm=alignment.norm, at=alignment.at)
+    return objective if scale == 1 else scaled(objective, scale=scale)
 
 
-def single_plan(arch: Any, objective: str, settings: Any) -> Plan:
+def single_plan(arch: Any, loss: Loss, settings: TrainingSettings) -> Plan:
     """Train one network alone: teacher, control, or a student of a frozen teacher."""
-    found, options = bind(objective, settings)
-    if isinstance(settings, (Phase, Student)):
-        found = with_terms(found, settings)
+    found, options = bind(loss, settings)
+    found = aligned_and_scaled(found, settings.alignment, scale=loss.scale)
     drawn = [Drawn(arch, found, options)]
     memory = None if found.memory is None else partial(found.memory, **options)
-    return Plan(lambda seed, step, data_pass: drawn, memory=memory, reads_target=found.needs_target)
+    return Plan(lambda seed, step, data_pass: drawn, memory=memory, reads_target=found.needs_target, loss=loss.name)
 
 
 def phase_plan(space: SearchSpace, phase: Phase) -> Plan:
@@ -98,8 +99,10 @@ def phase_plan(space: SearchSpace, phase: Phase) -> Plan:
     """
     among = space.open_choices(width=phase.width, depth=phase.depth, expand=phase.expand, kernel=phase.kernel)
     objective, options = bind(phase.loss, phase)
-    objective = with_terms(objective, phase)
-    guide = Drawn(space.largest, *bind(phase.teacher_objective, phase), guides=True)
+    objective = aligned_and_scaled(objective, phase.alignment, scale=phase.loss.scale)
+    own, own_options = bind(phase.teacher_objective, phase)
+    own = aligned_and_scaled(own, None, scale=phase.teacher_objective.scale)
+    guide = Drawn(space.largest, own, own_options, guides=True)
     first = [space.arch([options[0] for options in among]), space.arch([options[-1] for options in among])]
 
     def draw(seed: int, step: int, data_pass: int) -> list[Drawn]:
@@ -108,22 +111,21 @@ def phase_plan(space: SearchSpace, phase: Phase) -> Plan:
         fixed = first[::-1][:count] if phase.sampling in ("sandwich", "pareto") else []
         opened = opened_choices(space, phase, data_pass) if phase.sampling == "progressive" else among
         if phase.sampling == "pareto":
-            rivals = [at_one_cost(space, among, phase.pareto_candidates, rng) for _ in range(count - len(fixed))]
+            rivals = [at_one_cost(space, among, RIVALS, rng) for _ in range(count - len(fixed))]
         else:
             rivals = [[space.arch(row)] for row in space.sample(count - len(fixed), rng, among=opened)]
         if phase.teacher != "frozen":  # the guide is trained anyway
             rivals = [kept for group in rivals if (kept := [arch for arch in group if arch != space.largest])]
             fixed = [arch for arch in fixed if arch != space.largest]
         students = [Drawn(arch, objective, options) for arch in fixed]
-        students += [
-            Drawn(group[0], objective, options, rivals=tuple(group[1:]), pick=phase.pareto_pick) for group in rivals
-        ]
+        students += [Drawn(group[0], objective, options, rivals=tuple(group[1:])) for group in rivals]
         return students if phase.teacher == "frozen" else [guide, *students]
 
     passes = phase.archs_per_step if phase.sampling == "per_pass" else 1
     weight = {"frozen": 1.0, "dynamic": 0.0, "both": phase.frozen_weight}[phase.teacher]
     memory = None if objective.memory is None else partial(objective.memory, **options)
-    return Plan(draw, passes, weight, memory, reads_target=objective.needs_target or phase.sampling == "pareto")
+    reads_target = objective.needs_target or phase.sampling == "pareto"
+    return Plan(draw, passes, weight, memory, reads_target=reads_target, loss=phase.loss.name)
 
 
 @torch.no_grad()
@@ -149,8 +151,7 @@ def choose_winners(drawn: list[Drawn], score: Callable[[Arch], Tensor]) -> list[
         if place.rivals:
             archs = [place.arch, *place.rivals]
             losses = torch.stack([score(arch) for arch in archs])
-            winner = int(losses.argmin() if place.pick == "best" else losses.argmax())
-            place = replace(place, arch=archs[winner], rivals=())
+            place = replace(place, arch=archs[int(losses.argmax())], rivals=())
         chosen.append(place)
     return chosen
 

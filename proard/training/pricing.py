@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from proard.config import Phase, Threat, TrainTeacher
+from proard.config.losses import Loss
 from proard.space import Arch, NetSpec, SearchSpace, Work
 from proard.training.plan import Plan, phase_plan, single_plan
 from proard.training.step import StepBatch, training_step
@@ -116,8 +117,7 @@ def price(
         net = PricedNet(space)
     other = _PricedTeacher(net, teacher_macs)
     teacher = None if getattr(settings, "teacher", "frozen") == "dynamic" else other
-    exact = settings.attack.model_copy(update={"dtype": "float32", "graph": "off"})
-    settings = settings.model_copy(update={"attack": exact, "dtype": "float32", "optimizer": "sgd"})
+    settings = settings.model_copy(update={"dtype": "float32", "optimizer": "sgd"})
     threat = Threat(eps=1 / 255)
     step_on = training_step(
         net, settings, plan, threat=threat, seed=seed, total_steps=total_steps, teacher=teacher, control=other
@@ -138,10 +138,10 @@ def planned_work(space: SearchSpace, phase: Phase, *, images: int, seed: int, te
     return price(space, phase, plan, seed=seed, teacher_macs=teacher_macs, **steps)
 
 
-def passes_alone(space: SearchSpace, settings: Phase | TrainTeacher, objective: str) -> tuple[float, float]:
+def passes_alone(space: SearchSpace, settings: Phase | TrainTeacher, loss: Loss) -> tuple[float, float]:
     """Passes of one image in a step that trains one arch by itself with the loss and the attack of `settings`.
 
-    A curriculum of attack steps is averaged over its equal parts. Adversarial weight perturbation counts from the first
+    A growing number of attack steps is averaged over its equal parts. Adversarial weight perturbation counts from the first
     epoch, teacher outputs from tables as passes.
 
     Returns
@@ -149,10 +149,11 @@ def passes_alone(space: SearchSpace, settings: Phase | TrainTeacher, objective: 
     own, others : float
         Forward-equivalents through the trained network, and through the frozen teacher and the control.
     """
-    curriculum = settings.attack.curriculum
-    levels = 1 if curriculum is None else settings.attack.num_steps - curriculum.first_steps + 1
-    settings = settings.model_copy(update={"awp_warmup_epochs": 0})
-    plan = single_plan(space.smallest, objective, settings)
+    first = settings.attack.first_steps
+    levels = 1 if first is None else settings.attack.num_steps - first + 1
+    if settings.awp is not None:
+        settings = settings.model_copy(update={"awp": settings.awp.model_copy(update={"warmup_epochs": 0})})
+    plan = single_plan(space.smallest, loss, settings)
     work = price(space, settings, plan, seed=0, steps_per_pass=levels, total_steps=levels)
     own = work.macs / space.spec(space.smallest).macs
     return own, work.forwards - own

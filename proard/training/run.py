@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from proard.attacks import pgd
-from proard.config import Threat, UserError
+from proard.config import Threat, TrainingSettings, UserError, Validation
 from proard.data import Views, keyed_generator
 from proard.nets import FixedNet, Supernet
 from proard.progress import Progress, duration
@@ -30,7 +30,7 @@ from proard.training.overfitting import overfitting
 from proard.training.plan import Plan
 from proard.training.ranks import Ranks
 from proard.training.state import Interrupted, ResumeState, StopFlag, stop_on_signal
-from proard.training.step import StepBatch, StepResult, Training, training_step
+from proard.training.step import StepBatch, StepResult, training_step
 
 START_UP, RATED = 5, 10  # steps that hold start-up; the last of those from which the remaining time is estimated
 READ_EVERY = 20  # steps after which the host waits for the device at the latest, to see that all losses were finite
@@ -56,7 +56,7 @@ class ImageSource(Protocol):
         """Shape of the padded images that views are windows of: (n, height, width, channels)."""
 
 
-def learning_rate(settings: Training, step: int, total: int, warmup: int) -> float:
+def learning_rate(settings: TrainingSettings, step: int, total: int, warmup: int) -> float:
     """Linear warm-up to `lr`, then a cosine to zero, or what a student's `schedule` says."""
     if step < warmup:
         return settings.lr * (step + 1) / (warmup + 1)
@@ -99,6 +99,10 @@ class Run:
         The time that there is; without one, no limit.
     search : callable
         The attack, with the arguments of `pgd`.
+    validation : Validation, optional
+        When `validate` is called, and what is compared with its result; the default values without it.
+    save_every_minutes : float
+        Minutes between two savings of the state.
     read_every : int
         Steps after which the host waits for the device at the latest.
     clock : callable
@@ -116,7 +120,7 @@ class Run:
         *,
         label: str,
         plan: Plan,
-        settings: Training,
+        settings: TrainingSettings,
         threat: Threat,
         source: ImageSource,
         validate: Callable[[Supernet | FixedNet], Rows],
@@ -127,12 +131,15 @@ class Run:
         ranks: Ranks | None = None,
         budget: Budget | None = None,
         search: Callable[..., Tensor] = pgd,
+        validation: Validation | None = None,
+        save_every_minutes: float = 5.0,
         read_every: int = READ_EVERY,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.net, self.label, self.plan, self.settings, self.source = net, label, plan, settings, source
         self.measure, self.state, self.seed = validate, state, seed
         self.ranks, self.budget, self.read_every, self.clock = ranks or Ranks(), budget or Budget(), read_every, clock
+        self.validation, self.save_every_minutes = validation or Validation(), save_every_minutes
         self.part = self.ranks.part(min(settings.batch_size, len(source)))
         self.steps_per_pass = max(len(source) // settings.batch_size, 1)
         self.steps_per_epoch = self.steps_per_pass * plan.passes_per_epoch
@@ -264,7 +271,7 @@ class Run:
         settings, done = self.settings, self.done
         validation: Rows = [{"arch": ""}]
         epoch, best, started = -(-done.step // self.steps_per_epoch), False, self.clock()
-        if done.step == self.total or epoch % settings.validation.every_epochs == 0:
+        if done.step == self.total or epoch % self.validation.every_epochs == 0:
             with self.step_on.update.averaged():
                 validation = self.measure(self.net)
             robust, clean = (
@@ -283,10 +290,10 @@ class Run:
         done.begin_epoch()
         self.sums.zero_()
         lines = [summary(self.label, self.history)]
-        warning = overfitting(self.history, settings.validation, settings.attack)
+        warning = overfitting(self.history, self.validation, settings.attack)
         if warning:
             lines.append(f"{self.label}: {warning}")
-            done.overfitted = settings.validation.watch(settings.attack) == "stop"
+            done.overfitted = self.validation.watch(settings.attack) == "stop"
         return lines
 
     def save(self) -> None:
@@ -324,7 +331,7 @@ class Run:
     def _save_or_stop(self, stop: StopFlag) -> None:
         """Save the state where it is due; save and stop at a signal, for a successor, or at the end of the time."""
         self.budget.step(ends_epoch=self.ends_epoch)
-        late = self.clock() - self.saved_at > 60 * self.settings.save_every_minutes
+        late = self.clock() - self.saved_at > 60 * self.save_every_minutes
         ends = self.budget.is_short(ends_epoch=self._ends_epoch(self.done.step + 1))
         signalled, handover, short, due = self.ranks.all_reduce_max(
             stop.signal or 0, self.state.handover_asked(), ends, late

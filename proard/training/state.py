@@ -17,7 +17,7 @@ from torch import Tensor
 
 from proard import __version__
 from proard.artifacts import ArtifactError, load_tensors, save_tensors
-from proard.config import UserError, at_any_rhythm
+from proard.config import UserError
 from proard.kernels import has_bfloat16
 from proard.training.ranks import Ranks
 
@@ -42,11 +42,10 @@ def fingerprint(*, settings: Mapping[str, Any], seed: int, inputs: Mapping[str, 
     """Hash of everything that the final weights depend on.
 
     `threads` are those of the job, whatever the number of processes that share them: the number of processes moves
-    weights by the rounding of sums alone, and a job that is given fewer GPUs than before shall continue. How often the
-    state is saved is left out as well.
+    weights by the rounding of sums alone, and a job that is given fewer GPUs than before shall continue.
     """
     facts = {
-        "settings": at_any_rhythm(settings),
+        "settings": settings,
         "seed": seed,
         "inputs": inputs,
         "device": device.split(":")[0],

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from proard.attacks import pgd, start_point
-from proard.config import Phase, Student, Threat, TrainControl, TrainTeacher, UserError
+from proard.config import Threat, TrainingSettings, UserError
 from proard.data import Views
 from proard.kernels import computed_type
-from proard.losses import Batch, kl_to_teacher
+from proard.losses import HELPER_REACH, Batch, kl_to_teacher
 from proard.losses.objectives import ABSENT
 from proard.nets.trainee import Statistics, Trainee, View
 from proard.space import Arch, Work
@@ -27,8 +27,6 @@ from proard.training.ranks import BatchPart
 from proard.training.teacher_table import TeacherTable
 from proard.training.teachers import Guidance, Teachers, add_student_outputs, add_teacher_outputs
 from proard.training.update import Update
-
-Training = TrainTeacher | TrainControl | Phase | Student
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ class TrainingStep:
     def __init__(
         self,
         net: Trainee,
-        settings: Training,
+        settings: TrainingSettings,
         plan: Plan,
         *,
         seed: int,
@@ -199,11 +197,11 @@ class TrainingStep:
             with self._autocast():
                 return student(images).float()
 
-        return add_student_outputs(batch, fields, predict, reach=self.settings.helper_reach)
+        return add_student_outputs(batch, fields, predict, reach=HELPER_REACH)
 
     def _backward(self, student: Counted[View], subnet: Drawn, batch: Batch, count: float) -> Tensor:
         """The loss, without graph, and its gradients / `count`, at perturbed weights where the settings say so."""
-        objective, options, gamma = subnet.objective, subnet.options, self.settings.awp_gamma
+        objective, options, awp = subnet.objective, subnet.options, self.settings.awp
         count = count / self.part.weight  # parts of a mean over the batch
         if objective.remember is not None:
             for name, value in objective.remember(self.part.whole_batch(batch), **options).items():
@@ -211,12 +209,12 @@ class TrainingStep:
         loss = objective.loss(batch, **options)
         self.tally.gradients += 1
         self.tally.work += Work(weight_gradients=1.0)
-        if not gamma or batch.progress * self.settings.epochs < self.settings.awp_warmup_epochs:
+        if awp is None or batch.progress * self.settings.epochs < awp.warmup_epochs:
             (loss / count).backward()
             return loss.detach()
         self.tally.gradients += 1
         totals = self.part.totals
-        with perturbed(student.net.weights, loss * self.part.weight, gamma=gamma, totals=totals):
+        with perturbed(student.net.weights, loss * self.part.weight, gamma=awp.gamma, totals=totals):
             loss = objective.loss(self._student_outputs(batch, objective.needs, student), **options)
             (loss / count).backward()
         return loss.detach()
@@ -249,7 +247,7 @@ class TrainingStep:
 
 def training_step(
     net: Trainee,
-    settings: Training,
+    settings: TrainingSettings,
     plan: Plan,
     *,
     threat: Threat,
@@ -309,7 +307,7 @@ def training_step(
         total_steps=total_steps,
         carried=carried,
         part=part,
-        dtype=torch_type(settings.attack.dtype, net),
+        dtype=torch_type(settings.dtype, net),
         batch_size=len(range(settings.batch_size)[part.rows]),
         search=search,
     )
@@ -334,12 +332,11 @@ def torch_type(name: str, net: Trainee) -> torch.dtype:
     return getattr(torch, computed_type(name, net.mean.device))
 
 
-def _table(kept: str, net: Trainee, settings: Training, plan: Plan, images: int) -> TeacherTable:
+def _table(kept: str, net: Trainee, settings: TrainingSettings, plan: Plan, images: int) -> TeacherTable:
     """The table of the frozen teacher's `logits` or `gradients` at the views of the clean images."""
     key = f"teacher_{kept}"
     if kept == "logits" and not plan.reads_target:
-        loss = getattr(settings, "loss", "")
-        raise UserError(f"teacher_logits keeps logits at clean images; loss {loss} reads none there")
+        raise UserError(f"teacher_logits keeps logits at clean images; loss {plan.loss} reads none there")
     shape, augment = net.space.settings, settings.augment
     numbers = shape.classes if kept == "logits" else shape.image_channels * shape.image_size**2
     return TeacherTable(

@@ -37,10 +37,6 @@ try:
 except proard.config.UserError as error:
     sys.exit(f"error: config: {error}")
 
-# How often a training saves its state changes no result and repeats nothing: it reaches jobs beside their settings.
-run, often = proard.config.without_rhythm(run)
-os.environ.update(PROARD_SAVE_EVERY_MINUTES=json.dumps(often))
-
 # Jobs use the python and the package of this process, in an environment that was never activated too.
 os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()]))
 

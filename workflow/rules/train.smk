@@ -24,13 +24,15 @@ rule train_teacher:
         mem_mb=per_attempt(16000),
         runtime=1440,
         gpu=1,
+        save_every_minutes=f"{run.save_every_minutes:g}",
     params:
         settings=settings("train_teacher"),
         seed=run.seed,
         control=lambda wildcards, input: f"--control {input.control}" if input.control else "",
     shell:
         "python -m proard.stages.train_teacher --settings {params.settings:q} --seed {params.seed}"
-        " --threads {threads} --device auto --train {input.train:q} --val {input.val:q} {params.control}"
+        " --threads {threads} --device auto --save-every-minutes {resources.save_every_minutes}"
+        " --train {input.train:q} --val {input.val:q} {params.control}"
         " --teacher {output.teacher:q} --history {output.history:q} 2>&1 | tee {log:q}"
 
 
@@ -54,12 +56,14 @@ rule train_control:
         mem_mb=per_attempt(16000),
         runtime=1440,
         gpu=1,
+        save_every_minutes=f"{run.save_every_minutes:g}",
     params:
         settings=settings("train_control"),
         seed=run.seed,
     shell:
         "python -m proard.stages.train_control --settings {params.settings:q} --seed {params.seed}"
-        " --threads {threads} --device auto --train {input.train:q} --val {input.val:q} --test {input.test:q}"
+        " --threads {threads} --device auto --save-every-minutes {resources.save_every_minutes}"
+        " --train {input.train:q} --val {input.val:q} --test {input.test:q}"
         " --control {output.control:q} --table {output.table:q} --history {output.history:q} 2>&1 | tee {log:q}"
 
 
@@ -85,6 +89,7 @@ rule train_phase:
         mem_mb=per_attempt(16000),
         runtime=2880,
         gpu=1,
+        save_every_minutes=f"{run.save_every_minutes:g}",
     params:
         settings=phase_settings,
         seed=run.seed,
@@ -92,7 +97,8 @@ rule train_phase:
         control=lambda wildcards, input: f"--control {input.control}" if input.control else "",
     shell:
         "python -m proard.stages.train_phase --settings {params.settings:q} --seed {params.seed}"
-        " --threads {threads} --device auto --train {input.train:q} --val {input.val:q}"
+        " --threads {threads} --device auto --save-every-minutes {resources.save_every_minutes}"
+        " --train {input.train:q} --val {input.val:q}"
         " --teacher {input.teacher:q} {params.previous} {params.control}"
         " --supernet {output.supernet:q} --history {output.history:q} 2>&1 | tee {log:q}"
 
