@@ -328,14 +328,16 @@ def made_step(
     *,
     take_steps: Callable[..., Tensor] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    attack_dtype: torch.dtype | None = None,
 ) -> TrainingStep:
-    """`proard.training`'s step; an attack's steps and the optimizer may be a benchmark's own."""
+    """`proard.training`'s step; an attack's steps, its type and the optimizer may be a benchmark's own."""
 
     def search(*problem: Any, steps: Callable[..., Tensor], **options: Any) -> Tensor:
         return pgd(*problem, steps=take_steps or steps, **options)
 
     made = training_step(net, settings, plan, threat=Threat(eps=eps), teacher=teacher, seed=seed, search=search)
     made.update.optimizer = optimizer or made.update.optimizer
-    if settings.attack.dtype == "float32":
+    made.attacker.dtype = attack_dtype or made.attacker.dtype
+    if made.attacker.dtype == torch.float32:
         made.attacker.dtype = net.mean.dtype  # float64 in equality checks
     return made

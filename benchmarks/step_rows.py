@@ -15,6 +15,7 @@ from plain_step import Levers, Outcome, PlainStep, Recipe, loop_sgd
 from torch import Tensor
 
 from proard.config import PRESETS, Phase, Space, TrainingAttack, TrainTeacher
+from proard.config.losses import PgdAt, Rslad
 from proard.kernels import plain_twins
 from proard.losses import Batch
 from proard.nets import SubnetView, Supernet, extract, fold
@@ -102,10 +103,17 @@ class PackageStep:
         take_steps: Callable[..., Tensor] | None = None,
     ) -> None:
         recipe, self.net = problem.recipe, copy.deepcopy(problem.student)
-        how = {"num_steps": recipe.num_steps, "step_size": recipe.step_size, "dtype": attack_dtype, **(shared or {})}
-        same = {name: getattr(recipe, name) for name in ("adv_weight", "lr", "momentum", "weight_decay")}
+        how = {"num_steps": recipe.num_steps, "step_size": recipe.step_size, **(shared or {})}
+        same = {name: getattr(recipe, name) for name in ("lr", "momentum", "weight_decay")}
         attack = TrainingAttack(start="gaussian", bn_mode="running", **how)
-        phase = Phase(sampling="uniform", archs_per_step=1, attack=attack, dtype=dtype, **same)
+        phase = Phase(
+            sampling="uniform",
+            archs_per_step=1,
+            attack=attack,
+            dtype=dtype,
+            loss=Rslad(adv_weight=recipe.adv_weight),
+            **same,
+        )
         objective, options = bind(phase.loss, phase)
         loss, self.recipe = objective.loss, recipe
 
@@ -117,7 +125,11 @@ class PackageStep:
         plan = Plan(lambda seed, step, data_pass: [Drawn(arch, objective, options) for arch in self.archs])
         teacher = problem.teacher
         teacher = fold(extract(teacher, teacher.space.largest), dtype=teacher.mean.dtype)
-        parts = {"optimizer": None if fused else loop_sgd(self.net, recipe), "take_steps": take_steps}
+        parts = {
+            "optimizer": None if fused else loop_sgd(self.net, recipe),
+            "take_steps": take_steps,
+            "attack_dtype": getattr(torch, attack_dtype),
+        }
         self.step = made_step(self.net, phase, plan, recipe.eps, teacher, 0, **parts)
         self.optimizer = self.step.update.optimizer
 
@@ -258,8 +270,8 @@ def trained(problem: Problem, *, num_steps: int, batch_size: int = 64, seed: int
     coarse = torch.rand(space.classes, space.image_channels, 4, 4, generator=generator)
     patterns = F.interpolate(coarse, size=space.image_size, mode="bicubic").clamp(0, 1)
     attack = TrainingAttack(num_steps=2, step_size=problem.recipe.eps, bn_mode="running")
-    recipe = TrainTeacher(objective="pgd_at", attack=attack)
-    plan = single_plan(arch, "pgd_at", recipe)
+    recipe = TrainTeacher(objective=PgdAt(), attack=attack)
+    plan = single_plan(arch, recipe.objective, recipe)
     train = made_step(problem.student, recipe, plan, problem.recipe.eps, None, seed)
     for step in range(num_steps):
         images, labels = (part.to(device) for part in draw(patterns, batch_size, generator))

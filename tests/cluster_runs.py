@@ -26,7 +26,7 @@ CONFIG = {
     "train_phase": {
         "phases": [
             {"name": "depth", "width": [1.0], **SHORT},
-            {"name": "all", **SHORT, "epochs": 24, "save_every_minutes": 0.005},
+            {"name": "all", **SHORT, "epochs": 24},
         ]
     },
     "evaluate_archs": {**SMALL["evaluate_archs"], "archs_per_shard": 4},

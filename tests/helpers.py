@@ -63,6 +63,7 @@ CONFIG = {
     "space": TINY,
     "threat": {"eps": 0.1},
     "measurement": {"recalibration_images": 40, "batch_size": 40},
+    "validation": {"every_epochs": 1, "num_images": 30, "num_steps": 2, "step_size": 0.05},
     "train_teacher": {
         "epochs": 2,
         "batch_size": 16,
@@ -71,7 +72,6 @@ CONFIG = {
         "ema_decay": 0.9,
         "augment": {"crop_padding": 1, "flip": False},
         "attack": {"num_steps": 2, "step_size": 0.05},
-        "validation": {"every_epochs": 1, "num_images": 30, "num_steps": 2, "step_size": 0.05},
     },
     "train_phase": {
         "phases": [
@@ -83,7 +83,6 @@ CONFIG = {
                 "ema_decay": 0.9,
                 "augment": {"crop_padding": 1, "flip": False},
                 "attack": {"num_steps": 2, "step_size": 0.05},
-                "validation": {"every_epochs": 1, "num_images": 30, "num_steps": 2, "step_size": 0.05},
             }
         ]
     },

@@ -10,11 +10,13 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).parents[1]
-SHORT = {"epochs": 2, "warmup_epochs": 0, "validation": {"every_epochs": 2, "num_images": 60, "num_steps": 2}}
+SHORT = {"epochs": 2, "warmup_epochs": 0}
 SMALL = {
     "run": "small",
+    "validation": {"every_epochs": 2, "num_images": 60, "num_steps": 2},
+    "save_every_minutes": 0.001,
     "prepare_data": {"max_train_images": 320},
-    "train_teacher": {**SHORT, "epochs": 12, "save_every_minutes": 0.001},
+    "train_teacher": {**SHORT, "epochs": 12},
     "train_control": SHORT,
     "train_phase": {"phases": [{"name": "depth", "width": [1.0], **SHORT}, {"name": "all", **SHORT}]},
     "sample_archs": {"num_archs": 16, "strata": 4},

@@ -17,7 +17,7 @@ from proard.config import job_settings
 from proard.stages import train_phase, train_teacher
 
 ROOT = Path(__file__).resolve().parents[1]
-LONG = {"epochs": 10, "save_every_minutes": 0.0005}  # 60 steps; the state is written after nearly every one
+LONG = {"epochs": 10, "minutes_between": 0.0005}  # 60 steps; the state is written after nearly every one
 OUTPUTS = {
     "train_teacher": ["teacher.safetensors", "history.parquet"],
     "train_phase": ["supernet.safetensors", "history.parquet"],
@@ -30,10 +30,13 @@ STARTED: list[subprocess.Popen] = []
 class Stage:
     """A training stage on the stripes with a folder of its own."""
 
-    def __init__(self, name, inputs, folder, *, seed=0, previous=None, teacher=None, taught_by=None, **changes):
+    def __init__(
+        self, name, inputs, folder, *, seed=0, previous=None, teacher=None, taught_by=None, minutes_between=5, **changes
+    ):
         changes |= {} if taught_by is None else {"teacher": taught_by}  # `teacher` is the file
         section = "phase" if name == "train_phase" else name
-        config = tiny_config(**{f"{section}__{key}": value for key, value in changes.items()})
+        own = {key: changes.pop(key) for key in ("validation",) if key in changes}
+        config = tiny_config(**own, **{f"{section}__{key}": value for key, value in changes.items()})
         self.name, self.folder = name, folder
         self.outputs = [folder / output for output in OUTPUTS[name]]
         self.state = self.outputs[0].with_suffix(".state")
@@ -43,7 +46,7 @@ class Stage:
         if phase:
             files |= {"teacher": teacher or inputs["teacher"]} | ({"previous": previous} if previous else {})
         self.arguments = ["--settings", job_settings(config, name, phase=phase), "--seed", str(seed)]
-        self.arguments += ["--device", "cpu", "--threads", "1"]
+        self.arguments += ["--device", "cpu", "--threads", "1", "--save-every-minutes", str(minutes_between)]
         self.arguments += [text for flag, path in files.items() for text in (f"--{flag}", str(path))]
 
     def start(self, *more, processes=1, **environment):

@@ -14,6 +14,7 @@ from helpers import image_sets, random_images, random_supernet, tiny_config, tin
 from torch import Tensor
 from training_runs import no_validation, phase_run, step_of, take, teacher_run
 
+from proard.config.losses import Trades
 from proard.nets.norm import batch_norm_of_all
 from proard.nets.view import SubnetView
 from proard.space import Arch
@@ -29,16 +30,19 @@ TRAININGS = {  # of four steps each, on batches of 15
     "pgd_at": {"objective": "pgd_at", "attack": {**ATTACK, "bn_mode": "running"}},
     "hat_awp": {
         "objective": "hat",
-        "awp_gamma": 0.01,
-        "awp_warmup_epochs": 0,
+        "awp": {"gamma": 0.01, "warmup_epochs": 0},
         "attack": {**ATTACK, "bn_mode": "batch"},
     },
     "rslad": {"loss": "rslad", "teacher_logits": "float32"},
     "dynamic": {"teacher": "dynamic", "attack": {**ATTACK, "shared": "smallest"}},
     "both": {"teacher": "both", "sampling": "pareto", "attack": {**ATTACK, "carry_passes": 1}},
     "absld": {"loss": "absld", "attack": {**ATTACK, "start": "gaussian"}},
-    "mtard_igdm": {"loss": "mtard", "igdm_weight": 1.0},
-    "adaad_kdiga": {"loss": "adaad", "kdiga_weight": 0.1, "attack": {"num_steps": 1, "step_size": 0.05}},
+    "mtard_igdm": {"loss": "mtard", "alignment": "igdm"},
+    "adaad_kdiga": {
+        "loss": "adaad",
+        "alignment": {"name": "kdiga", "weight": 0.1},
+        "attack": {"num_steps": 1, "step_size": 0.05},
+    },
 }
 
 
@@ -65,7 +69,7 @@ def train(ranks: Ranks, *, steps: int, lr: float, poisoned: int | None = None) -
     """Make some steps on this process's parts of the global batches."""
     attack = {"num_steps": 2, "step_size": 0.05, "start": "zero", "bn_mode": "batch", "objective": "ce"}
     settings = tiny_config(train_teacher__attack=attack, train_teacher__weight_decay=0.01).train_teacher
-    plan = Plan(lambda seed, step, data_pass: [Drawn(arch, *bind("trades", settings)) for arch in archs()])
+    plan = Plan(lambda seed, step, data_pass: [Drawn(arch, *bind(Trades(), settings)) for arch in archs()])
     part, measures = ranks.part(BATCH), []
     with in_float64():
         made = step_of(random_supernet(tiny_space()), settings, plan, part=part)

@@ -248,7 +248,7 @@ def test_trainings_in_plain_form_end_as_the_packages_do(stage, tmp_path):
 
     config, space, sets = tiny_config(), tiny_space(), image_sets(tmp_path)
     (phase,), recipe = config.train_phase.phases, config.train_teacher
-    alone = (recipe, single_plan(space.largest, "trades", recipe))
+    alone = (recipe, single_plan(space.largest, recipe.objective, recipe))
     settings, plan = alone if stage == "train_teacher" else (phase, phase_plan(space, phase))
     teacher, data = plain_network(), [sets["train"], sets["val"]]
     ends = [bench_pipeline.train(config, settings, plan, data, form, teacher)[1] for form in bench_pipeline.FORMS]

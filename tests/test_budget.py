@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import signal
@@ -13,8 +12,8 @@ from helpers import save_stripes, tiny_config
 from stage_runs import LONG, STARTED, Stage
 
 from proard.artifacts import read_header
-from proard.config import RunConfig, UserError, at_any_rhythm, without_rhythm
-from proard.training import ResumeState, fingerprint
+from proard.config import UserError, job_settings
+from proard.training import ResumeState
 from proard.training.budget import Budget, end_of_job
 
 
@@ -109,7 +108,7 @@ def test_a_tenth_of_a_short_job_is_kept_aside_and_without_an_end_nothing_is_shor
 @pytest.mark.parametrize("how", ["SLURM_JOB_END_TIME", "--minutes"])
 def test_a_training_leaves_before_its_time_is_up_and_continues(inputs, whole, tmp_path, how):
     """With no time left at all each attempt makes one step: no attempt is in vain."""
-    stage = Stage("train_teacher", inputs, tmp_path, **{**LONG, "save_every_minutes": 5})
+    stage = Stage("train_teacher", inputs, tmp_path, **{**LONG, "minutes_between": 5})
     over = {how: str(int(time.time()))} if how.startswith("SLURM") else {}
     more = ["--minutes", "0"] if how.startswith("--") else []
     for step in (1, 2) if over else (1,):
@@ -163,21 +162,10 @@ def test_the_previous_state_continues_where_the_newest_is_damaged(inputs, whole,
     assert stage.equals(whole)
 
 
-def test_how_often_a_state_is_saved_changes_neither_fingerprint_nor_settings_of_jobs():
-    marks, plain = [], []
-    for minutes in (5, 0.5):
-        config = tiny_config(train_teacher__save_every_minutes=minutes, phase__save_every_minutes=minutes)
-        sections = config.model_dump(mode="json")
-        marks.append(fingerprint(settings=sections, seed=0, inputs={}, device="cpu", threads=1))
-        kept, others = without_rhythm(config)
-        plain.append(kept)
-        assert others == ({} if minutes == 5 else {"train_teacher": 0.5, "train_phase": {"all": 0.5}})
-    assert marks[0] == marks[1]
-    assert plain[0] == plain[1]
-    changed = tiny_config(train_teacher__lr=0.123).model_dump(mode="json")
-    assert fingerprint(settings=changed, seed=0, inputs={}, device="cpu", threads=1) != marks[0]
-    default = RunConfig(run="x").model_dump(mode="json")
-    assert at_any_rhythm(default) == default
+def test_how_often_a_state_is_saved_changes_no_settings_of_jobs():
+    jobs = [job_settings(tiny_config(save_every_minutes=minutes), "train_teacher") for minutes in (5, 0.5)]
+    assert jobs[0] == jobs[1]
+    assert job_settings(tiny_config(train_teacher__lr=0.123), "train_teacher") != jobs[0]
 
 
 def test_a_state_saved_at_another_rhythm_counts(inputs, whole, tmp_path, capsys):
@@ -186,12 +174,12 @@ def test_a_state_saved_at_another_rhythm_counts(inputs, whole, tmp_path, capsys)
     stage.wait_until_step(process, 3)
     process.kill()
     process.wait()
-    Stage("train_teacher", inputs, tmp_path, **{**LONG, "save_every_minutes": 7}).run()
+    Stage("train_teacher", inputs, tmp_path, **{**LONG, "minutes_between": 7}).run()
     assert "resumed after step" in capsys.readouterr().out
     assert stage.equals(whole)
 
 
-def test_the_workflow_says_how_often_a_training_saves(inputs, tmp_path, monkeypatch):
+def test_a_flag_says_how_often_a_training_saves(inputs, tmp_path, monkeypatch):
     steps: list[int] = []
 
     def save(state, tensors, facts):
@@ -200,9 +188,7 @@ def test_the_workflow_says_how_often_a_training_saves(inputs, tmp_path, monkeypa
 
     original = ResumeState.save
     monkeypatch.setattr(ResumeState, "save", save)
-    told = {"train_teacher": 1e-6, "train_phase": {"all": 1e-6}}
-    monkeypatch.setenv("PROARD_SAVE_EVERY_MINUTES", json.dumps(told))
-    short = {"epochs": 1, "save_every_minutes": 5}
+    short = {"epochs": 1, "minutes_between": 1e-6}
     Stage("train_teacher", inputs, tmp_path, **short).run()
     Stage("train_phase", inputs, tmp_path, teacher=tmp_path / "teacher.safetensors", **short).run()
     # one more at each end, for what follows may take long

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from proard.config import NEEDS, ConfigError, job_settings, json_schema, load
+from proard.config.losses import Trades
 from proard.config.schema import PATH, schema_text
 
 ROOT = Path(__file__).parents[1]
@@ -62,7 +63,7 @@ def test_scientific_notation_without_a_point_is_a_number():
         ({"space": "resnet_digit"}, ["resnet_digit", "did you mean resnet_digits"]),
         ({"train_teacher": {"lr": "fast"}}, ["train_teacher.lr", "'fast'", "number"]),
         ({"train_teacher": {"lr": -1}}, ["train_teacher.lr", "-1", "greater than 0"]),
-        ({"train_teacher": {"beta": None}}, ["train_teacher.beta", "None"]),
+        ({"train_teacher": {"objective": {"name": "trades", "beta": None}}}, ["train_teacher.objective.beta", "None"]),
         ({"train_phase": {"phases": [{"name": "depth", "attack": {"step_size": 2}}]}}, ["train_phase.depth", "2/255"]),
         ({"train_phase": {"phases": [{"name": "a"}, {"name": "a"}]}}, ["train_phase", "different names"]),
         ({"prepare_data": {"source": "parquet", "classes": 2}}, ["prepare_data", "`train`"]),
@@ -150,7 +151,7 @@ def test_full_run_is_the_published_schedule():
     assert {phase.sampling for phase in phases} == {"per_pass"}
     assert {(phase.batch_size, phase.weight_decay) for phase in phases} == {(64, 3e-5)}
     teacher = config.train_teacher
-    assert (teacher.objective, teacher.beta, teacher.epochs, teacher.weight_decay) == ("trades", 6, 125, 2e-4)
+    assert (teacher.objective, teacher.epochs, teacher.weight_decay) == (Trades(beta=6), 125, 2e-4)
     assert config.sample_archs.num_archs == 2000
     assert config.evaluate_archs.attack.num_steps == 20
     assert config.threat.eps == 8 / 255

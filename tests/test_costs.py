@@ -16,6 +16,7 @@ from training_runs import EPS, phase_run, plain_network, step_of, take
 from proard import cli
 from proard.artifacts import COSTS, Provenance, read_table, write_table
 from proard.config import NEEDS, Attack, Measurement, Threat, UserError
+from proard.config.losses import AdaAd, Rslad
 from proard.evaluation import Conditions, SubnetMeter
 from proard.progress import duration
 from proard.report.cost_page import cost_figure
@@ -59,7 +60,7 @@ def test_work_adds_up_and_multiplies():
         ({"loss": "rslad"}, 3 + 2 * 2 + 3, 1),
         ({"loss": "adaad"}, 1 + 2 * 2 + 3, 2 * 2 + 1),  # a clean pass for batch norm alone
         ({"loss": "mtard"}, 3 + 2 * 2 + 3, 2),
-        ({"loss": "rslad", "awp_gamma": 0.01}, 3 + 2 * 2 + 3 + 6, 1),
+        ({"loss": "rslad", "awp": {"gamma": 0.01}}, 3 + 2 * 2 + 3 + 6, 1),
     ],
 )
 def test_passes_count_at_the_size_of_their_network(changes, own, asked):
@@ -212,12 +213,12 @@ def test_emissions_follow_the_country():
 
 
 def test_passes_of_a_student_alone():
-    found = passes_alone(SPACE, phase_of(loss="rslad"), "rslad")
+    found = passes_alone(SPACE, phase_of(loss="rslad"), Rslad())
     assert found == (3 + 2 * 2 + 3, 1)
-    found = passes_alone(SPACE, phase_of(loss="adaad", attack__num_steps=3), "adaad")
+    found = passes_alone(SPACE, phase_of(loss="adaad", attack__num_steps=3), AdaAd())
     assert found == (1 + 2 * 3 + 3, 2 * 3 + 1)
-    attack = {"num_steps": 3, "curriculum": {"first_steps": 1}}
-    assert passes_alone(SPACE, phase_of(attack=attack), "rslad")[0] == 3 + 2 * 2 + 3  # 1, 2, 3 steps
+    attack = {"num_steps": 3, "first_steps": 1}
+    assert passes_alone(SPACE, phase_of(attack=attack), Rslad())[0] == 3 + 2 * 2 + 3  # 1, 2, 3 steps
 
 
 def comparison(**changes):

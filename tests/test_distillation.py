@@ -11,6 +11,7 @@ import torch
 
 from proard import losses
 from proard.config import Phase, TrainTeacher
+from proard.config.losses import Rslad, Trades
 from proard.losses import OBJECTIVES, Batch, with_igdm, with_kdiga
 from proard.losses import alignment as alignment_module
 
@@ -307,7 +308,7 @@ def test_terms_at_adversarial_images_need_an_attack():
         with pytest.raises(ValueError, match="needs a loss with an attack"):
             add(OBJECTIVES["kd"], weight=1, **options)
     with pytest.raises(ValueError, match="loss kd has no attack"):
-        Phase(loss="kd", igdm_weight=1)
+        Phase(loss="kd", alignment="igdm")
     assert with_kdiga(OBJECTIVES["kd"], weight=1).teacher_at == "clean"
 
 
@@ -333,17 +334,17 @@ def test_caching_is_allowed_exactly_where_the_teacher_sees_clean_images_only():
 
 @pytest.mark.parametrize("loss", ["rslad", "adaad", "mtard", "absld", "alpha", "iad", "kd"])
 def test_naming_a_loss_sets_the_defaults_of_its_function(loss):
-    settings, function = Phase(loss=loss), getattr(losses, f"{loss}_loss")
+    settings, function = Phase(loss=loss).loss, getattr(losses, f"{loss}_loss")
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.default is not parameter.empty:
             assert getattr(settings, name) == parameter.default, name
 
 
 def test_papers_defaults_and_what_overrides_them():
-    assert (Phase(loss="ard").temperature, Phase(loss="ard").soft_weight) == (30, 1)
-    assert Phase(loss="ard", temperature=4).temperature == 4
-    assert (Phase(loss="adaiad").temperature, Phase(loss="akd").soft_weight) == (30, 0.5)
-    assert (TrainTeacher(objective="hat").beta, TrainTeacher(objective="mart").beta, TrainTeacher().beta) == (2.5, 6, 6)
-    assert Phase(teacher="dynamic", teacher_objective="hat").beta == 2.5
-    assert (Phase().adv_weight, Phase().beta) == (5 / 6, 6)
+    assert Phase(loss="ard").loss.options == {"temperature": 30, "soft_weight": 1}
+    assert Phase(loss={"name": "ard", "temperature": 4}).loss.options == {"temperature": 4, "soft_weight": 1}
+    assert (Phase(loss="adaiad").loss.temperature, Phase(loss="akd").loss.soft_weight) == (30, 0.5)
+    assert [TrainTeacher(objective=name).objective.beta for name in ("hat", "mart", "trades")] == [2.5, 6, 6]
+    assert Phase(teacher="dynamic", teacher_objective="hat").teacher_objective.beta == 2.5
+    assert (Phase().loss, Phase().teacher_objective) == (Rslad(adv_weight=5 / 6), Trades(beta=6))
     assert OBJECTIVES["sat"] is OBJECTIVES["pgd_at"]

@@ -20,6 +20,7 @@ from test_workflow import FakeRun
 
 from proard.artifacts import GAINS, OUTCOMES, TRAINED, ArtifactError, read_header, read_table
 from proard.config import ConfigError, UserError, job_settings, load
+from proard.config.losses import Ard
 from proard.evaluation.comparison import accuracy_of, check_equal_effort, estimate, gain_over, image_weights
 from proard.stages import compare_experiment, measure_experiment, sample_archs, train_experiment, train_teacher
 from proard.stages.measure_experiment import spread
@@ -79,7 +80,7 @@ def test_a_training_changes_every_phase_or_replaces_the_list():
 
 def test_a_loss_brings_its_papers_values():
     (phase,) = supernets({"name": "ard", "loss": "ard"}, loss="rslad", phases=[{"name": "all"}])["ard"]
-    assert (phase.name, phase.loss, phase.temperature) == ("all", "ard", 30)
+    assert (phase.name, phase.loss) == ("all", Ard(temperature=30))
 
 
 def test_equal_effort_is_shared_among_the_phases():
@@ -184,7 +185,7 @@ def test_interval_over_images_is_that_of_a_share():
 
 # The stages.
 
-LONG = [{"name": "drawn", "effort": None, "sampling": "uniform", "save_every_minutes": 0.0005}]
+LONG = [{"name": "drawn", "effort": None, "sampling": "uniform"}]
 LONG[0]["forward_equivalents"] = 20_000
 
 
@@ -213,7 +214,7 @@ class Files:
         if phase != PHASES[training][0]:
             files["previous"] = self.weights(training, PHASES[training][0])
         settings = job_settings(CONFIG, "train_experiment", phase=phase, training=training)
-        return command(settings, seed=int(training[-1]), **files)
+        return [*command(settings, seed=int(training[-1]), **files), "--save-every-minutes", "0.0005"]
 
     def outcomes(self, training: str) -> Path:
         return self.folder / "measure_experiment" / training / "outcomes.parquet"

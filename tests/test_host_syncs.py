@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import phase_run, same, step_of, take
 
 from proard.config import UserError
+from proard.config.losses import Plain, Trades
 from proard.losses import Objective
 from proard.nets import extract, fold
 from proard.progress import Progress
@@ -48,7 +49,7 @@ def one_step(settings, plan, *, teacher=None):
 def test_a_step_of_one_network_makes_no_host_wait(objective, bn_mode):
     attack = {"num_steps": 2, "step_size": 0.05, "bn_mode": bn_mode}
     settings = tiny_config(train_teacher__attack=attack, train_teacher__clip_norm=1.0).train_teacher
-    made, seen, _ = one_step(settings, single_plan(tiny_space().largest, objective, settings))
+    made, seen, _ = one_step(settings, single_plan(tiny_space().largest, settings.objective, settings))
     assert seen == []
     assert made.update.guard.failure() is None
 
@@ -97,7 +98,7 @@ def test_guard_puts_back_what_was_saved_only_after_a_failure(failed):
 
 def test_after_a_failure_further_steps_move_nothing_at_all():
     settings = tiny_config().train_teacher
-    made, _, _ = one_step(settings, single_plan(tiny_space().largest, "trades", settings))
+    made, _, _ = one_step(settings, single_plan(tiny_space().largest, Trades(), settings))
     kept = {name: tensor.clone() for name, tensor in made.tensors().items()}
     images, labels = random_images(tiny_space(), 6, dtype=torch.float32), torch.arange(6) % 3
     for step, batch in ((1, images * torch.nan), (2, images)):
@@ -108,7 +109,7 @@ def test_after_a_failure_further_steps_move_nothing_at_all():
 
 def test_a_finite_loss_with_a_gradient_that_is_not_moves_nothing_in_the_same_step():
     settings = tiny_config().train_teacher
-    made, _, _ = one_step(settings, single_plan(tiny_space().largest, "plain", settings))
+    made, _, _ = one_step(settings, single_plan(tiny_space().largest, Plain(), settings))
     kept = {name: tensor.clone() for name, tensor in made.tensors().items()}
     steep = Objective(None, lambda batch: 0.5 + (0 * batch.clean).sum().sqrt(), frozenset({"clean"}))
     made.plan = Plan(lambda seed, step, data_pass: [Drawn(tiny_space().largest, steep, {})])

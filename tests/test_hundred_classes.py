@@ -21,7 +21,6 @@ from proard.stages import export_student, prepare_data, select_student, train_ph
 
 NAMES = [f"thing {index}" for index in range(100)]
 QUICK = {"epochs": 1, "batch_size": 64, "attack": {"num_steps": 1}}
-QUICK |= {"validation": {"num_images": 100, "num_steps": 1}}
 ATTACK = {"num_steps": 1}
 CONFIG = load(
     {
@@ -29,6 +28,7 @@ CONFIG = load(
         "space": "mobilenet_micro",
         "prepare_data": {"source": "cifar100", "val_fraction": 0.2},
         "measurement": {"recalibration_images": 100, "batch_size": 100},
+        "validation": {"num_images": 100, "num_steps": 1},
         "train_teacher": {"objective": "pgd_at", **QUICK},
         "train_phase": {
             "phases": [{"name": "all", "loss": "alpha", "teacher": "dynamic", "archs_per_step": 2, **QUICK}]

@@ -138,20 +138,20 @@ def test_phase_with_a_shared_attack_counts_its_work(train_set, tmp_path):
 
 
 def test_curriculum_gives_every_count_an_equal_share():
-    attack = TrainingAttack(num_steps=5, curriculum={"first_steps": 2})
+    attack = TrainingAttack(num_steps=5, first_steps=2)
     assert [steps_at(attack, step, 12) for step in range(12)] == [2] * 3 + [3] * 3 + [4] * 3 + [5] * 3
     assert steps_at(TrainingAttack(num_steps=5), 0, 12) == 5
 
 
 def test_fewer_steps_still_cross_the_ball():
-    attack = TrainingAttack(num_steps=10, step_size=2 / 255, curriculum={})
+    attack = TrainingAttack(num_steps=10, step_size=2 / 255, first_steps=1)
     sizes = [pgd_options(attack, eps=8 / 255, norm="linf", num_steps=k)["step_size"] * 255 for k in (1, 2, 4, 6, 10)]
     assert sizes == pytest.approx([10, 5, 2.5, 2, 2])
     assert weakest(attack, eps=8 / 255, norm="linf")["num_steps"] == 1
 
 
 def test_curriculum_spends_what_its_steps_cost(train_set, tmp_path):
-    attack = {"num_steps": 2, "step_size": 0.05, "curriculum": {"first_steps": 1}}
+    attack = {"num_steps": 2, "step_size": 0.05, "first_steps": 1}
     run = teacher_run(train_set, tmp_path, epochs=2, attack=attack)
     assert [row["forward_equivalents"] for row in run.rows] == [48 * (3 + 2 + 3), 48 * 8 + 48 * (3 + 4 + 3)]
 
@@ -255,7 +255,7 @@ LEVERS = {
         "num_steps": 2,
         "step_size": 0.05,
         "shared": "smallest",
-        "curriculum": {"first_steps": 1},
+        "first_steps": 1,
         "carry_passes": 2,
     },
     "teacher_logits": "float16",
@@ -396,7 +396,7 @@ def test_logits_that_a_loss_does_not_read_are_not_kept(train_set, tmp_path, loss
     [
         ({"phase__attack": {"start": "zero", "start_scale": 2}}, "start_scale is the radius of start uniform"),
         ({"phase__attack": {"carry_passes": 2, "clip_to_ball": False}}, "carry_passes stores perturbations inside"),
-        ({"phase__attack": {"num_steps": 2, "curriculum": {"first_steps": 3}}}, "first_steps is 3; expected: at most"),
+        ({"phase__attack": {"num_steps": 2, "first_steps": 3}}, "first_steps is 3; expected: at most"),
         ({"phase__teacher": "dynamic", "phase__teacher_logits": "float32"}, "teacher_logits stores logits of a frozen"),
         ({"threat": {"norm": "linf", "eps": 1.5}}, r"threat.eps is 1.5; .* write 1.5/255"),
         ({"threat": {"norm": "l2", "eps": 1.5}}, r"verify_front.attacks.pgd20: 20 steps .* cannot cross an l2 ball"),
@@ -419,7 +419,7 @@ def test_levers_are_off_by_default():
         "start_scale": 1.0,
         "clip_to_ball": True,
     }
-    assert (attack.shared, attack.curriculum, attack.carry_passes) == (None, None, None)
+    assert (attack.shared, attack.first_steps, attack.carry_passes) == (None, None, None)
     drawn = [at(SPACE.largest), at(SPACE.smallest)]
     inner = Attacker(attack, StepTally(), threat=Threat(eps=EPS))
     assert inner.begin(drawn, SPACE, step=0, data_pass=0, views=None) is drawn

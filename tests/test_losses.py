@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from proard.config import Phase
+from proard.config import Student
 from proard.losses import (
     INNER_OBJECTIVES,
     OBJECTIVES,
@@ -221,7 +221,7 @@ def loss_of(objective, batch, options):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_computes_from_what_it_says_it_needs(name):
     objective = OBJECTIVES[name]
-    options = {option: getattr(Phase(), option) for option in objective.options}
+    options = Student(name="s", loss=name).loss.options
     batch, weight = batch_with(objective.needs, progress=0.5)
     loss, batch = loss_of(objective, batch, options)
     (gradient,) = torch.autograd.grad(loss, weight)

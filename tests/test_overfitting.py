@@ -39,7 +39,7 @@ def test_the_monitor_tells_collapse_from_a_weak_attack():
     assert overfitting(history(*healthy), warn, attack) is None
     text = overfitting(history(*collapsed), warn, attack)
     assert "epoch 2: 80.0%" in text
-    assert "5.0% stand PGD-10" in text
+    assert "5.0% to PGD-10" in text
     assert "start_scale 2 with clip_to_ball false" in text
     assert overfitting(history(*collapsed, (0.4, 0.3)), warn, attack) is None, "only the newest validation counts"
     assert overfitting(history((0.11, 0.03)), warn, attack) is None, "within the noise"
@@ -97,10 +97,10 @@ def test_validation_measures_the_training_attack_on_the_same_images(tmp_path):
 
 def test_stage_trains_in_l2_and_watches_itself(tmp_path):
     paths = save_stripes(tmp_path, train=32, val=12)
-    attack = {"num_steps": 2, "step_size": 0.05, "curriculum": {}}
+    attack = {"num_steps": 2, "step_size": 0.05, "first_steps": 1}
     validation = {"num_images": 12, "num_steps": 4, "step_size": 0.05}
-    teacher = {"train_teacher__attack": attack, "train_teacher__validation": validation, "train_teacher__epochs": 1}
-    config = tiny_config(threat={"norm": "l2", "eps": 0.07}, **teacher)
+    teacher = {"train_teacher__attack": attack, "train_teacher__epochs": 1}
+    config = tiny_config(threat={"norm": "l2", "eps": 0.07}, validation=validation, **teacher)
     files = {"train": paths["train"], "val": paths["val"]}
     files |= {"teacher": tmp_path / "teacher.safetensors", "history": tmp_path / "history.parquet"}
     arguments = ["--settings", job_settings(config, "train_teacher"), "--device", "cpu", "--threads", "1"]

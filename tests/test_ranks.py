@@ -19,7 +19,7 @@ from stage_runs import ROOT, STARTED, Stage
 
 from proard.artifacts import read_header
 
-LONG = {"epochs": 3, "archs_per_step": 2, "save_every_minutes": 0.0005}  # 18 steps, saved after nearly every one
+LONG = {"epochs": 3, "archs_per_step": 2, "minutes_between": 0.0005}  # 18 steps, saved after nearly every one
 TOLERANCE = {"rtol": 1e-3, "atol": 1e-5}  # float32 sums in another order, a few steps on
 PATIENCE = 60  # seconds to wait for processes that have been told to end
 
@@ -169,9 +169,11 @@ def test_a_stage_that_does_not_train_is_refused_as_several_processes(inputs):
 
 
 def test_snakemake_starts_a_process_per_gpu(tmp_path):
-    short = {"epochs": 1, "validation": {"num_images": 20, "num_steps": 1}}
+    short = {"epochs": 1, "attack": {"num_steps": 1}}
     config = tmp_path / "small.yaml"
-    config.write_text(yaml.safe_dump({"run": "small", "train_teacher": {**short, "attack": {"num_steps": 1}}}))
+    config.write_text(
+        yaml.safe_dump({"run": "small", "validation": {"num_images": 20, "num_steps": 1}, "train_teacher": short})
+    )
     options = ["--snakefile", ROOT / "workflow" / "Snakefile", "--directory", tmp_path, "--configfile", config]
     command = [sys.executable, "-m", "snakemake", "train_teacher", "--cores", "2", *map(str, options)]
     several = ["--set-resources", "train_teacher:gpu=2"]

@@ -62,7 +62,7 @@ def test_students_take_the_shared_keys_and_their_grid_is_parsed():
     assert names(config) == ["a_lr=0.1", "a_lr=1-4", "b"]
     assert [student.lr for student in config.experiment.trainings] == [0.1, 0.25, 0.3]
     assert {student.epochs for student in config.experiment.trainings} == {7}
-    assert [student.temperature for student in config.experiment.trainings] == [30, 30, 1]
+    assert [student.loss.temperature for student in config.experiment.trainings] == [30, 30, 1]
     again = load(json.loads(job_settings(config, "train_experiment")))
     assert again.experiment.trainings == config.experiment.trainings
 
@@ -85,7 +85,7 @@ def test_a_job_is_told_of_its_own_student_alone():
         ({"name": "a", "seeds": 3}, ["experiment.a.seeds", "list"]),
         ({"name": "a", "grid": {"attack.num_step": [1]}}, ["num_step", "did you mean", "num_steps"]),
         ({"name": "a", "grid": {"lr": [0.1, 0.1]}}, ["different names", "a_lr=0.1"]),
-        ({"name": "a", "loss": "kd", "kdiga_weight": 1, "kdiga_at": "adv"}, ["a", "no attack", "kdiga_at"]),
+        ({"name": "a", "loss": "kd", "alignment": {"name": "kdiga", "at": "adv"}}, ["a", "no attack", "kdiga"]),
         ({"name": "a", "loss": "trades", "teacher_logits": "float32"}, ["teacher_logits", "trades"]),
         ({"name": "a", "loss": "rslat"}, ["experiment.a.loss", "rslat", "rslad"]),
         ({"name": "a", "attack": {"step_size": 2}}, ["experiment.a", "2/255"]),
@@ -156,8 +156,8 @@ def test_a_loss_that_asks_a_teacher_needs_its_file_and_others_do_not(files, tmp_
 
 def test_the_gradient_term_changes_what_is_learned(files, tmp_path):
     weights = [
-        train(files, tmp_path / str(gamma), {"name": "s", "loss": "kd", "kdiga_weight": gamma})[0].state_dict()
-        for gamma in (0, 10)
+        train(files, tmp_path / name, {"name": "s", "loss": "kd", "alignment": alignment})[0].state_dict()
+        for name, alignment in (("without", None), ("with", {"name": "kdiga", "weight": 10}))
     ]
     assert not same(*weights)
 
@@ -190,7 +190,12 @@ def test_the_frozen_teacher_is_the_one_in_the_file(files):
 def test_other_networks_train_with_attack_and_teacher(files, tmp_path, net):
     chosen = {"vit": {"family": "vit", "patch": 4, "layers": 1, "heads": 2, "hidden": 8, "mlp": 8}}
     chosen |= {"wide_resnet": {"family": "wide_resnet", "depth": 10, "widen": 1}}
-    student = {"name": "s", "net": chosen.get(net, net), "loss": "ard", "kdiga_weight": 0.1, "kdiga_at": "adv"}
+    student = {
+        "name": "s",
+        "net": chosen.get(net, net),
+        "loss": "ard",
+        "alignment": {"name": "kdiga", "weight": 0.1, "at": "adv"},
+    }
     trained, space, arch, history, _ = train(files, tmp_path, {**student, "epochs": 1})
     assert history["macs"].tolist() == [space.spec(arch).macs]
     assert (space.settings.image_channels, space.settings.classes) == (1, 3)
@@ -236,7 +241,7 @@ def test_gradients_are_counted(files, tmp_path):
     for name, student in {
         "plain": {"loss": "plain"},
         "attacked": {"loss": "ard"},
-        "aligned": {"loss": "kd", "kdiga_weight": 1},
+        "aligned": {"loss": "kd", "alignment": "kdiga"},
         "taught": {"loss": "fast_edge", "attack": {"crafted_on": "teacher", "num_steps": 1}},
     }.items():
         history = train(files, tmp_path / name, {"name": "s", **student})[3]
@@ -246,7 +251,7 @@ def test_gradients_are_counted(files, tmp_path):
 
 @pytest.mark.parametrize("kept", ["float32", "float16"])
 def test_kept_gradients_of_the_teacher_are_those_it_would_give(files, tmp_path, kept):
-    student = {"name": "s", "loss": "kd", "kdiga_weight": 1.0, "augment": {"crop_padding": 1, "flip": True}}
+    student = {"name": "s", "loss": "kd", "alignment": "kdiga", "augment": {"crop_padding": 1, "flip": True}}
     plain = train(files, tmp_path / "plain", {**student})[0].state_dict()
     both = {"teacher_gradients": kept, "teacher_logits": "float32"}
     table = train(files, tmp_path / kept, {**student, **both})
@@ -258,7 +263,7 @@ def test_kept_gradients_of_the_teacher_are_those_it_would_give(files, tmp_path, 
 
 
 def test_a_scaled_loss_has_scaled_gradients(files):
-    config = config_of({"name": "s", "loss": "ard", "loss_scale": 0.1}, {"name": "t", "loss": "ard"})
+    config = config_of({"name": "s", "loss": {"name": "ard", "scale": 0.1}}, {"name": "t", "loss": "ard"})
     logits, teacher = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
     batch = Batch(torch.arange(4) % 3, clean=logits, adv=2 * logits, teacher=teacher)
     small, whole = (
@@ -321,7 +326,7 @@ def test_noise_moves_every_clean_image_inside_the_ball():
     [
         ({"loss": "ard", "clean_noise": 1}, ["clean_noise", "ard"]),
         ({"loss": "kd", "clean_noise": 1, "teacher_logits": "float32"}, ["clean_noise", "teacher_logits"]),
-        ({"loss": "kd", "teacher_gradients": "float32"}, ["teacher_gradients", "kdiga_weight"]),
+        ({"loss": "kd", "teacher_gradients": "float32"}, ["teacher_gradients", "kdiga"]),
     ],
     ids=["attack", "views", "nothing kept"],
 )

@@ -13,6 +13,7 @@ from training_runs import no_validation, phase_run, same, step_of, take, teacher
 
 from proard.attacks import pgd
 from proard.config import PRESETS, Attack, Measurement, Threat, UserError
+from proard.config.losses import Plain
 from proard.data import to_float
 from proard.evaluation import Conditions, SubnetMeter
 from proard.nets import Supernet
@@ -102,7 +103,7 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 def test_weight_decay_spares_norms_biases_transforms_and_every_parameter_has_momentum(space):
     settings = tiny_config(train_teacher__weight_decay=0.01).train_teacher
     net = random_supernet(space, dtype=torch.float32)
-    plan = single_plan(space.smallest, "plain", settings)
+    plan = single_plan(space.smallest, Plain(), settings)
     step = step_of(net, settings, plan)
     decay = {id(p): group["weight_decay"] for group in step.update.optimizer.param_groups for p in group["params"]}
     for name, parameter in net.named_parameters():
@@ -237,7 +238,7 @@ def test_non_finite_loss_of_one_subnet_among_several_moves_nothing(train_set, tm
         {"sampling": "per_pass", "teacher": "both", "momentum": 0},
         {"sampling": "uniform", "teacher": "dynamic", "attack": {"num_steps": 1, "bn_mode": "running"}},
         {"sampling": "uniform", "loss": "absld", "attack": {"num_steps": 1}},
-        {"sampling": "pareto", "loss": "mtard", "igdm_weight": 1, "attack": {"num_steps": 1}},
+        {"sampling": "pareto", "loss": "mtard", "alignment": "igdm", "attack": {"num_steps": 1}},
     ],
     ids=["sandwich", "per_pass", "dynamic", "absld", "mtard"],
 )

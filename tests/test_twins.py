@@ -14,6 +14,7 @@ from helpers import random_supernet, save_stripes, tiny_config, tiny_space
 
 from proard.artifacts import ArtifactError, Provenance, read_table
 from proard.config import NEEDS, PRESETS, ConfigError, RunConfig, job_settings, load
+from proard.config.losses import Ard
 from proard.data import load_split
 from proard.nets import extract, save_static, save_supernet
 from proard.report.twins import gaps_of
@@ -80,7 +81,7 @@ def test_twins_inherit_the_last_phase_and_take_their_overrides():
     students = run_with({**TWINS, "attack": {"num_steps": 1}, "lr": 0.5}, phase__loss="ard").experiment.trainings
     assert [student.name for student in students] == [f"twin{arch}_seed={seed}" for arch in (0, 1) for seed in (0, 1)]
     first = students[0]
-    assert (first.loss, first.temperature, first.lr, first.seed) == ("ard", 30, 0.5, 0)
+    assert (first.loss, first.lr, first.seed) == (Ard(), 0.5, 0)
     assert (first.attack.num_steps, first.attack.step_size) == (1, 0.05)  # the phase's own step size stays
     space = tiny_space()
     macs = [space.spec(Arch.from_dims(student.arch)).macs for student in students]
@@ -106,7 +107,7 @@ def test_the_committed_experiment_follows_a_finished_run_without_touching_it():
     assert run.experiment.measure.attacks == run.experiment.measure.val_attacks == run.verify_front.attacks
     assert len(students) == 4
     assert {student.optimizer for student in students} == {"muon"}
-    assert {(student.epochs, student.loss, student.lr) for student in students} == {(10.1766, "rslad", 0.1)}
+    assert {(student.epochs, student.loss.name, student.lr) for student in students} == {(10.1766, "rslad", 0.1)}
     assert {(student.attack.num_steps, student.attack.bn_mode) for student in students} == {(2, "running")}
 
 

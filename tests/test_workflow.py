@@ -85,8 +85,7 @@ def test_the_plain_network_is_trained_first_only_where_a_loss_asks_it(tmp_path, 
 def test_resources_and_the_rhythm_of_saving_repeat_nothing(finished):
     resources = ["train_phase:gpu=4", "train_phase:runtime=77", "train_teacher:gpu=2"]
     assert finished.plan("--set-resources", *resources) == {}
-    phases = [{**phase, "save_every_minutes": 1} for phase in CONFIG["train_phase"]["phases"]]
-    assert finished.plan_after(train_teacher={"save_every_minutes": 2}, train_phase={"phases": phases}) == {}
+    assert finished.plan_after(save_every_minutes=2) == {}
 
 
 @pytest.mark.parametrize(("cores", "threads"), [(2, 1), (6, 3), (32, 8)])

@@ -91,18 +91,23 @@ def teacher_run(
     train, folder, *, objective="trades", fit_now=True, seed=0, validate=no_validation, injected=None, **changes
 ):
     changes["objective"] = objective
-    settings = tiny_config(**{f"train_teacher__{key}": value for key, value in changes.items()}).train_teacher
-    plan = single_plan(tiny_space().largest, objective, settings)
+    own = {key: changes.pop(key) for key in ("validation", "save_every_minutes") if key in changes}
+    config = tiny_config(**own, **{f"train_teacher__{key}": value for key, value in changes.items()})
+    settings = config.train_teacher
+    plan = single_plan(tiny_space().largest, settings.objective, settings)
+    injected = {"validation": config.validation, "save_every_minutes": config.save_every_minutes, **(injected or {})}
     control = plain_network() if settings.needs_control else None
     return Run(
-        train, folder, settings, plan, seed=seed, validate=validate, fit_now=fit_now, control=control, **injected or {}
+        train, folder, settings, plan, seed=seed, validate=validate, fit_now=fit_now, control=control, **injected
     )
 
 
 def phase_run(train, folder, *, fit_now=True, seed=0, injected=None, **changes):
-    (phase,) = tiny_config(**{f"phase__{key}": value for key, value in changes.items()}).train_phase.phases
+    config = tiny_config(**{f"phase__{key}": value for key, value in changes.items()})
+    (phase,) = config.train_phase.phases
+    injected = {"validation": config.validation, **(injected or {})}
     networks = {"teacher": None if phase.teacher == "dynamic" else plain_network(seed=0)}
     networks["control"] = plain_network() if phase.needs_control else None
     return Run(
-        train, folder, phase, phase_plan(tiny_space(), phase), seed=seed, fit_now=fit_now, **networks, **injected or {}
+        train, folder, phase, phase_plan(tiny_space(), phase), seed=seed, fit_now=fit_now, **networks, **injected
     )

@@ -19,9 +19,9 @@ import torch
 import yaml
 from training_runs import no_validation
 
-from proard.config import RunConfig, group_of, load, named_nets
-from proard.config.nets import Named, VisionTransformer, WideResNet
+from proard.config import RunConfig, group_of, load
 from proard.config.losses import merge
+from proard.config.nets import Named, VisionTransformer, WideResNet
 from proard.data import ImageSet
 from proard.nets import FixedNet, Supernet, extract, fold
 from proard.space import FixedSpace, SearchSpace, space_of
@@ -61,7 +61,7 @@ def trainings(name: str) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
         legs += [(f"variant_{group_of(training.name)}_{phase.name}", phase) for phase in phases]
     listed += [(label, phase, space, phase_plan(space, phase)) for label, phase in legs]
     for student in (training for training in trainings if training.trains != "supernet"):
-        own = space if student.net is None else fitted_space(small(named_nets()[student.net]), run.space, where="net")
+        own = space if student.net is None else fitted_space(small(student.net), run.space, where="net")
         arch = named_arch(student.arch, own, where=student.name)
         listed.append((f"student_{student.name}", student, own, single_plan(arch, student.loss, student)))
     seen = set()

@@ -240,8 +240,8 @@ def _named_path(values: Any, location: tuple[Any, ...]) -> list[Any]:
     for part in location:
         if isinstance(part, str) and ("[" in part or part in ("int", "float", "str") or part.startswith("function-")):
             continue  # pydantic's name of a branch of a union
-        if isinstance(values, Mapping) and part not in values and part == values.get("name"):
-            continue  # pydantic's name of the branch of a loss
+        if isinstance(values, Mapping) and part not in values and part in (values.get("name"), values.get("family")):
+            continue  # pydantic's name of the branch of a loss or of a family
         entry = None
         if isinstance(values, Mapping):
             values = entry = values.get(part)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, model_validator
 
 from proard.config.fields import FolderName, Natural, NonNegative, Number, Positive, Settings
 from proard.config.losses import Alignment, AnyLoss, Kdiga, Rslad
-from proard.config.nets import named_nets
+from proard.config.nets import Named, named_nets
 from proard.config.settings import AdversarialTraining, KeptType, Phase, TrainControl, TrainTeacher, check_alignment
 
 EFFORTS = ("forward_equivalents", "gradients", "steps")
@@ -51,8 +51,8 @@ class Student(AdversarialTraining, ExperimentTraining):
     """An experiment's training of a single network, with any loss of the package.
 
     `trains`: a `network`, or a `twin`, an arch of the run's space that is compared with the run's subnet of that arch.
-    `net` is the name of a network or a space; the default is the run's own space. The images are the run's. `arch` is
-    `largest`, `smallest` or a mapping of a space's elastic dims.
+    `net` is the name of a network or a space, or the settings of one with its `family`; the default is the run's own
+    space. The images are the run's. `arch` is `largest`, `smallest` or a mapping of a space's elastic dims.
     `loss` is any loss of `train_phase` or `train_teacher`, or `plain` cross-entropy; its teacher is the run's.
     `alignment` adds input-gradient matching.
     `clean_noise` adds uniform noise of that many eps to the images of a loss without an attack (KDIGA's random start:
@@ -67,7 +67,7 @@ class Student(AdversarialTraining, ExperimentTraining):
     complexity_decay: ClassVar[float] = 0.0
 
     trains: Literal["network", "twin"] = "network"
-    net: str | None = None
+    net: Annotated[Named, Field(discriminator="family")] | None = None
     arch: Literal["largest", "smallest"] | dict[str, tuple[Number, ...]] = "largest"
     loss: AnyLoss = Rslad()
     alignment: Alignment | None = None
@@ -97,13 +97,16 @@ class Student(AdversarialTraining, ExperimentTraining):
         """Whether the training uses the plainly trained control."""
         return self.loss.needs_control
 
-    @field_validator("net")
+    @model_validator(mode="before")
     @classmethod
-    def net_has_a_name(cls, value: str | None) -> str | None:
-        """Refuse a name that no network has."""
-        if value is not None and value not in named_nets():
-            raise ValueError(f"net is {value!r}; networks are {', '.join(sorted(named_nets()))}")
-        return value
+    def name_becomes_net(cls, value: Any) -> Any:
+        """Replace a network's name by its settings."""
+        if not isinstance(value, dict) or not isinstance(value.get("net"), str):
+            return value
+        nets = named_nets()
+        if value["net"] not in nets:
+            raise ValueError(f"net is {value['net']!r}; networks are {', '.join(sorted(nets))}")
+        return {**value, "net": nets[value["net"]].model_dump(mode="json")}
 
     @model_validator(mode="after")
     def parts_fit(self) -> Student:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from proard.attacks import pgd
-from proard.config import Space, Student, SupernetTraining, UserError, named_nets
+from proard.config import Space, Student, SupernetTraining, UserError
 from proard.nets import load_static, save_static
 from proard.space import NetSpace, SearchSpace
 from proard.stages import train_phase
@@ -81,9 +81,7 @@ def train_network(job: Job, student: Student, *, search: Callable[..., Tensor] =
 def student_network(student: Student, own: Space) -> tuple[NetSpace, Any]:
     """The space and the arch of a network, for the run's images."""
     where = f"experiment.{student.name}"
-    space: NetSpace = SearchSpace(own)
-    if student.net is not None:
-        space = fitted_space(named_nets()[student.net], own, where=f"{where}.net")
+    space: NetSpace = SearchSpace(own) if student.net is None else fitted_space(student.net, own, where=f"{where}.net")
     return space, named_arch(student.arch, space, where=where)
 
 

@@ -141,8 +141,8 @@ def planned_work(space: SearchSpace, phase: Phase, *, images: int, seed: int, te
 def passes_alone(space: SearchSpace, settings: Phase | TrainTeacher, loss: Loss) -> tuple[float, float]:
     """Passes of one image in a step that trains one arch by itself with the loss and the attack of `settings`.
 
-    A growing number of attack steps is averaged over its equal parts. Adversarial weight perturbation counts from the first
-    epoch, teacher outputs from tables as passes.
+    A growing number of attack steps is averaged over its equal parts. Adversarial weight perturbation counts from the
+    first epoch, teacher outputs from tables as passes.
 
     Returns
     -------
