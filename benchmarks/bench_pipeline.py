@@ -245,7 +245,7 @@ def train(
         lr = learning_rate(settings, number, total, 0)
         batch = StepBatch(images, labels, generator, step=number, data_pass=data_pass, lr=lr)
         losses.append(step(batch).loss)
-    rule, conditions = settings.validation, Conditions(config.threat, Measurement(), seed)
+    rule, conditions = config.validation, Conditions(config.threat, Measurement(), seed)
     attack = Attack(name="val", num_steps=rule.num_steps, step_size=rule.step_size)
     pixels = {"recalibration": to_float(images_of.first(1000).images), "val": val.first(rule.num_images)}
     with step.update.averaged():

@@ -177,7 +177,7 @@ def train_small(folder: Path, *, epochs: int, seed: int = 0) -> tuple[Supernet, 
     config = yaml.safe_load(QUICKSTART.read_text())
     for section in (config["train_teacher"], config["train_phase"]):
         section |= {"epochs": epochs, "warmup_epochs": min(1, epochs - 1)}
-        section["validation"] = {**section["validation"], "every_epochs": epochs, "num_images": 50, "num_steps": 3}
+    config["validation"] |= {"every_epochs": epochs, "num_images": 50, "num_steps": 3}
     config["train_phase"]["phases"] = [{"name": "all"}]
     run, paths = load(config), {name: str(folder / f"{name}.safetensors") for name in FILES}
 

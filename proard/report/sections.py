@@ -67,7 +67,7 @@ def _lines(view: View) -> list[str]:
     lines = []
     history = view.results.get("teacher_history")
     if history is not None and history["val_robust_acc"].notna().any():
-        settings = view.results.settings.get("train_teacher", {}).get("validation", {})
+        settings = view.results.settings.get("validation", {})
         steps = f"PGD with {settings['num_steps']} steps" if "num_steps" in settings else "the validation's PGD"
         images = history.get("val_num_images")
         on = "" if images is None or images.isna().all() else f" on {int(images.max()):,} val images"

@@ -87,16 +87,17 @@ def _teacher_words(teacher: Mapping[str, Any] | None) -> str:
     if teacher["source"] == "file":
         return Markup("read from <code>{}</code>").format(teacher["file"])
     words = {"pgd_at": "PGD adversarial training", "sat": "PGD adversarial training", "plain": "plain"}
-    objective = words.get(teacher["objective"], str(teacher["objective"]).upper())
-    beta = f", β {teacher['beta']:g}" if teacher["objective"] in ("trades", "mart", "hat") else ""
+    loss = teacher["objective"]
+    objective = words.get(loss["name"], loss["name"].upper())
+    beta = f", β {loss['beta']:g}" if "beta" in loss else ""
     schedule = f"{teacher['epochs']:g} epochs, batch {teacher['batch_size']}, {_optimizer_words(teacher)}"
     return f"{objective}{beta}, {schedule}"
 
 
 def _optimizer_words(training: Mapping[str, Any]) -> str:
-    """The optimizer of a training and its highest learning rate; settings leave the default one out."""
+    """The optimizer of a training and its highest learning rate."""
     names = {"sgd": "SGD", "adamw": "AdamW", "muon": "Muon"}
-    return f"{names[training.get('optimizer', 'sgd')]} at learning rate {training['lr']:g}"
+    return f"{names[training['optimizer']]} at learning rate {training['lr']:g}"
 
 
 def _phase_words(settings: Mapping[str, Any] | None) -> str:
@@ -104,7 +105,7 @@ def _phase_words(settings: Mapping[str, Any] | None) -> str:
     if not settings:
         return ""
     return Markup("<br>").join(
-        f"{phase['name']}: {phase['epochs']:g} epochs, {_optimizer_words(phase)}, {phase['loss'].upper()}, "
+        f"{phase['name']}: {phase['epochs']:g} epochs, {_optimizer_words(phase)}, {phase['loss']['name'].upper()}, "
         f"{phase['teacher']} teacher, {phase['sampling']} sampling, "
         f"{plural(phase['archs_per_step'], 'subnet')} per step"
         for phase in settings["phases"]
