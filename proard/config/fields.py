@@ -135,7 +135,7 @@ Number = Annotated[float, BeforeValidator(parse_number), WithJsonSchema(NUMBER_S
 Int = Annotated[int, BeforeValidator(parse_number), AfterValidator(in_64_bits), WithJsonSchema(NUMBER_SCHEMA)]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
-Share = Annotated[Number, Field(ge=0, le=1)]
+UnitInterval = Annotated[Number, Field(ge=0, le=1)]
 Count = Annotated[Int, Field(ge=1)]
 Natural = Annotated[Int, Field(ge=0)]
 PixelLength = Annotated[Number, Field(gt=0), AfterValidator(in_pixel_units)]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from proard.config.fields import NonNegative, Number, Positive, Settings, Share
+from proard.config.fields import NonNegative, Number, Positive, Settings, UnitInterval
 
 
 class Loss(Settings):
@@ -82,7 +82,7 @@ class Rslad(Distilled):
     """Clean and adversarial outputs to the teacher's clean ones; `adv_weight` is the weight of the adversarial term."""
 
     name: Literal["rslad"] = "rslad"
-    adv_weight: Share = 5 / 6
+    adv_weight: UnitInterval = 5 / 6
 
 
 class Kd(Distilled):
@@ -90,7 +90,7 @@ class Kd(Distilled):
 
     attacked = False
     name: Literal["kd"] = "kd"
-    soft_weight: Share = 0.5
+    soft_weight: UnitInterval = 0.5
     temperature: Positive = 1.0
 
 
@@ -98,7 +98,7 @@ class Akd(Distilled):
     """Soft labels with student and teacher at the adversarial images: arXiv:2110.12072."""
 
     name: Literal["akd"] = "akd"
-    soft_weight: Share = 0.5
+    soft_weight: UnitInterval = 0.5
     temperature: Positive = 1.0
 
 
@@ -106,16 +106,16 @@ class Ard(Distilled):
     """The student's adversarial outputs to the teacher's clean ones: arXiv:1905.09747."""
 
     name: Literal["ard"] = "ard"
-    soft_weight: Share = 1.0
+    soft_weight: UnitInterval = 1.0
     temperature: Positive = 30.0
 
 
 class Trusting(Distilled):
     """The teacher is weighted by p_y(x')^`trust_power` after the fraction `trust_after` of the training."""
 
-    soft_weight: Share = 1.0
+    soft_weight: UnitInterval = 1.0
     trust_power: NonNegative = 0.1
-    trust_after: Share = 0.3
+    trust_after: UnitInterval = 0.3
 
 
 class Iad(Trusting):
@@ -136,7 +136,7 @@ class AdaAd(Distilled):
     """Student and teacher at the same images; the attack differentiates both: Huang et al., CVPR 2023."""
 
     name: Literal["adaad"] = "adaad"
-    adv_weight: Share = 1.0
+    adv_weight: UnitInterval = 1.0
 
 
 class Mtard(Distilled):
@@ -144,7 +144,7 @@ class Mtard(Distilled):
 
     needs_control = True
     name: Literal["mtard"] = "mtard"
-    balance_rate: Share = 0.025
+    balance_rate: UnitInterval = 0.025
 
 
 class Absld(Distilled):
@@ -155,7 +155,7 @@ class Absld(Distilled):
     """
 
     name: Literal["absld"] = "absld"
-    adv_weight: Share = 5 / 6
+    adv_weight: UnitInterval = 5 / 6
     temperature_rate: NonNegative = 0.1
     temperature_min: Positive = 0.5
     temperature_max: Positive = 5.0
@@ -165,7 +165,7 @@ class Alpha(Distilled):
     """RSLAD with the larger alpha-divergence of `alpha_min` and `alpha_max`; weights are clipped at `ratio_clip`."""
 
     name: Literal["alpha"] = "alpha"
-    adv_weight: Share = 5 / 6
+    adv_weight: UnitInterval = 5 / 6
     alpha_min: Number = -1.0
     alpha_max: Number = 1.0
     ratio_clip: Positive = 5.0

@@ -25,7 +25,7 @@ from proard.config.fields import (
     shown,
 )
 from proard.config.images import PrepareData
-from proard.config.losses import AnyLoss
+from proard.config.losses import NAMED_KEYS, AnyLoss
 from proard.config.presets import IMAGENET_SIZE, PRESETS
 from proard.config.spaces import Space
 
@@ -59,7 +59,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "diagnose": ("run", "space", "threat", "measurement", "diagnose"),
     "report": ("run", "threat", "report"),
 }
-LOSS_OPTIONS = {option for loss in get_args(get_args(get_args(AnyLoss)[0])[0]) for option in loss().options}
+LOSS_OPTIONS = {option for loss in get_args(get_args(AnyLoss)[0]) for option in loss().options}
 OF_EXPERIMENT = {  # keys of the section `experiment` that a stage reads
     "train_experiment": ("trainings",),
     "measure_experiment": ("trainings", "measure"),
@@ -240,8 +240,12 @@ def _named_path(values: Any, location: tuple[Any, ...]) -> list[Any]:
     for part in location:
         if isinstance(part, str) and ("[" in part or part in ("int", "float", "str") or part.startswith("function-")):
             continue  # pydantic's name of a branch of a union
-        if isinstance(values, Mapping) and part not in values and part in (values.get("name"), values.get("family")):
-            continue  # pydantic's name of the branch of a loss or of a family
+        given = values if isinstance(values, Mapping) else {}
+        if part not in given and (part == given.get("family", "") or (path[-1:] and path[-1] in NAMED_KEYS)):
+            continue  # pydantic's name of the branch of a family or of a loss
+        if isinstance(part, int) and values is None:  # an entry that the file does not write out
+            path.pop()
+            continue
         entry = None
         if isinstance(values, Mapping):
             values = entry = values.get(part)

@@ -17,7 +17,7 @@ from proard.config.fields import (
     PixelLength,
     Positive,
     Settings,
-    Share,
+    UnitInterval,
     names_differ,
 )
 from proard.config.losses import (
@@ -90,9 +90,9 @@ class Optimisation(Settings):
     warmup_epochs: NonNegative = 0
     batch_size: Count = 128
     lr: Positive = 0.1
-    momentum: Share = 0.9
+    momentum: UnitInterval = 0.9
     weight_decay: NonNegative = 5e-4
-    ema_decay: Share = 0.999
+    ema_decay: UnitInterval = 0.999
     clip_norm: Positive | None = None
     augment: Augmentation = Augmentation()
     dtype: Dtype = "float32"
@@ -220,7 +220,7 @@ class Phase(AdversarialTraining):
     loss: DistillationLoss = Rslad()
     alignment: Alignment | None = None
     teacher: Literal["frozen", "dynamic", "both"] = "frozen"
-    frozen_weight: Share = 0.5
+    frozen_weight: UnitInterval = 0.5
     teacher_logits: KeptType | None = None
     teacher_objective: RobustLoss = Trades()
     warm_start: Literal["teacher", "random"] = "teacher"
@@ -265,10 +265,11 @@ class TrainPhase(Settings):
     @classmethod
     def spread_defaults(cls, value: Any) -> Any:
         """Copy the section's shared keys into each phase that does not override them."""
-        if not isinstance(value, dict) or not isinstance(value.get("phases"), (list, tuple)):
+        phases = value.get("phases", [{"name": "all"}]) if isinstance(value, dict) else None
+        if not isinstance(phases, (list, tuple)):
             return value
         shared = {key: entry for key, entry in value.items() if key != "phases"}
-        return {"phases": [merge(shared, phase) if isinstance(phase, dict) else phase for phase in value["phases"]]}
+        return {"phases": [merge(shared, phase) if isinstance(phase, dict) else phase for phase in phases]}
 
     distinct: ClassVar[Any] = names_differ("phases")
 

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 @dataclass(frozen=True)
-class Network:
+class LoadedNetwork:
     """A network as it is deployed, folded where that can be, and its identity in the tables."""
 
     net: nn.Module
@@ -78,7 +78,7 @@ class Network:
     identity: dict[str, Any]
 
     @classmethod
-    def of(cls, net: StaticNet | FoldedNet | FixedNet, arch: NetArch, device: str) -> Network:
+    def of(cls, net: StaticNet | FoldedNet | FixedNet, arch: NetArch, device: str) -> LoadedNetwork:
         """The network on its device; its weights require no gradient."""
         spec = net.spec
         folded = (fold(net) if isinstance(net, StaticNet) else net).requires_grad_(False)
@@ -86,7 +86,7 @@ class Network:
         return cls(folded.to(device).eval(), spec, identity)
 
 
-def load_network(path: str, device: str) -> Network:
+def load_network(path: str, device: str) -> LoadedNetwork:
     """Read an exported student, or a network that was trained by itself.
 
     Raises
@@ -96,15 +96,15 @@ def load_network(path: str, device: str) -> Network:
     """
     header = read_header(path)
     if header.get("kind") == "student":
-        return Network.of(load_student(path), Arch.from_json(header["arch"]), device)
+        return LoadedNetwork.of(load_student(path), Arch.from_json(header["arch"]), device)
     if header.get("kind") not in KINDS:
         found = header.get("kind", "foreign tensors")
         raise ArtifactError(f"{path} holds {found!r}, expected student, {', '.join(KINDS[:-1])} or {KINDS[-1]}")
     net, _, arch, _ = load_static(path, kind=KINDS)
-    return Network.of(net, arch, device)
+    return LoadedNetwork.of(net, arch, device)
 
 
-def chosen_network(job: Job, teacher: Network) -> tuple[str, Network]:
+def chosen_network(job: Job, teacher: LoadedNetwork) -> tuple[str, LoadedNetwork]:
     """Name and network of the one entry of the settings; without an entry, the teacher itself."""
     networks, files = job.config.diagnose.networks, job.files
     if not networks:
@@ -120,10 +120,10 @@ def chosen_network(job: Job, teacher: Network) -> tuple[str, Network]:
         raise ConfigError(f"diagnose.{entry.name} is cut from the supernet: give --supernet and --train")
     meter = subnet_meter(job, cache=None)
     arch = named_arch(entry.arch, meter.supernet.space, where=f"diagnose.{entry.name}")
-    return entry.name, Network.of(meter.student(arch), arch, job.device)
+    return entry.name, LoadedNetwork.of(meter.student(arch), arch, job.device)
 
 
-def check_shape(network: Network, images: ImageSet, path: str) -> None:
+def check_shape(network: LoadedNetwork, images: ImageSet, path: str) -> None:
     """Refuse a network for other images."""
     spec, (height, _, channels) = network.spec, images.images.shape[1:]
     if (spec.image_channels, spec.image_size, spec.classes) != (channels, height, len(images.classes)):

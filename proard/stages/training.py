@@ -21,8 +21,8 @@ from proard.space import Arch, FixedArch, FixedSpace, NetSpace, SearchSpace, Wor
 from proard.stages.common import Job
 from proard.training import Plan, ResumeState, Run, fingerprint, single_plan
 from proard.training.attacker import weakest
-from proard.training.budget import Budget, end_of_job
 from proard.training.ranks import join
+from proard.training.time_limit import TimeLimit, end_of_job
 
 VALIDATION_RECALIBRATION_IMAGES = 1000
 
@@ -181,7 +181,7 @@ class Training:
             search=search,
             validation=rule,
             save_every_minutes=self.job.files.save_every_minutes,
-            budget=Budget(end_of_job() if minutes is None else time.time() + 60 * minutes),
+            time_limit=TimeLimit(end_of_job() if minutes is None else time.time() + 60 * minutes),
         )
         rows = run.train()
         done = rows[-1]

@@ -18,7 +18,7 @@ from proard.nets.modules import present
 from proard.nets.trainee import Statistics, View
 from proard.space import NetSpace
 from proard.training.carried import CarriedPerturbations
-from proard.training.counted import Counted, Network, StepTally
+from proard.training.counted import Counted, Forward, StepTally
 from proard.training.plan import Drawn
 from proard.training.ranks import BatchPart
 from proard.training.teachers import Guidance
@@ -166,7 +166,7 @@ class Attacker:
         images, view = known.images, student.net
         options = self.options(images)
         attacked: Counted[Any] = student
-        predict: Network
+        predict: Forward
         if self.attack.crafted_on == "teacher":
             assert isinstance(guidance.teacher, Counted)
             attacked, predict = guidance.teacher, guidance.teacher.net
@@ -216,6 +216,6 @@ class Attacker:
             self.found = adversarial.detach() - images
 
 
-def side_by_side(student: Network, teacher: Network) -> Network:
+def side_by_side(student: Forward, teacher: Forward) -> Forward:
     """Logits of both networks for the same images, (batch, 2 * classes): an attack's gradient passes through both."""
     return lambda images: torch.cat([student(images), teacher(images)], 1)

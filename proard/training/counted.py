@@ -9,8 +9,8 @@ from torch import Tensor
 
 from proard.space import Work
 
-Network = Callable[..., Tensor]
-Net = TypeVar("Net", bound=Network)
+Forward = Callable[..., Tensor]  # a network as a function: images to logits
+Net = TypeVar("Net", bound=Forward)
 
 
 class StepTally:
@@ -73,6 +73,6 @@ class Counted(Generic[Net]):
         self.tally.work += passes * Work(1.0, self.macs)
 
 
-def counted(net: Network | None, tally: StepTally) -> Counted[Network] | None:
+def counted(net: Forward | None, tally: StepTally) -> Counted[Forward] | None:
     """A frozen network with its passes counted; one without a `spec` has no known size and costs no MACs."""
     return None if net is None else Counted(net, tally, macs=getattr(getattr(net, "spec", None), "macs", 0))

@@ -23,14 +23,14 @@ from proard.config import Threat, TrainingSettings, UserError, Validation
 from proard.data import Views, keyed_generator
 from proard.nets import FixedNet, Supernet
 from proard.progress import Progress, duration
-from proard.training.budget import Budget
-from proard.training.counted import Network
+from proard.training.counted import Forward
 from proard.training.history import Done, Rows, epoch_rows, summary
 from proard.training.overfitting import overfitting
 from proard.training.plan import Plan
 from proard.training.ranks import Ranks
 from proard.training.state import Interrupted, ResumeState, StopFlag, stop_on_signal
 from proard.training.step import StepBatch, StepResult, training_step
+from proard.training.time_limit import TimeLimit
 
 START_UP, RATED = 5, 10  # steps that hold start-up; the last of those from which the remaining time is estimated
 READ_EVERY = 20  # steps after which the host waits for the device at the latest, to see that all losses were finite
@@ -95,7 +95,7 @@ class Run:
         Frozen teacher and plainly trained network: images to logits.
     ranks : Ranks, optional
         The processes that train together; each makes a run with the same arguments.
-    budget : Budget, optional
+    time_limit : TimeLimit, optional
         The time that there is; without one, no limit.
     search : callable
         The attack, with the arguments of `pgd`.
@@ -126,10 +126,10 @@ class Run:
         validate: Callable[[Supernet | FixedNet], Rows],
         state: ResumeState,
         seed: int,
-        teacher: Network | None = None,
-        control: Network | None = None,
+        teacher: Forward | None = None,
+        control: Forward | None = None,
         ranks: Ranks | None = None,
-        budget: Budget | None = None,
+        time_limit: TimeLimit | None = None,
         search: Callable[..., Tensor] = pgd,
         validation: Validation | None = None,
         save_every_minutes: float = 5.0,
@@ -138,7 +138,8 @@ class Run:
     ) -> None:
         self.net, self.label, self.plan, self.settings, self.source = net, label, plan, settings, source
         self.measure, self.state, self.seed = validate, state, seed
-        self.ranks, self.budget, self.read_every, self.clock = ranks or Ranks(), budget or Budget(), read_every, clock
+        self.ranks, self.time_limit = ranks or Ranks(), time_limit or TimeLimit()
+        self.read_every, self.clock = read_every, clock
         self.validation, self.save_every_minutes = validation or Validation(), save_every_minutes
         self.part = self.ranks.part(min(settings.batch_size, len(source)))
         self.steps_per_pass = max(len(source) // settings.batch_size, 1)
@@ -302,7 +303,7 @@ class Run:
             facts = {"done": vars(self.done), "history": self.history, "processes": self.ranks.world}
             self.state.save(self.step_on.tensors(), facts)
         self.ranks.all_reduce_max(0)  # barrier: wait until rank 0 has saved
-        self.budget.saved()
+        self.time_limit.saved()
         self.saved_at = self.clock()
 
     # --- how a training goes on and stops ----------------------------------------------------------------------
@@ -330,9 +331,9 @@ class Run:
 
     def _save_or_stop(self, stop: StopFlag) -> None:
         """Save the state where it is due; save and stop at a signal, for a successor, or at the end of the time."""
-        self.budget.step(ends_epoch=self.ends_epoch)
+        self.time_limit.step(ends_epoch=self.ends_epoch)
         late = self.clock() - self.saved_at > 60 * self.save_every_minutes
-        ends = self.budget.is_short(ends_epoch=self._ends_epoch(self.done.step + 1))
+        ends = self.time_limit.is_short(ends_epoch=self._ends_epoch(self.done.step + 1))
         signalled, handover, short, due = self.ranks.all_reduce_max(
             stop.signal or 0, self.state.handover_asked(), ends, late
         )

@@ -20,7 +20,7 @@ from proard.nets.trainee import Statistics, Trainee, View
 from proard.space import Arch, Work
 from proard.training.attacker import Attacker
 from proard.training.carried import CarriedPerturbations
-from proard.training.counted import Counted, Network, StepTally
+from proard.training.counted import Counted, Forward, StepTally
 from proard.training.perturbation import perturbed
 from proard.training.plan import Drawn, Plan, choose_winners, pace
 from proard.training.ranks import BatchPart
@@ -253,8 +253,8 @@ def training_step(
     threat: Threat,
     seed: int = 0,
     total_steps: int = 1,
-    teacher: Network | None = None,
-    control: Network | None = None,
+    teacher: Forward | None = None,
+    control: Forward | None = None,
     padded_shape: tuple[int, int, int, int] | None = None,
     part: BatchPart | None = None,
     search: Callable[..., Tensor] = pgd,

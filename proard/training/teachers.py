@@ -12,7 +12,7 @@ from torch import Tensor
 from proard.data import Views
 from proard.losses import Batch, loss_gradient, mix_logits
 from proard.nets.modules import present
-from proard.training.counted import Counted, Network, StepTally, counted
+from proard.training.counted import Counted, Forward, StepTally, counted
 from proard.training.plan import Drawn
 from proard.training.ranks import BatchPart
 from proard.training.teacher_table import TeacherTable
@@ -37,8 +37,8 @@ class Guidance:
     """
 
     target: Tensor | None
-    teacher: Network | None
-    control: Network | None = None
+    teacher: Forward | None
+    control: Forward | None = None
     progress: float = 0.0
     data_pass: int = 0
     gradient: Tensor | None = None
@@ -48,7 +48,7 @@ class Guidance:
         return input_gradient_of(present(self.teacher), images, labels)
 
 
-def input_gradient_of(network: Network, images: Tensor, labels: Tensor) -> Tensor:
+def input_gradient_of(network: Forward, images: Tensor, labels: Tensor) -> Tensor:
     """A network's input gradient of the cross-entropy, image by image; of shape (batch, pixels)."""
     inputs = images.detach().requires_grad_()
     with torch.enable_grad():
@@ -76,8 +76,8 @@ class Teachers:
 
     def __init__(
         self,
-        frozen: Network | None,
-        control: Network | None,
+        frozen: Forward | None,
+        control: Forward | None,
         tally: StepTally,
         *,
         frozen_weight: float = 1.0,
@@ -116,7 +116,7 @@ class Teachers:
             gradient = self._gradient(self.gradients, images, labels, present(views)).view(images.shape)
         return Guidance(target, self.frozen, self.control, progress, data_pass, gradient)
 
-    def led_by(self, guidance: Guidance, logits: Tensor, dynamic: Network) -> Guidance:
+    def led_by(self, guidance: Guidance, logits: Tensor, dynamic: Forward) -> Guidance:
         """The same step with the dynamic teacher, alone or mixed with the frozen one; `logits` are its own."""
         if self.frozen is None:
             return replace(guidance, target=logits, teacher=dynamic)
@@ -129,7 +129,7 @@ class Teachers:
         return replace(guidance, target=mixed, teacher=both)
 
     @torch.no_grad()
-    def _target(self, frozen: Counted[Network], images: Tensor, views: Views | None) -> Tensor:
+    def _target(self, frozen: Counted[Forward], images: Tensor, views: Views | None) -> Tensor:
         """Logits at the clean images, by a pass or from the table."""
         if self.logits is None:
             return frozen(images)
@@ -194,7 +194,7 @@ def add_teacher_outputs(batch: Batch, needs: frozenset[str], guidance: Guidance)
     return replace(batch, **outputs, progress=guidance.progress, data_pass=guidance.data_pass)
 
 
-def add_student_outputs(batch: Batch, fields: frozenset[str], predict: Network, *, reach: float) -> Batch:
+def add_student_outputs(batch: Batch, fields: frozenset[str], predict: Forward, *, reach: float) -> Batch:
     """Compute the network's own logits where a loss reads them.
 
     Parameters

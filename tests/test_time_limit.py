@@ -14,7 +14,7 @@ from stage_runs import LONG, STARTED, Stage
 from proard.artifacts import read_header
 from proard.config import UserError, job_settings
 from proard.training import ResumeState
-from proard.training.budget import Budget, end_of_job
+from proard.training.time_limit import TimeLimit, end_of_job
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +79,7 @@ class Clock:
 
 def test_a_budget_is_short_where_the_next_step_and_saving_may_not_fit():
     clock = Clock()
-    budget = Budget(2000, clock=clock)  # keeps 60 s aside
+    budget = TimeLimit(2000, clock=clock)  # keeps 60 s aside
     assert not budget.is_short(ends_epoch=True)
     for now, ends_epoch in ((10, False), (40, False), (540, True)):
         clock.now = now
@@ -95,8 +95,8 @@ def test_a_budget_is_short_where_the_next_step_and_saving_may_not_fit():
 
 def test_a_tenth_of_a_short_job_is_kept_aside_and_without_an_end_nothing_is_short():
     clock = Clock()
-    assert Budget(100, clock=clock).aside == 10
-    endless = Budget(clock=clock)
+    assert TimeLimit(100, clock=clock).aside == 10
+    endless = TimeLimit(clock=clock)
     clock.now = 1e12
     endless.step(ends_epoch=False)
     assert not endless.is_short(ends_epoch=True)

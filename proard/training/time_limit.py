@@ -45,7 +45,7 @@ def _asked(job: str) -> float:
         return math.inf
 
 
-class Budget:
+class TimeLimit:
     """What is left of a job's time, against what the next step may take.
 
     Parameters
