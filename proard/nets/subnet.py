@@ -1,4 +1,4 @@
-"""Subnets as separate networks: with batch norm (`StaticNet`), or folded, to attack, measure and export (`FoldedNet`)."""
+"""Subnets as separate networks: with batch norm (`StaticNet`), or folded for attack and export (`FoldedNet`)."""
 
 from __future__ import annotations
 
