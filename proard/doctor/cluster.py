@@ -21,13 +21,13 @@ from proard.config import RunConfig
 from proard.doctor.finding import Finding, ask, failure, listing
 from proard.doctor.probe import HELD, TOKEN
 
-MIN_JOB_AGE = 120  # seconds: thrice the plugin's first look at its jobs
-MAX_ARRAY = 50  # tasks: each adds 2.1 kB to an argument, of which Linux takes 128 KiB
+MIN_JOB_AGE = 120  # seconds: three times the plugin's delay before it first queries its jobs
+MAX_ARRAY = 50  # tasks: each adds 2.1 kB to an argument, which Linux limits to 128 KiB
 PLACEHOLDER = "YOUR_"
 
 
 def controller() -> Finding:
-    """Whether the commands are there and the controller answers."""
+    """Whether the commands exist and the controller answers."""
     for command in ("sbatch", "squeue", "scontrol", "scancel", "srun"):
         answered, said = ask(command, "--version")
         if not answered:
@@ -39,7 +39,7 @@ def controller() -> Finding:
 
 
 def asked_resources(profile: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What the profile asks for: `a CPU job`, and each different kind of job with a GPU, by its first rule."""
+    """Resources in the profile: of `a CPU job`, and of each kind of job with a GPU, named by its first rule."""
     common = dict(profile.get("default-resources") or {})
     kinds = {"a CPU job": common}
     seen = []
@@ -54,7 +54,7 @@ def asked_resources(profile: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def flags(asked: Mapping[str, Any]) -> list[str]:
-    """Flags of sbatch for what a job asks."""
+    """Flags of sbatch for a job's resources."""
     names = {
         "slurm_account": "--account",
         "slurm_partition": "--partition",
@@ -73,7 +73,7 @@ def flags(asked: Mapping[str, Any]) -> list[str]:
 
 
 def acceptance(kind: str, asked: Mapping[str, Any], where: Path) -> Finding:
-    """Whether SLURM would take such a job: account, partition, GPU model and limits, judged by itself."""
+    """Whether SLURM accepts such a job's account, partition, GPU model and limits (`sbatch --test-only`)."""
     for name, value in asked.items():
         if PLACEHOLDER in str(value):
             return failure(kind, f"{name} is still {value}", f"write your site's into {where}")
@@ -84,12 +84,12 @@ def acceptance(kind: str, asked: Mapping[str, Any], where: Path) -> Finding:
     _, partitions = ask("sinfo", "--noheader", "--format=%P %G")
     mend = f"correct it in {where}; partitions and their GPUs: {listing(partitions.splitlines())}"
     if "gpu" in str(said).lower() or asked.get("gpu") or asked.get("gres"):
-        mend += "; no GPU at all: nothing to correct, but trainings will not be accepted with gpu: 1"
+        mend += "; on a cluster without GPUs ignore this: only trainings with gpu: 1 are refused"
     return failure(kind, f"sbatch {' '.join(words)}: {said}", mend)
 
 
 def status_of_jobs(profile: Mapping[str, Any], where: Path) -> Finding:
-    """Whether Snakemake will hear of its jobs' ends."""
+    """Whether Snakemake can query how its jobs ended."""
     command = profile.get("slurm-status-command", "sacct")
     recorded, said = ask("sacct", "--noheader", "--allocations", "--format=JobID", "--starttime=now")
     if command == "sacct":
@@ -100,23 +100,23 @@ def status_of_jobs(profile: Mapping[str, Any], where: Path) -> Finding:
     match = re.search(r"MinJobAge\s*=\s*(\d+)", configuration)
     age = int(match[1]) if match else 0
     if age >= MIN_JOB_AGE:
-        return Finding("status of jobs", f"squeue remembers finished jobs for {age} s (MinJobAge)")
-    remembers = f"squeue forgets finished jobs after {age} s (MinJobAge), sooner than Snakemake looks"
+        return Finding("status of jobs", f"squeue lists finished jobs for {age} s (MinJobAge)")
+    forgets = f"squeue drops finished jobs after {age} s (MinJobAge), before Snakemake queries them"
     if recorded:
-        return Finding("status of jobs", f"{remembers}; sacct is asked instead, and answers")
+        return Finding("status of jobs", f"{forgets}; sacct is used instead, and answers")
     return failure(
-        "status of jobs", f"{remembers}, and sacct: {said}", "ask the site for MinJobAge=300 or for accounting"
+        "status of jobs", f"{forgets}, and sacct: {said}", "ask the site for MinJobAge=300 or for accounting"
     )
 
 
 def arrays(profile: Mapping[str, Any], run: RunConfig | None, where: Path) -> Finding | None:
-    """Whether job arrays, where wanted, can take all shards at once."""
+    """Whether job arrays, if the profile uses them, can hold all shards at once."""
     wanted = profile.get("slurm-array-jobs")
     if not wanted:
         return None
     jobs, limit = int(profile.get("jobs", 0)), int(profile.get("slurm-array-limit", 1000))
     if limit > MAX_ARRAY:
-        mend = f"write slurm-array-limit: {MAX_ARRAY} into {where}: longer arrays outgrow a command line"
+        mend = f"write slurm-array-limit: {MAX_ARRAY} into {where}: longer arrays exceed the limit of a command line"
         return failure("job arrays", f"up to {limit} shards in one array", mend)
     if run is None:
         return Finding("job arrays", f"of {wanted}, up to {jobs} shards; name --configfile to compare")
@@ -128,12 +128,12 @@ def arrays(profile: Mapping[str, Any], run: RunConfig | None, where: Path) -> Fi
 
 
 def job(kind: str, asked: Mapping[str, Any], folder: Path, *, patience: float) -> Iterator[Finding]:
-    """Run a job that looks around where it runs, as the plugin does it: srun inside sbatch.
+    """Run a job that checks its node; it starts as the plugin's jobs do, by srun inside sbatch.
 
     Parameters
     ----------
     patience : float
-        Seconds to wait for its end; a job that still waits for its turn is cancelled and no failure.
+        Seconds to wait for its end; a job that is still queued then is cancelled, which is no failure.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as scratch, FileLock(Path(scratch) / HELD):
@@ -163,50 +163,50 @@ def job(kind: str, asked: Mapping[str, Any], folder: Path, *, patience: float) -
                 ask("scancel", number)
                 mend = "try again with a longer --patience when the cluster is less busy"
                 yield Finding(
-                    f"{kind} runs", f"job {number} still waits ({reason}) after {patience:.0f} s; cancelled", mend
+                    f"{kind} runs", f"job {number} is still queued ({reason}) after {patience:.0f} s; cancelled", mend
                 )
                 return
             ask("scancel", number)
             log = place / "said"
             written = log.read_text("utf-8", errors="replace") if log.exists() else ""
             last = [line for line in written.splitlines() if line]
-            mend = f"{place.parent} has to be on a disk that all nodes share"
+            mend = f"put {place.parent} on a disk that all nodes share"
             if last:
-                mend = "make what it says work in a job: sbatch --wrap '...'"
+                mend = "find the cause of this line in a job of your own: sbatch --wrap '...'"
             yield failure(f"{kind} runs", f"job {number} ended without an answer: {last[-1] if last else state}", mend)
             return
         yield from _judge(kind, asked, json.loads(answer.read_text("utf-8")), token, place.parent)
 
 
 def _wait(number: str, place: Path, patience: float) -> str:
-    """Wait until a job has answered or ended; its last known state."""
+    """Wait until a job has written its answer or ended; return its last known state."""
     deadline, state = time.monotonic() + patience, ""
     while time.monotonic() < deadline:
         if (place / "answer.json").exists():
             return "COMPLETED"
         answered, state = ask("squeue", "--noheader", "--states=all", f"--jobs={number}", "--format=%T")
         if not answered or state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):
-            time.sleep(2)  # its files may still be on their way
+            time.sleep(2)  # its files may appear later on a shared disk
             return state
         time.sleep(1)
     return state
 
 
 def _judge(kind: str, asked: Mapping[str, Any], seen: Mapping[str, Any], token: str, shared: Path) -> Iterator[Finding]:
-    """What the job saw, against what is seen here."""
+    """Compare what the job found with this machine."""
     host = seen["host"]
     if seen["token"] != token:
         yield failure(f"{kind}: files", f"{shared} on {host} is not the folder of this name here", "use a shared disk")
     elif not seen["respects_locks"]:
         mend = "mount it with locks (NFS: without nolock; Lustre: flock) or run from another disk"
-        yield failure(f"{kind}: files", f"{host} takes locks in {shared} that are held here", mend)
+        yield failure(f"{kind}: files", f"{host} acquires locks in {shared} that are held here", mend)
     else:
         yield Finding(f"{kind}: files", f"{host} reads, writes and respects locks in {shared}")
     here = (sys.executable, __version__)
     if (seen["python"], seen["proard"]) != here:
         said = f"{seen['python']} with proard {seen['proard']} on {host}, {here[0]} with {here[1]} here"
         yield failure(
-            f"{kind}: python", said, "activate the environment before snakemake, and have it on a shared disk"
+            f"{kind}: python", said, "activate the environment before snakemake, and install it on a shared disk"
         )
     else:
         yield Finding(f"{kind}: python", f"{seen['python']} on {host}, torch {seen['torch']}")
@@ -216,5 +216,5 @@ def _judge(kind: str, asked: Mapping[str, Any], seen: Mapping[str, Any], token: 
         else:
             said = f"torch {seen['torch']} sees none on {host} (CUDA_VISIBLE_DEVICES={seen['visible']})"
             yield failure(
-                f"{kind}: GPU", said, "a torch built for CUDA and the node's driver: compare nvidia-smi in a job"
+                f"{kind}: GPU", said, "install a torch for CUDA and the node's driver: compare nvidia-smi in a job"
             )
