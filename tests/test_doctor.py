@@ -61,7 +61,7 @@ class Cluster:
         """Names of the failed checks of the cluster, with their result and fix."""
         run = None if config is None else load(read_file(config))
         found = on_cluster("slurm", run, Path("results"), jobs=jobs, patience=180.0)
-        return {finding.name: f"{finding.said} -> {finding.mend}" for finding in found if finding.fails}
+        return {finding.name: f"{finding.result} -> {finding.fix}" for finding in found if finding.fails}
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_a_waiting_job_is_cancelled_and_no_failure(cluster):
     cluster.answer("scancel", f'echo "$@" >> {cluster.folder}/cancelled')
     found = list(on_cluster("slurm", None, Path("results"), jobs=True, patience=1.5))
     assert not [finding for finding in found if finding.fails]
-    assert [finding.said for finding in found if "is still queued (Priority)" in finding.said]
+    assert [finding.result for finding in found if "is still queued (Priority)" in finding.result]
     assert (cluster.folder / "cancelled").read_text().split().count("7") == 2
 
 
@@ -159,7 +159,7 @@ def test_a_folder_that_may_not_be_written_is_named(cluster):
     (cluster.folder / "results").write_text("a file")
     found = here.file_system(Path("results"))
     assert found.fails
-    assert "results" in found.said
+    assert "results" in found.result
 
 
 def test_the_command_ends_with_status_1_where_a_run_would_fail(cluster):
@@ -229,7 +229,7 @@ def test_a_probe_sees_the_callers_file_and_lock(tmp_path):
 def test_arithmetic_is_described(facts, expected):
     line = json.dumps({"capability": "AVX2", "cosine": 1.0, "parameter": "", **facts})
     finding = here.arithmetic_finding(True, line)
-    assert expected in finding.said
+    assert expected in finding.result
     assert finding.fails is not facts["right"]
 
 

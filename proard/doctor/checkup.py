@@ -78,11 +78,11 @@ def on_cluster(profile: str, run: RunConfig | None, results: Path, *, jobs: bool
     for finding in (here.environment(), cluster.status_of_jobs(settings, where), cluster.arrays(settings, run, where)):
         if finding is not None:
             yield finding
-    for kind, asked in cluster.asked_resources(settings).items():
-        accepted = cluster.acceptance(kind, asked, where)
+    for kind, resources in cluster.requested_resources(settings).items():
+        accepted = cluster.acceptance(kind, resources, where)
         yield accepted
         if jobs and not accepted.fails:
-            yield from cluster.job(kind, asked, results, patience=patience)
+            yield from cluster.job(kind, resources, results, patience=patience)
 
 
 def find_profile(name: str) -> Path:

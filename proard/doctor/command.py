@@ -53,6 +53,6 @@ def doctor(arguments: argparse.Namespace, console: Console) -> None:
 
 def show_finding(finding: Finding, console: Console) -> None:
     """Print a finding in one line, and its fix in another."""
-    console.print(f"{WORDS[finding.fails]} [bold]{escape(finding.name)}[/]: {escape(finding.said)}", soft_wrap=True)
-    if finding.mend:
-        console.print(f"      -> {escape(finding.mend)}", soft_wrap=True)
+    console.print(f"{WORDS[finding.fails]} [bold]{escape(finding.name)}[/]: {escape(finding.result)}", soft_wrap=True)
+    if finding.fix:
+        console.print(f"      -> {escape(finding.fix)}", soft_wrap=True)

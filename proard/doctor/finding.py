@@ -19,26 +19,26 @@ class Finding:
     ----------
     name : str
         What was checked.
-    said : str
+    result : str
         What was found.
-    mend : str
+    fix : str
         What to do about it; empty where there is nothing to do.
     fails : bool
         Whether a run would fail because of it. If False, a finding with a fix is a remark.
     """
 
     name: str
-    said: str
-    mend: str = ""
+    result: str
+    fix: str = ""
     fails: bool = False
 
 
-def failure(name: str, said: str, mend: str) -> Finding:
+def failure(name: str, result: str, fix: str) -> Finding:
     """A finding because of which a run would fail."""
-    return Finding(name, said, mend, fails=True)
+    return Finding(name, result, fix, fails=True)
 
 
-def ask(*command: str, stdin: str | None = None, seconds: float = SECONDS) -> tuple[bool, str]:
+def run_command(*command: str, stdin: str | None = None, seconds: float = SECONDS) -> tuple[bool, str]:
     """Run a command; return whether it succeeded, and its output or its error in one line."""
     if shutil.which(command[0]) is None:
         return False, f"there is no command {command[0]}"

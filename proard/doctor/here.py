@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from proard import __version__
 from proard.config import RunConfig
-from proard.doctor.finding import Finding, ask, failure
+from proard.doctor.finding import Finding, failure, run_command
 from proard.space import SearchSpace
 
 INSTALL = "pip install -e . in the environment that runs snakemake"
@@ -70,10 +70,10 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def torch_and_gpu() -> Finding:
     """Whether torch can be imported and which GPUs it sees; a login node needs none."""
-    answered, said = ask(sys.executable, "-m", "proard.doctor.probe")
+    answered, result = run_command(sys.executable, "-m", "proard.doctor.probe")
     if not answered:
-        return failure("torch", f"cannot be imported: {said}", INSTALL)
-    facts = json.loads(said.splitlines()[-1])
+        return failure("torch", f"cannot be imported: {result}", INSTALL)
+    facts = json.loads(result.splitlines()[-1])
     if facts["gpus"]:
         return Finding("torch", f"{facts['torch']} sees {', '.join(facts['gpus'])}")
     return Finding("torch", f"{facts['torch']} sees no GPU here: jobs here run on the CPU, whole trainings take days")
@@ -82,15 +82,15 @@ def torch_and_gpu() -> Finding:
 def arithmetic() -> Finding:
     """Whether gradients are right on this CPU, and what it lacks; checked in another process, which may crash."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the jobs: spinning threads may take minutes here
-    return arithmetic_finding(*ask(sys.executable, "-m", "proard.doctor.arithmetic", seconds=300))
+    return arithmetic_finding(*run_command(sys.executable, "-m", "proard.doctor.arithmetic", seconds=300))
 
 
-def arithmetic_finding(answered: bool, said: str) -> Finding:
+def arithmetic_finding(answered: bool, result: str) -> Finding:
     """Finding from the other process: from its last line, or from why it ended."""
     name = "arithmetic"
     if not answered:
-        return failure(name, f"a training step crashes the process: {said}", "report it with the output of lscpu")
-    facts = json.loads(said.splitlines()[-1])
+        return failure(name, f"a training step crashes the process: {result}", "report it with the output of lscpu")
+    facts = json.loads(result.splitlines()[-1])
     if not facts["right"]:
         wrong = f"the gradient of {facts['parameter']} is wrong (cosine {facts['cosine']:.4f} with the plain backend)"
         return failure(name, wrong, "report it with the output of lscpu; another version of torch may be right")
@@ -114,11 +114,11 @@ def file_system(folder: Path) -> Finding:
             with FileLock(old, timeout=0):
                 other = subprocess.run([sys.executable, "-c", LOCK, str(old)], capture_output=True, check=False)
             if other.returncode == 0:
-                mend = "mount it with locks (NFS: without nolock; Lustre: flock) or put the clone on another disk"
-                return failure(name, f"two processes hold one lock in {place}", mend)
+                fix = "mount it with locks (NFS: without nolock; Lustre: flock) or put the clone on another disk"
+                return failure(name, f"two processes hold one lock in {place}", fix)
     except OSError as error:
-        mend = "run from a folder that you may write to, on a disk that all nodes share"
-        return failure(name, f"{place}: {error.strerror or error}", mend)
+        fix = "run from a folder that you may write to, on a disk that all nodes share"
+        return failure(name, f"{place}: {error.strerror or error}", fix)
     return Finding(name, f"{place} can be written, renaming is atomic, locks hold")
 
 
@@ -128,12 +128,12 @@ def room(folder: Path, run: RunConfig | None) -> Finding:
     if run is None:
         return Finding("disk", f"{_size(free)} free; name --configfile to compare with what a run takes")
     needed = disk_of(run)
-    said = (
+    result = (
         f"run {run.run} writes about {_size(needed)} without its images, {_size(free)} are free in {folder.resolve()}"
     )
     if needed > free:
-        return failure("disk", said, "free some, or run from another disk: snakemake --directory FOLDER")
-    return Finding("disk", said)
+        return failure("disk", result, "free some, or run from another disk: snakemake --directory FOLDER")
+    return Finding("disk", result)
 
 
 def disk_of(run: RunConfig) -> int:
@@ -158,5 +158,5 @@ def environment() -> Finding | None:
     """A remark if SLURM_CONF names the configuration: the executor's plugin drops this variable inside jobs."""
     if not os.environ.get("SLURM_CONF") or Path("/etc/slurm/slurm.conf").exists():
         return None
-    said = f"SLURM_CONF={os.environ['SLURM_CONF']}; the plugin drops SLURM_ variables before srun inside a job"
-    return Finding("SLURM_CONF", said, "the job below shows whether srun finds its controller without it")
+    result = f"SLURM_CONF={os.environ['SLURM_CONF']}; the plugin drops SLURM_ variables before srun inside a job"
+    return Finding("SLURM_CONF", result, "the job below shows whether srun finds its controller without it")
