@@ -112,7 +112,7 @@ def test_the_command_prints_both_volumes_and_their_difference(runs, capsys):
     text = capsys.readouterr().out
     assert "verified fronts, test, all attacks" in text
     assert "sampled, val" in text
-    assert "second less first" in text
+    assert "second minus first" in text
 
 
 def test_tables_alone_are_compared_split_by_split(runs, capsys):
