@@ -1,4 +1,4 @@
-"""What to type instead, and how a run ends: targets that are none, a locked folder, Ctrl-C. No rule is in here."""
+"""Messages about wrong targets and a locked folder, and the handling of Ctrl-C. This file has no rules."""
 
 import atexit
 import difflib
@@ -11,7 +11,7 @@ import psutil
 from snakemake.cli import get_argument_parser
 from snakemake.shell import shell
 
-# tee outlives Ctrl-C, so that what a job says while it saves and stops is seen and logged. The rest is Snakemake's own.
+# tee ignores Ctrl-C, so that the output of a job that saves and stops is logged. The other options are Snakemake's.
 if Path(shell.get_executable() or "").name == "bash":
     shell.prefix('set -euo pipefail; tee() {{ exec tee -i "$@"; }}; ')
 
@@ -24,14 +24,14 @@ LAST_WORDS = "Stopped. Trainings have saved their state, measurements are kept; 
 
 
 def options():
-    """Snakemake's own command line, parsed; None in a job of the run, or where another program uses Snakemake."""
+    """Snakemake's own command line, parsed; None in a job of the run, or if another program uses Snakemake."""
     program = Path(sys.argv[0])
     ours = program.name == "snakemake" or program.parts[-2:] == ("snakemake", "__main__.py")
     return get_argument_parser().parse_known_args()[0] if ours and workflow.is_main_process else None
 
 
 def check_targets():
-    """End with one line that says what to type, where a target is a rule with wildcards or nothing at all."""
+    """Exit with one line that names the right target, if a target is a rule with wildcards or does not exist."""
     asked = options()
     if asked is None:
         return
@@ -50,7 +50,7 @@ def target_of(name):
 
 
 def what_was_meant(name, path, *, of_rules):
-    """One line for a word that is no rule and no file that a rule writes."""
+    """Error for a name that is no rule and no file of a rule, with the closest one."""
     if len(Path(path).parts) == 1:
         near = difflib.get_close_matches(name, RULE_NAMES, n=1)
         meant = "".join(f"; did you mean {each if of_rules else target_of(each)}?" for each in near)
@@ -65,7 +65,7 @@ def what_was_meant(name, path, *, of_rules):
 
 
 def say_who_holds_the_lock():
-    """Where the folder is locked: which Snakemake works in it, or that none on this machine does."""
+    """If the folder is locked, print which Snakemake works in it, or that none on this machine does."""
     asked = options()
     if asked is None or asked.unlock or asked.dryrun or not any(Path(".snakemake/locks").glob("*")):
         return
@@ -86,9 +86,9 @@ def say_who_holds_the_lock():
 def end_in_order_on_ctrl_c():
     """Let Ctrl-C end a run without losing a finished job.
 
-    Left alone, Snakemake waits for the running jobs but forgets those that end well, and a second Ctrl-C leaves the
-    folder locked. Here the first starts no more jobs, as SIGTERM does; a further one is passed on to the jobs, which
-    a terminal does by itself. On a cluster Snakemake cancels the jobs, and only that is not to be interrupted.
+    By default Snakemake waits for the running jobs but does not record those that finish, and a second Ctrl-C leaves
+    the folder locked. Here the first Ctrl-C starts no more jobs, as SIGTERM does; a second one is sent to the jobs too,
+    as a terminal does by itself. On a cluster Snakemake cancels the jobs, which must not be interrupted.
     """
     seen = []
 
@@ -106,7 +106,7 @@ def end_in_order_on_ctrl_c():
             return
         words = "\nStopping: jobs that got the signal save and stop, others end first; Ctrl-C again stops them too."
         print(words, file=sys.stderr, flush=True)
-        threading.Thread(target=workflow.scheduler.exit_gracefully).start()  # it takes a lock that this thread may hold
+        threading.Thread(target=workflow.scheduler.exit_gracefully).start()  # it needs a lock that this thread may hold
 
     signal.signal(signal.SIGINT, stop)
 
