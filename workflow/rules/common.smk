@@ -63,7 +63,7 @@ CACHE = f"results/{run.run}/cache"  # measurements already made; not declared, s
 NOTES = set()  # printed notes about budgets, to print each once
 
 
-def archive_to_choose_from(wildcards):
+def searched_archive(wildcards):
     """The searched archs; a budget below every subnet's cost stops the run here, before the first job."""
     try:
         note = check_budget(wildcards.budget, SearchSpace(run.space))
@@ -259,7 +259,7 @@ def per_attempt(amount):
     return lambda wildcards, attempt: amount * attempt
 
 
-def beside_others(most):
+def parallel_threads(most):
     """Threads of a job that runs in parallel with others: half of this machine's cores, or `most` on a cluster."""
 
     def threads(wildcards):
@@ -286,14 +286,14 @@ def start_several_processes():
     os.environ.update(PROARD_PROCESSES=json.dumps({name: gpus for name, gpus in wanted.items() if gpus > 1}))
 
 
-def squeeze_shell_lines():
+def normalise_shell_lines():
     """Normalise white space in shell lines: Snakemake would repeat a training for a change of it."""
     for each in workflow.rules:
         if each.shellcmd is not None:
             each.shellcmd = " ".join(each.shellcmd.split())
 
 
-def say_where_results_are():
+def print_results():
     """Print the paths of the report and the students that exist."""
     results = Path("results") / run.run
     page, students = results / "report" / "report.html", sorted(results.glob("export_student/*/student.onnx"))

@@ -20,7 +20,7 @@ TARGET_OF = {
     "diagnose": "compare_experiment",
     "measure_experiment": "compare_experiment",
 }
-LAST_WORDS = "Stopped. Trainings have saved their state, measurements are kept; the same command continues."
+STOPPED = "Stopped. Trainings have saved their state, measurements are kept; the same command continues."
 
 
 def options():
@@ -32,16 +32,16 @@ def options():
 
 def check_targets():
     """Exit with one line that names the right target, if a target is a rule with wildcards or does not exist."""
-    asked = options()
-    if asked is None:
+    parsed = options()
+    if parsed is None:
         return
-    for name in asked.targets:
+    for name in parsed.targets:
         if name in RULE_NAMES and RULE_NAMES[name].has_wildcards():
             sys.exit(f"error: the rule {name} has a wildcard and is no target; type {target_of(name)}, or name a file")
-    for name in [*asked.targets, *asked.forcerun, *asked.until, *asked.omit_from]:
+    for name in [*parsed.targets, *parsed.forcerun, *parsed.until, *parsed.omit_from]:
         path = name if os.path.isabs(name) else os.path.relpath(name)
         if name not in RULE_NAMES and not any(each.is_producer(path) for each in workflow.rules):
-            sys.exit(f"error: {what_was_meant(name, path, of_rules=name not in asked.targets)}")
+            sys.exit(f"error: {suggestion(name, path, of_rules=name not in parsed.targets)}")
 
 
 def target_of(name):
@@ -49,7 +49,7 @@ def target_of(name):
     return TARGET_OF.get(name, f"{name}s") if RULE_NAMES[name].has_wildcards() else name
 
 
-def what_was_meant(name, path, *, of_rules):
+def suggestion(name, path, *, of_rules):
     """Error for a name that is no rule and no file of a rule, with the closest one."""
     if len(Path(path).parts) == 1:
         near = difflib.get_close_matches(name, RULE_NAMES, n=1)
@@ -64,10 +64,10 @@ def what_was_meant(name, path, *, of_rules):
     return f"no rule writes {name}{meant or '; snakemake --summary lists the files of this config'}"
 
 
-def say_who_holds_the_lock():
+def print_lock_holder():
     """If the folder is locked, print which Snakemake works in it, or that none on this machine does."""
-    asked = options()
-    if asked is None or asked.unlock or asked.dryrun or not any(Path(".snakemake/locks").glob("*")):
+    parsed = options()
+    if parsed is None or parsed.unlock or parsed.dryrun or not any(Path(".snakemake/locks").glob("*")):
         return
     for process in psutil.process_iter(["pid", "cmdline", "cwd", "create_time"]):
         found = process.info
@@ -83,7 +83,7 @@ def say_who_holds_the_lock():
     print(f"{note}type the same command with --unlock, then with --rerun-incomplete", file=sys.stderr)
 
 
-def end_in_order_on_ctrl_c():
+def handle_ctrl_c():
     """Let Ctrl-C end a run without losing a finished job.
 
     By default Snakemake waits for the running jobs but does not record those that finish, and a second Ctrl-C leaves
@@ -95,7 +95,7 @@ def end_in_order_on_ctrl_c():
     def stop(number, frame):
         seen.append(number)
         if len(seen) == 1:
-            atexit.register(print, LAST_WORDS, file=sys.stderr)
+            atexit.register(print, STOPPED, file=sys.stderr)
         if not workflow.local_exec:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             raise KeyboardInterrupt
@@ -113,4 +113,4 @@ def end_in_order_on_ctrl_c():
 
 RULE_NAMES = {each.name: each for each in workflow.rules}
 check_targets()
-say_who_holds_the_lock()
+print_lock_holder()

@@ -41,7 +41,7 @@ rule verify_front:
     priority: 1  # it takes longer than a selection, so it starts first
     conda:
         "../../environment.yml"
-    threads: beside_others(8)
+    threads: parallel_threads(8)
     resources:
         mem_mb=per_attempt(8000),
         runtime=per_attempt(720),
@@ -59,7 +59,7 @@ rule verify_front:
 
 rule select_student:
     input:
-        archive=archive_to_choose_from,
+        archive=searched_archive,
         supernet=SUPERNET,
         train=rules.prepare_data.output.train,
         val=rules.prepare_data.output.val,

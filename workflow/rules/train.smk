@@ -49,7 +49,7 @@ rule train_control:
         "<benchmarks>/train_control.tsv"
     conda:
         "../../environment.yml"
-    threads: beside_others(8)
+    threads: parallel_threads(8)
     resources:
         mem_mb=per_attempt(16000),
         runtime=1440,
