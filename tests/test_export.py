@@ -1,4 +1,4 @@
-"""Export: the files are the measured network, stand alone, describe themselves, and refuse to differ from it."""
+"""Export: the files are the measured network, need no other file, contain its facts; a difference is an error."""
 
 from __future__ import annotations
 
