@@ -1,4 +1,4 @@
-"""Input gradients per second of the attack, by batch size, beside plain PGD and the machine's convolution ceiling.
+"""Input gradients per second of the attack, by batch size, compared with plain PGD and the convolution ceiling.
 
 `plain` is PGD as in a textbook: NCHW memory, weights sliced in every forward, unfolded norms, autograd's gradient of
 the loss. The network is first trained for some steps on patterns, so that it has a robust accuracy. In float64, 99.9 %
@@ -41,7 +41,7 @@ Steps = Callable[..., Tensor]  # takes the folded view's steps
 
 
 def require(found: Row) -> None:
-    """End where the attacks do not agree (see `agreement`); the text has the figures and what was expected."""
+    """Exit if the attacks do not agree (see `agreement`); the message has the figures and the limits."""
     gap = max(found["accuracies"].values()) - min(found["accuracies"].values())
     wanted = (
         ("equal iterates in float64", found["exact"], ">=", SAME_ITERATES, found["exact"] >= SAME_ITERATES),
@@ -62,7 +62,7 @@ def ceiling(
     shapes: Sequence[tuple[int, int, int, int]] = CEILING_SHAPES,
 ) -> float:
     """Best rate of a convolution's forward pass in channels_last memory, in FLOP/s."""
-    rates, calls = [], 10 if torch.device(device).type == "cuda" else 1  # a GPU is waited for once in so many
+    rates, calls = [], 10 if torch.device(device).type == "cuda" else 1  # on a GPU, synchronise once in so many calls
     for channels, out, side, kernel in shapes:
         sizes = ((batch, channels, side, side), (out, channels, kernel, kernel))
         given = [torch.rand(size, device=device).to(dtype, memory_format=torch.channels_last) for size in sizes]
@@ -101,10 +101,10 @@ def attacks(problem: Problem, steps: Steps = take_steps) -> dict[str, Attack]:
 
 
 def agreement(problem: Problem, steps: Steps = take_steps) -> Row:
-    """How far the attacks agree on the whole problem, and on a few of its images in float64.
+    """Agreement of the attacks on the whole problem, and on a few of its images in float64.
 
     `exact` and `iterates` are shares of pixels in which the folded attack ends as plain PGD does, in float64 and in
-    float32 (after ten steps this one measures how rough the network is); `equal_signs` and `signs` those of equal signs
+    float32 (after ten steps this depends on how rough the network is); `equal_signs` and `signs` those of equal signs
     of the first gradient, bfloat16 against float32, of pixels and of the gradient's 1-norm; `accuracies` the robust
     accuracies by the float32 network, per attack; `noise` two standard errors of a difference of such accuracies.
     """
@@ -145,7 +145,7 @@ def same(first: Tensor, second: Tensor) -> float:
 
 
 def target_logits(problem: Problem) -> Tensor:
-    """Logits of a confident, correct teacher: the divergence to them is nearly the cross-entropy."""
+    """Logits of a confident, correct teacher; the divergence from them is nearly the cross-entropy."""
     return CONFIDENCE * F.one_hot(problem.labels, problem.student.space.settings.classes).to(problem.images.dtype)
 
 
@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None, *, top: Callable[[torch.dtype], floa
 def measured(net: str, args: Namespace, top: Callable[[torch.dtype], float]) -> list[Row]:
     """Check, time and print the attacks on one network; return their rows.
 
-    The ceiling is the better of two, measured right before and right after the attacks: machines change pace.
+    The ceiling is the better of two, measured before and after the attacks, since a machine's speed changes.
     """
     name, _, full = net.partition(":")
     scale = args.width_scale or DEFAULT_SCALES.get(name, 1.0)
@@ -228,7 +228,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         width_scale=(None, "times all channels; 0.125 for resnet_cifar, else 1", float),
         batch=([16, 64, 128, 256], "batch sizes"),
         steps=(10, "PGD steps"),
-        training_steps=(40, "on synthetic patterns, before all else"),
+        training_steps=(40, "on synthetic patterns, before everything else"),
         ceiling_seconds=(0.3, "per shape and type"),
     ).read(argv)
 

@@ -32,7 +32,7 @@ Crop = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # indices, top, left,
 
 
 class Images(Dataset):
-    """Images as torchvision's CIFAR classes give them: an array, made a PIL image for the transform."""
+    """Images as in torchvision's CIFAR classes: an array, converted to PIL images for the transform."""
 
     def __init__(self, images: np.ndarray) -> None:
         self.images = images
@@ -60,7 +60,7 @@ def make_images(count: int, *, side: int = 32, channels: int = 3) -> Tensor:
 
 
 def require_equal(images: Tensor, *, crop: Crop | None = None, device: torch.device | str = "cpu") -> None:
-    """End where crops of torchvision and of the package, on a device, differ: at every offset, mirrored and not.
+    """Exit if crops of torchvision and of the package, on a device, differ at any offset, mirrored or not.
 
     `crop` is the package's by default.
     """
@@ -83,7 +83,7 @@ def require_equal(images: Tensor, *, crop: Crop | None = None, device: torch.dev
 def timed_calls(
     images: Tensor, *, batch_size: int, workers: int, device: torch.device | str = "cpu"
 ) -> Iterator[dict[str, Call]]:
-    """Per row, a call that brings one epoch to a device; worker processes live as long as the context."""
+    """Per row, a call that copies one epoch to a device; worker processes end with the context."""
     dataset, augmenter = Images(images.numpy()), Augmenter(images.to(device), padding=PADDING)
     options = {"batch_size": batch_size, "shuffle": True, "pin_memory": torch.device(device).type == "cuda"}
     inline = DataLoader(dataset, **options)
@@ -108,12 +108,12 @@ def timed_calls(
 
 
 def levers(workers: int) -> dict[str, str]:
-    """What the rows are."""
+    """Descriptions of the rows."""
     return {row: lever.format(workers=workers) for row, lever in LEVERS.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Check, time, print, and write one JSON line per row where asked."""
+    """Check, time, print, and write one JSON line per row with `--json`."""
     args = Options(
         __doc__,
         "data",

@@ -1,8 +1,8 @@
-"""Seconds per subnet label: plain evaluation against this package's, and how cheap a label may be.
+"""Seconds per subnet label: plain evaluation against this package's, and the quality of cheap labels.
 
 E0 to E2 measure the same subnets of one trained supernet; plain and package form must agree in float64 first. The sweep
 labels subnets over the range of MACs with fewer steps, images and recalibration images, and with gradients in bfloat16,
-and reports how these labels rank the subnets, beside full PGD-20.
+and reports the rank correlation of these labels with full PGD-20.
 
     python benchmarks/bench_eval.py --supernet FILE --train FILE --val FILE
     python benchmarks/bench_eval.py      # trains a small supernet on digits first
@@ -46,7 +46,7 @@ def spread_archs(space: SearchSpace, count: int, *, seed: int) -> list[Arch]:
 
 
 def spread_over(count: int, among: int) -> list[int]:
-    """Places spread evenly over the range, both ends among them; one alone is the middle."""
+    """Indices spread evenly over the range, with both ends; a single one is the middle."""
     places = np.linspace(0, among - 1, count) if count > 1 else np.array([(among - 1) / 2])
     return places.round().astype(int).tolist()
 
@@ -100,7 +100,7 @@ def sweep(
     over_plain, rows = np.median([plain[i] / seconds[key][i] for i in plain]), []
     for cell in problems:
         over_full, rho = np.median(seconds[key] / seconds[cell]), spearman(labels[cell], labels[key])
-        rho = None if np.isnan(rho) else round(rho, 5)  # all labels equal: the supernet learnt nothing
+        rho = None if np.isnan(rho) else round(rho, 5)  # all labels are equal: the supernet is untrained
         name = f"PGD-{cell[0]}, {cell[1]:,} images, {cell[2]:,} for recalibration, {cell[3]} gradients"
         row = {"bench": "eval_sweep", "lever": name if rho is None else f"{name}: rank correlation {rho:.3f}"}
         row |= dict(zip(("steps", "images", "recalibration", "dtype"), cell, strict=True)) | {"archs": len(archs)}
@@ -111,7 +111,7 @@ def sweep(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Check, time, print, and write one JSON line per row where asked."""
+    """Check, time, print, and write one JSON line per row with `--json`."""
     args = parse(argv)
     if args.supernet:
         supernet, *data = read(args.supernet, args.train, args.val)
@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def facts_of(problem: Problem, args: Namespace, row: str, timing: Timing) -> Row:
-    """What is particular to a row of the ladder."""
+    """Facts of one row of the ladder."""
     parts, seconds = problem.parts[row], timing.seconds / args.timed_archs
     mean = {name: statistics.mean(part[name] for part in parts) for name in ("clean", "robust", "gradients")}
     split = {name: statistics.median(part.get(name, 0.0) for part in parts) for name in PARTS}
@@ -173,7 +173,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         supernet=(None, "supernet.safetensors; without it one is trained on digits", str),
         train=(None, "train.safetensors of its run", str),
         val=(None, "val.safetensors of its run", str),
-        epochs=(8, "of teacher and supernet, where one is trained"),
+        epochs=(8, "of teacher and supernet, if one is trained"),
         eps=(None, "radius in pixel units; 8/255, or 0.15 on digits; steps are eps/4", float),
         images=(1000, "val images of the full label, at most all"),
         recalibration=(1000, "train images that reset batch norm"),

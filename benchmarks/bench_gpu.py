@@ -1,9 +1,9 @@
 """The whole table for a GPU: kernels, ceilings and equality, then steps, labels and data. Under 4 minutes.
 
-Every section runs in a process of its own, so that one that fails stops no other. A summary names them all; the exit
-code is not 0 where one has failed. Without a GPU it prints one line and does nothing. `--device cpu` goes through the
-same code on a CPU, without fused kernels and CUDA graphs. What was not run is listed at the end; what was measured is
-written at once.
+Every section runs in a separate process, so that a failure stops no other section. A summary names them all; the exit
+code is not 0 if one has failed. Without a GPU it prints one line and does nothing. `--device cpu` runs the
+same code on a CPU, without fused kernels and CUDA graphs. A list at the end names what was not run; rows are
+written as soon as they are measured.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from proard.config import PRESETS
 
 NO_GPU = "bench_gpu: torch sees no GPU here; nothing was run, checked or measured."
 PARTS = ("kernels", "ceilings", "equality", "step", "shared", "attack", "labels", "data", "twins")
-AHEAD = 4  # cores from which the next section's process prepares itself while one runs
+AHEAD = 4  # with at least so many cores the next section's process loads while one runs
 ON_GPU_ONLY = [f"{row} ({ROWS[row]})" for row in GPU_ONLY] + [
     f"{GRAPHS} ({SHARED[GRAPHS]})",
     "attacks in CUDA graphs",
-    "fused kernels against their twins",
-    "a step in which the host never waits",
+    "fused kernels against their plain forms",
+    "a step without a host wait",
 ]
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How the time is divided, in seconds."""
+    """Division of the time, in seconds."""
 
-    loading: float = 6.0  # that a section's process takes before it measures: the CUDA context, the libraries
-    spare: float = 20.0  # that a section may at least take beyond its share before it is stopped
-    grace: float = 15.0  # after the end of all time, when what still runs is stopped
+    loading: float = 6.0  # of a section's process before it measures: CUDA context, libraries
+    spare: float = 20.0  # by which a section may exceed its share before it is stopped, at least
+    grace: float = 15.0  # after the end of the time, when running sections are stopped
     now: Callable[[], float] = time.time  # since 1970
 
     def share_of(self, waiting: Sequence[Section], left: float) -> float:
-        """Seconds for the first of these sections: what every process takes to load, and its share of the rest."""
+        """Seconds for the first of these sections: its time to load, and its share of the rest."""
         rest = max(left - self.loading * len(waiting), 0)
         return min(left, self.loading + rest * waiting[0].weight / sum(each.weight for each in waiting))
 
@@ -60,7 +60,7 @@ def main(
     pace: Pace | None = None,
     gpu_is_there: Callable[[], bool] = torch.cuda.is_available,
 ) -> None:
-    """Run section by section, each by `work`, and list what was not run and what failed."""
+    """Run section by section, each by `work`, and list those not run and those that failed."""
     args, pace = parse(argv), pace or Pace()
     if args.one:
         run_as_process(next(each for each in sections(args) if each.title == args.one), args)
@@ -86,11 +86,11 @@ def main(
     write_rows(args.json, [*rows, {"bench": "gpu_left_out", "not_run": not_run, "machine": facts}])
     failed = [title for title, result in results.items() if result.state == "failed"]
     if failed:
-        raise SystemExit(f"failed: {'; '.join(failed)}. All rows that were printed are valid, gates apart")
+        raise SystemExit(f"failed: {'; '.join(failed)}. All printed rows are valid, except if a gate failed")
 
 
 def run_all(waiting: Sequence[Section], args: Namespace, work: Work, pace: Pace) -> dict[str, Result]:
-    """Run sections one after the other within the time allowed; results by title, rows written as they come."""
+    """Run sections one after the other within the time allowed; results by title, rows written at once."""
     end, ahead = pace.now() + 60 * args.minutes, (os.cpu_count() or 1) >= AHEAD
     results: dict[str, Result] = {}
     tops: dict[str, float] = {}
@@ -122,7 +122,7 @@ def run_all(waiting: Sequence[Section], args: Namespace, work: Work, pace: Pace)
 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
-    """Read the command line; `argv` of the result is what was read."""
+    """Read the command line; the result's `argv` is the list of words."""
     quick = {"space": ["resnet_digits", "mobilenet_digits"], "batch": 8, "steps": 2, "archs": 1, "subnets": 2}
     options = Options(
         __doc__,
@@ -139,13 +139,13 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         archs=(2, "sampled subnets, one a step; times are means over them"),
         subnets=(4, "of a step that trains several"),
         images=(1000, "of a full label"),
-        training_steps=(40, "on patterns, of the network that is labelled"),
+        training_steps=(40, "on patterns, of the network to label"),
         epoch=(5000, "images that are augmented"),
         workers=(None, "of the DataLoader; the cores but one, at most 8", int),
-        minutes=(3.5, "after which no section begins"),
+        minutes=(3.5, "after which no section starts"),
         seed=(0, "of archs, weights, images and noise"),
     )
-    options.add_argument("--one", help=argparse.SUPPRESS)  # a section's own process
+    options.add_argument("--one", help=argparse.SUPPRESS)  # the process of one section
     options.add_argument("--result", help=argparse.SUPPRESS)
     args = options.read(argv)
     args.argv = list(sys.argv[1:] if argv is None else argv)

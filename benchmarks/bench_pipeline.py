@@ -1,4 +1,4 @@
-"""The quick start end to end, stage by stage; with `--plain`, its trainings in plain form beside it.
+"""Seconds of the quick start by stage; with `--plain`, its trainings compared with plain forms.
 
 The seconds of the stages come from Snakemake's records, of a run in a temporary folder or of `--results FOLDER`.
 `--plain` compares the trainings of the teacher and of the first phase alone, cut to a few epochs and one validation.
@@ -44,7 +44,7 @@ SAME_LOSS = 0.02
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run or read the quick start; compare its trainings where asked."""
+    """Run or read the quick start; compare its trainings with `--plain`."""
     args = Options(
         __doc__,
         "pipeline",
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def stages(args: Namespace) -> list[Row]:
-    """One row per stage, and one for the whole run where it was started here."""
+    """One row per stage, and one for the whole run if it was started here."""
     if args.results:
         return stage_rows(Path(args.results))
     with tempfile.TemporaryDirectory() as folder:
@@ -81,7 +81,7 @@ def stages(args: Namespace) -> list[Row]:
 
 
 def stage_rows(results: Path) -> list[Row]:
-    """Seconds of every stage from the records of a run; ends where there are none."""
+    """Seconds of every stage from the records of a run; exits if there are none."""
     folder = results / "benchmarks"
     found: dict[str, list[dict[str, str]]] = {}
     for path in sorted(folder.rglob("*.tsv")):
@@ -107,7 +107,7 @@ def _row(stage: str, seconds: float, lever: str) -> Row:
 
 
 class PlainSupernet(Supernet):
-    """A supernet whose training steps see it in plain form."""
+    """A supernet whose training steps use plain views."""
 
     def view(self, arch: Arch, *, total: None = None) -> PlainView:
         """One subnet, nothing materialised."""
@@ -115,7 +115,7 @@ class PlainSupernet(Supernet):
 
 
 class PlainView:
-    """`SubnetView` in plain form: nothing is materialised, gradients reach the supernet by themselves."""
+    """`SubnetView` in plain form: nothing is materialised, autograd adds gradients to the supernet's."""
 
     def __init__(self, supernet: Supernet, arch: Arch) -> None:
         self.supernet, self.arch, self.spec = supernet, arch, supernet.space.spec(arch)
@@ -123,7 +123,7 @@ class PlainView:
     def __call__(
         self, images: Tensor, *, record: Statistics | None = None, update_running: bool = False, frozen: bool = False
     ) -> Tensor:
-        """Logits with batch statistics, as `SubnetView` gives them."""
+        """Logits with batch statistics, as from `SubnetView`."""
 
         def norm(layer: ConvSpec, bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
             out, values = layer.out_channels, x.numel() / layer.out_channels
@@ -139,11 +139,11 @@ class PlainView:
         return self._run(images, norm)
 
     def running_statistics(self) -> Statistics:
-        """Nothing: what `folded` takes are then the stored ones."""
+        """Empty: `folded` then uses the stored ones."""
         return {}
 
     def folded(self, statistics: Statistics, *, dtype: torch.dtype = torch.float32) -> Callable[[Tensor], Tensor]:
-        """Evaluation mode at fixed statistics, not folded at all, in the network's own type."""
+        """Evaluation mode at fixed statistics, not folded, in the network's own dtype."""
 
         def norm(layer: ConvSpec, bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
             out = layer.out_channels
@@ -153,7 +153,7 @@ class PlainView:
         return lambda images: self._run(images, norm)
 
     def scatter_gradients(self) -> None:
-        """Nothing is left to do."""
+        """Nothing to do."""
 
     def _run(self, images: Tensor, norm: Norm) -> Tensor:
         """Slice, convolve, normalise."""
@@ -181,7 +181,7 @@ def plain_steps(
 
 
 def unfolded_teacher(net: StaticNet) -> Callable[[Tensor], Tensor]:
-    """A teacher's logits without a graph, norms as they are."""
+    """A teacher's logits without a graph, norms not folded."""
     net, layout = net.eval().to(memory_format=torch.contiguous_format), torch.contiguous_format
     return torch.no_grad()(lambda images: net(images.contiguous(memory_format=layout)))
 
@@ -254,7 +254,7 @@ def train(
 
 
 def require_same(stage: str, ends: Sequence[Mapping[str, float]]) -> None:
-    """Losses and accuracies of both forms agree; the text of the error has the figures."""
+    """Exit if losses or accuracies of both forms disagree; the message has the figures."""
     losses = [end["loss"] for end in ends]
     wrong = [f"loss {losses}"] if not abs(losses[0] - losses[1]) <= SAME_LOSS * losses[0] else []
     for column in ("val_clean_acc", "val_robust_acc"):

@@ -4,7 +4,7 @@
     python benchmarks/bench_scale.py merge --shards 10000    # merge_table on that many tables
     python benchmarks/bench_scale.py submit --shards 1000    # the profile, with an sbatch whose jobs are done at once
 
-What `submit` measures is Snakemake and its plugin on the login node, against a scheduler that takes no time.
+`submit` measures Snakemake and its plugin on the login node, with a fake scheduler that takes no time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from proard.stages import merge_table
 ROOT = Path(__file__).parents[1]
 PER_SHARD = 10
 SHARDS = (1000, f"of {PER_SHARD} archs each")
-COMMANDS = {  # a scheduler in three lines: a job is done, with all its files, when it is submitted
+COMMANDS = {  # a fake scheduler: a job is done, with all its files, as soon as it is submitted
     "sbatch": """
 case $1 in --version) echo slurm 24.05; exit;; esac
 for word; do case $word in rule_evaluate_archs_wildcards_*) shard=${word##*_};; esac; done
@@ -49,7 +49,7 @@ echo $number
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure one of them."""
+    """Run one of the three measurements."""
     options = Options(__doc__, "scale", quick={"shards": 100}, rounds=None, seed=None, shards=SHARDS)
     options.add_argument("what", nargs="?", default="plan", choices=("plan", "merge", "submit"))
     args = options.read(argv)
@@ -77,7 +77,7 @@ def config(folder: Path, shards: int) -> tuple[dict[str, Any], Path]:
 
 
 def snakemake(folder: Path, *arguments: str, path: Path, **options: Any) -> tuple[float, str]:
-    """Seconds of a call that succeeds, and what it printed."""
+    """Seconds of a call that succeeds, and its output."""
     command = [sys.executable, "-m", "snakemake", *arguments, "--directory", folder, "--configfile", path]
     options |= {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "check": False}
     started = time.perf_counter()

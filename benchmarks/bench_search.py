@@ -1,4 +1,4 @@
-"""A generation of NSGA-II, from one architecture at a time to this package's, and how near searches come to exact.
+"""A generation of NSGA-II, from one architecture at a time to this package's, and the quality of its fronts.
 
 S0 and S1 loop over architectures in Python, S2 has tables and gathers but pymoo's object per architecture, S3 and S4
 are the package. Costs, encodings, predictions and archives must agree first. Then a space of about 10^6 architectures
@@ -45,7 +45,7 @@ Predict = Callable[[np.ndarray], np.ndarray]  # features (n, columns) -> accurac
 
 @dataclass(frozen=True)
 class Problem:
-    """A space with a predictor as its library computes it, and in the package's form where there is another."""
+    """A space with a predictor as its library computes it, and in the package's form if it has one."""
 
     space: SearchSpace
     plain: Predict
@@ -93,7 +93,7 @@ def synthetic(space: SearchSpace, seed: int) -> Predict:
 
 
 def equality(problem: Problem, *, count: int = 200, seed: int = 0, again: int = 0) -> dict[str, float]:
-    """Largest differences between loops and tables; for archives the number of rows where two searches differ.
+    """Largest differences between loops and tables; for archives the number of different rows.
 
     The seed of the package's search is `again` above that of pymoo's.
     """
@@ -117,7 +117,7 @@ def equality(problem: Problem, *, count: int = 200, seed: int = 0, again: int = 
 
 
 def require_equal(differences: dict[str, float]) -> None:
-    """End where a difference exceeds its tolerance."""
+    """Exit if a difference exceeds its tolerance."""
     require_close(differences, TOLERANCES, "loops and tables differ")
 
 
@@ -148,7 +148,7 @@ def million() -> SearchSpace:
 
 
 def quality(space: SearchSpace, budgets: Sequence[tuple[int, int]], *, seeds: int) -> list[Row]:
-    """Hypervolume over the exact one: last population, archive, random search; means over seeds, one row per budget."""
+    """Hypervolume divided by the exact one: last population, archive, random search; means over seeds, by budget."""
     problems, wholes, seconds = [], [], 0.0
     for seed in range(seeds):
         costs = (lambda genotypes: space.costs(genotypes)["macs"], space.choices, space.canonical)
@@ -178,7 +178,7 @@ def quality(space: SearchSpace, budgets: Sequence[tuple[int, int]], *, seeds: in
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Check, time, print, and write one JSON line per row where asked."""
+    """Check, time, print, and write one JSON line per row with `--json`."""
     args = parse(argv)
     space, rows, facts = SearchSpace(PRESETS[args.space]), [], machine()
     for predictor in args.predictors:
@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def own_facts(row: str, timing: Timing, *, population: int, generations: int) -> Row:
-    """What is particular to a row."""
+    """Facts of one row."""
     seconds, used = timing.seconds / generations, timing.cpu_seconds / generations
     times = {"ms_per_generation": round(1e3 * seconds, 4), "cpu_ms_per_generation": round(1e3 * used, 4)}
     return times | {"archs_per_second": round(population / seconds, 1), "population": population}

@@ -1,9 +1,9 @@
-"""One step that trains four subnets: an attack each, or one attack that all of them share.
+"""One step that trains four subnets: one attack per subnet, or one attack that all of them share.
 
 S0 and S1, the released and the plain step, train one subnet, so they are called once per subnet. The package trains all
-four in one step: S2 attacks each of them in full; S3 attacks the smallest in full and lets every other one take three
-steps from there, S4 one; S5 and S6 do the same in bfloat16. The gradients of S2 must be the mean of S0's in float64. A
-shared attack trains on other images: what S3 to S6 cost in robust accuracy is measured by training.
+four in one step: S2 attacks each of them in full; S3 attacks the smallest in full, and every other one takes three
+steps from that result, S4 one; S5 and S6 do the same in bfloat16. The gradients of S2 must be the mean of S0's in
+float64. A shared attack gives other training images: the loss of robust accuracy is measured by training.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def equality(problem: Problem, step: PackageStep | None = None) -> dict[str, flo
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Check, time, print, and write one JSON line per row where asked."""
+    """Check, time, print, and write one JSON line per row with `--json`."""
     args = parse(argv)
     problem, facts = checked(scaled_space(args.space, 1.0), args, equality)
     own = partial(step_rows.step_times, steps=1, batch=args.batch)

@@ -1,4 +1,4 @@
-"""One training step: the released code's, lever by lever, up to this package's, in one run per search space.
+"""One training step: from the released code's to this package's, optimisation by optimisation, per search space.
 
 V0 is the released ProARD step rewritten from its description, V1 a fair textbook step. V2 to V6 add levers to it, V7
 and V8 are `proard.training`'s own step with a loop and with the fused optimizer, V9 and V10 use bfloat16. V0 to V8 must
@@ -22,7 +22,7 @@ SPACES = ["resnet_cifar", "mobilenet_micro"]
 
 
 def timed_calls(problem: Problem, official: OfficialStep | None = None) -> dict[str, Call]:
-    """Per row, a call that makes one step on each arch; the official classes come right after the first baseline."""
+    """Per row, a call that makes one step on each arch; the official classes are timed after the first baseline."""
     baseline, *others = LEVERS
     steps = {baseline: build(baseline, problem)} | ({OFFICIAL: official} if official else {})
     steps |= {row: build(row, problem) for row in others}
@@ -30,7 +30,7 @@ def timed_calls(problem: Problem, official: OfficialStep | None = None) -> dict[
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Check, time, print, and write one JSON line per row where asked."""
+    """Check, time, print, and write one JSON line per row with `--json`."""
     args = parse(argv)
     write_rows(args.json, [row for name in args.space for row in measured(name, args)])
 
@@ -56,7 +56,7 @@ def measured(name: str, args: Namespace) -> list[Row]:
     rows = ladder("step", timed_calls(problem, step), levers, COLUMNS, title=title, **how)
     for row, values in agreement.items():
         signs, cosine = values["input_gradient_signs"], values["parameter_gradients"]
-        print(f"{row} beside V8: {signs:.1%} equal signs of input gradients, cosine of weight gradients {cosine:.4f}")
+        print(f"{row} and V8: {signs:.1%} equal signs of input gradients, cosine of weight gradients {cosine:.4f}")
     return rows
 
 
@@ -75,7 +75,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     )
     args = options.read(argv)
     if args.official and args.space == SPACES:
-        args.space = SPACES[:1]  # the only one with an official counterpart
+        args.space = SPACES[:1]  # the only space of the official classes
     return args
 
 

@@ -1,7 +1,7 @@
 """Averaging gradients over processes: DistributedDataParallel, one flat all-reduce, one of the active slices alone.
 
 Every row makes the same local step (forward and backward of one sampled subnet, weights sliced in the forward) in each
-process; what it takes beyond the local step alone is what a sync costs. All rows must give the same averaged gradients
+process; the time beyond the local step alone is the cost of a sync. All rows must give the same averaged gradients
 in float64 before anything is timed.
 """
 
@@ -45,7 +45,7 @@ COLUMNS |= {"bytes_reduced": "bytes reduced:,d"}
 
 
 class Row:
-    """One way to average gradients, on a supernet of its own."""
+    """One way to average gradients, on its own copy of the supernet."""
 
     def __init__(self, name: str, net: Supernet) -> None:
         self.name, self.net = name, copy.deepcopy(net).train()
@@ -64,7 +64,7 @@ class Row:
         gradients = [parameter.grad for parameter in self.net.parameters()]
         torch._foreach_zero_(gradients)
         loss = F.cross_entropy(self.module(images, arch), labels)
-        (loss if self.sync is None else loss / dist.get_world_size()).backward()  # the sync adds up
+        (loss if self.sync is None else loss / dist.get_world_size()).backward()  # the sync is a sum
         if self.name in ("ddp", "flat"):
             self.bytes = sum(gradient.nbytes for gradient in gradients)
         if self.name == "flat":
@@ -88,7 +88,7 @@ class Row:
 def require_equal(problem: Problem) -> float:
     """The largest relative difference between the rows' averaged gradients and the flat all-reduce of everything.
 
-    Ends where a row differs, or where the processes saw the same images.
+    Exits if a row differs, or if the processes have equal images.
     """
     rows = {name: Row(name, problem.student) for name in ROWS}
     found: dict[str, list[float]] = {name: [] for name in rows}
@@ -105,7 +105,7 @@ def require_equal(problem: Problem) -> float:
 
 
 def own_problem(args: Namespace, batch: int, seed: int, device: torch.device, dtype: torch.dtype) -> Problem:
-    """The same archs and networks in every process, and images of its own."""
+    """The same archs and networks in every process, with different images."""
     space, how = scaled_space(args.space, args.width_scale), {"num_archs": args.archs, "batch_size": batch}
     shared, own = (make_problem(space, recipe=Recipe(), dtype=dtype, seed=s, **how) for s in (args.seed, seed))
     images = own.images.contiguous(memory_format=torch.channels_last)
@@ -127,7 +127,7 @@ def work(rank: int, args: Namespace, folder: str) -> None:
     rows = {name: Row(name, problem.student) for name in ROWS}
 
     def run(number: int, *, row: Row) -> None:
-        dist.barrier()  # no process pays for another one's previous row
+        dist.barrier()  # barrier: all processes start a row at the same time
         for arch in problem.archs:
             row(arch, problem.images, problem.labels)
 
@@ -140,7 +140,7 @@ def work(rank: int, args: Namespace, folder: str) -> None:
 
 
 def report(timed: common.Timed, sizes: dict[str, int], args: Namespace, difference: float, problem: Problem) -> None:
-    """Print the table and write one JSON line per row where asked; bytes are those of the last arch."""
+    """Print the table and write one JSON line per row with `--json`; bytes are those of the last arch."""
     step = {name: 1e3 * timing.seconds / args.archs for name, timing in timed.timings.items()}
     cost = {name: value - step[LOCAL] for name, value in step.items() if name != LOCAL}
     facts = common.given(args, "processes", "backend", "space", "width_scale", "batch", "seed") | timed.quality
@@ -176,7 +176,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         quick={"space": "resnet_digits", "archs": 1, "rounds": 2},
         threads=(1, "of each process"),
         processes=(gpus if gpus > 1 else 2, "of this machine"),
-        backend=("nccl" if gpus > 1 else "gloo", "nccl needs a GPU for each process", ["gloo", "nccl"]),
+        backend=("nccl" if gpus > 1 else "gloo", "nccl needs one GPU per process", ["gloo", "nccl"]),
         space=("resnet_cifar", "search space", sorted(PRESETS)),
         width_scale=(None, "times all channels; 0.5 for resnet_cifar, else 1", float),
         batch=(4, "images of each process"),
@@ -186,7 +186,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     if args.width_scale is None:
         args.width_scale = 0.5 if args.space == "resnet_cifar" else 1.0
     if args.backend == "nccl" and args.processes > gpus:
-        options.error(f"--processes is {args.processes}, but nccl needs a GPU each and there are {gpus}")
+        options.error(f"--processes is {args.processes}, but nccl needs one GPU per process and there are {gpus}")
     return args
 
 

@@ -1,4 +1,4 @@
-"""What benchmarks share: options, the machine, interleaved timing, rows, tables, comparisons, the package's step."""
+"""Shared by benchmarks: options, the machine, interleaved timing, rows, tables, comparisons, the package's step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from proard.training import Plan, TrainingStep, training_step
 
 Row = dict[str, Any]
 Call = Callable[[int], object]
-NOISY = 0.10  # spread of the two baselines above which a run's ratios are not to be quoted
+NOISY = 0.10  # spread of the two baselines above which a run's ratios must not be quoted
 SHARED = {
     "threads": (2, "of torch"),
     "rounds": (5, "rounds that count; medians are over them"),
@@ -40,8 +40,8 @@ SHARED = {
 class Options(argparse.ArgumentParser):
     """The command line of a benchmark: its own options, those in `SHARED`, `--json` and `--quick`.
 
-    An option is its default, its help and, where the default does not tell, its type or its choices; a list takes
-    several values, None leaves an option out. Whole numbers, `seed` and those in `zero` apart, are at least 1.
+    An option is its default, its help and, if the default does not define it, its type or its choices; a list takes
+    several values, None removes an option. Whole numbers are at least 1, except `seed` and those in `zero`.
     """
 
     def __init__(self, doc: str, name: str, *, quick: Row, zero: Collection[str] = (), **own: tuple | None) -> None:
@@ -57,11 +57,11 @@ class Options(argparse.ArgumentParser):
             self.counts += [option] if kind is int and option not in ("seed", *zero) else []
         results = Path(__file__).parent / "results" / f"bench_{name}.json"
         self.add_argument("--json", nargs="?", const=str(results), metavar="FILE", help=f"default {results.name}")
-        says = ", ".join(f"{key} {value}" for key, value in quick.items())
-        self.add_argument("--quick", action="store_true", help=f"shows that it runs, its ratios mean nothing: {says}")
+        values = ", ".join(f"{key} {value}" for key, value in quick.items())
+        self.add_argument("--quick", action="store_true", help=f"a test run; its ratios are meaningless: {values}")
 
     def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """Read the command line and set the number of threads; end with the usage where a count is below 1."""
+        """Read the command line and set the number of threads; exit with the usage if a count is below 1."""
         args = self.parse_args(argv)
         vars(args).update(self.quick if args.quick else {})
         for name in self.counts:
@@ -79,7 +79,7 @@ def given(args: argparse.Namespace, *names: str) -> Row:
 
 
 def machine() -> Row:
-    """Processor, cores, threads, versions and load: what a time means nothing without."""
+    """Processor, cores, threads, versions and load, without which a time is meaningless."""
     return {
         "processor": cpu_info("model name") or platform.processor(),
         "cores": usable_cores(),
@@ -94,14 +94,14 @@ def machine() -> Row:
 
 
 def cpu_info(*names: str) -> str:
-    """The first line of /proc/cpuinfo under one of these names; empty where there is none."""
+    """The first line of /proc/cpuinfo with one of these names; empty if there is none."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(names)), "")
 
 
 def computed_here(rows: Mapping[str, Any], *, rounded: Collection[str]) -> dict[str, Any]:
-    """The rows without those in `rounded`, of bfloat16, where this CPU only emulates that type: they take minutes."""
+    """The rows, without those in `rounded` (bfloat16) if this CPU only emulates that type: they would take minutes."""
     return {name: row for name, row in rows.items() if name not in rounded or has_bfloat16("cpu")}
 
 
@@ -125,7 +125,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Timed:
-    """Interleaved timings: the rounds that were made, and how far the baseline's two medians lie apart."""
+    """Interleaved timings: the rounds that were made, and the difference of the baseline's two medians."""
 
     timings: dict[str, Timing]
     rounds: int
@@ -143,7 +143,7 @@ class TimeIsShort(Exception):
 
 @dataclass(frozen=True)
 class Budget:
-    """The time until which a benchmark may go on; `end` is on the clock `now`."""
+    """The time limit of a benchmark; `end` is on the clock `now`."""
 
     end: float = float("inf")
     now: Callable[[], float] = time.monotonic
@@ -154,7 +154,7 @@ class Budget:
         return self.end - self.now()
 
     def require(self) -> None:
-        """Raise `TimeIsShort` where no time is left."""
+        """Raise `TimeIsShort` if no time is left."""
         if self.left <= 0:
             raise TimeIsShort
 
@@ -170,8 +170,9 @@ def time_interleaved(
 ) -> Timed:
     """Time every call once per round, the first one (the baseline) once more at the end of each round.
 
-    Every call takes the number of the round; a round -1 warms up. `plain` names the second baseline. A round that the
-    budget leaves no time for is not begun; `TimeIsShort` is raised where that is the first. The device is waited for.
+    Every call takes the number of the round; a round -1 warms up. `plain` names the second baseline. A round starts
+    only if the budget has time for it; `TimeIsShort` is raised if there is none for the first.
+    A call's time ends when the device has finished.
     """
     budget, order = budget or Budget(), [*calls, next(iter(calls))]
     progress = Progress(label, len(calls) + rounds * len(order), "timings")
@@ -210,7 +211,7 @@ def summarise(
 
 
 def clocked(call: Call, number: int, device: torch.device | str = "cpu") -> tuple[float, float]:
-    """Wall and processor seconds of one call, until the device has done what it launched."""
+    """Wall and processor seconds of one call, until the device has finished."""
     wall, used = time.perf_counter(), time.process_time()
     call(number)
     if torch.device(device).type == "cuda":
@@ -236,8 +237,8 @@ def ladder(
 ) -> list[Row]:
     """Time calls, make a row of each, print them under the title and return them.
 
-    `baseline` names the first call, `second` the ratio to the second baseline; `own` gives what is particular to a row,
-    `facts` what is the same in all; `how` are options of `time_interleaved`.
+    `baseline` names the first call, `second` the ratio to the second baseline; `own` gives the facts of one row,
+    `facts` are the same in all; `how` are options of `time_interleaved`.
     """
     timed, rows = time_interleaved(calls, label=title.split(",")[0], **how), []
     for name, timing in timed.timings.items():
@@ -251,13 +252,13 @@ def ladder(
 
 
 def write_rows(path: str | Path | None, rows: Sequence[Row]) -> None:
-    """Write one JSON line per row, where a file is named."""
+    """Write one JSON line per row, if a file is given."""
     if path:
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def show(title: str, rows: Sequence[Row], columns: Mapping[str, str]) -> None:
-    """Print rows as a table: their name, these keys as `heading:format`, what the row is; then the machine."""
+    """Print rows as a table: their name, these keys as `heading:format`, their description; then the machine."""
     headings, formats = zip(*(column.rsplit(":", 1) for column in columns.values()), strict=True)
     cells = [(row.get("row", ""), *map(cell, map(row.get, columns), formats), row.get("lever", "")) for row in rows]
     first = rows[0]
@@ -270,7 +271,7 @@ def show(title: str, rows: Sequence[Row], columns: Mapping[str, str]) -> None:
 
 
 def cell(value: Any, form: str) -> str:
-    """A value in a format, a dash where there is none."""
+    """A value in a format, or a dash if there is none."""
     large = form == ".3g" and isinstance(value, float) and value >= 1000
     return "-" if value is None else format(value, ".0f" if large else form)
 
@@ -286,7 +287,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 class Float64Losses(TorchFunctionMode):
-    """Context in which losses of float64 networks, in float32 at least elsewhere, are computed in float64."""
+    """Context in which losses of float64 networks are computed in float64 instead of float32."""
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Let `Tensor.float` leave float64 tensors as they are."""
@@ -295,19 +296,19 @@ class Float64Losses(TorchFunctionMode):
 
 
 def relative_difference(found: Mapping[Any, Tensor], wanted: Mapping[Any, Tensor]) -> float:
-    """Largest difference of a tensor over its largest entry (at least 1e-4 of the largest of all)."""
+    """Largest difference of a tensor divided by its largest entry (at least 1e-4 of the largest of all)."""
     sizes = {name: float(want.abs().max()) for name, want in wanted.items()}
     floor = 1e-4 * max(sizes.values())
     return largest(float((found[name] - want).abs().max()) / max(sizes[name], floor) for name, want in wanted.items())
 
 
 def largest(values: Iterable[float]) -> float:
-    """Maximum that is not a number where any value is not."""
+    """Maximum; NaN if any value is NaN."""
     return float(np.max(list(values)))
 
 
 def require_close(differences: Mapping[str, float], allowed: float | Mapping[str, float], what: str) -> float:
-    """The largest difference; end where one exceeds what is allowed, by name, with a text that names it."""
+    """The largest difference; exit with a message if one exceeds its limit, given by name."""
     limits = allowed if isinstance(allowed, Mapping) else dict.fromkeys(differences, allowed)
     wrong = [f"{name}: {value:.2g}" for name, value in differences.items() if not value <= limits[name]]
     if wrong:
@@ -330,7 +331,7 @@ def made_step(
     optimizer: torch.optim.Optimizer | None = None,
     attack_dtype: torch.dtype | None = None,
 ) -> TrainingStep:
-    """`proard.training`'s step; an attack's steps, its type and the optimizer may be a benchmark's own."""
+    """`proard.training`'s step; a benchmark may replace the attack's steps, its type and the optimizer."""
 
     def search(*problem: Any, steps: Callable[..., Tensor], **options: Any) -> Tensor:
         return pgd(*problem, steps=take_steps or steps, **options)

@@ -28,8 +28,8 @@ from proard.stages import prepare_data, train_phase, train_teacher
 
 LEVERS = {
     "E0": "plain: sliced per forward, chained means, PGD on every image for every step",
-    "E1": "subnet extracted, one-pass statistics, norms folded; wrong images skipped, last iterate",
-    "E2": "any iterate: broken images dropped, the working set refilled: the package",
+    "E1": "subnet extracted, one-pass statistics, norms folded; misclassified images skipped, last iterate",
+    "E2": "any iterate: misclassified images dropped, the working set refilled: the package",
 }
 STATISTICS = 1e-4  # largest difference of batch-norm statistics, relative to a layer's largest entry
 QUICKSTART = Path(__file__).parents[1] / "config" / "quickstart.yaml"
@@ -38,7 +38,7 @@ FILES = ("train", "val", "test", "manifest", "teacher", "history", "supernet")
 
 @dataclass
 class Problem:
-    """What is measured, and how; `recalibration` are the training images that reset batch norm."""
+    """Inputs and settings of a measurement; `recalibration` are the training images that reset batch norm."""
 
     supernet: Supernet
     recalibration: Tensor
@@ -56,13 +56,13 @@ class Problem:
 
     @property
     def how(self) -> dict[str, object]:
-        """What both forms of the attack are given."""
+        """Arguments of both forms of the attack."""
         return {"attack": self.attack, "eps": self.eps, "seed": self.seed, "batch_size": self.batch_size}
 
 
 @dataclass(frozen=True)
 class Label:
-    """What measuring one subnet gives; `gradients` counts input gradients of one image."""
+    """Result of measuring one subnet; `gradients` counts input gradients of one image."""
 
     clean: Tensor
     robust: Tensor
@@ -87,7 +87,7 @@ def measure_plainly(problem: Problem, arch: Arch, *, accounting: str = "last_ite
 
 
 def measure_as_package(problem: Problem, arch: Arch, *, accounting: str = "any_iterate") -> Label:
-    """Rows E1 and E2: what `SubnetMeter` does for an arch that is not in its cache."""
+    """Rows E1 and E2: as `SubnetMeter` measures an arch that is not in its cache."""
     clock, images, labels = Clock(), problem.images, problem.labels
     net = extract(problem.supernet, arch)
     clock.lap("materialise")
@@ -108,7 +108,7 @@ class Clock:
         self.seconds, self.last = {}, time.perf_counter()
 
     def lap(self, part: str) -> None:
-        """Add what has passed since the last lap."""
+        """Add the time since the last lap."""
         before, self.last = self.last, time.perf_counter()
         self.seconds[part] = self.seconds.get(part, 0.0) + self.last - before
 
@@ -121,7 +121,7 @@ ROWS: dict[str, Measure] = {
 
 
 def equality(problem: Problem, archs: Sequence[Arch], measure: Measure = measure_as_package) -> dict[str, float]:
-    """Differences of plain and package form, in float64: statistics (largest, relative), images judged otherwise.
+    """Differences of plain and package form, in float64: statistics (largest, relative), other outcomes of images.
 
     `measure` is the package's form.
     """
@@ -153,7 +153,7 @@ def statistics_difference(net: StaticNet, supernet: Supernet) -> float:
 
 
 def require_equal(differences: dict[str, float]) -> None:
-    """End where statistics differ beyond the tolerance, or an image is judged otherwise."""
+    """Exit if statistics differ by more than the tolerance, or an image has another outcome."""
     allowed = {**dict.fromkeys(differences, 0.0), "statistics": STATISTICS}
     require_close(differences, allowed, "plain and package form differ in float64")
 
@@ -195,9 +195,9 @@ def train_small(folder: Path, *, epochs: int, seed: int = 0) -> tuple[Supernet, 
 # --- the plain form, written from the description of the released evaluation -----------------------------------------
 #
 # A deep copy of the supernet whose every forward slices the active weights anew, NCHW memory, batch-norm statistics by
-# chained means, then PGD on every image for every step, norms unfolded. Departures, so that outputs can be compared:
+# chained means, then PGD on every image for every step, norms unfolded. Differences, so that outputs can be compared:
 # the stored variance is the unbiased one, and all batches weigh the same, as in `proard.nets.recalibrate`; the start
-# noise is the package's; `any_iterate` accounting is there too.
+# noise is the package's; `any_iterate` accounting is possible too.
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
-"""One step of the official ProARD classes, from a checkout that the user has; none of their code is here.
+"""One step of the official ProARD classes, from a checkout of the user; this file contains none of their code.
 
-The official package is called `proard` too: while it is imported, this project's modules are put away. What it imports
-besides PyTorch and a CPU step does not need is replaced by empty stand-ins, and `.cuda()` keeps tensors where they are.
+The official package is called `proard` too: during its import, this project's modules are removed from `sys.modules`.
+Empty stubs replace its imports that a CPU step does not need, and `.cuda()` returns the tensor unchanged.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ OWN_ROOTS = ("proard", "robust_loss", "attacks", "utils")
 
 
 def load_official(path: str, space: str) -> SimpleNamespace:
-    """Import `networks`, `utils` and `loss`, the modules that the step uses; end with the reason where that fails."""
+    """Import `networks`, `utils` and `loss`, the modules that the step uses; exit with the reason if that fails."""
     if space != "resnet_cifar":
-        raise SystemExit(f"--official drives the published ResNet space; --space is {space}, expected resnet_cifar")
+        raise SystemExit(f"--official needs the published ResNet space; --space is {space}, expected resnet_cifar")
     root = Path(path).resolve()
     missing = [name for name in ("proard/classification", "robust_loss/rslad.py") if not (root / name).exists()]
     if missing:
@@ -57,8 +57,8 @@ def load_official(path: str, space: str) -> SimpleNamespace:
 class OfficialStep:
     """The official training step on archs of the same choices as the other rows'.
 
-    Weights are its own; stem widths may differ by a channel at scales below 1. The step makes the forwards of row V0:
-    teacher, student for the metric, and within `rslad_loss` the teacher again, the attack, two student passes.
+    Its weights are different; stem widths may differ by a channel at scales below 1. The step makes the forwards of row
+    V0: teacher, student for the metric, and within `rslad_loss` the teacher again, the attack, two student passes.
     """
 
     def __init__(self, official: SimpleNamespace, problem: Problem, width_scale: float) -> None:
@@ -76,7 +76,7 @@ class OfficialStep:
     def __call__(self, arch: Arch, images: Tensor, labels: Tensor, generator: torch.Generator) -> Outcome:
         """Train `arch` on one batch; the noise comes from the global generator, as in the official code."""
         widths = [self.settings.width.index(value) for value in arch.width]
-        expand = [value or self.settings.expand[0] for value in arch.expand]  # of blocks that depth leaves out: any
+        expand = [value or self.settings.expand[0] for value in arch.expand]  # any value where depth leaves a block out
         self.net.set_active_subnet(d=list(arch.depth), e=expand, w=widths)
         recipe = self.recipe
         with _StaysOnCPU():
@@ -94,21 +94,21 @@ class OfficialStep:
 
 
 class _StaysOnCPU(TorchFunctionMode):
-    """Context in which `.cuda()` gives the tensor itself."""
+    """Context in which `.cuda()` returns the tensor itself."""
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         return args[0] if function is Tensor.cuda else function(*args, **(kwargs or {}))
 
 
 class _StandIns:
-    """Finds a module whose every attribute is a stand-in for what is not installed."""
+    """Import finder of stub modules for packages that are not installed; all attributes are stubs."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> object:
-        """Spec of a stand-in module."""
+        """Spec of a stub module."""
         return importlib.machinery.ModuleSpec(name, self, is_package=True) if name.split(".")[0] in STAND_INS else None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        """Make the stand-in."""
+        """Make the stub."""
 
         def attribute(name: str) -> object:
             if name.startswith("__"):
@@ -125,7 +125,7 @@ class _StandIns:
 
 @contextmanager
 def _own_modules_put_away(root: Path) -> Iterator[None]:
-    """Modules of the names that the checkout uses are put away while it is imported; its path comes first."""
+    """Context without loaded modules of the checkout's names; its path is first in `sys.path`."""
     kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in OWN_ROOTS}
     finder, arguments = _StandIns(), sys.argv
     for folder in map(root.joinpath, OWN_ROOTS):  # without an __init__ this project's package would be found first

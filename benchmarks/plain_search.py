@@ -1,6 +1,6 @@
-"""Searches to compare with, written from descriptions: architectures in Python loops, and pymoo with objects.
+"""Baseline searches, written from descriptions: architectures in Python loops, and pymoo with objects.
 
-Read `count_macs` and `encode` first: they say once more, one architecture at a time, what `SearchSpace.costs` and
+`count_macs` and `encode` compute for one architecture at a time the same as `SearchSpace.costs` and
 `SearchSpace.features` compute from tables.
 """
 
@@ -69,7 +69,7 @@ def encode(space: SearchSpace, arch: Arch) -> list[float]:
 
 
 class LoopProblem(Problem):
-    """Objectives from Python loops over architectures; the predictor sees one at a time, or the whole population."""
+    """Objectives from Python loops over architectures; one predictor call per architecture, or per population."""
 
     def __init__(self, space: SearchSpace, predict: PredictFeatures, *, one_at_a_time: bool) -> None:
         options = [choices for genes in space.options.values() for choices in genes]

@@ -1,8 +1,8 @@
-"""The released code's training step, written anew from its description, and the first levers on it (rows V0 to V6).
+"""The released code's training step, rewritten from its description, and the first levers on it (rows V0 to V6).
 
 One step trains one subnet by RSLAD on one batch. The baseline (no lever) does, in this order:
 
-1. teacher forward without graph, whose output nobody uses,
+1. teacher forward without graph, whose output is not used,
 2. student forward in training mode for a metric; it also moves the running statistics,
 3. teacher forward again, its graph kept,
 4. PGD on the student in evaluation mode from x + 0.001 N(0, 1), ascending KL(teacher || student) summed over the
@@ -13,8 +13,8 @@ One step trains one subnet by RSLAD on one batch. The baseline (no lever) does, 
 Weights lie in NCHW memory, and every student forward slices and copies the active ones anew.
 
 The first lever alone (row V1) is the second baseline, `plain`: a fair textbook step. The teacher runs under no_grad,
-the attack takes the gradient of the input alone, each forward is made once; but every forward slices anew, memory is
-NCHW, norms are not folded.
+the attack takes the gradient of the input alone, each forward is made once; but every forward slices the weights,
+memory is NCHW, norms are not folded.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Levers:
-    """What a row does better than the released step; each row pulls all levers of the rows above it."""
+    """Optimisations of a row over the released step; each row has all levers of the rows above it."""
 
     few_forwards: bool = False
     channels_last: bool = False
@@ -109,7 +109,7 @@ class PlainStep:
         return sliced_forward(self.teacher, self.teacher.space.largest, images, layout=self.layout)
 
     def _attack(self, arch: Arch, images: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
-        """Adversarial images, on whatever form of the subnet the levers ask for."""
+        """Adversarial images, from the form of the subnet that the levers select."""
         recipe, levers = self.recipe, self.levers
         attack = {"eps": recipe.eps, "step_size": recipe.step_size, "num_steps": recipe.num_steps}
         predict = partial(self._student, arch, training=False)
@@ -119,7 +119,7 @@ class PlainStep:
             predict = view.folded(fixed, dtype=images.dtype) if levers.fold_in_attack else unfolded(view, fixed)
         if levers.closed_form:
             if not levers.written_out:
-                predict = partial(predict)  # hides the network's own input gradient: autograd takes it
+                predict = partial(predict)  # hides the network's own input gradient, so that autograd is used
             return pgd(predict, KLToTarget(target), images, start="gaussian", generator=generator, **attack)
         return chained_pgd(predict, target, images, generator=generator, layout=self.layout, **attack)
 
@@ -141,7 +141,7 @@ def sliced_forward(
     *,
     layout: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
-    """Logits of a subnet whose weights are sliced and copied in this very call, as the released layers do."""
+    """Logits of a subnet whose weights are sliced and copied in each call, as in the released layers."""
 
     def conv(layer: ConvSpec, x: Tensor) -> Tensor:
         elastic, out = net.layers[key_of(layer)], layer.out_channels
@@ -220,4 +220,4 @@ def _divergence(logits: Tensor, target: Tensor) -> Tensor:
     """RSLAD's divergence, the released small constant in the teacher's logarithm included; mean over images."""
     teacher = F.softmax(target.detach(), 1)
     elements = teacher * torch.log(teacher + 1e-5) - teacher * F.log_softmax(logits, 1)
-    return elements.mean() * logits.shape[1]  # the released code stops at the mean over images and classes
+    return elements.mean() * logits.shape[1]  # the released code takes the mean over images and classes

@@ -3,10 +3,10 @@
     python benchmarks/run_all.py                 # all bench_*.py but gpu, sync, pipeline and scale
     python benchmarks/run_all.py --only step attack --threads 1
     python benchmarks/run_all.py --also pipeline
-    python benchmarks/run_all.py --quick         # shows that they run; nothing is kept
-    python benchmarks/run_all.py --rows FILE     # runs none: keeps rows that benchmarks wrote with --json FILE
+    python benchmarks/run_all.py --quick         # a test run; nothing is kept
+    python benchmarks/run_all.py --rows FILE     # runs none; keeps rows that benchmarks wrote with --json FILE
 
-Each runs in a process of its own, after the one before, and hands over its rows as JSON lines.
+Each runs in a separate process, one after the other, and writes its rows as JSON lines.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from proard.artifacts.files import write_text
 from proard.report.svg import COLOURS, STYLE, to_svg
 
 FOLDER = Path(__file__).parent
-LEFT_OUT = ("gpu", "sync", "pipeline", "scale")  # another machine, several processes, minutes: asked for by name
+LEFT_OUT = ("gpu", "sync", "pipeline", "scale")  # another machine, several processes or minutes: run if named
 MARKS = {"amx_bf16": "amx", "avx512_bf16": "avx512bf16", "avx512f": "avx512", "avx2": "avx2", "asimd": "neon"}
 
 
@@ -56,18 +56,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these alone, as in step for bench_step.py")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these, such as step for bench_step.py")
     parser.add_argument("--also", nargs="+", metavar="NAME", default=[], help=f"of {', '.join(LEFT_OUT)}")
     parser.add_argument("--rows", nargs="+", metavar="FILE", default=[], help="JSON lines of earlier runs; run none")
     parser.add_argument("--threads", type=int, help="threads of every benchmark")
     parser.add_argument("--machine", metavar="NAME", help="name of the results instead of the processor's")
     parser.add_argument("--results", metavar="FOLDER", default=str(FOLDER / "results"))
-    parser.add_argument("--quick", action="store_true", help="pass --quick on; show that all run, keep nothing")
+    parser.add_argument("--quick", action="store_true", help="a test run of all with --quick; keep nothing")
     return parser.parse_args(argv)
 
 
 def chosen(only: Sequence[str] | None, also: Sequence[str], folder: Path = FOLDER) -> dict[str, Path]:
-    """Benchmarks to run, by name; the training step first, because the figure is about it."""
+    """Benchmarks to run, by name; the training step first, because the figure shows it."""
     there = {path.stem.removeprefix("bench_"): path for path in sorted(folder.glob("bench_*.py"))}
     there = dict(sorted(there.items(), key=lambda item: item[0] != "step"))
     strange = {*(only or []), *also} - set(there)
@@ -78,7 +78,7 @@ def chosen(only: Sequence[str] | None, also: Sequence[str], folder: Path = FOLDE
 
 
 def run(script: Path, *, quick: bool, threads: int | None) -> list[Row] | None:
-    """Rows of one benchmark; None where it fails."""
+    """Rows of one benchmark; None if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.json"
         command = [sys.executable, str(script), "--json", str(path)]
@@ -91,13 +91,13 @@ def run(script: Path, *, quick: bool, threads: int | None) -> list[Row] | None:
 
 
 def rows_of(path: Path, name: str = "") -> list[Row]:
-    """The rows of a benchmark's JSON lines; `name` stands in those that do not say which benchmark they are of."""
+    """The rows of a benchmark's JSON lines; `name` is added to those without the name of a benchmark."""
     lines = path.read_text(encoding="utf-8").splitlines()
     return [{"bench": name, **json.loads(line)} for line in lines if line.strip()]
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """One table over all benchmarks: ratios to the named baseline and to the plain form, where a row has them."""
+    """One table over all benchmarks: ratios to the named baseline and to the plain form, if a row has them."""
     cells = [
         (
             row["bench"],
@@ -113,7 +113,7 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def _over_baseline(row: Row) -> tuple[str, str]:
-    """A row's ratio and what it is over: the released form where the row has that ratio, else its own baseline."""
+    """A row's ratio and its baseline: the released form if the row has that ratio, else its own baseline."""
     if "ratio_released" in row:
         return cell(row["ratio_released"], ".2f"), "released form"
     return cell(row.get("ratio_total"), ".2f"), row.get("baseline", "-") if "ratio_total" in row else "-"
@@ -166,7 +166,7 @@ def ladder_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
 def write_results(folder: Path, slug: str, facts: Mapping[str, Any], rows: Sequence[Row]) -> None:
     """Write `<slug>.json` and, where a training step was timed, `<slug>.svg`.
 
-    Rows of benchmarks that an earlier run kept and this one did not repeat stay.
+    Rows of benchmarks that this run did not repeat are kept.
     """
     path = folder / f"{slug}.json"
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Before anything is timed: the rows of the ladder agree in float64, the bfloat16 rows up to what is printed."""
+"""Checks before anything is timed: rows of the ladder agree in float64; differences of bfloat16 rows are printed."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def equality(
 
     Every row starts from equal weights, statistics and (random, non-zero) momentum, and gets equal noise. Compared are
     the adversarial images, clean and adversarial training-mode logits, all gradients and all updated parameters.
-    The rows move running statistics differently often (V0: clean batch for its metric, adversarial, clean again;
-    V1 to V6: clean, adversarial; the package: clean), so `statistics` compares each row's with those that its own
-    moves give, replayed from V0's adversarial images. Nothing else is left out but the counter of batches.
+    The rows update running statistics at different passes (V0: clean batch for its metric, adversarial, clean again;
+    V1 to V6: clean, adversarial; the package: clean), so `statistics` compares each row's with a replay of its
+    own updates on V0's adversarial images. Only batch norm's counter of batches is not compared.
     """
     found: dict[str, list[float]] = {}
     for arch in problem.archs:
@@ -52,14 +52,14 @@ def equality(
 
 
 def require_equal(differences: Mapping[str, float]) -> float:
-    """The largest of all differences; ends where it exceeds the tolerance."""
+    """The largest of all differences; exits if it exceeds the tolerance."""
     return require_close(differences, TOLERANCE, f"rows differ from the released step by more than {TOLERANCE:g}")
 
 
 def checked(
     space: SearchSpace, args: Namespace, equality: Callable[[Problem], dict[str, float]] = equality
 ) -> tuple[Problem, Row]:
-    """The problem that the options describe, once the rows agree on a small one in float64, and facts about it."""
+    """The problem of the options, after a check that rows agree on a small one in float64, and facts about it."""
     recipe = Recipe(num_steps=args.steps)
     how = {"num_archs": args.archs, "seed": args.seed, "recipe": recipe}
     small = make_problem(space, batch_size=min(args.batch, 8), dtype=torch.float64, **how)
@@ -71,7 +71,7 @@ def checked(
 
 
 def reduced_precision(problem: Problem) -> dict[str, dict[str, float]]:
-    """How far the bfloat16 rows follow V8 in one step, averaged over archs.
+    """Agreement of the bfloat16 rows with V8 in one step, averaged over archs.
 
     `input_gradient_signs`: share of equal signs in the attack's first input gradient. `parameter_gradients`: cosine
     between the step's gradients and V8's.
@@ -108,7 +108,7 @@ def _fill_momentum(step: Step) -> None:
 
 @torch.no_grad()
 def replay(net: Supernet, arch: Arch, batches: Sequence[Tensor]) -> Supernet:
-    """The network after it has seen these batches in training mode: its running statistics have moved."""
+    """The network after these batches in training mode, with updated running statistics."""
     net.train()
     for batch in batches:
         net(batch, arch)
@@ -116,7 +116,7 @@ def replay(net: Supernet, arch: Arch, batches: Sequence[Tensor]) -> Supernet:
 
 
 def _quantities(step: Step, outcome: Outcome) -> dict[str, dict[str, Tensor]]:
-    """Everything that is compared, by quantity and tensor."""
+    """All compared tensors, by quantity and name."""
     parameters = dict(step.net.named_parameters())
     return {
         "adv": {"adv": outcome.adv},

@@ -1,4 +1,4 @@
-"""The rows of the training-step ladder, and the problem that all of them start from."""
+"""The rows of the training-step ladder, and the problem that all of them solve."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ ALL_LEVERS = {
 }
 LEVERS = computed_here(ALL_LEVERS, rounded=("V9", "V10"))
 RELEASED, PLAIN = "V0", "V1"  # the two baselines
-DEFAULT_SCALES = {"resnet_cifar": 0.125}  # of the channels, where a space is too large for a minute's run
-OFFICIAL = "official"  # the official classes, where the user has them
+DEFAULT_SCALES = {"resnet_cifar": 0.125}  # of the channels, for spaces too large for a run of minutes
+OFFICIAL = "official"  # the official classes, if the user has them
 EXACT = tuple(ALL_LEVERS)[:9]
 COLUMNS = {"ratio_total": "/released:.2f", "ratio_plain": "/plain:.2f", "ratio_previous": "/previous:.2f"}
 COLUMNS |= {"ms_per_step": "ms/step:.3g", "images_per_second": "images/s:.3g"}
@@ -49,10 +49,10 @@ COLUMNS |= {"ms_per_step": "ms/step:.3g", "images_per_second": "images/s:.3g"}
 
 @dataclass(frozen=True)
 class Problem:
-    """What every row starts from: archs, one batch, weights of student and teacher, which every row copies.
+    """Inputs of every row: archs, one batch, weights of student and teacher, which every row copies.
 
-    `images` are at least 0.02 inside [0, 1], so that the start noise never leaves the box (the released code does not
-    clip it).
+    `images` are at least 0.02 inside [0, 1], so that the start noise stays in the pixel range (the released code does
+    not clip it).
     """
 
     archs: list[Arch]
@@ -63,13 +63,13 @@ class Problem:
     recipe: Recipe
 
     def placed(self, device: torch.device, dtype: torch.dtype | None = None) -> Problem:
-        """A copy on a device, in another type where one is given."""
+        """A copy on a device, in another type if one is given."""
         student, teacher = (copy.deepcopy(net).to(device, dtype) for net in (self.student, self.teacher))
         images, labels = self.images.to(device, dtype), self.labels.to(device)
         return replace(self, images=images, labels=labels, student=student, teacher=teacher)
 
     def with_steps(self, num_steps: int) -> Problem:
-        """The problem with an attack of another length."""
+        """The problem with another number of attack steps."""
         return replace(self, recipe=replace(self.recipe, num_steps=num_steps))
 
     def facts(self) -> list[dict[str, Any]]:
@@ -86,7 +86,7 @@ class Problem:
 class PackageStep:
     """`proard.training`'s step on a copy of a problem's student, with attack statistics `running` as released.
 
-    `fused`: the optimizer updates all tensors at once. `shared`: keys of the attack that say how several subnets share
+    `fused`: the optimizer updates all tensors at once. `shared`: the attack's settings for several subnets that share
     one. `take_steps` takes the attack's steps.
     """
 
@@ -145,7 +145,7 @@ class PackageStep:
 
 
 class WithoutKernels:
-    """A step whose maps are computed by the C kernels' plain twins."""
+    """A step that uses the plain forms of the C kernels."""
 
     def __init__(self, step: PlainStep | PackageStep) -> None:
         self.step = step
@@ -190,14 +190,14 @@ def training_call(step: Step, problem: Problem, images: Tensor | None = None, *,
 
 
 def step_times(row: str, timing: Timing, *, steps: int, batch: int) -> Row:
-    """Times of one of the steps that a call takes, on so many images."""
+    """Times of one step of a call, on `batch` images."""
     times = {"ms_per_step": 1e3 * timing.seconds / steps, "cpu_ms_per_step": 1e3 * timing.cpu_seconds / steps}
     rounded = {name: round(value, 3) for name, value in times.items()}
     return rounded | {"images_per_second": round(batch * steps / timing.seconds, 2)}
 
 
 def scaled_space(name: str, scale: float) -> SearchSpace:
-    """Multiply all channels of a preset, and what they are rounded to, by `scale`, where that leaves whole numbers."""
+    """Multiply all channels of a preset, and what they are rounded to, by `scale`, if that gives whole numbers."""
     full = PRESETS[name]
 
     def times(channels: int) -> int:
@@ -215,7 +215,7 @@ def scaled_space(name: str, scale: float) -> SearchSpace:
 def make_problem(
     space: SearchSpace, *, recipe: Recipe, num_archs: int, batch_size: int, seed: int = 0, dtype: torch.dtype
 ) -> Problem:
-    """Random archs, images and networks whose norms and statistics are of ordinary size but nowhere trivial."""
+    """Random archs, images and networks; norms and statistics are of ordinary size and not 0 or 1."""
     generator = torch.Generator().manual_seed(seed)
     settings, channels = space.settings, space.settings.image_channels
     archs = [space.arch(genes) for genes in space.sample(num_archs, np.random.default_rng(seed))]
@@ -242,7 +242,7 @@ def make_problem(
 
 @torch.no_grad()
 def _settle_statistics(net: Supernet, arch: Arch, images: Tensor) -> None:
-    """Put the batch's statistics into the running ones of a subnet's channels."""
+    """Set the running statistics of a subnet's channels to the batch's."""
     statistics: Statistics = {}
     SubnetView(net, arch)(images, record=statistics)
     for conv in net.space.spec(arch).convs:

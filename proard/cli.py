@@ -1,4 +1,4 @@
-"""The command `proard`: look at a run's tables and costs in the terminal, and at the machine before a run."""
+"""The command `proard`: show a run's tables and costs in the terminal; check the machine before a run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PIPE_WIDTH = 2000  # characters of a line where no terminal sets a limit
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; an error that the user can mend is one line and exit status 1."""
+    """Run the command line; an error that the user can fix is printed in one line, with exit status 1."""
     take_any_character()
     arguments = _parser().parse_args(argv)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
@@ -48,12 +48,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except BrokenPipeError:
-        sys.stderr.close()  # the reader, say `head`, has seen enough
+        sys.stderr.close()  # the reader (such as `head`) closed the pipe
 
 
 def _parser() -> argparse.ArgumentParser:
-    """The command line's grammar."""
-    parser = argparse.ArgumentParser(prog="proard", description="Look at a run's results; check a machine before.")
+    """The parser of the command line."""
+    parser = argparse.ArgumentParser(prog="proard", description="Show a run's results; check a machine.")
     parser.add_argument("--version", action="version", version=f"proard {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     table = commands.add_parser("show", help="a result table with its units and provenance")
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("--columns", metavar="A,B", help="only these columns")
     run = commands.add_parser("students", help="the exported students of a run")
     run.add_argument("run_folder", metavar="results/RUN")
-    spent = commands.add_parser("cost", help="what a run cost, beside students trained one by one")
+    spent = commands.add_parser("cost", help="the costs of a run, compared with students trained one by one")
     spent.add_argument("run_folder", metavar="results/RUN")
     spent.add_argument(
         "--students", type=_numbers, default=(1, 5, 20, 100), metavar="N,N", help="numbers of students (1,5,20,100)"
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     both.add_argument(
         "first", metavar="results/RUN", help="a run, or result tables: a .parquet file or a quoted pattern"
     )
-    both.add_argument("second", metavar="results/OTHER", help="the same of the other run")
+    both.add_argument("second", metavar="results/OTHER", help="the same for the other run")
     add_doctor(commands)
     return parser
 
@@ -92,7 +92,7 @@ def _row_count(text: str) -> int:
 
 
 def show(path: str | Path, console: Console, *, rows: int = 20, columns: Sequence[str] | None = None) -> None:
-    """Print a table: provenance, what all rows share, the rows, and the unit of every printed column.
+    """Print a table: provenance, columns with one value, the rows, and the unit of every printed column.
 
     Parameters
     ----------
@@ -137,7 +137,7 @@ def show(path: str | Path, console: Console, *, rows: int = 20, columns: Sequenc
 
 
 def _print_provenance(metadata: Mapping[str, Any], console: Console) -> None:
-    """Which job wrote the table, from which inputs."""
+    """Print which job wrote the table, from which inputs."""
     if "run" not in metadata:
         console.print("[dim]no provenance: not written by this package[/]")
         return
@@ -147,11 +147,11 @@ def _print_provenance(metadata: Mapping[str, Any], console: Console) -> None:
     for name, checksum in islice(inputs.items(), FEW_INPUTS):
         console.print(f"[dim]input {escape(name)} sha256 {checksum[:12]}[/]")
     if len(inputs) > FEW_INPUTS:
-        console.print(f"[dim]and {len(inputs) - FEW_INPUTS:,} inputs more[/]")
+        console.print(f"[dim]and {len(inputs) - FEW_INPUTS:,} more inputs[/]")
 
 
 def _print_shared(shared: Mapping[str, str], units: Mapping[str, str], console: Console) -> None:
-    """Columns with one value, each on a line."""
+    """Print columns with one value, each on a line."""
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for name, value in shared.items():
         table.add_row(name, Text(value, "bold"), Text(units.get(name, ""), "dim"))
@@ -159,7 +159,7 @@ def _print_shared(shared: Mapping[str, str], units: Mapping[str, str], console: 
 
 
 def _print_rows(text: Mapping[str, Sequence[str]], frame: pd.DataFrame, console: Console) -> None:
-    """Rows in as many blocks as the width needs; the first column leads every block."""
+    """Print rows in as many blocks of columns as the width needs; each block starts with the first column."""
     widths = {name: max(len(name), *map(len, cells)) + 2 for name, cells in text.items()}
     first, *others = text
     blocks: list[list[str]] = [[first]]
@@ -180,7 +180,7 @@ def _print_rows(text: Mapping[str, Sequence[str]], frame: pd.DataFrame, console:
 
 
 def format_value(value: Any, unit: str) -> str:
-    """One cell: fractions with four decimals, pixel lengths as n/255, long texts and lists shortened."""
+    """Text of a cell: fractions with four decimals, pixel lengths as n/255, long texts and lists shortened."""
     from proard.report.text import pixels
 
     if isinstance(value, (list, tuple, np.ndarray)):
@@ -263,7 +263,7 @@ def fronts(first: str | Path, second: str | Path, console: Console) -> None:
     if any(tables):
         raise UserError(f"{first} and {second}: one is a run, the other a table; name two runs or two tables")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name in ("archs", "number", "images", str(first), str(second), "second less first"):
+    for name in ("archs", "number", "images", str(first), str(second), "second minus first"):
         table.add_column(name, no_wrap=True)
     kinds = (("verified fronts, test, all attacks", verified_outcomes), ("sampled, val", sampled_outcomes))
     for name, read in kinds:
@@ -275,7 +275,7 @@ def fronts(first: str | Path, second: str | Path, console: Console) -> None:
     console.print(table)
     console.print(
         "[dim]hypervolume in clean accuracy, robust accuracy and MACs, as a share of the box that both runs span; "
-        "intervals: 95 % over redraws of the images, one training each[/]"
+        "intervals: 95 % over resampled images, one training each[/]"
     )
 
 
@@ -285,7 +285,7 @@ def table_fronts(first: str | Path, second: str | Path, console: Console) -> Non
     Raises
     ------
     UserError
-        There is no such table, or nothing in the two was measured alike.
+        There is no such table, or no measurements of the two can be compared.
     """
     from proard.report.fronts import compare_tables
 
@@ -304,7 +304,7 @@ def table_fronts(first: str | Path, second: str | Path, console: Console) -> Non
     console.print(table)
     console.print(
         "[dim]hypervolume in clean accuracy, robust accuracy and MACs, as a share of the box that both sets span; "
-        "gains: mean over the archs in both, second less first[/]"
+        "gains: mean over the archs in both, second minus first[/]"
     )
 
 
@@ -320,12 +320,12 @@ def _parity_mark(path: Path) -> str:
 
 
 def cost(run_folder: str | Path, console: Console, *, numbers: Sequence[int], country: str) -> None:
-    """Print what every stage of a run cost, and the cost of students trained one by one over that of the supernet.
+    """Print the costs of every stage, and the cost of students trained one by one divided by the supernet's.
 
     Raises
     ------
     UserError
-        The folder holds no run, or the country is not known.
+        The folder holds no run, or the country is unknown.
     """
     from proard.report.costs import by_stage, compare, emissions, read_ledgers
     from proard.report.text import amount
@@ -355,7 +355,7 @@ def cost(run_folder: str | Path, console: Console, *, numbers: Sequence[int], co
             console.print(f"[dim]{escape(method)}[/]")
     for source in sorted(set(ledgers["counted"]) - {"ledger"}):
         stages_of = ", ".join(dict.fromkeys(ledgers.loc[ledgers["counted"] == source, "stage"]))
-        console.print(f"[dim]no ledger, read from the {source}: {stages_of}[/]")
+        console.print(f"[dim]no costs.parquet, costs are from the {source}: {stages_of}[/]")
     found = compare(run_folder, ledgers)
     if isinstance(found, str):
         console.print(f"\n{escape(found)}")
@@ -364,12 +364,10 @@ def cost(run_folder: str | Path, console: Console, *, numbers: Sequence[int], co
 
 
 def _print_comparison(found: Any, numbers: Sequence[int], console: Console) -> None:
-    """The ratio for each kind of student, and the number of students from which on the supernet costs no more."""
+    """Print the ratio for each kind of student, and the number of students from which the supernet costs less."""
     from proard.report.text import amount
 
-    console.print(
-        "\n[bold]students trained one by one, over the supernet run[/] (in MACs; above 1 the supernet is cheaper)"
-    )
+    console.print("\n[bold]students trained one by one / supernet run[/] (in MACs; above 1 the supernet is cheaper)")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for name in ("student", "MACs", "budget", "counted", "alone", "break-even", *(f"K={number}" for number in numbers)):
         table.add_column(name, justify="left" if name in ("student", "budget", "counted") else "right", no_wrap=True)
@@ -384,9 +382,9 @@ def _print_comparison(found: Any, numbers: Sequence[int], console: Console) -> N
     console.print(table)
     console.print(
         f"[dim]both sides: data and teacher, {amount(found.shared)} MACs; the supernet: {amount(found.once)} once, "
-        f"of which {amount(found.training)} training, and {amount(found.each)} per student; a student alone: "
-        f"{found.own:g} passes of each image through itself, {found.others:g} through the teacher; "
-        "docs/costs.md says what is counted[/]"
+        f"of which {amount(found.training)} training, and {amount(found.each)} per student; a student alone: each "
+        f"image passes {found.own:g} times through the student and {found.others:g} times through the teacher; "
+        "what is counted: docs/costs.md[/]"
     )
 
 

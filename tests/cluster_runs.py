@@ -1,4 +1,4 @@
-"""Runs of the workflow on the tests' SLURM: started with the repository's profile, hit, and compared."""
+"""Runs of the workflow on the tests' SLURM: started with the repository's profile, disturbed, and compared."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class Run:
         for name in names:
             shutil.rmtree(self.results / name)
 
-    # What the phase `all` does, and who does it.
+    # The jobs and processes of the phase `all`.
 
     def trains(self, process: subprocess.Popen) -> str:
         """Wait until the phase has saved a state; the id of its job."""
@@ -119,7 +119,7 @@ class Run:
         return [job["state"] for job in self.jobs(rule).values()]
 
     def signal_trainers(self, number: signal.Signals) -> int:
-        """Send a signal to the python of the phase, not to what surrounds it; how many got it."""
+        """Send a signal to the python processes of the phase only, not to their parents; return their number."""
         found = 0
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit():
@@ -138,7 +138,7 @@ class Run:
         """Whether the phase's last attempt continued from a state."""
         return "resumed after step" in (self.logs / "train_phase" / "all.log").read_text()
 
-    # What came out.
+    # Results.
 
     def weights(self) -> dict[str, str]:
         """Checksums of all weights."""
@@ -146,7 +146,7 @@ class Run:
         return {str(path.relative_to(self.results)): read_header(path).get("checksum") for path in files}
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """All tables but the ledgers of what it cost, without the times of the wall clock."""
+        """All tables except the ledgers of costs, without wall times."""
         files = [path for path in sorted(self.results.rglob("*.parquet")) if path.name != "costs.parquet"]
         return {
             str(path.relative_to(self.results)): read_table(path).drop(columns="seconds", errors="ignore")
@@ -188,7 +188,7 @@ def wait_until(holds: Callable[[], object], what: str, process: subprocess.Popen
 
 
 def made_once(folder: Path, make: Callable[[], None]) -> None:
-    """Let one of the test processes make what all of them read."""
+    """Let one of the test processes make a file that all of them read."""
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         done = folder.with_suffix(".done")

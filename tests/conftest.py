@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(autouse=True)
 def own_threads():
-    """What a test sets, through a stage or a benchmark, is taken back before and after it."""
+    """Reset torch's number of threads, which stages and benchmarks change, before and after each test."""
     torch.set_num_threads(THREADS)
     yield
     torch.set_num_threads(THREADS)

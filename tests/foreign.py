@@ -1,4 +1,4 @@
-"""Image files as people have them, for the tests of reading and of the card."""
+"""Image files as users have them, for the tests of reading and of the card."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def wide_pixels(channels: int = 3, *, seed: int = 0) -> np.ndarray:
 
 
 def turned(path: Path, orientation: int = 6, *, seed: int = 0) -> Path:
-    """A 48 x 24 PNG that a viewer turns, as cameras write them."""
+    """A 48 x 24 PNG with a rotation in its metadata, as cameras write them."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(wide_pixels(seed=seed)).save(path, exif=exif)

@@ -100,7 +100,7 @@ def random_archs(space: SearchSpace, count: int, *, seed: int = 0) -> list[Arch]
 
 
 def random_supernet(space: SearchSpace, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Supernet:
-    """A supernet whose every number is random: norms and running statistics too, so that a mix-up shows."""
+    """A supernet whose every number is random: norms and running statistics too, so that no two can be swapped."""
     generator = torch.Generator().manual_seed(seed)
     channels = space.settings.image_channels
     net = Supernet(space, mean=[0.4] * channels, std=[0.3] * channels, generator=generator)

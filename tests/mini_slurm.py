@@ -1,4 +1,4 @@
-"""A real SLURM on this machine for the tests: munge, one controller, two nodes with two pretended GPUs each.
+"""A real SLURM on this machine for the tests: munge, one controller, two nodes with two fake GPUs each.
 
 All of it lies in one folder, runs under the user who starts it, listens on loopback, and ends with the context manager.
 By hand, a shell in which sbatch works: `python tests/mini_slurm.py bash`.
@@ -65,7 +65,7 @@ Gres=gpu:h200:{gpus} State=UNKNOWN
 PartitionName=work Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 PartitionName=gpu Nodes=n2 MaxTime=INFINITE State=UP
 """
-GPU_FILES = ("/dev/null", "/dev/zero")  # any character devices: SLURM wants such, and nothing opens them as GPUs
+GPU_FILES = ("/dev/null", "/dev/zero")  # any device files: SLURM needs some, and no process opens them
 GRES = "NodeName=n[1-2] Name=gpu Type=h200 File={file} Flags=nvidia_gpu_env\n"
 
 
@@ -122,7 +122,7 @@ class Slurm:
         self("scancel", "--quiet", f"--user={_user()}", check=False)
         deadline = time.monotonic() + 20
         while self("squeue", "--noheader", check=False) and time.monotonic() < deadline:
-            time.sleep(0.2)  # a job's shepherd that finds no controller would stay
+            time.sleep(0.2)  # without a controller, a job's slurmstepd would not end
         for process in reversed(self.processes):
             process.terminate()
         for process in reversed(self.processes):
@@ -162,7 +162,7 @@ class Slurm:
         return {row["id"]: row for row in rows if comment in row["comment"]}
 
     def _daemon(self, name: str, *arguments: str) -> None:
-        """Start a daemon as a child, in a process group of its own; what it says goes into a file."""
+        """Start a daemon as a child, in its own process group, with its output in a file."""
         with (self.folder / f"{name}.out").open("ab") as said:
             self.processes.append(
                 subprocess.Popen(
@@ -177,7 +177,7 @@ class Slurm:
             )
 
     def _wait_for(self, ready, what: str, *, seconds: float = 60.0) -> None:
-        """Wait until something holds; a daemon that ended, or too long a wait, shows the logs."""
+        """Wait until a condition holds; raise with the logs if a daemon ended or the wait is too long."""
         deadline = time.monotonic() + seconds
         while not ready():
             ended = [process.args[0] for process in self.processes if process.poll() is not None]
@@ -189,17 +189,17 @@ class Slurm:
 
 
 def die_with_parent() -> None:
-    """In a process to be: end when the tests do, even when these are killed."""
+    """Run in a child before exec: end it with the tests, even if these are killed."""
     ctypes.CDLL(None).prctl(PDEATHSIG, signal.SIGTERM)
 
 
 def _user() -> str:
-    """The user's name as the system knows it: SLURM does not heed $USER."""
+    """The user's name in the system's database: SLURM ignores $USER."""
     return pwd.getpwuid(os.getuid()).pw_name
 
 
 def _free_ports(count: int) -> int:
-    """First of some consecutive ports that nobody listens on."""
+    """First of some consecutive free ports."""
     while True:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""The SLURM profile as a site edits it, what is commented out there filled in; and which rules its GPUs are for."""
+"""The SLURM profile as a site edits it, with the commented lines filled in; and the rules that use GPUs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def edited_profile(folder: Path, *, partition: str, gpu_partition: str) -> Path:
 
 
 def rules_with_a_gpu() -> set[str]:
-    """Rules that ask for one."""
+    """Rules that request one."""
     found = set()
     for path in (ROOT / "workflow" / "rules").glob("*.smk"):
         for rule in re.split(r"(?m)^rule ", path.read_text("utf-8"))[1:]:

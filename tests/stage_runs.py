@@ -98,7 +98,7 @@ class Stage:
         return read_table(self.folder / "costs.parquet").iloc[0]
 
     def equals(self, other):
-        """Whether both ended with the same weights and the same history, and left nothing else."""
+        """Whether both ended with the same weights and history, and no other files."""
         names = {path.name for path in self.folder.iterdir()}
         assert names == {*OUTPUTS[self.name], "costs.parquet"}, names
         return self.checksum() == other.checksum() and str(self.history()) == str(other.history())

@@ -1,4 +1,4 @@
-"""What each of two processes does in `test_sync.py`, and the same in one process."""
+"""The work of each of two processes in `test_sync.py`, and the same in one process."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def archs() -> list[Arch]:
 
 @contextlib.contextmanager
 def in_float64():
-    """Context in which nothing falls back to float32, so that only the order of sums makes a difference."""
+    """Context in which all is computed in float64, so that only the order of sums differs."""
     folded = SubnetView.folded
 
     def in_full(view, statistics, **_type):
@@ -102,7 +102,7 @@ def whole_training(name: str, folder: str, ranks: Ranks) -> dict:
 
 
 def normalised(x: Tensor, total, *, twice: bool) -> list[Tensor]:
-    """Batch norm of a part and all that comes of it: outputs, statistics, gradients, input gradients' gradients."""
+    """Batch norm of a part with its results: outputs, statistics, gradients, gradients of input gradients."""
     generator = torch.Generator().manual_seed(5)
     scale, shift, wave = (torch.randn(4, generator=generator, dtype=x.dtype).requires_grad_() for _ in range(3))
     x = x.detach().requires_grad_()
@@ -121,7 +121,7 @@ def planes() -> Tensor:
 
 
 def work(rank: int, folder: str) -> None:
-    """Train as one of two processes, and leave what came out in the folder."""
+    """Train as one of two processes, and write the results to the folder."""
     torch.set_num_threads(1)
     sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)

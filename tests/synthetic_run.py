@@ -1,4 +1,4 @@
-"""A small made-up run on disk, in the layout of results/RUN, for the tests of what reads tables."""
+"""A small synthetic run on disk, in the layout of results/RUN, for the tests of code that reads tables."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONTROL = {"arch_id": "control", "macs": 17_900_000, "params": 1_300_000}
 
 
 class SyntheticRun:
-    """Writes every table of a run below `folder`, and knows the report stage's flags for them."""
+    """Writes every table of a run below `folder`, and lists the report stage's flags for them."""
 
     def __init__(self, folder: Path, *, num_archs: int = 40) -> None:
         self.folder = folder / "results" / "demo"

@@ -129,7 +129,7 @@ def test_truncated_tensors_are_named(tmp_path, keep):
 
 
 def test_every_flipped_byte_is_noticed(tmp_path):
-    """Header or contents: the file is refused with the one kind of error that stages show as one line."""
+    """Damage of header or contents raises the one type of error that stages print in one line."""
     path = tmp_path / "x.safetensors"
     save_tensors(path, {"a": torch.ones(3)}, kind="teacher")
     intact = path.read_bytes()
@@ -225,7 +225,7 @@ def test_damaged_and_missing_tables_are_named(tmp_path):
 
 
 def test_a_flipped_bit_in_a_table_is_noticed_or_changes_nothing(tmp_path):
-    """Data, page headers, statistics and footer: what is read is what was written, or an error of the one kind."""
+    """After damage anywhere, reading gives the written data or an error of the one type."""
     path = tmp_path / "table.parquet"
     write_table(path, [row(epoch=index, loss=index / 7) for index in range(9)], HISTORY, provenance())
     intact, frame = path.read_bytes(), read_table(path)

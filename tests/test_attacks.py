@@ -1,4 +1,4 @@
-"""The inner maximisation: optimum of a linear model, ball and box, start points, what it leaves untouched."""
+"""The inner maximisation: optimum of a linear model, ball and box, start points, unchanged modes and gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EPS = 8 / 255
 
 
 class Linear(nn.Module):
-    """Two logits, +-w.x: the optimum inside the ball lies in its corner, whatever the image."""
+    """Two logits, +-w.x: the optimum inside the ball is a corner, for every image."""
 
     def __init__(self, pixels):
         super().__init__()
@@ -37,7 +37,7 @@ def test_pgd_reaches_the_optimum_of_a_linear_model(start, objective):
     net, labels, images, generator = linear_problem()
     attack = {"eps": EPS, "step_size": 2 / 255, "num_steps": 10, "start": start, "generator": generator}
     adv = pgd(net, objective(labels), images, **attack)
-    descent = net.weight.detach().sign().reshape(1, 3, 4, 4)  # class 0 loses where w.x falls
+    descent = net.weight.detach().sign().reshape(1, 3, 4, 4)  # the logit of class 0 decreases with w.x
     torch.testing.assert_close(adv, (images - EPS * descent).clamp(0, 1))
 
 

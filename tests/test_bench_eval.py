@@ -24,7 +24,7 @@ def problem(tmp_path):
 
 
 def predicted(problem):
-    """What the recalibrated largest subnet says."""
+    """Predictions of the recalibrated largest subnet."""
     import eval_rows
 
     arch = problem.supernet.space.largest

@@ -1,4 +1,4 @@
-"""The GPU benchmark where there is no GPU: it says so, its CPU form runs, and its gates notice what is wrong."""
+"""The GPU benchmark without a GPU: its message, its CPU form, and gates that detect errors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_without_a_gpu_one_line_says_that_nothing_was_run(capsys):
 
 
 class Here:
-    """Runs a section in this process, where a test can reach it."""
+    """Runs a section in this process, so that a test can change it."""
 
     def __init__(self, section, args):
         self.section, self.args = section, args
@@ -302,7 +302,7 @@ def test_a_step_in_which_the_host_waits_is_noticed():
 
 
 class Stale(CapturedSteps):
-    """Graphs that never read new weights."""
+    """Graphs that do not read new weights."""
 
     def _captured(self, *given):
         graph = super()._captured(*given)

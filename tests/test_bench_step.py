@@ -30,7 +30,7 @@ def test_every_float_row_takes_the_released_step_in_float64(space):
 
 
 class WrongAttack:
-    """V8 with an attack of one step less, and statistics that move twice."""
+    """V8 with an attack of one step less, and statistics that are updated twice."""
 
     def __init__(self, problem, fault):
         import step_rows
@@ -83,7 +83,7 @@ def test_the_second_ratio_is_against_the_plain_row_of_the_same_round():
 
 
 def fake_checkout(folder, networks="class DYNResNets_Cifar: pass\n"):
-    """A tree of the official names; like the real one, it asks for packages that are not installed."""
+    """A tree of the official names; like the real one, it imports packages that are not installed."""
     files = {
         "proard/utils/__init__.py": "class MyNetwork: CHANNEL_DIVISIBLE = 8\n",
         "proard/classification/elastic_nn/networks/__init__.py": f"import horovod.torch as hvd\n{networks}",

@@ -86,7 +86,7 @@ def test_clever_finds_the_slope_at_the_edge_of_the_ball():
 
     found = clever(predict, centre, norm="l2", radius=0.2, num_maxima=60, num_samples=30, generators=streams(1))
     assert found.lipschitz[0] == pytest.approx(6 * 0.2, rel=0.01)
-    assert found.radius[0] == 0.2  # 1 / 1.2 lies outside
+    assert found.radius[0] == 0.2  # 1 / 1.2 is outside
     assert found.fit_p[0] > 0.01
 
 
@@ -176,7 +176,7 @@ def test_it_abstains_at_the_border():
 
 
 def test_the_class_is_chosen_by_other_copies_than_those_that_certify():
-    """Copies that change their mind in between: the choice stands, and nothing is certified."""
+    """Copies whose class changes after the choice: the choice is kept, and nothing is certified."""
     seen = []
 
     def predict(images):

@@ -54,7 +54,7 @@ def test_a_table_of_many_shards_names_a_few_of_them(tmp_path: Path, capsys: pyte
     )
     text = output(capsys, "show", tmp_path / "t.parquet")
     assert text.count("input shard") == 8
-    assert "and 992 inputs more" in text
+    assert "and 992 more inputs" in text
 
 
 def test_show_prints_every_row_and_only_the_asked_columns(run: SyntheticRun, capsys: pytest.CaptureFixture[str]):

@@ -1,6 +1,6 @@
-"""The workflow on a real SLURM: the quick start, and a run that is hit in every way a cluster knows.
+"""The workflow on a real SLURM: the quick start, and a run with every kind of failure on a cluster.
 
-Whatever happens to a run, the documented recovery ends in the tables and weights of one that nobody disturbed, which
+After each failure, the documented recovery gives the tables and weights of an undisturbed run, which
 ran here, without SLURM.
 """
 
@@ -90,7 +90,7 @@ def test_a_killed_process_is_started_again(run, undisturbed):
 def test_a_job_that_hits_its_time_limit_continues_in_the_next_attempt(run, undisturbed):
     process = run.start("train_phases", "--set-resources", "train_phase:runtime=1")
     run.trains(process)
-    assert run.signal_trainers(signal.SIGSTOP) == 1  # hangs until SLURM has had enough of it
+    assert run.signal_trainers(signal.SIGSTOP) == 1  # hangs until SLURM's time limit
     run.end(process)
     first, *stopped, last = run.states("train_phase")  # on a busy machine the next limit, 2 minutes, is short as well
     assert (first, {*stopped}, last) in [("TIMEOUT", set(), "COMPLETED"), ("TIMEOUT", {"FAILED"}, "COMPLETED")]

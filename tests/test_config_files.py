@@ -1,4 +1,4 @@
-"""Config files as people write them: repeated keys, broken YAML, names and numbers that YAML reads otherwise."""
+"""Config files as users write them: repeated keys, broken YAML, names and numbers that YAML reads differently."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IMAGES = {"source": "parquet", "train": "a.parquet"}
 
 
 def refusal(**values) -> str:
-    """The one line that refuses a config."""
+    """The one-line error for a config."""
     with pytest.raises(ConfigError) as caught:
         load({"run": "a", **values})
     assert "\n" not in str(caught.value)

@@ -82,7 +82,7 @@ def test_a_dynamic_teacher_and_the_frozen_one_beside_it_are_both_paid():
     step = step_of(net, phase, plan, teacher=plain_network())
     work = take(step, random_images(SPACE, 6, dtype=torch.float32), LABELS, number=number).work
     each = 3 + 2 * 2 + 3
-    largest = 1 + each + 2  # frozen on clean images, the guide's own step, both asked about the adversarial images
+    largest = 1 + each + 2  # frozen on clean images, the guide's own step, both on adversarial images
     assert work == Work(largest + each, largest * macs(SPACE.largest) + each * macs(student.arch), 2)
 
 
@@ -128,10 +128,8 @@ def test_measurements_are_spent_once_and_cached_afterwards(sets, tmp_path):
     made = meter(sets, tmp_path, first)
     rows = made.rows(arch, sets["val"], attacks)
     gradients = sum(row["gradients"] for row in rows)
-    last = sum(round(row["robust_acc"] * 30) for row in rows)  # at least these were looked at without a gradient
-    forwards = (
-        made.seen.images - 30 - gradients
-    )  # what really went through: the clean pass, and forwards of the attacks
+    last = sum(round(row["robust_acc"] * 30) for row in rows)  # at least these passed without a gradient
+    forwards = made.seen.images - 30 - gradients  # the actual passes: the clean pass, and forwards of the attacks
     assert last <= forwards <= 60
     assert first.spent == (20 + 30 + 2 * gradients + forwards) * one_pass(macs(arch))
     assert first.cached == Work()
@@ -175,7 +173,7 @@ def test_attempts_add_up(tmp_path):
     row = second.row()
     assert (row["attempts"], row["measure_forward_equivalents"], row["measure_macs"]) == (2, 6, 60)
     assert 110 <= row["seconds"] < 120
-    second.resume(None)  # a state of before there were ledgers
+    second.resume(None)  # an older state, without a ledger
     assert second.row()["attempts"] == 2
 
 

@@ -1,4 +1,4 @@
-"""Costs that no clock is needed for: kernels and convolution FLOPs of a training step and of an attack step."""
+"""Costs without a clock: kernels and convolution FLOPs of a training step and of an attack step."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def labels(space: SearchSpace) -> torch.Tensor:
 
 
 def one_pass_flops(x, *others, out_shape, **_) -> int:
-    """Of a convolution that activates on the way, and adds a map of its output's shape where one is given."""
+    """FLOPs of a convolution with fused activation, which can add a map of its output's shape."""
     weight = others[1] if others[0] == out_shape else others[0]
     return 2 * out_shape[0] * out_shape[2] * out_shape[3] * weight.numel()
 
@@ -133,7 +133,7 @@ def test_kernels_of_an_attack_step():
     sliced = sum(c.kernel == 1 and c.stride > 1 for c in spec.convs)
     forward = step["convolution"] + step["_convolution_pointwise"]
     assert forward == convs + sliced  # the input gradient of a sliced one is a convolution, too
-    assert step["_convolution_pointwise"] >= relus  # which ride on it, as sums do
+    assert step["_convolution_pointwise"] >= relus  # fused into the convolution, as sums are
     assert step["convolution_backward"] == convs - sliced
     assert step["relu_"] == step["threshold_backward"] == 0
     assert step["add_"] <= sliced + 1

@@ -1,4 +1,4 @@
-"""A real run that a person stops: by Ctrl-C in a terminal, and by signals that reach Snakemake alone."""
+"""A real run that a user stops: by Ctrl-C in a terminal, and by signals to Snakemake alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Depthwise convolutions: gradients of our own against the library's."""
+"""Depthwise convolutions: the package's gradients against torch's."""
 
 import pytest
 import torch

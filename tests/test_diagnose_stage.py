@@ -1,4 +1,4 @@
-"""The stage diagnose, and the comparison of diagnoses: what tables and figures say, where they are shown."""
+"""The stage diagnose, and the comparison of diagnoses: the contents of tables and figures, and where they are shown."""
 
 from __future__ import annotations
 
@@ -264,7 +264,7 @@ def test_the_report_shows_the_diagnosis_where_there_is_one(compared, tmp_path):
     assert section.count("<tr>") == 1 + 5 + 1 + 6
 
 
-# What a user can get wrong.
+# Errors of users.
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""KDIGA's bound measured: it holds for what is reported, its terms are what they say, networks pair image by image."""
+"""KDIGA's bound: it holds for the reported values, its terms are computed correctly, pairs of networks by image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Distillation losses and input-gradient terms: values by hand, gradients by finite differences, who gets none."""
+"""Distillation losses and input-gradient terms: values by hand, gradients by finite differences."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_clipping_bounds_the_alpha_gradient_and_not_the_direction():
 
 
 def test_the_two_alphas_take_turns():
-    """A student that believes what its teacher rules out is judged by alpha = -1, one that misses a class by 1."""
+    """The maximum is at alpha = -1 for a class that only the student predicts, and at 1 for one that it misses."""
     picked = []
     for student, teacher in ((of(0.6, 0.4), of(0.98, 0.02)), (of(0.98, 0.02), of(0.6, 0.4))):
         low, high = (float(losses.alpha_divergence(student, teacher, alpha=a, ratio_clip=5)) for a in (-1, 1))
@@ -312,7 +312,7 @@ def test_terms_at_adversarial_images_need_an_attack():
     assert with_kdiga(OBJECTIVES["kd"], weight=1).teacher_at == "clean"
 
 
-# Where the teacher is asked, and the papers' defaults.
+# Images on which the teacher is evaluated, and the papers' defaults.
 
 
 def test_caching_is_allowed_exactly_where_the_teacher_sees_clean_images_only():

@@ -1,4 +1,4 @@
-"""proard doctor, with commands that only pretend to be SLURM's, and on the tests' real one."""
+"""proard doctor, with fake SLURM commands."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from proard.doctor.probe import HELD, TOKEN, facts
 
 ROOT = Path(__file__).parents[1]
 VERSION = "case $1 in --version) echo slurm 24.05; exit;; esac"
-ANSWERS = {  # what a healthy cluster says, as shell lines
+ANSWERS = {  # the answers of a healthy cluster, as shell lines
     "sbatch": f"{VERSION}; [ $1 = --test-only ] || {{ cat > job.sh; sh job.sh > said 2>&1; echo 7; }}",
     "srun": f'{VERSION}; shift 2; exec "$@"',
     "squeue": f"{VERSION}; echo COMPLETED",
@@ -32,7 +32,7 @@ PROFILE = {"executor": "slurm", "jobs": 100, "slurm-status-command": "squeue", "
 
 
 class Cluster:
-    """A folder with pretended commands and a profile called slurm; the only commands there are."""
+    """A folder with fake commands, the only ones on PATH, and a profile called slurm."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder = folder
@@ -58,10 +58,10 @@ class Cluster:
         path.write_text(yaml.safe_dump({**PROFILE, **changes}, sort_keys=False))
 
     def failures(self, config: Path | None = None, *, jobs: bool = False) -> dict[str, str]:
-        """Names of the failed checks of the cluster, with what was said and how to mend it."""
+        """Names of the failed checks of the cluster, with their result and fix."""
         run = None if config is None else load(read_file(config))
         found = on_cluster("slurm", run, Path("results"), jobs=jobs, patience=180.0)
-        return {finding.name: f"{finding.said} -> {finding.mend}" for finding in found if finding.fails}
+        return {finding.name: f"{finding.result} -> {finding.fix}" for finding in found if finding.fails}
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def config(tmp_path):
     return path
 
 
-def test_a_healthy_cluster_has_nothing_to_mend(cluster):
+def test_a_healthy_cluster_has_no_failures(cluster):
     assert cluster.failures() == {}
 
 
@@ -91,14 +91,14 @@ def test_a_healthy_cluster_has_nothing_to_mend(cluster):
     ],
     ids=["controller", "account", "MinJobAge"],
 )
-def test_what_the_cluster_refuses_is_said_with_the_way_out(cluster, command, line, check, words):
+def test_a_refusal_of_the_cluster_is_reported_with_a_fix(cluster, command, line, check, words):
     cluster.answer(command, line)
     found = cluster.failures()
     assert check in found
     assert all(word in found[check] for word in words), found
 
 
-def test_a_machine_without_slurm_says_so_once(cluster):
+def test_a_machine_without_slurm_has_one_failure(cluster):
     (cluster.folder / "bin" / "sbatch").unlink()
     found = cluster.failures()
     assert list(found) == ["sbatch"]
@@ -122,7 +122,7 @@ def test_what_is_wrong_in_the_profile_is_named(cluster, config, changes, check, 
     assert all(word in found[check] for word in words), found
 
 
-def test_jobs_are_asked_for_as_the_plugin_asks(cluster):
+def test_jobs_have_the_flags_that_the_plugin_gives(cluster):
     cluster.answer("sbatch", f'echo "$@" >> {cluster.folder}/asked')
     gpu = {"slurm_partition": "gpu", "gpu_model": "h200"}
     gres = {"gpu": 0, "gres": "'gpu:h200:1'", "slurm_extra": "'--qos=long'"}
@@ -136,7 +136,7 @@ def test_jobs_are_asked_for_as_the_plugin_asks(cluster):
     ]
 
 
-def test_a_job_on_another_disk_without_gpu_is_told(cluster):
+def test_a_job_without_gpu_or_answer_is_reported(cluster):
     found = cluster.failures(jobs=True)
     if not os.path.exists("/dev/nvidia0"):
         assert list(found) == ["a GPU job: GPU"]
@@ -151,7 +151,7 @@ def test_a_waiting_job_is_cancelled_and_no_failure(cluster):
     cluster.answer("scancel", f'echo "$@" >> {cluster.folder}/cancelled')
     found = list(on_cluster("slurm", None, Path("results"), jobs=True, patience=1.5))
     assert not [finding for finding in found if finding.fails]
-    assert [finding.said for finding in found if "still waits (Priority)" in finding.said]
+    assert [finding.result for finding in found if "is still queued (Priority)" in finding.result]
     assert (cluster.folder / "cancelled").read_text().split().count("7") == 2
 
 
@@ -159,7 +159,7 @@ def test_a_folder_that_may_not_be_written_is_named(cluster):
     (cluster.folder / "results").write_text("a file")
     found = here.file_system(Path("results"))
     assert found.fails
-    assert "results" in found.said
+    assert "results" in found.result
 
 
 def test_the_command_ends_with_status_1_where_a_run_would_fail(cluster):
@@ -202,10 +202,10 @@ def test_the_disk_that_a_run_takes_grows_with_its_networks():
     assert large > 4 * 46.08e6 * 8
 
 
-def test_a_probe_sees_the_askers_file_and_lock(tmp_path):
+def test_a_probe_sees_the_callers_file_and_lock(tmp_path):
     (tmp_path / TOKEN).write_text("secret")
     (tmp_path / HELD).touch()
-    assert facts(tmp_path)["respects_locks"] is False  # nobody holds it
+    assert facts(tmp_path)["respects_locks"] is False  # no process holds it
     with FileLock(tmp_path / HELD):
         done = subprocess.run(
             [sys.executable, "-m", "proard.doctor.probe", str(tmp_path)],
@@ -229,9 +229,9 @@ def test_a_probe_sees_the_askers_file_and_lock(tmp_path):
 def test_arithmetic_is_described(facts, expected):
     line = json.dumps({"capability": "AVX2", "cosine": 1.0, "parameter": "", **facts})
     finding = here.arithmetic_finding(True, line)
-    assert expected in finding.said
+    assert expected in finding.result
     assert finding.fails is not facts["right"]
 
 
-def test_a_step_that_ends_its_process_is_a_failure():
+def test_a_step_that_crashes_its_process_is_a_failure():
     assert here.arithmetic_finding(False, "corrupted size vs. prev_size").fails

@@ -1,4 +1,4 @@
-"""Measurement: the attack on images still standing, its accounting, rows, recalibrated subnets, the cache."""
+"""Measurement: the attack on images not yet misclassified, its accounting, rows, recalibrated subnets, the cache."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_attack_equals_an_image_by_image_reference(accounting):
 
 
 class Doubting(nn.Module):
-    """A network whose rounded twin has the right gradients and calls every image wrong."""
+    """A network whose rounded copy has the right gradients and misclassifies every image."""
 
     def __init__(self, net, labels):
         super().__init__()
@@ -147,7 +147,7 @@ def test_a_rounded_attack_fells_nearly_the_same_images():
 
 def test_any_iterate_is_at_least_as_strict_as_last_iterate():
     problem = network_problem()
-    coarse = Attack(num_steps=5, step_size=0.06)  # steps larger than the ball: iterates jump about
+    coarse = Attack(num_steps=5, step_size=0.06)  # steps larger than the ball
     any_, last = (attacked(problem, coarse, eps=0.03, accounting=a)[1] for a in ("any_iterate", "last_iterate"))
     assert not (any_.robust & ~last.robust).any()
     assert any_.gradients <= last.gradients
@@ -205,7 +205,7 @@ def test_one_seed_one_result_and_labels_and_images_stay():
 
 
 def test_start_noise_is_the_same_for_every_arch():
-    """Same images, same noise, in the same order: what makes differences between archs precise."""
+    """Same images, same noise, in the same order, so that differences between archs are precise."""
     space = tiny_space()
     supernet, images = random_supernet(space).eval(), random_images(space, 12)
     starts = []
@@ -408,7 +408,7 @@ def test_worst_row_is_the_conjunction_image_by_image():
     assert [row["robust_acc"] for row in rows] == [3 / 6, 3 / 6, 2 / 6]
     assert [row["clean_acc"] for row in rows] == [5 / 6] * 3
     assert (rows[2]["num_steps"], rows[2]["restarts"], rows[2]["gradients"]) == (5, 3, 20)
-    assert rows[2]["robust_acc_half_a"] == 1 / 3  # images 0, 2, 4: the first one stands
+    assert rows[2]["robust_acc_half_a"] == 1 / 3  # images 0, 2, 4: the first one is robust
     assert rows[2]["robust_acc_half_b"] == 1 / 3  # images 1, 3, 5: the last one
 
 

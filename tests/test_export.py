@@ -1,4 +1,4 @@
-"""Export: the files are the measured network, stand alone, describe themselves, and refuse to differ from it."""
+"""Export: the files are the measured network, need no other file, contain its facts; a difference is an error."""
 
 from __future__ import annotations
 
@@ -322,7 +322,7 @@ def test_an_onnx_file_of_other_weights_is_refused(inputs, exported, tmp_path):
 def test_a_supernet_that_changed_since_the_selection_is_refused(inputs, tmp_path):
     other = tmp_path / "supernet.safetensors"
     save_supernet(other, random_supernet(tiny_space(), seed=5, dtype=torch.float32), Provenance("tiny", "train_phase"))
-    with pytest.raises(UserError, match=r"classifies \d+ of 130 test images correctly, the selected row says \d+"):
+    with pytest.raises(UserError, match=r"classifies \d+ of 130 test images correctly, the selected row has \d+"):
         export(inputs, tmp_path / "out", supernet=other)
     assert not (tmp_path / "out").exists()
 

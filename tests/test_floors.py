@@ -31,8 +31,8 @@ FLOORS = {
     "cli": 5,
     "stages": 5,
 }
-BESIDE = {"artifacts": {"config"}}  # errors that a user can mend
-ONLY = {  # rooms that know less than their floor allows
+BESIDE = {"artifacts": {"config"}}  # errors that a user can fix
+ONLY = {  # rooms that may import less than their floor allows
     "attacks": {"losses", "kernels"},  # the type of an objective
     "losses": {"kernels"},
     "kernels": set(),

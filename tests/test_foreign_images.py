@@ -1,4 +1,4 @@
-"""Folders of images as people have them: links, leftovers of tools, many formats, turned and transparent images."""
+"""Folders of images as users have them: links, leftovers of tools, many formats, turned and transparent images."""
 
 from __future__ import annotations
 

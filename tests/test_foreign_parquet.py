@@ -1,4 +1,4 @@
-"""Parquet files as people have them: which column is the label, class names inside, copies between files."""
+"""Parquet files as users have them: which column is the label, class names inside, copies between files."""
 
 from __future__ import annotations
 

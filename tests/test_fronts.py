@@ -1,4 +1,4 @@
-"""Two runs' measured archs against each other: hypervolumes by hand, intervals over images, and what is refused."""
+"""Comparison of two runs' measured archs: hypervolumes by hand, intervals over images, errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CONFIG = tiny_config(
 
 
 def outcomes(macs: list[int], clean: list[int], robust: list[int], **facts: str) -> Outcomes:
-    """Archs that have the first of a hundred images right."""
+    """Archs that classify the first of a hundred images correctly."""
     masks = [np.stack([np.arange(100) < count for count in counts]) for counts in (clean, robust)]
     return Outcomes(np.asarray(macs), *masks, **{"images": "same", "threat": "same", **facts})
 
@@ -112,7 +112,7 @@ def test_the_command_prints_both_volumes_and_their_difference(runs, capsys):
     text = capsys.readouterr().out
     assert "verified fronts, test, all attacks" in text
     assert "sampled, val" in text
-    assert "second less first" in text
+    assert "second minus first" in text
 
 
 def test_tables_alone_are_compared_split_by_split(runs, capsys):

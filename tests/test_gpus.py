@@ -24,7 +24,7 @@ sys.stdin.read()
 
 
 class Claims:
-    """Processes that each hold a GPU until told to end."""
+    """Processes that each hold a GPU until they are ended."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.processes = folder, []

@@ -1,4 +1,4 @@
-"""What a person reads who mistyped a target, lacks the package, or works in a folder that another run has locked."""
+"""Messages for a mistyped target, a missing package, and a folder that another run has locked."""
 
 from __future__ import annotations
 

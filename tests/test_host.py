@@ -41,7 +41,7 @@ def test_output_replaces_what_its_encoding_lacks():
 
 
 def test_a_program_runs_in_a_c_locale_without_a_home_folder(tmp_path):
-    """Under a user without password entry too, where the system lets this one become such a user."""
+    """Also as a user without password entry, if the system allows a change of user."""
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "LC_ALL": "C"}
     environment |= {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "TMPDIR": str(tmp_path)}
     code = "from proard.stages.common import run; from proard.kernels.compiled import maps_library as library\n"

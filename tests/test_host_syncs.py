@@ -1,4 +1,4 @@
-"""The host never waits for the device inside a step, and failures that it learns of late have moved nothing."""
+"""The host does not wait for the device inside a step; a failure that it detects later has changed no weight."""
 
 from __future__ import annotations
 
@@ -129,12 +129,12 @@ def train_set(tmp_path_factory):
 
 @pytest.mark.parametrize("read_every", [1, 20])
 def test_what_is_saved_does_not_depend_on_when_the_host_looks(train_set, tmp_path, read_every):
-    """Step 1 of 6 in an epoch fails; looking late, the host has seen all further steps come and go."""
+    """Step 1 of 6 in an epoch fails; with late reads, the host has launched all further steps before it knows."""
     run = phase_run(train_set, tmp_path, epochs=1, batch_size=8, fit_now=False, injected={"read_every": read_every})
     run.source.poison_at = 1
     with pytest.raises(UserError, match="the loss is nan at step 1"):
         run.fit()
-    assert len(run.source.given) == (2 if read_every == 1 else 5)  # the fifth step is always looked at
+    assert len(run.source.given) == (2 if read_every == 1 else 5)  # the fifth step is always read
     assert same(run.net.state_dict(), run.source.before[1])
     done = run.state.load()[1]["done"]
     assert {name: done[name] for name in ("step", "epoch_images", "images")} == {

@@ -1,4 +1,4 @@
-"""CIFAR-100 from the data set to the exported student: class names, sizes, tables and files know a hundred classes."""
+"""CIFAR-100 from the data set to the exported student: class names, sizes, tables and files have a hundred classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training stages as programs: killed, stopped, handed over and continued; damaged inputs; what they write."""
+"""The training stages as programs: killed, stopped, replaced and continued; damaged inputs; their outputs."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_successor_takes_over_from_a_process_that_still_trains(inputs, whole, tm
     stage = Stage("train_phase", inputs, tmp_path, **LONG)
     orphan = stage.start()
     stage.wait_until_step(orphan, 3)
-    orphan.send_signal(signal.SIGSTOP)  # holds still until the successor has asked
+    orphan.send_signal(signal.SIGSTOP)  # suspended until the successor has sent its request
     successor = stage.start()
     for _ in range(9000):
         if stage.outputs[0].with_suffix(".handover").exists():
@@ -219,7 +219,7 @@ def test_previous_phase_of_another_space_is_refused(inputs, tmp_path):
         Stage("train_phase", inputs, tmp_path, previous=previous).run()
 
 
-# What the stages start from and write.
+# Inputs and outputs of the stages.
 
 
 def test_phase_starts_from_the_teacher_or_from_the_previous_phase(inputs, tmp_path):

@@ -39,7 +39,7 @@ def update_problem(shape=(3, 3, 7, 5), *, layout=torch.channels_last):
     gradient.view(-1)[::5] = 0  # stays
     gradient.view(-1)[1] = -0.0
     gradient.view(-1)[2:5] = torch.tensor([torch.nan, torch.inf, 1e-42])
-    adv.view(-1)[7] = torch.nan  # a poisoned image must not look healthy afterwards
+    adv.view(-1)[7] = torch.nan  # a NaN must not disappear
     low, high = (images - 0.03).clamp(min=0), (images + 0.03).clamp(max=1)
     return [x.contiguous(memory_format=layout).to(DEVICE) for x in (adv, gradient, low, high)]
 
@@ -201,7 +201,7 @@ def test_graph_unused_for_longest_goes_first():
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3])
 def test_few_steps_are_captured_where_their_network_comes_again(num_steps):
-    """Once without a graph, then one capture that every later meeting replays; other shapes wait for their own."""
+    """First without a graph, then one capture that later calls replay; other shapes get their own capture."""
     steps, seen = captured()
     for meeting in range(4):
         view, images, objectives = attack_problem(meeting)
@@ -224,7 +224,7 @@ def test_networks_met_before_are_remembered_up_to_a_number():
 
 @pytest.mark.parametrize("fails_at", [0, 1])
 def test_a_capture_that_fails_is_told_once_and_attacks_run_eagerly_from_then_on(fails_at):
-    """Even where the failed capture has moved the graph's own images, the attack ends where the eager one does."""
+    """Even if the failed capture has changed the graph's images, the attack gives the eager result."""
     tried = []
 
     def capture(body):
@@ -249,7 +249,7 @@ def test_a_capture_that_fails_is_told_once_and_attacks_run_eagerly_from_then_on(
 
 
 def test_what_a_graph_reads_is_copied_type_by_type():
-    """A fused copy takes lists of one type; the network's bfloat16, float32 and the labels' int64 go apart."""
+    """A fused copy takes lists of one type; the network's bfloat16, float32 and int64 are copied separately."""
     steps, _ = captured()
     view, images, objectives = attack_problem(0)
     predict = view.folded(view.running_statistics(), dtype=torch.bfloat16)
@@ -303,7 +303,7 @@ def test_cuda_graph_gives_what_the_eager_loop_gives():
 
 
 def test_no_kernel_is_chosen_by_a_clock():
-    """Equal inputs and settings take equal paths: nothing in the room of kernels can read a clock."""
+    """Equal inputs and settings use equal code paths: no module of kernels reads a clock."""
     for path in Path(dispatch.__file__).parent.glob("*.py"):
         names = {
             node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else None

@@ -37,7 +37,7 @@ def batch(count=6):
 
 
 class Recorded:
-    """What every subnet's attack of one step was given and found, in the order of the attacks."""
+    """Inputs and results of every subnet's attack of one step, in the order of the attacks."""
 
     def __init__(self):
         self.seen = []
@@ -118,7 +118,7 @@ def test_one_subnet_alone_shares_with_nobody(train_set, tmp_path):
 
 @pytest.mark.parametrize(("shared", "steps"), [("smallest", [3, 3, 1]), ("largest", [3, 1, 1])])
 def test_a_dynamic_teacher_stays_first(shared, steps):
-    """The others' target is its output; under `smallest` it attacks for itself."""
+    """The dynamic teacher's output is the others' target; under `smallest` it has its own attack."""
     guide = Drawn(SPACE.largest, OBJECTIVES["trades"], {"beta": 6.0}, guides=True)
     middle = SPACE.arch(SPACE.sample(1, np.random.default_rng(3))[0])
     students = [Drawn(arch, OBJECTIVES["rslad"], {"adv_weight": 0.5}) for arch in (middle, SPACE.smallest)]
@@ -184,7 +184,7 @@ def carried(images=4, *, norm="linf", start="zero", passes=2):
 
 
 def test_a_perturbation_follows_crop_and_flip_to_another_view():
-    """Written through one view, read through another: the value of each pixel of the padded image stays with it."""
+    """Written through one view, read through another: each pixel of the padded image keeps its value."""
     store = carried()
     one, other = (
         Views(torch.tensor([1]), torch.tensor([top]), torch.tensor([left]), torch.tensor([mirrored]))
@@ -338,7 +338,7 @@ def teacher_net():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_known_and_new_views_mix(dtype):
-    """40 of 64 views are known: the 24 others are asked as 32, and nobody can tell the difference."""
+    """40 of 64 views are cached: the 24 others are computed in a batch of 32, with equal results."""
     table = TeacherTable(99, padding=0, flip=False, classes=3, dtype=dtype)
     teacher, (images, _) = teacher_net(), batch(99)
     for start, computed in ((0, 64 + 16 + 32 + 48 + 64), (24, 32), (35, 16), (30, 0)):

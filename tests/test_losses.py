@@ -79,7 +79,7 @@ def test_losses_average_over_images():
 
 
 def test_losses_do_not_average_over_classes():
-    """Classes that nobody believes in change nothing."""
+    """Classes of probability 0 in both networks change nothing."""
 
     def wider(x):
         return torch.cat([x, torch.full((len(x), 7), -1e4, dtype=x.dtype)], 1)
@@ -283,7 +283,7 @@ LOGITS = ("clean", "adv", "teacher", "teacher_adv", "beyond", "control", "contro
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_asks_every_network_where_it_should(name):
-    """All logits differ, so that no two of them can be taken for one another."""
+    """All logits differ, so that swapped ones change results."""
     options, expected = WRITTEN_OUT[name]
     values = {field: logits(seed) for seed, field in enumerate(LOGITS)}
     batch = Batch(LABELS, **values, progress=0.5, memory=SHARES | TEMPERATURES)

@@ -121,7 +121,7 @@ def copied(reference, spec, *, head):
 
 
 def randomised(net):
-    """Statistics and scales that show a mix-up, in float64 and evaluation mode."""
+    """Different statistics and scales everywhere, in float64 and evaluation mode."""
     torch.manual_seed(0)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):

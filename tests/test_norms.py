@@ -14,7 +14,7 @@ from proard.nets import SubnetView
 
 
 class Linear:
-    """Two logits +-(w.x - shift): the way up is the same everywhere."""
+    """Two logits +-(w.x - shift): the gradient is the same everywhere."""
 
     def __init__(self, pixels, shift=0.0):
         self.weight = torch.randn(pixels, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -73,7 +73,7 @@ def test_l2_step_has_its_length_however_small_the_gradient(size):
 @pytest.mark.parametrize("objective", [CrossEntropy, Margin])
 def test_l2_pgd_reaches_the_optimum_of_a_linear_model(start, objective):
     net, eps = Linear(48), 0.2
-    images = torch.rand(5, 3, 4, 4, generator=seeded(), dtype=torch.float64) * 0.5 + 0.25  # the box is never met
+    images = torch.rand(5, 3, 4, 4, generator=seeded(), dtype=torch.float64) * 0.5 + 0.25  # pixels stay in range
     attack = {"eps": eps, "norm": "l2", "step_size": 0.1, "num_steps": 40, "start": start, "generator": seeded(2)}
     adv = pgd(net, objective(torch.zeros(5, dtype=torch.long)), images, **attack)
     descent = -eps * net.weight / net.weight.norm()
@@ -129,7 +129,7 @@ def test_an_initial_iterate_is_clipped_and_left_alone():
 
 @pytest.mark.parametrize("accounting", ["any_iterate", "last_iterate"])
 def test_measured_l2_robustness_of_a_linear_model_equals_its_margin(accounting):
-    """An image stands exactly where its distance to the plane is more than eps."""
+    """An image is robust exactly if its distance to the plane is more than eps."""
     images = torch.rand(60, 1, 4, 4, generator=seeded(), dtype=torch.float64) * 0.4 + 0.3
     net = Linear(16)
     net.shift = float((images.flatten(1) @ net.weight).mean())

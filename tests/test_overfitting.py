@@ -1,4 +1,4 @@
-"""The monitor of catastrophic overfitting: what it reports, what it ends, and what it measures."""
+"""The monitor of catastrophic overfitting: its reports, the trainings it ends, its measurements."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_collapsing_training_is_reported_or_ended_with_its_best_weights(train_
 
 
 def test_validation_measures_the_training_attack_on_the_same_images(tmp_path):
-    """No step and no noise leave the clean accuracy; PGD's own attack leaves PGD's, clean mistakes apart."""
+    """Without steps and noise the accuracy is the clean one; with PGD's own attack it is PGD's, but clean errors."""
     sets = image_sets(tmp_path, train=48, val=30)
     net = teacher_run(sets["train"], tmp_path, objective="plain", epochs=8, lr=0.1, validation={"every_epochs": 8}).net
     common = {

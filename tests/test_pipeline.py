@@ -1,4 +1,4 @@
-"""The whole DAG on the digits, smaller than the quick start: killed in between, then asked for one student more."""
+"""The whole DAG on the digits, smaller than the quick start: killed in between, then with one more student."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TRAININGS = ("train_teacher", "train_phase/depth", "train_phase/all")
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run whose Snakemake was killed with the teacher half trained, and brought to its end as the README says."""
+    """A run whose Snakemake was killed with the teacher half trained, and finished with the README's commands."""
     run = Run(tmp_path_factory.mktemp("killed"))
     state = run.results / "train_teacher" / "teacher.state"
     process = run.start()
@@ -57,7 +57,7 @@ def test_the_whole_dag_ends_in_checked_students(finished: Run):
 
 
 def test_the_ledger_compares_the_run_with_students_trained_one_by_one(finished: Run, capsys: pytest.CaptureFixture):
-    """The teacher was killed once and resumed: what it took twice is counted twice, what it trains on only once."""
+    """The teacher was killed once and resumed: repeated overhead is counted twice, training steps only once."""
     folder, ledgers = finished.results, read_ledgers(finished.results)
     found = compare(folder, ledgers)
     assert isinstance(found, Comparison), found

@@ -1,4 +1,4 @@
-"""Who is trained in a step: sampling strategies, teacher modes, batch-norm statistics, and what they move."""
+"""The subnets of a step: sampling strategies, teacher modes, batch-norm statistics and their updates."""
 
 from __future__ import annotations
 

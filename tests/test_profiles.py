@@ -1,4 +1,4 @@
-"""Profiles: what a site edits is in one place and reaches the right rules; a workstation's GPUs are counted."""
+"""Profiles: a site edits one place, and its values apply to the right rules; a workstation's GPUs are counted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of the remaining time leaves out what happens only once."""
+"""The estimate of the remaining time ignores work that happens only once."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from proard.artifacts import read_header
 
 LONG = {"epochs": 3, "archs_per_step": 2, "minutes_between": 0.0005}  # 18 steps, saved after nearly every one
 TOLERANCE = {"rtol": 1e-3, "atol": 1e-5}  # float32 sums in another order, a few steps on
-PATIENCE = 60  # seconds to wait for processes that have been told to end
+PATIENCE = 60  # seconds to wait for processes that got a signal to end
 
 
 @pytest.fixture(autouse=True)

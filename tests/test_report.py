@@ -1,4 +1,4 @@
-"""The report says what the tables say, stands alone, and does without what was not given."""
+"""The report has the tables' values, needs no other file, and omits sections without data."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Page(HTMLParser):
         assert not self.open
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Remember what the tests ask for."""
+        """Store what the tests need."""
         values = dict(attrs)
         if tag not in VOID or tag in ("path", "use"):
             self.open.append(tag)

@@ -1,4 +1,4 @@
-"""Sorting channels by importance: which subnets it leaves as they are, which order it makes, in which phases."""
+"""Sorting channels by importance: the subnets it does not change, the order it makes, its phases."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_importance_falls_between_the_trained_widths_and_no_weight_is_lost(setti
 
 
 def named(link):
-    """Names of a link's layers: those that yield, those that read, those that gate."""
+    """Names of a link's carriers, readers and gates."""
     layers = [" ".join(conv.name for conv in convs) for convs in (link.carriers, link.readers, link.gates)]
     return (*layers, "head") if link.head else tuple(layers)
 

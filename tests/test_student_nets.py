@@ -1,4 +1,4 @@
-"""Student networks beside elastic archs: layers and costs, training, recalibration, files, foreign checkpoints."""
+"""Student networks outside elastic spaces: layers and costs, training, recalibration, files, foreign checkpoints."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ def test_weights_are_drawn_by_the_seed_alone():
 
 
 def published(path, settings, *, change=None, wrap=False):
-    """A checkpoint as TRADES saves it: DataParallel's prefix, and a block that is never entered."""
+    """A checkpoint as TRADES saves it: DataParallel's prefix, and a block that is not used."""
     torch.manual_seed(3)
     net = WideNet(settings)
     tensors = {f"module.{name}": value for name, value in net.state_dict().items()}

@@ -75,7 +75,7 @@ def test_batch_norm_of_parts_is_that_of_the_whole(ranks, twice):
         elif index in (1, 2, 3):  # statistics: the same everywhere
             assert torch.equal(*parts)
             joined = parts[0]
-        else:  # gradients of scale and shift: summands
+        else:  # gradients of scale and shift: this process's part
             joined = sum(parts)
         torch.testing.assert_close(joined, whole, rtol=1e-9, atol=1e-9)
 

@@ -1,4 +1,4 @@
-"""Teachers from files of other people: how they wrap and name weights, what lies beside them, weights that are none."""
+"""Teachers from files of other people: wrapped and renamed weights, other entries, invalid weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def weights(*, prefixes=("",)):
 
 
 def refusal(path, saved) -> str:
-    """The one line that refuses a checkpoint."""
+    """The one-line error for a checkpoint."""
     torch.save(saved, path)
     with pytest.raises(ArtifactError) as caught:
         load_trades(path, image_size=8)

@@ -1,4 +1,4 @@
-"""Trainings that leave before they are stopped, signals, and what two kept states are worth."""
+"""Trainings that exit before their job's time limit, signals, and the two kept states."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_tenth_of_a_short_job_is_kept_aside_and_without_an_end_nothing_is_shor
 
 @pytest.mark.parametrize("how", ["SLURM_JOB_END_TIME", "--minutes"])
 def test_a_training_leaves_before_its_time_is_up_and_continues(inputs, whole, tmp_path, how):
-    """With no time left at all each attempt makes one step: no attempt is in vain."""
+    """Even with no time left each attempt makes one step."""
     stage = Stage("train_teacher", inputs, tmp_path, **{**LONG, "minutes_between": 5})
     over = {how: str(int(time.time()))} if how.startswith("SLURM") else {}
     more = ["--minutes", "0"] if how.startswith("--") else []

@@ -216,7 +216,7 @@ def test_diverging_learning_rate_ends_in_one_clear_error(train_set, tmp_path):
 
 
 def test_non_finite_loss_of_one_subnet_among_several_moves_nothing(train_set, tmp_path):
-    """The subnets before it have left gradients and statistics already."""
+    """Earlier subnets of the step have already added gradients and statistics."""
     run = phase_run(train_set, tmp_path, epochs=1, fit_now=False)
     with torch.no_grad():
         run.net.layers["unit2_block2_conv2"].weight.fill_(torch.nan)  # in the largest only
@@ -249,7 +249,7 @@ def test_stopped_and_continued_training_equals_an_uninterrupted_one(train_set, t
     while True:
         run = parts[-1]
         run.state.path.parent.mkdir(exist_ok=True)
-        run.state.request_path.touch()  # a successor asks: one step, then stop
+        run.state.request_path.touch()  # a successor's request: one step, then stop
         try:
             run.fit()
             break
@@ -280,7 +280,7 @@ def test_damaged_state_is_ignored_with_a_message(tmp_path, capsys, damage):
 
 
 def test_lock_that_its_owner_removed_does_not_count(tmp_path):
-    """Whoever waited for a lock that was removed with the finished stage must not share the stage with the next one."""
+    """A process that waited for a lock, removed when the stage finished, must not run the stage beside the next one."""
     first, second = (ResumeState(tmp_path / "net.safetensors", "one", patience=0) for _ in range(2))
     with first.owned():
         first.finish()

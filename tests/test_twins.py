@@ -131,7 +131,7 @@ def test_gap_and_discordant_images_by_hand():
     assert a["gap"] == pytest.approx(0.375)
     assert (a["subnet_only"], a["twin_only"]) == (0.5, 0.125)
     assert a["gap_sd_over_seeds"] == pytest.approx(np.std([0.25, 0.5], ddof=1))
-    assert (b["gap"], b["gap_low"], b["gap_high"]) == (-1, -1, -1)  # every image differs: no redraw changes that
+    assert (b["gap"], b["gap_low"], b["gap_high"]) == (-1, -1, -1)  # every image differs: no sample changes that
     assert mean["gap"] == pytest.approx((0.375 - 1) / 2)
     assert all(row["gap"] == row["gap_low"] == row["gap_high"] == 0 for key, row in found.items() if key[1] == "clean")
 

@@ -9,7 +9,7 @@ import pytest
 from two_steps import EXPECTED, machine, names, trainings
 
 WRITTEN = json.loads(EXPECTED.read_text("utf-8"))
-OF_THIS_MACHINE = {"loss", "change", "checksum"}  # attacks follow signs: other last bits are other numbers soon
+OF_THIS_MACHINE = {"loss", "change", "checksum"}  # attacks use signs: last bits soon change results
 
 
 @pytest.mark.parametrize("name", names())

@@ -1,4 +1,4 @@
-"""The type that is computed in: bfloat16 where the processor has instructions for it, float32 elsewhere, said once."""
+"""The dtype of computation: bfloat16 if the processor has instructions for it, else float32 with one message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training will spend is known before its first step, for every loss, teacher, sampling and attack."""
+"""The cost of a training is computed before its first step, for every loss, teacher, sampling and attack."""
 
 from __future__ import annotations
 

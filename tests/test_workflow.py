@@ -1,4 +1,4 @@
-"""What Snakemake plans: every stage once, only what an edit touches, and one line where a user erred.
+"""What Snakemake plans: every stage once, only the jobs that an edit affects, and one line for an error of the user.
 
 Nothing is trained: one run is faked by writing its files and letting Snakemake take them for finished.
 """
@@ -19,7 +19,7 @@ from proard.config import COMPARED, NEEDS
 
 RULES = sorted((ROOT / "workflow" / "rules").glob("*.smk"))
 BUDGETS = 3
-ON_REQUEST = {"train_experiment", "measure_experiment", "compare_experiment", "diagnose"}  # `all` does not ask for
+ON_REQUEST = {"train_experiment", "measure_experiment", "compare_experiment", "diagnose"}  # no input of `all`
 FROM_SELECTION = {"select_student": BUDGETS, "export_student": BUDGETS, "report": 1, "all": 1}
 FROM_SEARCH = {"search_front": 1, "verify_front": 1, **FROM_SELECTION}
 FROM_TABLE = {"merge_table": 1, "fit_predictor": 1, **FROM_SEARCH}

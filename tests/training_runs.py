@@ -1,4 +1,4 @@
-"""Tiny trainings inside one process, with everything they did at hand."""
+"""Tiny trainings inside one process, with all their results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def snapshot(net):
 
 
 class Watched(AugmentedImages):
-    """Training images that remember what they gave, and the network before each step."""
+    """Training images that record their batches, and the network before each step."""
 
     def __init__(self, train, settings, net):
         super().__init__(train, settings)
@@ -44,7 +44,7 @@ def no_validation(_net):
 
 
 class Run:
-    """A training in one process; what it did stays at hand."""
+    """A training in one process that keeps its results."""
 
     def __init__(self, train, folder, settings, plan, *, seed=0, validate=no_validation, fit_now=True, **more):
         self.space = tiny_space()

@@ -1,4 +1,4 @@
-"""Two optimizer steps of every training that a committed config lists, and what they leave in the weights.
+"""Two optimizer steps of every training that a committed config lists, and the resulting weights.
 
 `python tests/two_steps.py` writes `two_steps.json` anew: after a change that is meant to change results.
 """
@@ -148,7 +148,7 @@ def _images(space: SearchSpace | FixedSpace) -> ImageSet:
 
 
 def machine() -> dict[str, Any]:
-    """What the last bits of a result depend on."""
+    """Machine facts on which the last bits of a result depend."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text("utf-8").splitlines() if info.exists() else []
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

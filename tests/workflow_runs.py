@@ -75,7 +75,7 @@ def write_file(path: Path, value: int) -> Path:
 
 
 def assert_one_line(done: subprocess.CompletedProcess, words: list[str]) -> None:
-    """A failed call that says `words` in one line beginning with `error:`, and shows no traceback."""
+    """A failed call whose output has `words` in one line beginning with `error:`, and no traceback."""
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr

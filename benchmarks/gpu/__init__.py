@@ -1,1 +1,1 @@
-"""The GPU benchmark: sections, each in a process of its own; what they check; what they measure."""
+"""The GPU benchmark: sections, each in a separate process; their checks; their measurements."""

@@ -1,4 +1,4 @@
-"""What must hold before a GPU's times mean anything: kernels, graphs and steps give what CPU and eager code give."""
+"""Checks before a GPU is timed: kernels, graphs and steps must give the results of CPU and eager code."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from proard.losses import KLToTarget
 from proard.nets import SubnetView
 from proard.space import Arch
 
-ITERATES = 0.999  # share of pixels that two float64 attacks, or a captured and an eager one, must end at alike (1e-6)
+ITERATES = 0.999  # share of equal pixels (to 1e-6) of two float64 attacks, or of a captured and an eager one
 ONE_STEP = 0.99  # the same for one float32 step with other kernels: gradients next to zero change sign by rounding
 GRADIENTS = 0.9999  # cosine of two float64 steps' weight gradients
-REPLAYED = 5  # attack steps of a captured attack: enough to be captured where the network is met first
+REPLAYED = 5  # attack steps of a captured attack: enough to be captured at a network's first attack
 SHAPES: Mapping[str, Sequence] = {
     # (batch, channels, height, width): odd channel counts and sides, the widest maps, one image and many
     "updates": ((1, 1, 8, 8), (1, 3, 32, 32), (7, 5, 17, 19), (1024, 3, 32, 32), (1, 3, 224, 224), (1024, 1, 224, 224)),
@@ -32,11 +32,11 @@ SHAPES: Mapping[str, Sequence] = {
 }
 ROUNDING = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-8}  # of a softmax difference
 TakeSteps = Callable[..., Tensor]
-Proof = Iterator[tuple[str, float, float]]  # shape, largest difference, what it may be
+Proof = Iterator[tuple[str, float, float]]  # shape, largest difference, its limit
 
 
 class Wrong(SystemExit):
-    """A path gives something else than it should."""
+    """A code path gives a wrong result."""
 
 
 @contextmanager
@@ -71,7 +71,7 @@ def alike(first: Tensor, second: Tensor) -> float:
 
 
 def attacks_agree(cpu: Problem, gpu: Problem) -> str:
-    """The eager attack on both devices, on every arch: plain twins in float64, where rounding turns no sign."""
+    """The eager attack on both devices, on every arch: plain forms in float64, where rounding changes no sign."""
     shares = []
     with Float64Losses(), plain_twins("fused"):
         for arch in range(len(cpu.archs)):
@@ -83,7 +83,7 @@ def attacks_agree(cpu: Problem, gpu: Problem) -> str:
 
 
 def fused_attacks_agree(problem: Problem, steps: TakeSteps = take_steps) -> str:
-    """One float32 attack step with fused kernels, taken by `steps`, and with their plain twins, on every arch."""
+    """One float32 attack step with fused kernels, taken by `steps`, and with their plain forms, on every arch."""
     one, shares = problem.with_steps(1), []
     for arch in range(len(problem.archs)):
         fused = attacked(one, steps, arch=arch)
@@ -143,9 +143,9 @@ def step_never_waits(
     step: Callable[..., object] | None = None,
     set_mode: Callable[[str], None] = torch.cuda.set_sync_debug_mode,
 ) -> str:
-    """One training step on a GPU, after one that warms up, in which the host may not wait for the device.
+    """One training step on a GPU, after one for warm-up, in which the host must not wait for the device.
 
-    `set_mode` tells torch what to do where the host waits.
+    `set_mode` sets torch's reaction to a wait of the host.
     """
     step, images = step or PackageStep(problem), problem.images.contiguous(memory_format=torch.channels_last)
     for number, mode in enumerate(("default", "error")):
@@ -169,7 +169,7 @@ def proof_rows(
     """Rows of a kernel's proof, one of `PROOFS`, printed as a table; the kernels are by default the device's own."""
     kernels = kernels or dispatch.fused_for(device)
     if kernels is None:
-        raise Wrong(f"the fused kernels do not run on {device}; the warning above says why")
+        raise Wrong(f"the fused kernels do not run on {device}; see the warning above")
     rows: list[Row] = []
     try:
         for shape, difference, limit in PROOFS[name](kernels, device, shapes):
@@ -183,7 +183,7 @@ def proof_rows(
 
 
 def updates(kernels: ModuleType, device: torch.device, shapes: Mapping[str, Sequence]) -> Proof:
-    """The attack's update: both twins compute the same numbers."""
+    """The attack's update: both forms compute the same numbers."""
     for shape in shapes["updates"]:
         for layout in (torch.channels_last, torch.contiguous_format):
             generator = torch.Generator(device).manual_seed(0)
@@ -199,7 +199,7 @@ def updates(kernels: ModuleType, device: torch.device, shapes: Mapping[str, Sequ
 
 
 def softmax_differences(kernels: ModuleType, device: torch.device, shapes: Mapping[str, Sequence]) -> Proof:
-    """The gradient of an objective by the logits: up to rounding."""
+    """The gradient of an objective with respect to the logits, equal up to rounding."""
     for number in shapes["classes"]:
         for batch in shapes["batches"]:
             for dtype, limit in ROUNDING.items():

@@ -1,4 +1,4 @@
-"""What the sections measure: ceilings, kernels, attacks, training steps, labels and data on a device."""
+"""Measurements of the sections: ceilings, kernels, attacks, training steps, labels and data on a device."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ FEWER = 4  # a cheap label's images are one in so many
 
 @dataclass(frozen=True)
 class Clock:
-    """Times calls on a device within a time."""
+    """Times calls on a device within a time limit."""
 
     budget: Budget
     device: torch.device
@@ -105,7 +105,7 @@ def ceiling_rows(clock: Clock, *, batch: int) -> list[Row]:
 
 
 def kernel_rows(clock: Clock, *, batch: int) -> list[Row]:
-    """Both twins of every kernel alone, launched one after the other; plain ones only where no fused one runs."""
+    """Both forms of every kernel alone, launched one after the other; only the plain ones if no fused one runs."""
     clock.budget.require()
     device, fused = clock.device, dispatch.fused_for(clock.device)
     adv = torch.rand(batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
@@ -134,7 +134,7 @@ def kernel_rows(clock: Clock, *, batch: int) -> list[Row]:
 def attack_rows(problem: Problem, clock: Clock, limits: dict[str, float]) -> list[Row]:
     """Input gradients per second on the problem's first arch, and their share of the convolution ceiling.
 
-    The ceilings are measured here where none are given.
+    The ceilings are measured here if none are given.
     """
     batch, macs = len(problem.images), problem.facts()[0]["macs"]
     limits = limits or ceilings(clock, size=1024 if clock.gpu else 256, batch=batch)
@@ -157,7 +157,7 @@ def attack_rows(problem: Problem, clock: Clock, limits: dict[str, float]) -> lis
 
 
 def build(row: str, problem: Problem) -> Call:
-    """Make a call that takes one step on each arch."""
+    """Make a call that makes one step on each arch."""
     number, graphs = int(row[1:]), [captured(problem)]
     if number < 2:
         nets = problem.placed(problem.images.device)
@@ -189,7 +189,7 @@ def step_rows(problem: Problem, clock: Clock) -> list[Row]:
 
 
 def shared_rows(problem: Problem, clock: Clock) -> list[Row]:
-    """Time one step that trains all archs of the problem, an attack each or one for all."""
+    """Time one step that trains all archs of the problem, with one attack each or one for all."""
     calls = bench_shared.timed_calls(problem)
     if clock.gpu:
         step = bench_shared.package_step("S5", problem, take_steps=captured(problem))
@@ -200,7 +200,7 @@ def shared_rows(problem: Problem, clock: Clock) -> list[Row]:
 def _steps(
     bench: str, calls: dict[str, Call], levers: dict[str, str], problem: Problem, clock: Clock, steps: int, **how: str
 ) -> list[Row]:
-    """Rows of calls that take so many steps each."""
+    """Rows of calls that make so many steps each."""
     own = partial(step_times, steps=steps, batch=len(problem.images))
     title, facts = f"steps on {problem.describe()}", {"archs": problem.facts()}
     how |= {"columns": COLUMNS, "title": title, "baseline": "released step", "own": own}
@@ -211,7 +211,7 @@ def _steps(
 
 
 def label_rows(problem: Problem, clock: Clock, *, images: int, training_steps: int, seed: int) -> list[Row]:
-    """Time labels of the problem's first arch, trained for some steps on patterns: a random one withstands nothing."""
+    """Time labels of the problem's first arch, first trained on patterns: a random one has no robust accuracy."""
     clock.budget.require()
     fixed = Measurement()
     count = images + fixed.recalibration_images
@@ -226,7 +226,7 @@ def label_rows(problem: Problem, clock: Clock, *, images: int, training_steps: i
     rounded = replace(cheap, attack=cheap.attack.model_copy(update={"dtype": "bfloat16"}))
     levers = {
         "L0": f"plain form: PGD-{FULL} on all {images} images for every step, float32",
-        "L1": "the package: the same, misclassified images leave",
+        "L1": "the package: the same, without images already misclassified",
         "L2": f"PGD-{CHEAP} on {few} images",
         "L3": "gradients in bfloat16",
     }
@@ -249,12 +249,12 @@ def label_rows(problem: Problem, clock: Clock, *, images: int, training_steps: i
     title, calls = f"labels on {problem.student.space.settings.name}", {row: partial(call, row) for row in levers}
     with full_float32(deterministic=False):  # as the stages measure
         rows = clock.ladder("gpu_labels", calls, levers, title=title, **how)
-    print("how such labels rank subnets is measured on trained supernets: benchmarks/bench_eval.py --supernet")
+    print("the rank correlation of such labels needs trained supernets: benchmarks/bench_eval.py --supernet")
     return rows
 
 
 def data_rows(clock: Clock, *, images: int, batch: int, workers: int | None) -> list[Row]:
-    """Time an epoch that ends on the device: torchvision's DataLoader, and crops of images that lie there."""
+    """Time an epoch that ends on the device: torchvision's DataLoader, and crops of images in its memory."""
     clock.budget.require()
     pixels = bench_data.make_images(images)
     bench_data.require_equal(pixels, device=clock.device)

@@ -1,4 +1,4 @@
-"""The sections of the GPU benchmark: what each needs, measures and gives, and the process that one runs in."""
+"""The sections of the GPU benchmark: inputs, measurement and result of each, and its process."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ FAULT = 86  # its exit code where it has found an access out of bounds
 
 @dataclass(frozen=True)
 class Start:
-    """What a section is given when its turn comes; it begins no round that would take longer than `until`."""
+    """Input of a section; it starts no round that would end after `until`."""
 
     until: float  # in seconds since 1970
-    ceilings: dict[str, float] = field(default_factory=dict)  # rates by name, where that section has been run
-    plain_kernels: bool = False  # the fused kernels are not used: one of them has failed its proof
+    ceilings: dict[str, float] = field(default_factory=dict)  # rates by name, if that section has been run
+    plain_kernels: bool = False  # fused kernels are not used, since one of them failed its check
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a section gives: `state` is done, short (its time ended before it measured anything) or failed, with why."""
+    """Result of a section: `state` is done, short (no time to measure anything) or failed; `why` is the reason."""
 
     state: str
     why: str = ""
@@ -59,7 +59,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Context:
-    """What a section works with; `problem`, of the preset `space`, is on the CPU, in float32, of few images."""
+    """Data of a section; `problem`, of the preset `space`, is on the CPU, in float32, with few images."""
 
     args: Namespace
     clock: measured.Clock
@@ -79,7 +79,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Section:
-    """A part that fails alone: its name for `--sections` and in the summary, its share of the time that is left."""
+    """One part of the benchmark: its name for `--sections` and in the summary, its share of the remaining time."""
 
     part: str
     title: str
@@ -89,7 +89,7 @@ class Section:
 
     @property
     def proves_kernels(self) -> bool:
-        """Whether all that follows leaves the fused kernels alone where this fails."""
+        """Whether later sections use the plain kernels if this one fails."""
         return self.part == "kernels"
 
 
@@ -127,7 +127,7 @@ def problem_of(name: str | None, args: Namespace, width_scale: float) -> Problem
 
 
 def run_section(section: Section, args: Namespace, problem: Problem | None, start: Start) -> Result:
-    """Run a section here and now; its errors become its result."""
+    """Run a section in this process; an error becomes its result."""
     device = torch.device(args.device)
     budget = Budget(time.monotonic() + start.until - time.time())
     facts = given(args, "width_scale", "batch", "steps", "seed", "device")
@@ -145,7 +145,7 @@ def run_section(section: Section, args: Namespace, problem: Problem | None, star
         return late(args)
     except SystemExit as error:  # a gate, or a benchmark's own check
         why = str(error)
-    except Exception as error:  # out of memory, a lost context: what follows has a process of its own
+    except Exception as error:  # out of memory, a lost context: later sections have their own process
         traceback.print_exc()
         why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     else:
@@ -159,7 +159,7 @@ def late(args: Namespace) -> Result:
 
 
 def equal(context: Context) -> list[Row]:
-    """Go through the equality gates that a device can pass; where one fails, after all the others.
+    """Run the equality gates for a device; if one fails, the error is raised after all others have run.
 
     Attack and step are compared with a CPU's at a small width, captured attacks and host waits at the given one.
     """
@@ -185,7 +185,7 @@ def equal(context: Context) -> list[Row]:
 
 
 def passed(gate: Callable[[], str], space: str) -> str:
-    """Go through a gate and print what it found; what is wrong, or an empty text."""
+    """Run a gate and print its result; return the error, or an empty text."""
     try:
         print(f"equal: {gate()} ({space})", flush=True)
     except checks.Wrong as error:
@@ -203,7 +203,7 @@ def _few(problem: Problem, archs: int) -> Problem:
 
 
 class OwnProcess:
-    """A section's process. It loads and prepares what needs no device, then waits for its turn."""
+    """A section's process. It loads and prepares all that needs no device, then waits for the start."""
 
     def __init__(self, section: Section, args: Namespace, *, script: Path = SCRIPT) -> None:
         self.folder = tempfile.TemporaryDirectory()
@@ -217,12 +217,12 @@ class OwnProcess:
         self.process = subprocess.Popen([*tool, *own], **how)
 
     def finish(self, start: Start, seconds: float) -> Result:
-        """Give it its turn and wait for what it gives, at most so many seconds."""
+        """Start the section and wait for its result, at most so many seconds."""
         try:
             self.process.communicate(json.dumps(asdict(start)) + "\n", timeout=max(seconds, 0))
         except subprocess.TimeoutExpired:
             return Result("failed", f"stopped after {seconds:.0f} s")
-        except BrokenPipeError:  # it ended before its turn
+        except BrokenPipeError:  # it ended before its start
             self.process.wait()
         finally:
             self._kill()
@@ -235,25 +235,25 @@ class OwnProcess:
         return Result("failed", f"its process ended with {why}")
 
     def stop(self) -> None:
-        """End it, and remove its folder."""
+        """End the process and remove its folder."""
         self._kill()
         self.folder.cleanup()
 
     def _kill(self) -> None:
-        """End it and what it has started."""
+        """End the process and its children."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
 def sanitizer(section: Section, device: str) -> list[str]:
-    """The words before the command of a section that is run under the sanitizer, where it is installed."""
+    """The command line's prefix for a section under the sanitizer, if that is installed."""
     tool = shutil.which(SANITIZER) if section.proves_kernels and device == "cuda" else None
     return [tool, *CHECKS, "--error-exitcode", str(FAULT)] if tool else []
 
 
 def run_as_process(section: Section, args: Namespace) -> None:
-    """What a section's process does: prepare, wait for its turn, run, write the result."""
+    """Main function of a section's process: prepare, wait for the start, run, write the result."""
     problem = problem_of(section.space, args, args.width_scale)
     line = sys.stdin.readline()
     if not line:  # the benchmark has ended

@@ -1,4 +1,4 @@
-"""What a first run on a cluster trips over, checked before it does, each with the way to mend it."""
+"""Checks of a machine and a cluster before a first run, each with the way to fix what fails."""
 
 from proard.doctor.checkup import checkup
 from proard.doctor.finding import Finding

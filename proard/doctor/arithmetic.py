@@ -1,6 +1,6 @@
 """Whether this machine computes right gradients, and in which types: `python -m proard.doctor.arithmetic`.
 
-It runs in a process of its own: a broken operator of the library may end the process instead of giving a wrong number.
+It runs in a separate process: a broken operator of torch may crash the process instead of giving a wrong number.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from proard.nets.view import SubnetView
 from proard.space import Arch, SearchSpace
 
 ALIKE = 0.9999  # least cosine between gradients of two backends
-NOISE = 1e-5  # share of the whole gradient's length below which one parameter's is rounding alone
+NOISE = 1e-5  # a parameter's gradient shorter than this share of the whole gradient is rounding alone
 SMALL = ("resnet_digits", "mobilenet_digits")
 
 
@@ -32,14 +32,14 @@ def lowest_cosine(space: SearchSpace, arch: Arch, *, batch: int, seed: int = 0) 
     """Compare all gradients of a training step with those of the backend without oneDNN, in float32.
 
     Both compute a clean and an adversarial pass of the subnet on equal images, labels and weights. The adversarial
-    images come from the default backend, as a sign step would turn a difference in rounding into a whole step.
+    images come from the default backend: with others, the attack's sign would turn a rounding difference into a step.
 
     Parameters
     ----------
     space, arch
         The subnet.
     batch : int
-        Images, at random.
+        Number of random images.
 
     Returns
     -------
@@ -81,9 +81,9 @@ def lowest_cosine(space: SearchSpace, arch: Arch, *, batch: int, seed: int = 0) 
 
 
 def _cosine(found: Tensor, expected: Tensor, noise: float) -> float:
-    """Cosine of two gradients; 1 where both are shorter than `noise`, -1 where one is no number.
+    """Cosine of two gradients; 1 where both are shorter than `noise`, -1 where one is NaN.
 
-    A shift in front of a convolution with batch norm has no gradient but rounding: batch norm takes it out again.
+    The gradient of a shift before a convolution with batch norm is rounding alone: batch norm removes the shift.
     """
     if float(expected.norm()) <= noise:
         return 1.0 if float(found.norm()) <= 2 * noise else -1.0
@@ -97,7 +97,7 @@ def middle(space: SearchSpace) -> Arch:
 
 
 def main() -> None:
-    """Print what was found as one line of JSON."""
+    """Print the result as one line of JSON."""
     lowest, where = 1.0, ""
     for name in SMALL:
         space = SearchSpace(PRESETS[name])

@@ -26,11 +26,11 @@ def checkup(
     Parameters
     ----------
     profile : str, optional
-        Snakemake's profile, a name or a folder; None looks at this machine only.
+        Snakemake's profile, a name or a folder; None checks this machine only.
     configs : sequence of path
-        Config files of a run, later ones over earlier ones, to compare its needs with what is there.
+        Config files of a run, whose needs are compared with the machine; later files override earlier ones.
     directory : path
-        Snakemake's working folder: results lie in it.
+        Snakemake's working folder, which holds `results/`.
     jobs : bool
         Whether to submit test jobs that check the nodes.
     patience : float
@@ -69,7 +69,7 @@ def on_cluster(profile: str, run: RunConfig | None, results: Path, *, jobs: bool
     where = find_profile(profile)
     settings = read_file(where)
     if settings.get("executor") != "slurm":
-        yield Finding("profile", f"{where} submits nothing: executor is {settings.get('executor', 'local')}")
+        yield Finding("profile", f"{where} submits no jobs: executor is {settings.get('executor', 'local')}")
         return
     reached = cluster.controller()
     yield reached
@@ -78,15 +78,15 @@ def on_cluster(profile: str, run: RunConfig | None, results: Path, *, jobs: bool
     for finding in (here.environment(), cluster.status_of_jobs(settings, where), cluster.arrays(settings, run, where)):
         if finding is not None:
             yield finding
-    for kind, asked in cluster.asked_resources(settings).items():
-        accepted = cluster.acceptance(kind, asked, where)
+    for kind, resources in cluster.requested_resources(settings).items():
+        accepted = cluster.acceptance(kind, resources, where)
         yield accepted
         if jobs and not accepted.fails:
-            yield from cluster.job(kind, asked, results, patience=patience)
+            yield from cluster.job(kind, resources, results, patience=patience)
 
 
 def find_profile(name: str) -> Path:
-    """Where Snakemake, started here, finds a profile."""
+    """File of a profile, as Snakemake finds it from this folder."""
     tried = [Path(pattern.format(name=name)) for pattern in PROFILES]
     for path in tried:
         if path.is_file():
@@ -95,7 +95,7 @@ def find_profile(name: str) -> Path:
 
 
 def merged(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Config files put over each other, key by key, as Snakemake does it."""
+    """Config files merged key by key, as Snakemake does it."""
     result: dict[str, Any] = {}
     for config in configs:
         for key, value in config.items():

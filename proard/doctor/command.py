@@ -14,12 +14,12 @@ WORDS = {True: "[bold red]fails[/]", False: "[green]ok[/]   "}
 
 
 def add_doctor(commands: argparse._SubParsersAction) -> None:
-    """Its flags; those that Snakemake has too are called as there."""
-    parser = commands.add_parser("doctor", help="check machine, cluster and profile before a run, and say how to mend")
+    """Add the command and its flags; flags that Snakemake has too have the same names."""
+    parser = commands.add_parser("doctor", help="check machine, cluster and profile before a run, and print fixes")
     parser.add_argument("--profile", default="slurm", metavar="NAME", help="Snakemake's profile (default slurm)")
     parser.add_argument("--here", action="store_true", help="check this machine only, no cluster")
     parser.add_argument(
-        "--configfile", nargs="+", default=[], metavar="FILE", help="config of a run, for what it needs"
+        "--configfile", nargs="+", default=[], metavar="FILE", help="config of a run, to check its needs"
     )
     parser.add_argument("--directory", default=".", metavar="FOLDER", help="where results/ will lie (default here)")
     parser.add_argument("--no-jobs", action="store_true", help="submit no test jobs")
@@ -52,7 +52,7 @@ def doctor(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def show_finding(finding: Finding, console: Console) -> None:
-    """One finding in a line, and what to do about it in another."""
-    console.print(f"{WORDS[finding.fails]} [bold]{escape(finding.name)}[/]: {escape(finding.said)}", soft_wrap=True)
-    if finding.mend:
-        console.print(f"      -> {escape(finding.mend)}", soft_wrap=True)
+    """Print a finding in one line, and its fix in another."""
+    console.print(f"{WORDS[finding.fails]} [bold]{escape(finding.name)}[/]: {escape(finding.result)}", soft_wrap=True)
+    if finding.fix:
+        console.print(f"      -> {escape(finding.fix)}", soft_wrap=True)

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-SECONDS = 60  # that a command of the cluster may take to answer
+SECONDS = 60  # limit for a cluster command
 
 
 @dataclass(frozen=True)
@@ -19,27 +19,27 @@ class Finding:
     ----------
     name : str
         What was checked.
-    said : str
+    result : str
         What was found.
-    mend : str
+    fix : str
         What to do about it; empty where there is nothing to do.
     fails : bool
-        Whether a run would fail for it; False with something to mend is a remark.
+        Whether a run would fail because of it. If False, a finding with a fix is a remark.
     """
 
     name: str
-    said: str
-    mend: str = ""
+    result: str
+    fix: str = ""
     fails: bool = False
 
 
-def failure(name: str, said: str, mend: str) -> Finding:
-    """Something that a run would fail for."""
-    return Finding(name, said, mend, fails=True)
+def failure(name: str, result: str, fix: str) -> Finding:
+    """A finding because of which a run would fail."""
+    return Finding(name, result, fix, fails=True)
 
 
-def ask(*command: str, stdin: str | None = None, seconds: float = SECONDS) -> tuple[bool, str]:
-    """Run a command; whether it succeeded, and what it said: its output, or the first line of its error."""
+def run_command(*command: str, stdin: str | None = None, seconds: float = SECONDS) -> tuple[bool, str]:
+    """Run a command; return whether it succeeded, and its output or its error in one line."""
     if shutil.which(command[0]) is None:
         return False, f"there is no command {command[0]}"
     try:
@@ -54,11 +54,11 @@ def ask(*command: str, stdin: str | None = None, seconds: float = SECONDS) -> tu
 
 
 def in_a_line(text: str) -> str:
-    """All that an error says, without the command's name before each line."""
+    """An error's lines as one line, without the command's name before each."""
     lines = [re.sub(r"^\w+: ((error|fatal): )?", "", line.strip()) for line in text.splitlines()]
     return "; ".join(dict.fromkeys(line for line in lines if line))[-400:]
 
 
 def listing(names: Sequence[str]) -> str:
-    """Names as a person lists them; `none` where there are none."""
+    """Names in a list; `none` where there are none."""
     return ", ".join(names) or "none"

@@ -1,4 +1,4 @@
-"""Checks of this machine: python and packages, the results' file system, the room on it, the GPU."""
+"""Checks of this machine: python and packages, the results' file system, its free space, the GPU."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from filelock import FileLock
 
 from proard import __version__
 from proard.config import RunConfig
-from proard.doctor.finding import Finding, ask, failure
+from proard.doctor.finding import Finding, failure, run_command
 from proard.space import SearchSpace
 
 INSTALL = "pip install -e . in the environment that runs snakemake"
-WATCHED = ("snakemake", "snakemake-executor-plugin-slurm", "torch")  # packages whose version decides most
+WATCHED = ("snakemake", "snakemake-executor-plugin-slurm", "torch")  # packages whose versions are checked
 LOCK = "import filelock, sys; filelock.FileLock(sys.argv[1]).acquire(timeout=0)"
 
 
@@ -32,7 +32,7 @@ def python() -> Finding:
 
 
 def packages() -> Iterator[Finding]:
-    """Versions of what the workflow needs, against what the package asks for."""
+    """Installed versions of packages that the workflow needs, compared with the package's requirements."""
     bounds = {}
     for text in metadata.requires("proard") or ():
         match = re.match(r"([A-Za-z0-9_.-]+)\s*([^;]*)", text)
@@ -51,7 +51,7 @@ def packages() -> Iterator[Finding]:
 
 
 def within(version: str, bounds: str) -> bool:
-    """Whether a version such as 9.27.1 meets bounds such as >=9.19,<10."""
+    """Whether a version such as 9.27.1 is within bounds such as >=9.19,<10."""
     found = _numbers(version)
     for sign, limit in re.findall(r"(>=|<=|==|<|>)\s*([^,]+)", bounds):
         wanted = _numbers(limit)
@@ -69,33 +69,33 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def torch_and_gpu() -> Finding:
-    """Whether torch loads and what it sees; a login node need not have a GPU."""
-    answered, said = ask(sys.executable, "-m", "proard.doctor.probe")
+    """Whether torch can be imported and which GPUs it sees; a login node needs none."""
+    answered, result = run_command(sys.executable, "-m", "proard.doctor.probe")
     if not answered:
-        return failure("torch", f"it does not load: {said}", INSTALL)
-    facts = json.loads(said.splitlines()[-1])
+        return failure("torch", f"cannot be imported: {result}", INSTALL)
+    facts = json.loads(result.splitlines()[-1])
     if facts["gpus"]:
         return Finding("torch", f"{facts['torch']} sees {', '.join(facts['gpus'])}")
     return Finding("torch", f"{facts['torch']} sees no GPU here: jobs here run on the CPU, whole trainings take days")
 
 
 def arithmetic() -> Finding:
-    """Whether gradients are right on this CPU, and what it lacks; tried in another process, as it may end there."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the jobs: threads that spin may take minutes here
-    return arithmetic_finding(*ask(sys.executable, "-m", "proard.doctor.arithmetic", seconds=300))
+    """Whether gradients are right on this CPU, and what it lacks; checked in another process, which may crash."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the jobs: spinning threads may take minutes here
+    return arithmetic_finding(*run_command(sys.executable, "-m", "proard.doctor.arithmetic", seconds=300))
 
 
-def arithmetic_finding(answered: bool, said: str) -> Finding:
-    """What the other process found: its last line, or why it ended."""
+def arithmetic_finding(answered: bool, result: str) -> Finding:
+    """Finding from the other process: from its last line, or from why it ended."""
     name = "arithmetic"
     if not answered:
-        return failure(name, f"a training step ends the process: {said}", "report it with the output of lscpu")
-    facts = json.loads(said.splitlines()[-1])
+        return failure(name, f"a training step crashes the process: {result}", "report it with the output of lscpu")
+    facts = json.loads(result.splitlines()[-1])
     if not facts["right"]:
         wrong = f"the gradient of {facts['parameter']} is wrong (cosine {facts['cosine']:.4f} with the plain backend)"
         return failure(name, wrong, "report it with the output of lscpu; another version of torch may be right")
-    kernels = "C kernels compiled" if facts["compiled"] else "no C kernels: training is slower, a C compiler mends it"
-    rounded = "bfloat16 by instructions" if facts["bfloat16"] else "no bfloat16 by instructions: float32 replaces it"
+    kernels = "C kernels compiled" if facts["compiled"] else "no C kernels: training is slower, install a C compiler"
+    rounded = "bfloat16 in hardware" if facts["bfloat16"] else "no bfloat16 in hardware: float32 replaces it"
     return Finding(name, f"gradients are right on this CPU ({facts['capability']}); {rounded}; {kernels}")
 
 
@@ -110,30 +110,30 @@ def file_system(folder: Path) -> Finding:
             new.write_text("new", encoding="utf-8")
             new.replace(old)
             if old.read_text("utf-8") != "new" or new.exists():
-                return failure(name, f"a renamed file in {place} is not there at once", "put the clone on another disk")
+                return failure(name, f"{place} does not show a renamed file at once", "put the clone on another disk")
             with FileLock(old, timeout=0):
                 other = subprocess.run([sys.executable, "-c", LOCK, str(old)], capture_output=True, check=False)
             if other.returncode == 0:
-                mend = "mount it with locks (NFS: without nolock; Lustre: flock) or put the clone on another disk"
-                return failure(name, f"two processes hold one lock in {place}", mend)
+                fix = "mount it with locks (NFS: without nolock; Lustre: flock) or put the clone on another disk"
+                return failure(name, f"two processes hold one lock in {place}", fix)
     except OSError as error:
-        mend = "run from a folder that you may write to, on a disk that all nodes share"
-        return failure(name, f"{place}: {error.strerror or error}", mend)
+        fix = "run from a folder that you may write to, on a disk that all nodes share"
+        return failure(name, f"{place}: {error.strerror or error}", fix)
     return Finding(name, f"{place} can be written, renaming is atomic, locks hold")
 
 
 def room(folder: Path, run: RunConfig | None) -> Finding:
-    """Free space against what a run leaves behind."""
+    """Free space, compared with the size of a run's results."""
     free = shutil.disk_usage(folder if folder.exists() else folder.absolute().parent).free
     if run is None:
         return Finding("disk", f"{_size(free)} free; name --configfile to compare with what a run takes")
     needed = disk_of(run)
-    said = (
-        f"run {run.run} leaves about {_size(needed)} without its images, {_size(free)} are free in {folder.resolve()}"
+    result = (
+        f"run {run.run} writes about {_size(needed)} without its images, {_size(free)} are free in {folder.resolve()}"
     )
     if needed > free:
-        return failure("disk", said, "free some, or run from another disk: snakemake --directory FOLDER")
-    return Finding("disk", said)
+        return failure("disk", result, "free some, or run from another disk: snakemake --directory FOLDER")
+    return Finding("disk", result)
 
 
 def disk_of(run: RunConfig) -> int:
@@ -150,13 +150,13 @@ def disk_of(run: RunConfig) -> int:
 
 
 def _size(count: int) -> str:
-    """Bytes as people say them."""
+    """Bytes in GiB or MiB."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 def environment() -> Finding | None:
-    """A SLURM whose configuration is named by a variable, which the executor's plugin drops inside jobs."""
+    """A remark if SLURM_CONF names the configuration: the executor's plugin drops this variable inside jobs."""
     if not os.environ.get("SLURM_CONF") or Path("/etc/slurm/slurm.conf").exists():
         return None
-    said = f"SLURM_CONF={os.environ['SLURM_CONF']}; the plugin drops SLURM_ variables before srun inside a job"
-    return Finding("SLURM_CONF", said, "the job below shows whether srun finds its controller all the same")
+    result = f"SLURM_CONF={os.environ['SLURM_CONF']}; the plugin drops SLURM_ variables before srun inside a job"
+    return Finding("SLURM_CONF", result, "the job below shows whether srun finds its controller without it")

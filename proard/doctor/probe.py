@@ -1,4 +1,4 @@
-"""What a process sees where it runs, as one line of JSON: `python -m proard.doctor.probe [FOLDER]`."""
+"""Facts about the machine of a process, as one line of JSON: `python -m proard.doctor.probe [FOLDER]`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from filelock import FileLock
 
 from proard import __version__
 
-TOKEN, HELD = "token", "held"  # files that the asking process made: one to read, one that it keeps locked
+TOKEN, HELD = "token", "held"  # files of the calling process: one to read, one that it keeps locked
 
 
 def facts(folder: Path | None) -> dict[str, Any]:
-    """Python, package, torch and its GPUs; whether a folder that the asker made can be read, written and locked."""
+    """Python, package, torch and its GPUs; whether the caller's folder can be read, written and locked."""
     import torch
 
     found: dict[str, Any] = {
@@ -35,16 +35,16 @@ def facts(folder: Path | None) -> dict[str, Any]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether another process holds the lock of a file: this one does not get it."""
+    """Whether another process holds the lock of a file, so that this one cannot acquire it."""
     try:
         with FileLock(path, timeout=0):
             return False
-    except OSError:  # a Timeout is one
+    except OSError:  # filelock.Timeout is a subclass
         return True
 
 
 def main() -> None:
-    """Print the facts; into FOLDER too, so that writing there is tried."""
+    """Print the facts; write them to FOLDER too, to test that this works."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None
     line = json.dumps(facts(folder))
     if folder is not None:

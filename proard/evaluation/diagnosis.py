@@ -259,8 +259,8 @@ def measure_bound(
         cosine=(ours * theirs).sum(1) / lengths.clamp(min=torch.finfo(lengths.dtype).tiny),
         student_correct=of_student.correct,
         teacher_correct=of_teacher.correct,
-        student_stands=of_student.stands,
-        teacher_stands=of_teacher.stands,
+        student_stands=of_student.robust,
+        teacher_stands=of_teacher.robust,
     )
 
 
@@ -273,7 +273,7 @@ class _Side:
     losses: dict[str, Tensor]
     linearity: Tensor
     correct: Tensor
-    stands: Tensor
+    robust: Tensor
 
 
 def _side(predict: Predict, images: Tensor, labels: Tensor, points: Mapping[str, Tensor]) -> _Side:
@@ -281,12 +281,12 @@ def _side(predict: Predict, images: Tensor, labels: Tensor, points: Mapping[str,
     objective = CrossEntropy(labels)
     logits, gradient = differentiate(predict)(objective, images)
     loss, correct = objective(logits), logits.argmax(1) == labels
-    losses, linearity, stands = {}, torch.zeros_like(loss), correct
+    losses, linearity, robust = {}, torch.zeros_like(loss), correct
     for name, adv in points.items():
         with torch.no_grad():
             logits = predict(adv)
         losses[name] = objective(logits)
         error = losses[name] - loss - ((adv - images) * gradient).sum((1, 2, 3))
         linearity = torch.maximum(linearity, error.abs())
-        stands = stands & (logits.argmax(1) == labels)
-    return _Side(loss, gradient, losses, linearity, correct, stands)
+        robust = robust & (logits.argmax(1) == labels)
+    return _Side(loss, gradient, losses, linearity, correct, robust)

@@ -54,8 +54,8 @@ class Pairing:
 
 
 def pairing(
-    first_stands: NDArray[np.bool_],
-    second_stands: NDArray[np.bool_],
+    first_robust: NDArray[np.bool_],
+    second_robust: NDArray[np.bool_],
     first_gap: NDArray[np.float64],
     second_gap: NDArray[np.float64],
 ) -> Pairing:
@@ -67,12 +67,12 @@ def pairing(
 
     Parameters
     ----------
-    first_stands, second_stands : ndarray of shape (n,)
+    first_robust, second_robust : ndarray of shape (n,)
         bool, by image.
     first_gap, second_gap : ndarray of shape (n,)
         Norm of the difference of the network's input gradient from the teacher's.
     """
-    first_only, second_only = first_stands & ~second_stands, second_stands & ~first_stands
+    first_only, second_only = first_robust & ~second_robust, second_robust & ~first_robust
     discordant = int(first_only.sum() + second_only.sum())
     difference = second_gap - first_gap  # positive where the first is nearer
     nearer = (difference > 0) + 0.5 * (difference == 0)

@@ -1,4 +1,4 @@
-"""A student as files that stand alone: three formats, the check of each against the measured network, a card."""
+"""Exports a student: three file formats, the comparison of each with the measured network, a model card."""
 
 from proard.export.card import FROM_SUPERNET, TRAINED_ALONE, model_card
 from proard.export.formats import StudentFacts, export_program, load_student, save_onnx, save_pt2, save_student

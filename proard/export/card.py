@@ -1,4 +1,4 @@
-"""The model card: what the student is for, what goes in, under which attacks it was measured, what it cannot do."""
+"""The model card: the student's use, its input and output, the attacks and accuracies, its limits."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from proard.export.formats import OLDEST_RUNTIME, StudentFacts
 
 HUB_DATASETS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 ACCOUNTING = {
-    "any_iterate": "an image is lost if any iterate of any restart is misclassified",
-    "last_iterate": "an image is lost if the last iterate of any restart is misclassified",
+    "any_iterate": "an image counts as misclassified if any iterate of any restart is",
+    "last_iterate": "an image counts as misclassified if the last iterate of any restart is",
 }
 REACH = {  # by norm
     "linf": "every pixel by at most eps = {eps} (linf)",
@@ -45,13 +45,13 @@ An image classifier for small devices that was trained to withstand adversarial 
 | Classes | {num_classes} |
 | Arch | `{arch_id}` of space `{space}`: `{arch}` |
 
-Accuracies are measured and given with their 95 % Wilson intervals; none is a prediction.
+Accuracies are measured, not predicted, and given with their 95 % Wilson intervals.
 
 ## Intended use
 
 Classifying {channels} images of {side} x {side} pixels that resemble `{dataset}` into: {class_list}.
-It suits edge devices whose inputs an adversary may change slightly, and comparisons of robust networks. It is no
-safety component: see the limits below.
+It suits edge devices whose inputs an adversary may change slightly, and comparisons of robust networks. It is not
+a safety component: see the limits below.
 
 | | |
 |---|---|
@@ -67,7 +67,7 @@ Class names, arch, costs and threat model are also in the metadata properties of
 ## Example
 
 Needs numpy, Pillow (10.1 or newer) and onnxruntime; `python example.py FILE ...` prints a class for each image file.
-`preprocess` is the function that made the images of training and test, word for word.
+`preprocess` is a copy of the function that made the images of training and test.
 
 ```python
 import json
@@ -127,10 +127,10 @@ Sizes: {sizes}. One image on one CPU thread ({runtime}; {machine}): median {medi
 
 ## Limits
 
-- Robust accuracy under attacks is an upper bound: a stronger attack may find more, and nothing here is certified.
+- Robust accuracy under attacks is an upper bound: a stronger attack may lower it, and nothing here is certified.
 - It holds for {norm} perturbations up to {eps} only: not for larger ones, other norms, patches, rotations,
   blur, noise, weather or a changed camera, none of which was measured.
-- It rests on {num_images:,} test images of `{dataset}`; the intervals say what that leaves open for such images.
+- It was measured on {num_images:,} test images of `{dataset}`; the intervals cover the choice of such images only.
 - Images of anything else still get one of the {num_classes} classes; probabilities were not calibrated.
 - The numbers are for float32. A quantised or otherwise changed network must be measured again.
 """
@@ -168,14 +168,14 @@ def model_card(
     opset: int,
     origin: Mapping[str, str] = FROM_SUPERNET,
 ) -> str:
-    """Text of `card.md`, with front matter as model hubs read it.
+    """Text of `card.md`, with front matter for model hubs.
 
     Parameters
     ----------
     rows : DataFrame
         Rows of `student.parquet` that measure this student, in the order of the table.
     attacks : sequence of mapping
-        Settings of the attacks that `select_student` ran: what each of them maximises.
+        Settings of the attacks that `select_student` ran, with their objectives.
     parity : mapping
         Contents of `parity.json`.
     supernet : mapping
@@ -185,7 +185,7 @@ def model_card(
     opset : int
         Of the ONNX file.
     origin : mapping
-        Which sentences say where the weights come from: `FROM_SUPERNET` or `TRAINED_ALONE`.
+        Sentences on the origin of the weights: `FROM_SUPERNET` or `TRAINED_ALONE`.
     """
     worst = _hardest(rows[rows["split"] == "test"])
     header, adversarial, made = facts.to_header(), parity["adversarial"], supernet.get("provenance", {})
@@ -233,13 +233,13 @@ def model_card(
 
 
 def _hardest(test: pd.DataFrame) -> pd.Series:
-    """The worst case over all attacks where the table has it, else the attack that left fewest images."""
+    """The worst case over all attacks if the table has it, else the attack with the lowest robust accuracy."""
     over_all = test[test["attack"] == "worst"]
     return test.sort_values("robust_acc").iloc[0] if over_all.empty else over_all.iloc[0]
 
 
 def _front_matter(facts: StudentFacts, worst: pd.Series) -> str:
-    """Metadata for model hubs; texts of users stand as JSON, which YAML reads."""
+    """Metadata for model hubs; texts of users are written as JSON, which is valid YAML."""
     hub_name = HUB_DATASETS.get(facts.dataset)
     robust = f"Robust accuracy, {facts.threat.norm} {_eps(facts.threat.eps)}, {_called(worst)}"
     lines = [
@@ -280,7 +280,7 @@ def _row(row: pd.Series, objectives: Mapping[str, str]) -> str:
 
 
 def _called(row: pd.Series) -> str:
-    """An attack as a headline names it."""
+    """Name of an attack in a headline."""
     return "worst case of all attacks" if row["attack"] == "worst" else row["attack"]
 
 

@@ -1,4 +1,4 @@
-"""A folded network as safetensors, single-file ONNX and torch.export archive; each file says what it holds."""
+"""A folded network as safetensors, single-file ONNX and torch.export archive, each with facts about the network."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OLDEST_RUNTIME = {18: "1.15", 19: "1.15", 20: "1.17", 21: "1.18", 22: "1.21", 23
 
 @dataclass(frozen=True)
 class StudentFacts:
-    """What every exported file says about its network.
+    """Facts about the network in every exported file.
 
     Attributes
     ----------
@@ -40,7 +40,7 @@ class StudentFacts:
     classes : tuple of str
         Class names in the order of the logits.
     dataset : str
-        Where the training images come from (`prepare_data.source`).
+        Source of the training images (`prepare_data.source`).
     provenance : Provenance
         Of the export.
     """
@@ -57,12 +57,12 @@ class StudentFacts:
 
     @property
     def settings_hash(self) -> str:
-        """Checksum of the settings of the export and of all it was measured with."""
+        """Checksum of the settings of the export and of the measurement."""
         return hashlib.sha256(json.dumps(self.provenance.settings, sort_keys=True).encode()).hexdigest()
 
     @property
     def channel_order(self) -> str:
-        """What the input's channels are."""
+        """Order of the input's channels."""
         channels = self.space.settings.image_channels
         return CHANNEL_ORDERS.get(channels, f"{channels} channels")
 
@@ -97,7 +97,7 @@ class StudentFacts:
 
 
 def save_student(path: str | Path, net: FoldedNet | FixedNet, facts: StudentFacts) -> None:
-    """Write a folded (or fixed) network so that `load_student` needs nothing but the file."""
+    """Write a folded (or fixed) network so that `load_student` needs this file only."""
     convs = facts.space.spec(facts.arch).convs
     layers = [[conv.name, conv.in_channels, conv.out_channels, conv.kernel, conv.stride] for conv in convs]
     save_tensors(
@@ -152,7 +152,7 @@ def save_pt2(path: str | Path, program: torch.export.ExportedProgram, facts: Stu
     """Write a torch.export archive; the facts are its extra file `proard.json`."""
     archive = io.BytesIO()
     with warnings.catch_warnings():
-        # channels_last weights are taken for parts of larger tensors; they are written whole
+        # torch takes channels_last weights for parts of larger tensors; they are written whole
         warnings.filterwarnings("ignore", message="No complete tensor found", category=UserWarning)
         torch.export.save(program, archive, extra_files={"proard.json": json.dumps(facts.to_header())})
     _write_bytes(path, archive.getvalue())
@@ -194,7 +194,7 @@ def save_onnx(path: str | Path, program: torch.export.ExportedProgram, facts: St
 
 
 def _strip(model: onnx.ModelProto) -> None:
-    """Take out the exporter's debugging notes, which hold source paths and outweigh a small network."""
+    """Remove the exporter's debugging notes, which contain source paths and are larger than a small network."""
     graph = model.graph
     for entry in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         entry.ClearField("metadata_props")

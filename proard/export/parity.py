@@ -1,4 +1,4 @@
-"""Whether the exported files are the measured network: every test image, clean and attacked, and the accuracy."""
+"""Checks that exported files are the measured network: outputs on clean and attacked test images, and accuracy."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Predict = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one runtime's outputs are from another's on the same images.
+    """Difference between two runtimes' outputs on the same images.
 
     Attributes
     ----------
@@ -72,7 +72,7 @@ def difference(reference: NDArray[np.float32], other: NDArray[np.float32]) -> Di
 
 
 def export_is_the_network(name: str, found: Difference, *, tolerance: float, images: str) -> None:
-    """Refuse an export that differs from the measured network.
+    """Raise an error if an export differs from the measured network.
 
     Parameters
     ----------
@@ -81,14 +81,14 @@ def export_is_the_network(name: str, found: Difference, *, tolerance: float, ima
     tolerance : float
         Largest accepted difference of a class probability.
     images : str
-        What the images are, for the message.
+        Name of the images in the message.
 
     Raises
     ------
     UserError
         A probability differs by more, or an image gets another class.
     """
-    if not found.max_softmax <= tolerance:  # also where it is not a number
+    if not found.max_softmax <= tolerance:  # NaN is refused too
         raise UserError(
             f"{name} is not the measured network: on {images} image {found.image} a class probability differs by "
             f"{found.max_softmax:.2e}, accepted is export_student.tolerance {tolerance:g}; try another "
@@ -146,7 +146,7 @@ def check_parity(
     Parameters
     ----------
     as_measured : ndarray of shape (n, classes)
-        What `measured_logits` gave.
+        Output of `measured_logits`.
     test : ImageSet
         All test images.
     weights, onnx, pt2 : Path
@@ -168,7 +168,7 @@ def check_parity(
     Raises
     ------
     UserError
-        A file is not the measured network: by how much, and on which image.
+        A file is not the measured network; the message names the difference and the image.
     """
     clean, labels = to_float(test.images).cpu(), test.labels.cpu()
     student, session = load_student(weights), open_session(onnx, threads=threads)
@@ -256,12 +256,12 @@ def latency(path: Path, image: NDArray[np.float32]) -> dict[str, Any]:
 
 
 def _same_accuracy(name: str, logits: NDArray[np.float32], labels: Tensor, row_clean_acc: float) -> float:
-    """Accuracy of these logits; refuse it unless exactly as many images are right as the selected row says."""
+    """Accuracy of these logits; raise an error unless it equals the selected row's exactly."""
     correct = logits.argmax(1) == labels.numpy()
     expected = round(row_clean_acc * len(correct))
     if int(correct.sum()) != expected:
         raise UserError(
-            f"{name} classifies {int(correct.sum())} of {len(correct)} test images correctly, the selected row says "
+            f"{name} classifies {int(correct.sum())} of {len(correct)} test images correctly, the selected row has "
             f"{expected}: supernet, training images, device or `measurement` changed since; rerun select_student"
         )
     return float(correct.mean())

@@ -39,8 +39,8 @@ class ElasticConvNorm(nn.Module):
     norm, bias : bool
         Whether batch norm or a bias follows.
     kernels : tuple of int
-        All sides, smallest first, where there are several. A smaller kernel is the centre of the next larger one times
-        a learned matrix, which starts as the identity.
+        All kernel sizes, smallest first, if there are several. A smaller kernel is the centre of the next larger one
+        times a learned matrix, which is initialised as the identity.
 
     References
     ----------
@@ -83,7 +83,7 @@ class ElasticConvNorm(nn.Module):
             nn.init.eye_(transform)
 
     def filters(self, out_channels: int, in_channels: int, kernel: int | None = None) -> Tensor:
-        """Weights of shape (out_channels, in_channels per group, kernel, kernel), with a graph to those stored."""
+        """Weights of shape (out_channels, in_channels per group, kernel, kernel); gradients flow to the stored ones."""
         weight = self.weight[:out_channels, : 1 if self.groups > 1 else in_channels]
         for side in self.smaller:
             if kernel is None or side < kernel:
@@ -132,7 +132,7 @@ class Supernet(nn.Module):
     mean, std : sequence of float
         Per channel, of pixels in [0, 1]; images are normalised inside.
     generator : torch.Generator, optional
-        Source of the initial weights; without it they stay unset, to be loaded.
+        Source of the initial weights; without it they are uninitialised and must be loaded.
     """
 
     mean: Tensor
@@ -177,12 +177,12 @@ class Supernet(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Images in [0, 1] with the training set's mean and deviation taken out, per channel."""
+        """Images in [0, 1], minus the mean and divided by the standard deviation of their channel."""
         return (images - self.mean[:, None, None]) / self.std[:, None, None]
 
     def view(self, arch: Arch, *, total: Total | None = None) -> SubnetView:
         """A subnet with leaf weights of its own, for one training step; arguments as in `SubnetView`."""
-        from proard.nets.view import SubnetView  # it reads this module
+        from proard.nets.view import SubnetView  # it imports this module
 
         return SubnetView(self, arch, total=total)
 

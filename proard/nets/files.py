@@ -1,4 +1,4 @@
-"""Networks on disk: safetensors whose header says which space and arch they are."""
+"""Networks on disk: safetensors files whose header names the space and the arch."""
 
 from __future__ import annotations
 
@@ -73,12 +73,12 @@ def load_static(
 
 
 def bare_network(space: NetSpace, arch: Any) -> StaticNet | FixedNet:
-    """The static network of an arch, its weights and the normalisation of pixels to be loaded."""
+    """The static network of an arch; its weights and pixel normalisation must still be loaded."""
     return StaticNet(space.spec(arch)) if isinstance(space, SearchSpace) else bare_fixed(space)
 
 
 def bare_fixed(space: NetSpace) -> FixedNet:
-    """The network of a space that has one, its weights and the normalisation of pixels to be loaded."""
+    """The network of a fixed space; its weights and pixel normalisation must still be loaded."""
     assert isinstance(space, FixedSpace)
     channels = space.settings.image_channels
     return FixedNet(space, mean=[0.0] * channels, std=[1.0] * channels)

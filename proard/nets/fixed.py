@@ -1,4 +1,4 @@
-"""Networks outside the search spaces, with the abilities that training, measurement and export want of a subnet."""
+"""Networks outside the search spaces, with the methods of a subnet that training, measurement and export need."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ Statistics = dict[str, tuple[Tensor, Tensor]]
 
 
 class FixedNet(nn.Module):
-    """A network of one shape: pixels are normalised here, everything else happens in `module`.
+    """A network that is not elastic: pixels are normalised here, `module` does the rest.
 
     Parameters
     ----------
     space : FixedSpace
-        Which network it is.
+        The network's settings.
     mean, std : sequence of float
         Per channel, of pixels in [0, 1].
     generator : torch.Generator, optional
-        Its seed draws the initial weights.
+        Its initial seed is the seed of the initial weights; without it the seed is 0.
     """
 
     mean: Tensor
@@ -61,7 +61,7 @@ class FixedNet(nn.Module):
         return self.space.spec(self.space.largest)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Images in [0, 1] with the training set's mean and deviation taken out, per channel."""
+        """Images in [0, 1], minus the mean and divided by the standard deviation of their channel."""
         return (images - self.mean[:, None, None]) / self.std[:, None, None]
 
     def forward(self, images: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class FixedNet(nn.Module):
             return self.module(self.normalise(images))
 
     def view(self, arch: FixedArch, *, total: Total | None = None) -> FixedView:
-        """The network with leaf weights of its own, for one training step; `total` is for elastic networks."""
+        """The network with leaf weights of its own, for one training step; `total` is ignored."""
         return FixedView(self)
 
     def norms(self) -> dict[str, nn.BatchNorm2d]:
@@ -78,7 +78,7 @@ class FixedNet(nn.Module):
         return norms_of(self.module)
 
     def frozen(self) -> FixedNet:
-        """A copy in evaluation mode whose weights want no gradient: what is attacked, measured, exported."""
+        """A copy in evaluation mode whose weights need no gradient, to be attacked, measured and exported."""
         net = copy.deepcopy(self).eval().requires_grad_(False)
         net.zero_grad(set_to_none=True)
         return net
@@ -90,7 +90,7 @@ class FixedNet(nn.Module):
 
 def _vit(settings: VisionTransformer) -> nn.Module:
     """Torchvision's vision transformer for images of any number of channels."""
-    from torchvision.models import VisionTransformer as Torchvision  # a second to import, which most runs need not
+    from torchvision.models import VisionTransformer as Torchvision  # a slow import that few runs need
 
     net = Torchvision(
         image_size=settings.image_size,
@@ -111,7 +111,7 @@ def _vit(settings: VisionTransformer) -> nn.Module:
 
 @contextmanager
 def plain_attention() -> Iterator[None]:
-    """Attention by plain products: fused kernels have no second derivative, and cannot be exported."""
+    """Context with attention by plain products: fused kernels have no second derivative and cannot be exported."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -128,7 +128,7 @@ def norms_of(module: nn.Module) -> dict[str, nn.BatchNorm2d]:
 
 @contextmanager
 def recorded(module: nn.Module, record: Statistics | None) -> Iterator[None]:
-    """Context in which every batch norm leaves the mean and the (biased) variance of its input in `record`."""
+    """Context in which every batch norm writes the mean and the (biased) variance of its input to `record`."""
     hooks = []
     if record is not None:
         for name, norm in norms_of(module).items():
@@ -162,7 +162,7 @@ class FixedView:
     Parameters
     ----------
     net : FixedNet
-        Whose weights are read, and whose gradients, which must exist, are added to.
+        Its weights are read; gradients are added to its gradients, which must exist.
     """
 
     def __init__(self, net: FixedNet) -> None:
@@ -193,7 +193,7 @@ class FixedView:
 
     @torch.no_grad()
     def folded(self, statistics: Statistics, *, dtype: torch.dtype = torch.float32) -> FixedNet | Rounded:
-        """The network as it is now, batch norm fixed at `statistics`; its weights want no gradient."""
+        """A frozen copy of the network with batch norm fixed at `statistics`."""
         net = self.net.frozen()
         for name, norm in net.norms().items():
             norm.running_mean, norm.running_var = (values.clone() for values in statistics[name])

@@ -1,7 +1,7 @@
 """The one forward pass that supernet, views, static and folded networks share.
 
-A network is its `NetSpec` plus two callables that say how a named convolution (with its norm) and the head are
-computed. Whoever supplies them decides where weights come from and which statistics batch norm uses.
+A network is a `NetSpec` plus two callables that compute a named convolution (with its norm) and the head. The caller
+supplies both, and thereby chooses the weights and the statistics of batch norm.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def run_network(
     *,
     activated: bool = False,
 ) -> Tensor:
-    """Logits of normalised images.
+    """Logits of shape (batch, classes) of normalised images.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ def run_network(
     head : callable
         `head(features)` of shape (batch, classes) for features of shape (batch, spec.features).
     activated : bool
-        `conv` gives the layer's activation too.
+        `conv` applies the layer's activation too.
     """
     if not activated:
         conv = with_activation(conv)
@@ -54,12 +54,12 @@ def run_network(
 
 
 def with_activation(conv: Conv) -> Conv:
-    """The same convolutions, each with its activation behind it."""
+    """The same convolutions, each followed by its activation."""
     return lambda layer, x: activate(layer.activation, conv(layer, x))
 
 
 def run_steps(steps: tuple[Step, ...], x: Tensor, conv: Conv) -> Tensor:
-    """Some steps in sequence, `conv` with its activation; without any, `x` itself."""
+    """Apply steps in sequence (`conv` includes the activation); without steps, return `x`."""
     for step in steps:
         if isinstance(step, ConvSpec):
             x = conv(step, x)
@@ -71,7 +71,7 @@ def run_steps(steps: tuple[Step, ...], x: Tensor, conv: Conv) -> Tensor:
 
 
 def activate(name: Activation, x: Tensor) -> Tensor:
-    """Apply an activation; piecewise linear ones whose result tells their slope overwrite `x`."""
+    """Apply an activation; ReLU and ReLU6 overwrite `x`, since their result suffices for the backward pass."""
     if name == "relu":
         return F.relu(x, inplace=True)
     if name == "relu6":

@@ -1,7 +1,7 @@
-"""The input gradient of a folded network, written out: what an attack computes most of the time, without autograd.
+"""The input gradient of a folded network without autograd: most of the work of an attack.
 
-The forward pass keeps the activations, the backward pass walks them in reverse. Against autograd it saves the graph,
-the allocation of every masked gradient and the slow strided backward convolutions; the result is the same.
+The forward pass keeps the activations, the backward pass uses them in reverse order. Compared with autograd this saves
+the graph, the allocation of every masked gradient and the slow strided backward convolutions; the result is the same.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from proard.nets.modules import present
 from proard.space import BlockSpec, ConvSpec, NetSpec
 
 LAYOUT = torch.channels_last
-FEW = 8  # input channels up to which the library's strided backward convolution leaves most of its lanes idle
+FEW = 8  # input channels up to which the library's strided backward convolution leaves most vector lanes idle
 
 
 def is_plain(spec: NetSpec) -> bool:
-    """Whether a network is made of nothing but what is differentiated here: dense convolutions, ReLU, shortcuts."""
+    """Whether a network has only layers that are differentiated here: dense convolutions, ReLU, shortcuts."""
     dense = all(not conv.depthwise and conv.activation in ("none", "relu") for conv in spec.convs)
     return dense and not spec.mixer and all(_is_plain_block(block) for block in spec.blocks)
 
 
 def _is_plain_block(block: BlockSpec) -> bool:
-    """Convolutions in sequence beside nothing, the identity or one bare convolution."""
+    """Whether a block is convolutions in sequence; its shortcut is absent, the identity or one bare convolution."""
     side = block.shortcut or ()
     bare = all(isinstance(step, ConvSpec) and step.activation == "none" for step in side)
     steps = all(isinstance(step, ConvSpec) for step in block.steps)
@@ -40,8 +40,8 @@ class Convolution:
 
     A strided 1x1 convolution reads a sliced copy, as in `kernels.convolution`. Where input channels are few, the input
     gradient of a 3x3 convolution of stride 2 on an even map is one 2x2 convolution with four times the channels, one
-    group for each parity of row and column: row 2i is met by tap 1 of output row i alone, row 2i + 1 by tap 2 of row i
-    and tap 0 of row i + 1.
+    group for each parity of row and column: input row 2i contributes to output row i only (tap 1), row 2i + 1 to output
+    rows i (tap 2) and i + 1 (tap 0).
     """
 
     def __init__(self, layer: ConvSpec, weight: Tensor, bias: Tensor) -> None:
@@ -50,12 +50,12 @@ class Convolution:
         self.transposed = weight.transpose(0, 1).contiguous(memory_format=LAYOUT) if self.sliced else None
         self.parities = None
         if layer.kernel == 3 and layer.stride == 2 and layer.in_channels <= FEW:
-            taps = torch.tensor([[1, 3], [2, 0]])  # (parity, output row); tap 3 is the zero that is padded
+            taps = torch.tensor([[1, 3], [2, 0]])  # (parity, output row); tap 3 is the padded zero
             parities = F.pad(weight, (0, 1, 0, 1))[:, :, taps][..., taps].permute(2, 4, 1, 0, 3, 5)
             self.parities = parities.reshape(-1, layer.out_channels, 2, 2).contiguous(memory_format=LAYOUT)
 
     def forward(self, x: Tensor, *, relu: bool = False, side: Tensor | None = None) -> Tensor:
-        """Map (batch, in, h, w) to (batch, out, h', w'); `side` is added and a ReLU applied where asked."""
+        """Map (batch, in, h, w) to (batch, out, h', w'); `side`, if given, is added before the ReLU."""
         stride = self.stride
         if self.sliced:
             x, stride = every(stride, x), 1
@@ -88,7 +88,7 @@ class Convolution:
 def convolve_activate(
     x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, *, relu: bool, side: Tensor | None
 ) -> Tensor:
-    """Convolution, sum and ReLU; oneDNN does all three in one pass over the output where its types allow."""
+    """Convolution, sum and ReLU; oneDNN does all three in one pass where it supports the type."""
     if (relu or side is not None) and x.dtype in (torch.float32, torch.bfloat16) and one_pass(x.dtype):
         shape = ([padding] * 2, [stride] * 2, [1, 1], 1)
         if side is None:
@@ -102,7 +102,7 @@ def convolve_activate(
 
 
 class BlockGradient:
-    """A block: convolutions with ReLU in sequence, a shortcut beside them."""
+    """Forward and backward pass of a block: convolutions with ReLU in sequence, and a shortcut."""
 
     def __init__(self, block: BlockSpec, layers: Mapping[str, Convolution]) -> None:
         steps = cast(tuple[ConvSpec, ...], block.steps)
@@ -112,9 +112,9 @@ class BlockGradient:
         self.shortcut = layers[cast(ConvSpec, block.shortcut[0]).name] if block.shortcut else None
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """The block's input, what every convolution gives after its ReLU, and the block's output."""
+        """The block's input, the output of every convolution after its ReLU, and the block's output."""
         kept = [x]
-        joins = self.residual and not self.relus[-1]  # the sum rides on the last convolution
+        joins = self.residual and not self.relus[-1]  # the last convolution also adds the shortcut
         for index, (relu, conv) in enumerate(zip(self.relus, self.convs, strict=True)):
             if index == len(self.convs) - 1 and joins:
                 break
@@ -123,14 +123,14 @@ class BlockGradient:
         if joins:
             out = self.convs[-1].forward(kept[-1], relu=self.final_relu, side=side)
             return [*kept, out, out]
-        out = kept[-1] + side if self.residual else kept[-1]  # a ReLU before the sum is a mask still
+        out = kept[-1] + side if self.residual else kept[-1]  # not in place: the ReLU's output is still a mask
         kept.append(out.relu_() if self.final_relu and self.residual else out)
         return kept
 
     def backward(self, gradient: Tensor, kept: list[Tensor], *, masked: bool) -> Tensor:
         """Gradient with respect to the block's input, zero where that is not positive if `masked`.
 
-        `gradient` may be changed; behind a final ReLU it is zero already where the block's output is not positive.
+        `gradient` may be overwritten; after a final ReLU it must already be zero where the block's output is.
         """
         x = kept[0]
         beside = gradient
@@ -147,7 +147,7 @@ class BlockGradient:
 
     @property
     def ends_in_relu(self) -> bool:
-        """Whether the block's output is a ReLU's."""
+        """Whether the block's last operation is a ReLU."""
         return self.final_relu or (self.relus[-1] and not self.residual)
 
 
@@ -159,7 +159,7 @@ class InputGradient:
     spec : NetSpec
         A network for which `is_plain` holds.
     layers : mapping of name to (weight, bias)
-        Of every convolution, in one type.
+        For every convolution, all in one dtype.
     head : (weight, bias)
         The linear layer.
     scale, shift : Tensor of shape (channels, 1, 1)

@@ -1,4 +1,4 @@
-"""What torch's types leave open: the type of modules by name, and that what may be None is there."""
+"""Helpers for static types: module dictionaries of one type, and values that are not None."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ModulesOf(nn.ModuleDict, Generic[Kind]):
 
 
 def present(value: Value | None) -> Value:
-    """A bias, a gradient or a batch norm that is there."""
+    """The value (a bias, a gradient, a batch norm), which must not be None."""
     assert value is not None
     return value
 

@@ -1,4 +1,4 @@
-"""Batch norm over the images of several processes: statistics, and gradients through them, of the whole batch."""
+"""Batch norm over the images of several processes, with the statistics and gradients of the whole batch."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def batch_norm_of_all(
     x : Tensor of shape (batch, channels, height, width)
         This process's part of the batch.
     scale, shift : Tensor of shape (channels,)
-        Their gradients are this process's summands.
+        Each process gets only its own part of their gradients.
     total : callable
         Sum over processes; called by all of them in the same order, in the backward pass too.
     eps : float
         Added to the variance.
     twice : bool
-        The gradient will be differentiated itself: slower, from differentiable operations alone.
+        Allow second derivatives: only differentiable operations are used, which is slower.
 
     Returns
     -------
@@ -36,7 +36,7 @@ def batch_norm_of_all(
     mean, var : Tensor of shape (channels,)
         Of the whole batch, `var` with Bessel's correction; without gradient.
     values : Tensor of shape ()
-        Values of a channel in the whole batch.
+        Number of values per channel in the whole batch.
     """
     with torch.no_grad():
         count = x.numel() / x.shape[1]
@@ -56,14 +56,14 @@ def batch_norm_of_all(
 
 
 def _differentiable(x: Tensor, scale: Tensor, shift: Tensor, total: Total, values: Tensor, eps: float) -> Tensor:
-    """The plain form: statistics with their graph."""
+    """The plain form: autograd differentiates the statistics."""
     centred = x - (_Total.apply(x.sum((0, 2, 3)), total) / values)[:, None, None]
     var = _Total.apply(centred.square().sum((0, 2, 3)), total) / values
     return centred * (scale * torch.rsqrt(var + eps))[:, None, None] + shift[:, None, None]
 
 
 class _Total(torch.autograd.Function):
-    """Sum over processes; each one's summand gets the sum of all gradients, in any order of differentiation."""
+    """Sum over processes; its gradient is the sum of the processes' gradients, for higher derivatives too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, total: Total) -> Tensor:
@@ -76,7 +76,7 @@ class _Total(torch.autograd.Function):
 
 
 class _Fused(torch.autograd.Function):
-    """The library's kernels with the whole batch's statistics, corrected for what other processes add."""
+    """torch's kernels with the whole batch's statistics; the gradient is corrected for other processes' images."""
 
     @staticmethod
     def forward(
@@ -101,7 +101,7 @@ class _Fused(torch.autograd.Function):
         arguments = (gradient, x, scale, None, None, mean, inverse, True, ctx.eps, [True, True, True])
         grad_x, grad_scale, grad_shift = torch.ops.aten.native_batch_norm_backward(*arguments)
         own = torch.stack([grad_shift, grad_scale]).double()
-        # The kernel subtracted means over this process's values; what is missing is linear in x.
+        # The kernel subtracted means over this process's values; the correction is linear in x.
         missing = own / (x.numel() / x.shape[1]) - ctx.total(own) / values
         factor, inverse = (scale * inverse).double(), inverse.double()
         slope = factor * missing[1] * inverse

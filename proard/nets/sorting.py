@@ -1,4 +1,4 @@
-"""Channels in the order of their importance, as far as that leaves trained subnets what they are."""
+"""Sort channels by importance without changing the function of any trained subnet."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from proard.space import ConvSpec, GateSpec, NetSpec, Step
 
 @dataclass
 class Link:
-    """Channels that stand in one order in all its layers: inside a block, or along the residual path of a unit.
+    """Layers whose channels must have one common order: inside a block, or along the residual path of a unit.
 
     Attributes
     ----------
     carriers : list of ConvSpec
-        Convolutions that yield the channels or pass each of them on, depthwise ones and gates' last ones included.
+        Convolutions that produce the channels, or map each to itself: depthwise ones and the last one of each gate.
     readers, gates : list of ConvSpec
-        Convolutions that mix the channels; those that only see their means to weigh them.
+        Convolutions that mix the channels; first convolutions of gates, which read only the channels' means.
     head : bool
         Whether the linear layer reads them.
     """
@@ -34,7 +34,7 @@ class Link:
     head: bool = False
 
     def join(self, other: Link) -> None:
-        """Take in channels that are added to these, one by one."""
+        """Merge with a link whose channels are added to these, one by one."""
         self.carriers += other.carriers
         self.readers += other.readers
         self.gates += other.gates
@@ -42,12 +42,12 @@ class Link:
 
 @torch.no_grad()
 def sort_channels(net: Supernet, trained: Mapping[str, set[int]]) -> None:
-    """Reorder all channels, most important first, between the widths trained so far.
+    """Sort all channels, most important first, within each range between two widths trained so far.
 
-    Narrow subnets use leading channels. Whoever opens narrower ones wants the important channels there; but the order
-    may only change among channels that every trained subnet has all or none of. Then all trained subnets stay the same
-    functions, batch-norm statistics included; only the order of their sums differs. A depthwise kernel moves with its
-    channel; kernel sizes are nested by cropping, which has no order to choose.
+    Narrow subnets use leading channels, so these should be the important ones before narrower widths are trained. The
+    order changes only among channels of which every trained subnet has all or none. All trained subnets then keep
+    their function, batch-norm statistics included; only the order of their sums differs. A depthwise kernel moves with
+    its channel; kernel sizes are nested by cropping, which needs no order.
 
     Parameters
     ----------
@@ -59,7 +59,7 @@ def sort_channels(net: Supernet, trained: Mapping[str, set[int]]) -> None:
 
     Notes
     -----
-    A channel's importance is the L1 norm of the weights that the layers at the end of its link apply to it, as in
+    A channel's importance is the L1 norm of the weights that its link's readers and the head apply to it, as in
     once-for-all inside blocks. The released ProARD code sorts across the trained widths too, which scrambles narrow
     subnets, and never sorts the channels between blocks, which its width phase cuts.
 
@@ -78,7 +78,7 @@ def sort_channels(net: Supernet, trained: Mapping[str, set[int]]) -> None:
 
 
 def links(spec: NetSpec) -> list[Link]:
-    """All links of a network, but for the channels of its images, which nothing may reorder."""
+    """All links of a network, except that of the image channels, whose order is fixed."""
     found: list[Link] = []
 
     def opened(carrier: ConvSpec) -> Link:
@@ -113,7 +113,7 @@ def links(spec: NetSpec) -> list[Link]:
 
 
 def _reorder(net: Supernet, link: Link, order: Tensor) -> None:
-    """Put a link's channels in a new order, in all layers that yield or read them."""
+    """Put a link's channels in a new order, in all layers that produce or read them."""
     for conv in link.carriers:
         layer = net.layers[key_of(conv)]
         tensors = [layer.weight] + ([] if layer.bias is None else [layer.bias])

@@ -1,4 +1,4 @@
-"""Subnets that stand alone: with batch norm (`StaticNet`), or folded for attack, measurement, export (`FoldedNet`)."""
+"""Subnets as separate networks: with batch norm (`StaticNet`), or folded for attack and export (`FoldedNet`)."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class StaticNet(nn.Module):
 
 
 class FoldedNet(nn.Module):
-    """A network of biased convolutions: batch norm is folded in, nothing is trained any more.
+    """A network of biased convolutions: batch norm is folded in; it is not trained.
 
     Parameters
     ----------
@@ -138,9 +138,9 @@ class FoldedNet(nn.Module):
         return run_network(self.spec, x, conv, head)
 
     def input_gradient(self) -> InputGradient | None:
-        """Logits and input gradient without autograd, for the present weights; None where autograd is to be used.
+        """Logits and input gradient without autograd, for the present weights.
 
-        That is on other devices and in networks of other layers.
+        None where autograd must be used: on other devices than the CPU, and if the network is not `is_plain`.
         """
         if self.head_weight.device.type != "cpu" or not is_plain(self.spec):
             return None

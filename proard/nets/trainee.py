@@ -1,4 +1,4 @@
-"""What a training step needs of a network: a supernet, a fixed network, or a layer that only counts."""
+"""Protocols of a network in a training step: a supernet, a fixed network, or a wrapper that counts passes."""
 
 from __future__ import annotations
 

@@ -27,11 +27,11 @@ class SubnetView:
     Parameters
     ----------
     supernet : Supernet
-        Where weights come from and gradients go to.
+        Source of the weights; receives the gradients.
     arch : Arch
         The subnet.
     total : callable, optional
-        Sum over the processes that share the batch: batch norm then looks at all of their images.
+        Sum over the processes that share the batch: batch norm then uses the statistics of all their images.
     """
 
     def __init__(self, supernet: Supernet, arch: Arch, *, total: Total | None = None) -> None:
@@ -69,7 +69,7 @@ class SubnetView:
         frozen : bool
             No gradient to the weights (inside an attack).
         """
-        twice = images.requires_grad and not frozen  # a loss looks at the input gradient
+        twice = images.requires_grad and not frozen  # a loss depends on the input gradient
 
         def conv(layer: ConvSpec, x: Tensor) -> Tensor:
             weight, *others = (leaf.detach() if frozen else leaf for leaf in self.leaves[layer.name])

@@ -1,4 +1,4 @@
-"""Wide ResNets with pre-activation blocks, under the names of the checkpoints that robust training has published."""
+"""Wide ResNets with pre-activation blocks, with the parameter names of published checkpoints (TRADES)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from proard.artifacts import ArtifactError, read_state_dict
 from proard.config import ConfigError, WideResNet
 from proard.kernels import Conv2d
 
-UNUSED = ("sub_block1.",)  # TRADES' class builds a block that its forward pass never enters
+UNUSED = ("sub_block1.",)  # TRADES' class builds a block that its forward pass does not use
 
 
 class Block(nn.Module):
@@ -46,7 +46,12 @@ class Group(nn.Module):
 
 
 class WideNet(nn.Module):
-    """A wide ResNet of normalised images, global average pooling over any map."""
+    """A wide ResNet for normalised images, with global average pooling over maps of any size.
+
+    References
+    ----------
+    Zagoruyko and Komodakis, Wide Residual Networks, BMVC 2016, arXiv:1605.07146.
+    """
 
     def __init__(self, settings: WideResNet) -> None:
         super().__init__()
@@ -76,19 +81,19 @@ def read_trades(path: str, *, image_size: int) -> tuple[WideResNet, dict[str, Te
     path : str
         A `torch.save` of a state dict, such as the official `model_cifar_wrn.pt` (see `read_state_dict`).
     image_size : int
-        Side of the run's images, which the file does not say.
+        Side of the run's images, which the file does not contain.
 
     Returns
     -------
     WideResNet
-        Depth, width, channels and classes as the shapes of the tensors give them.
+        Depth, width, channels and classes, from the shapes of the tensors.
     dict of Tensor
         float32, under the names of `WideNet`. The network takes images in [0, 1] without normalisation.
 
     Raises
     ------
     ArtifactError
-        The file is missing, is no state dict of finite tensors, or misses, adds or reshapes one.
+        The file is missing, is no state dict of finite tensors, or has a missing, an unknown or a misshapen tensor.
     """
     tensors = read_state_dict(path)
     tensors = {name: value for name, value in tensors.items() if not name.startswith(UNUSED)}

@@ -1,4 +1,4 @@
-"""Fitted pipelines as the few matrix products that they are, for searches that ask thousands of times."""
+"""Fitted pipelines as a few matrix products, for searches that predict many thousands of archs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Dense = Callable[[np.ndarray], np.ndarray]  # features (n, sum of choices) -> ta
 
 
 def dense(pipeline: Pipeline) -> Dense:
-    """The function that a fitted pipeline computes, equal up to rounding.
+    """A function equal to a fitted pipeline's `predict` up to rounding.
 
     `mlp` and `ridge` are written out as matrix products: scikit-learn's checks and its table of pairwise products take
-    far longer than the arithmetic. The others are the pipeline's own `predict`.
+    far longer than the arithmetic. For other models it is `predict` itself.
     """
     model = pipeline[-1]
     if isinstance(model, RidgeCV):

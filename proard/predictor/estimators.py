@@ -1,4 +1,4 @@
-"""The regressors that are compared, from one-hot features to several targets, by the names of the settings."""
+"""The regressors that are compared, by their name in the settings; one-hot features in, several targets out."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from proard.space import SearchSpace
 class Levels(TransformerMixin, BaseEstimator):
     """Append to one-hot features the level of every gene and the mean level of every elastic dim.
 
-    The level is (choice index + 1) / (number of choices), and 0 where the block is left out: it tells a model that
-    choices are ordered, which one-hot features do not.
+    The level is (choice index + 1) / (number of choices), and 0 where the block is left out. It contains the
+    order of the choices, which one-hot features do not.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ class Levels(TransformerMixin, BaseEstimator):
         self.dims = dims
 
     def fit(self, X: np.ndarray, y: np.ndarray | None = None) -> Levels:
-        """Learn nothing."""
+        """Return self; there is nothing to fit."""
         return self
 
     def transform(self, X: np.ndarray) -> np.ndarray:
@@ -59,11 +59,15 @@ class GaussianProcess(RegressorMixin, BaseEstimator):
     Parameters
     ----------
     seed : int
-        Picks rows where not all are used.
+        Seed of the choice of rows, where not all are used.
     optimise_on : int
-        Most rows used to optimise the hyper-parameters, whose cost is cubic in them.
+        Largest number of rows for optimising the hyper-parameters; time is cubic in it.
     condition_on : int
-        Most rows in the posterior, whose memory is quadratic in them: 128 MB for 4,000, 80 GB for 100,000.
+        Largest number of rows in the posterior; memory is quadratic in it: 128 MB for 4,000, 80 GB for 100,000.
+
+    References
+    ----------
+    Rasmussen and Williams, Gaussian Processes for Machine Learning, MIT Press 2006, sections 2.2 and 5.4.1.
     """
 
     def __init__(self, seed: int = 0, optimise_on: int = 500, condition_on: int = 4000) -> None:
@@ -72,7 +76,7 @@ class GaussianProcess(RegressorMixin, BaseEstimator):
         self.condition_on = condition_on
 
     def fit(self, X: np.ndarray, y: np.ndarray) -> GaussianProcess:
-        """Maximise the marginal likelihood on a part, then condition on everything, or on as much as fits."""
+        """Maximise the marginal likelihood on `optimise_on` rows, then condition on `condition_on` rows, at most."""
         kernel = ConstantKernel(1.0, (1e-2, 1e3)) * Matern(3.0, (0.3, 1e3), nu=2.5) + WhiteKernel(0.1, (1e-5, 2.0))
         order = np.random.default_rng(self.seed).permutation(len(X))
         part = order[: self.optimise_on]
@@ -122,7 +126,7 @@ def build(name: str, space: SearchSpace, *, seed: int) -> Pipeline:
 
 
 def describe(pipeline: Pipeline) -> dict[str, Any]:
-    """Say what the last step of a fitted pipeline learnt or was given, as JSON values."""
+    """Hyper-parameters of the last step of a fitted pipeline, as JSON values."""
     model = pipeline[-1]
     if isinstance(model, RidgeCV):
         return {"alpha": [float(alpha) for alpha in np.atleast_1d(model.alpha_)]}

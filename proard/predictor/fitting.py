@@ -28,7 +28,7 @@ class Fit(NamedTuple):
     held_out : ndarray of shape (held_out,)
         Rows that were held out.
     held_out_predictions : ndarray of shape (held_out, 2)
-        What the chosen model, fitted on the other rows, says about them.
+        Their predictions by the chosen model, fitted on the other rows.
     """
 
     predictor: Predictor
@@ -56,9 +56,9 @@ def fit(
     targets : ndarray of shape (n, 2)
         Their `TARGETS`, fractions.
     halves : ndarray of shape (n, 2, 2), optional
-        Targets on two disjoint halves of the images, halves last: the source of the noise ceiling.
+        Targets on two disjoint halves of the images (last axis), for the noise ceiling.
     on_fit : callable
-        Called after each fitted model with 1 and the model's name; `num_fits(settings)` times.
+        Called as `on_fit(1, name)` after each fit of a model; `num_fits(settings)` times.
 
     Raises
     ------
@@ -82,7 +82,7 @@ def fit(
             guess = predict_features(pipeline, features[outside])
             taus.append([kendall_tau(guess[:, column], targets[outside, column]) for column in range(len(TARGETS))])
             on_fit(1, name)
-        scores[name] = np.nan_to_num(taus, nan=0.0).mean(axis=0)  # a constant prediction ranks nothing
+        scores[name] = np.nan_to_num(taus, nan=0.0).mean(axis=0)  # tau of a constant prediction is NaN
         pipeline = fit_pipeline(name, space, features[train], targets[train], seed=seed)
         predictions[name] = predict_features(pipeline, features[held_out])
         seconds[name] = time.perf_counter() - started
@@ -115,17 +115,17 @@ def fit(
 
 
 def num_fits(settings: FitPredictor) -> int:
-    """Models that `fit` fits: every fold and the training archs per model, then the chosen one on everything."""
+    """Number of fits: for each model one per fold and one on all training archs; at last the chosen model on all."""
     return len(settings.models) * (settings.folds + 1) + 1
 
 
 def check_numbers(num_archs: int, settings: FitPredictor) -> None:
-    """Refuse a table too small to hold out, to cross-validate and to fit.
+    """Check that a table is large enough for the held-out archs and the folds.
 
     Raises
     ------
     UserError
-        Names the settings and how many archs they need.
+        The table is too small; the message names the settings and the number of archs they need.
     """
     needed = settings.least_archs
     if num_archs < needed:
@@ -143,7 +143,7 @@ def held_out_rows(macs: np.ndarray, count: int, *, seed: int) -> np.ndarray:
 
 
 def stratified_folds(macs: np.ndarray, folds: int, *, seed: int) -> np.ndarray:
-    """Fold of every row, of shape (n,): of any `folds` neighbours in MACs each goes to another fold."""
+    """Fold of every row, of shape (n,): `folds` rows that follow each other in MACs go to different folds."""
     rng = np.random.default_rng([seed, 1])
     assignment = np.empty(len(macs), dtype=np.int64)
     order = np.argsort(macs, kind="stable")

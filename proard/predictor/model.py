@@ -1,4 +1,4 @@
-"""A fitted predictor and its file: the training data and the recipe, from which loading fits the same model again."""
+"""A fitted predictor and its file, which holds the training data and settings; loading fits the same model again."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REPRODUCED = 1e-4  # fraction; far below the noise of a label, far above roundin
 
 
 class Predictor:
-    """Clean and robust accuracy of archs nobody measured.
+    """Predicts clean and robust accuracy from genotypes.
 
     Parameters
     ----------
@@ -49,32 +49,32 @@ class Predictor:
     def predict(self, genotypes: np.ndarray) -> np.ndarray:
         """Predicted `TARGETS` of genotypes of shape (n, genes): shape (n, 2), fractions in [0, 1].
 
-        Equal subnets get equal predictions, whatever stands in the genes of blocks that depth leaves out.
+        Equal subnets get equal predictions, whatever the genes of blocks that depth leaves out.
         """
         return _in_parts(self.dense, self.space.features(genotypes))
 
 
 def fit_pipeline(name: str, space: SearchSpace, features: np.ndarray, targets: np.ndarray, *, seed: int) -> Pipeline:
-    """Fit a model; on one thread, since the order of sums decides the last digits and an optimiser's path."""
+    """Fit a model on one thread: the order of sums changes the last digits, and so an optimiser's path."""
     with threadpool_limits(1), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # a bound or the iteration limit is a fine place to stop
+        warnings.simplefilter("ignore", ConvergenceWarning)  # ending at a bound or at the iteration limit is no error
         return build(name, space, seed=seed).fit(features, targets)
 
 
 def predict_features(pipeline: Pipeline, features: np.ndarray) -> np.ndarray:
-    """What a fitted pipeline says about features: shape (n, 2), clipped to [0, 1]."""
+    """Predictions of a fitted pipeline, of shape (n, 2), clipped to [0, 1]."""
     return _in_parts(pipeline.predict, features)
 
 
 def _in_parts(predict: Dense, features: np.ndarray) -> np.ndarray:
-    """Predictions of shape (n, 2), clipped to [0, 1], some thousand rows at a time."""
+    """Predictions of shape (n, 2), clipped to [0, 1], `ROWS_PER_CALL` rows at a time."""
     starts = range(0, len(features), ROWS_PER_CALL)
     parts = [predict(features[start : start + ROWS_PER_CALL]) for start in starts]
     return np.clip(np.concatenate(parts), 0.0, 1.0) if parts else np.zeros((0, len(TARGETS)))
 
 
 def save(path: str | Path, predictor: Predictor, provenance: Provenance | None = None) -> None:
-    """Write features, targets, the predictions for them and the recipe; no pickle."""
+    """Write features, targets, their predictions and the settings of the fit; no pickle."""
     tensors = {
         "features": torch.from_numpy(predictor.features),
         "targets": torch.from_numpy(predictor.targets),
@@ -99,7 +99,7 @@ def load(path: str | Path) -> Predictor:
     Raises
     ------
     ArtifactError
-        The file is missing, damaged or no predictor, or the model fitted here predicts something else.
+        The file is missing, damaged or no predictor, or the model fitted here gives other predictions.
     """
     tensors, header = load_tensors(path, kind="predictor")
     space = SearchSpace(parse(Space, header["space"], where=f"space in {path}"))

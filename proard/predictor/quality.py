@@ -1,4 +1,4 @@
-"""How well predictions rank archs, how well they could at best, and the tables that say so."""
+"""Quality of predictions on held-out archs, the ceiling set by label noise, and the columns of both tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ QUALITY: dict[str, tuple[pa.DataType, str]] = {
     "chosen": (FLAG, "the model with the best mean cross-validated tau of robust_acc; the predictor is this one"),
     "target": (TEXT, "clean_acc or robust_acc"),
     "num_train": (INT, "archs that the model was fitted on for this row"),
-    "num_held_out": (INT, "archs that this row is about"),
+    "num_held_out": (INT, "held-out archs of this row"),
     "cv_tau": (FLOAT, "Kendall tau-b, mean over the folds of the training archs"),
     "kendall_tau": (FLOAT, "Kendall tau-b of predicted and measured, held-out archs"),
     "kendall_tau_low": (FLOAT, "95 % bootstrap over held-out archs"),
@@ -25,7 +25,7 @@ QUALITY: dict[str, tuple[pa.DataType, str]] = {
     "spearman_high": (FLOAT, "95 % bootstrap over held-out archs"),
     "r2": (FLOAT, "share of the variance explained, held-out archs"),
     "rmse": (FLOAT, "fraction, root of the mean squared error, held-out archs"),
-    "top_k": (INT, "archs that top_k_regret looks at"),
+    "top_k": (INT, "the k of top_k_regret"),
     "top_k_regret": (FLOAT, "fraction, best measured value minus the best measured among the k predicted best"),
     "noise_ceiling": (FLOAT, "Kendall tau-b between two disjoint halves of the images, held-out archs"),
     "noise_ceiling_low": (FLOAT, "95 % bootstrap over held-out archs"),
@@ -63,7 +63,7 @@ def spearman(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def r2(measured: np.ndarray, predicted: np.ndarray) -> float:
-    """Share of the variance that predictions explain; negative where the mean would do better, NaN without variance."""
+    """Share of the variance that predictions explain; negative if the mean predicts better, NaN without variance."""
     variance = np.square(measured - measured.mean()).sum()
     return float(1 - np.square(measured - predicted).sum() / variance) if variance > 0 else float("nan")
 
@@ -74,14 +74,14 @@ def rmse(measured: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def top_k_regret(measured: np.ndarray, predicted: np.ndarray, k: int) -> float:
-    """What is lost by measuring only the archs that look best.
+    """Loss from measuring only the k archs with the highest predictions.
 
     Parameters
     ----------
     measured, predicted : ndarray of shape (n,)
         Values of the same archs.
     k : int
-        Archs that would be measured: those with the highest predictions, earlier ones first among equals.
+        Number of archs that are measured; among equal predictions the earlier archs count.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""From the tables of a run to one offline page, its figures, and the summary that the terminal shows."""
+"""Turns the tables of a run into one offline page, its figures, and the summary in the terminal."""
 
 from proard.report.facts import Comparison, Duration, Student, compare_searches, durations, exported_students
 from proard.report.inputs import Card, Results, load_results

@@ -1,4 +1,4 @@
-"""The page's section on costs: what each stage took, and the supernet beside students trained one by one."""
+"""The page's section on costs: those of each stage, and the supernet compared with students trained one by one."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from proard.report.view import Section, View, section
 
 BUDGET_WORDS = {
     "steps": "as many optimizer steps as all phases",
-    "path": "those and the teacher's, whose weights the supernet began with",
+    "path": "those and the teacher's, whose weights the supernet was initialised with",
 }
 NUMBERS = (1, 2, 5, 10, 20, 50, 100)
 CLAIM = 60  # the paper's "up to 60x"
 
 
 def cost_figure(comparison: Comparison) -> Figure:
-    """Cost of students trained one by one over that of the supernet, over their number."""
+    """Cost of students trained one by one divided by that of the supernet, against their number."""
     looks = {"mean of the exported students": COLOURS["blue"], "mean of the sampled subnets": COLOURS["orange"]}
     styles = {"steps": "-", "path": (0, (4, 2))}
     numbers = np.geomspace(1, 1000, 60)
@@ -48,7 +48,7 @@ def cost_figure(comparison: Comparison) -> Figure:
 
 
 def costs(view: View) -> Section | None:
-    """What each stage took, and the comparison where it can be made."""
+    """The costs of each stage, and the comparison if it is possible."""
     ledgers = view.ledgers
     if ledgers is None or ledgers.empty:
         return None

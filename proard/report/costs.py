@@ -1,4 +1,4 @@
-"""What a run cost, from its ledgers, and what as many students trained one by one would have cost."""
+"""The costs of a run, from its ledgers, and those of as many students trained one by one."""
 
 from __future__ import annotations
 
@@ -37,9 +37,8 @@ SUMMED = (
 def read_ledgers(folder: str | Path) -> pd.DataFrame:
     """The COSTS rows of every job of a run, in the order of the stages.
 
-    Jobs without a ledger, of before there were any, are read from their histories and tables; `counted` names where a
-    row comes from. Multiply-accumulates of such a training are counted again from its settings, and are missing where
-    that is not possible.
+    Costs of older jobs, without a ledger, are from their histories and tables; `counted` names the source of a row.
+    Multiply-accumulates of such a training are computed from its settings, and are missing if that is not possible.
 
     Raises
     ------
@@ -67,7 +66,7 @@ def read_ledgers(folder: str | Path) -> pd.DataFrame:
 
 
 def _from_history(folder: Path, path: Path) -> list[pd.DataFrame]:
-    """A training's costs as its history tells them: without validation, memory and energy."""
+    """A training's costs from its history: without validation, memory and energy."""
     history, metadata = artifacts.read_table(path), artifacts.read_metadata(path)
     if history.empty or pd.isna(history["forward_equivalents"].iloc[-1]):
         return []
@@ -90,7 +89,7 @@ def _from_history(folder: Path, path: Path) -> list[pd.DataFrame]:
 
 
 def _from_table(path: Path) -> pd.DataFrame:
-    """What a table's measurements took: clean passes and attacks, without recalibration, memory and energy."""
+    """Costs of a table's measurements: clean passes and attacks, without recalibration, memory and energy."""
     table = artifacts.read_table(path, columns=["arch_id", "macs", "split", "attack", "num_images", "gradients"])
     table, stage = table[table["attack"] != "worst"], artifacts.read_metadata(path)["stage"]
     first = ~table.duplicated(["arch_id", "split", "num_images"])  # one clean pass serves all attacks on its images
@@ -108,7 +107,7 @@ def _from_table(path: Path) -> pd.DataFrame:
 
 
 def _recounted(folder: Path, stage: str, history: pd.DataFrame, metadata: dict[str, Any]) -> float | None:
-    """Multiply-accumulates of a training that counted passes only; None where they cannot be told."""
+    """Multiply-accumulates of a training that counted passes only; None if they are unknown."""
     last, known = history.iloc[-1], history["macs"].dropna()
     forwards = int(last["forward_equivalents"])
     if stage in ("train_teacher", "train_control") and len(known):
@@ -152,7 +151,7 @@ def emissions(watt_hours: float, country: str) -> float:
 
 
 def _in_order(histories: Iterable[Path]) -> list[dict[str, Any]]:
-    """Metadata of the phases' histories, each phase behind the one whose supernet it read."""
+    """Metadata of the phases' histories, each phase after the one whose supernet it read."""
     waiting = {path: artifacts.read_metadata(path) for path in histories}
     ordered: list[dict[str, Any]] = []
     newest: str | None = None
@@ -166,19 +165,19 @@ def _in_order(histories: Iterable[Path]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A supernet run against as many students trained one by one, in multiply-accumulates.
+    """A supernet run compared with as many students trained one by one, in multiply-accumulates.
 
     Attributes
     ----------
     shared : float
-        What both need: data, teacher, and the control where the loss asks it.
+        Cost of both: data, teacher, and the control if the loss needs it.
     training : float
-        Training steps of all phases: a part of `once`.
+        Training steps of all phases, a part of `once`.
     once : float
-        What the supernet needs whatever the number of students: its training, the table, predictor, search and their
+        Cost of the supernet for any number of students: its training, the table, predictor, search and their
         measurements, results found in the cache included.
     each : float
-        Choosing and exporting one student.
+        Cost of choosing and exporting one student.
     images : dict of str to float
         Training images, and so gradient evaluations, of one student alone, by budget.
     own, others : float
@@ -202,19 +201,19 @@ class Comparison:
     mean_macs: float
 
     def alone(self, macs: float, budget: str = "steps") -> float:
-        """Multiply-accumulates of training one student of that size by itself: its training steps and nothing else."""
+        """Multiply-accumulates of the training steps of one student of that size, trained alone."""
         return self.images[budget] * (self.own * macs + self.others * self.teacher_macs)
 
     def ratio(self, number: float, macs: float, budget: str = "steps") -> float:
-        """Cost of training `number` students one by one over that of getting them from the supernet."""
+        """Cost of training `number` students one by one, divided by that of getting them from the supernet."""
         return (self.shared + number * self.alone(macs, budget)) / (self.shared + self.once + number * self.each)
 
     def training_ratio(self, number: float, macs: float, budget: str = "steps") -> float:
-        """The same where only trainings count, the teacher's on both sides."""
+        """The same for trainings only, the teacher's on both sides."""
         return (self.shared + number * self.alone(macs, budget)) / (self.shared + self.training)
 
     def break_even(self, macs: float, budget: str = "steps") -> int | None:
-        """The least number of students from which on the supernet costs no more; None where there is none."""
+        """The smallest number of students for which the supernet costs no more; None if there is none."""
         gain = self.alone(macs, budget) - self.each
         return max(math.ceil(self.once / gain), 1) if gain > 0 else None
 
@@ -228,10 +227,10 @@ class Comparison:
 
 
 def compare(folder: str | Path, ledgers: pd.DataFrame) -> Comparison | str:
-    """Compare a run with students trained one by one on the loss of its last phase; or say what is missing for that.
+    """Compare a run with students trained one by one on the loss of its last phase, or name what is missing for that.
 
-    `steps` gives each student as many optimizer steps, and images, as all phases made; `path`, where the supernet
-    began with the teacher's weights, the teacher's as well: every step that the subnet's weights have been through.
+    `steps` gives each student as many optimizer steps, and images, as all phases made. `path`, if the supernet was
+    initialised with the teacher's weights, adds the teacher's steps: all steps that changed the subnet's weights.
     """
     folder = Path(folder)
     phases = {path.parent.name: path for path in folder.glob("train_phase/*/history.parquet")}

@@ -1,4 +1,4 @@
-"""Networks beside their teacher: figures and the page's section on bound, radii and alignment."""
+"""Networks compared with their teacher: figures and the page's section on bound, radii and alignment."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ TERMS = {
 LINES = [COLOURS[name] for name in ("blue", "orange", "sky", "navy", "gold", "dot")]
 DASHES = ["-", (0, (4, 2)), (0, (1, 1.5))]
 PERCENT = FuncFormatter(lambda share, _: f"{100 * share:g}")
-LONGEST = 2.5  # of a bar that is shown whole, in units of the panel's median
+LONGEST = 2.5  # longest bar that is not cut, in units of the panel's median
 LABEL = {"facecolor": COLOURS["paper"], "edgecolor": "none", "pad": 1.5}
 
 
 def bound_figure(summary: pd.DataFrame | None) -> Figure | None:
-    """The four terms stacked for every network and radius, with what was measured of the left side."""
+    """The four terms stacked for every network and radius, with the measured left side."""
     if summary is None:
         return None
     rows = summary[(summary["network"] != TEACHER) & summary["eps"].notna()]
@@ -55,7 +55,7 @@ def bound_figure(summary: pd.DataFrame | None) -> Figure | None:
 
 
 def _draw_terms(axis: Axes, rows: pd.DataFrame, names: list[str]) -> None:
-    """Stacked bars of one radius; one far longer than the others is cut and says what was measured of its length."""
+    """Stacked bars of one radius; one far longer than the others is cut, with a label "measured of length"."""
     table = rows.pivot_table(index="network", columns="quantity", values=["value", "low", "high"]).loc[names]
     places, start = np.arange(len(names)), np.zeros(len(names))
     for term, (label, colour) in TERMS.items():
@@ -76,7 +76,7 @@ def _draw_terms(axis: Axes, rows: pd.DataFrame, names: list[str]) -> None:
 
 
 def radius_figure(radii: pd.DataFrame | None) -> Figure | None:
-    """Share of images that are right with at least a radius, over the radius: a panel per method and noise."""
+    """Share of images that are correct with at least a radius, against the radius: a panel per method and noise."""
     if radii is None or radii.empty:
         return None
     panels = list(radii.groupby(["method", "norm", "sigma"], dropna=False, sort=False))
@@ -103,7 +103,7 @@ def radius_figure(radii: pd.DataFrame | None) -> Figure | None:
         for axis in axes[len(panels) :]:
             axis.set_visible(False)
         for axis in axes[::columns]:
-            axis.set_ylabel("right within the radius, %")
+            axis.set_ylabel("correct within the radius, %")
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="lower center", ncols=min(5, len(names)))
         below = 0.3 + 0.25 * (-(-len(names) // 5) - 1)
@@ -112,9 +112,9 @@ def radius_figure(radii: pd.DataFrame | None) -> Figure | None:
 
 
 def certified_curve(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Radii in ascending order, from 0 to the method's limit, and the share of images right with at least that radius.
+    """Radii in ascending order, from 0 to the method's limit, and the share of correct images with at least it.
 
-    An image that is wrong, or at which smoothing abstains, counts at no radius.
+    An image that is misclassified, or at which smoothing abstains, counts at no radius.
     """
     found = np.sort(rows.loc[rows["correct"], "radius"].to_numpy(float))
     grid = np.unique(np.concatenate([[0.0], found, [rows["limit"].max()]]))
@@ -148,7 +148,7 @@ def diagnosis(view: View) -> Section | None:
     return section(
         "diagnosis",
         "Diagnosis",
-        "Students beside their teacher",
+        "Students and their teacher",
         view=view,
         terms=[label for label, _ in TERMS.values()],
         sizes=[*TERMS, "right", "left", "cosine"],

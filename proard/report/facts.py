@@ -1,4 +1,4 @@
-"""What the tables say, as plain values: students, the comparison of the searches, durations, the machine."""
+"""Values from the tables: students, the comparison of the searches, durations, the machine."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ class Comparison:
 
     @property
     def difference(self) -> float:
-        """NSGA-II less random search."""
+        """NSGA-II minus random search."""
         return self.nsga2 - self.random
 
 
@@ -154,7 +154,7 @@ def compare_searches(
 
     Objectives are clean accuracy, robust accuracy and cost, each scaled to the range of all archs compared, with the
     reference point of the searches' own history. The interval is the 2.5th to 97.5th percentile of the difference
-    over `bootstraps` redraws, with replacement, of each search's archs.
+    over `bootstraps` samples, with replacement, of each search's archs.
 
     Parameters
     ----------

@@ -71,7 +71,7 @@ def _draw_sampled(axis: Axes, table: pd.DataFrame, column: str, tooltips: dict[s
 
 
 def _draw_predicted(axis: Axes, front: pd.DataFrame | None, column: str) -> None:
-    """The best value that each search was promised at or under every cost, as a dashed stair."""
+    """The best value that the predictor gives each search's archs up to every cost, as a dashed stair."""
     if front is None:
         return
     for search, (colour, _) in SEARCH_LOOKS.items():
@@ -105,7 +105,7 @@ def _draw_verified(axis: Axes, results: Results, column: str, tooltips: dict[str
 
 
 def _draw_references(axis: Axes, results: Results, column: str) -> None:
-    """Teacher and control as horizontal lines on val; a value far from the subnets is named at the axis' end."""
+    """Teacher and control on val as horizontal lines; a value outside the axis is written at its end."""
     low, high = axis.get_ylim()
     room = 0.35 * (high - low)
     for name, colour, style in (("teacher", COLOURS["green"], "-"), ("control", COLOURS["ink"], ":")):
@@ -135,7 +135,7 @@ def _draw_students(axis: Axes, students: Sequence[Student], column: str, tooltip
 
 
 def _tooltip(name: str, row: pd.Series) -> str:
-    """What a point says when the pointer rests on it."""
+    """Text of a point under the mouse pointer."""
     return (
         f"{name} · {human(row['macs'])} MACs · clean {percent(row['clean_acc'])} % · robust "
         f"{percent(row['robust_acc'])} % ({row['attack']})"
@@ -176,7 +176,7 @@ def training_figure(results: Results) -> Figure | None:
             if column == 0:
                 upper.set_ylabel("accuracy on val, %")
                 lower.set_ylabel("loss, nats")
-        panels[0].set_ylim(bottom=0)  # only now: it ends the scaling of all panels
+        panels[0].set_ylim(bottom=0)  # last, since it switches automatic scaling off in all panels
         archs = [name for name in ARCH_COLOURS if any((rows["arch"] == name).any() for _, rows in runs)]
         looks: list[tuple[str, dict[str, Any]]] = [(name, {"color": ARCH_COLOURS[name]}) for name in archs]
         looks += [("robust", {"color": COLOURS["muted"]}), ("clean", {"color": COLOURS["muted"], "linestyle": CLEAN})]
@@ -213,7 +213,7 @@ def _draw_loss(axis: Axes, rows: pd.DataFrame) -> None:
 
 
 def predictor_figure(results: Results) -> Figure | None:
-    """Measured against predicted accuracy of archs that the predictor never saw."""
+    """Measured against predicted accuracy of held-out archs."""
     held_out = results.get("held_out")
     if held_out is None:
         return None
@@ -246,7 +246,7 @@ def _tau_words(results: Results, target: str) -> str:
 
 
 def search_figure(results: Results) -> Figure | None:
-    """Hypervolume of each search over the evaluations it has spent."""
+    """Hypervolume of each search against its number of evaluations."""
     history = results.get("search_history")
     if history is None:
         return None
@@ -262,6 +262,6 @@ def search_figure(results: Results) -> Figure | None:
         axis.set_xlim(left=0)
         axis.set(xlabel="archs evaluated by the predictor", ylabel="hypervolume, predicted")
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        figure.legend(loc="lower center", ncols=3)  # below: inside, some curve runs through every corner
+        figure.legend(loc="lower center", ncols=3)  # below the axes: inside, curves pass through every corner
         figure.tight_layout(rect=(0, 0.07, 1, 1))
     return figure

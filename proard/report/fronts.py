@@ -1,4 +1,4 @@
-"""Two runs' measured fronts against each other: hypervolumes on one scale, with intervals over the same images."""
+"""Compares two runs' measured fronts: hypervolumes on one scale, with intervals over the same images."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from proard.space import Arch, SearchSpace
 
 @dataclass(frozen=True)
 class Outcomes:
-    """Which images each arch of a run has right.
+    """Which images each arch of a run classifies correctly.
 
     Attributes
     ----------
     macs : ndarray of shape (archs,)
     clean, robust : ndarray of shape (archs, images), bool
-        Robust: under every attack.
+        `robust`: correct under every attack.
     images, threat : str
-        What must agree between two runs: checksum of the images; threat model, accounting and attacks.
+        What must be equal in two runs: checksum of the images; threat model, accounting and attacks.
     """
 
     macs: np.ndarray
@@ -47,7 +47,7 @@ class Outcomes:
 
 @dataclass(frozen=True)
 class FrontComparison:
-    """Hypervolumes of two sets of measured archs and of their difference, second less first: value, low, high."""
+    """Hypervolumes of two sets of measured archs and their difference, second minus first: value, low, high."""
 
     first: tuple[float, float, float]
     second: tuple[float, float, float]
@@ -57,10 +57,10 @@ class FrontComparison:
 
 
 def compare_outcomes(first: Outcomes, second: Outcomes, *, bootstraps: int = 1000, seed: int = 0) -> FrontComparison:
-    """Hypervolume in clean accuracy, robust accuracy and MACs, on the scale that both runs' archs span together.
+    """Hypervolume in clean accuracy, robust accuracy and MACs, on a scale from the range of both runs' archs.
 
-    The intervals are the 2.5th to 97.5th percentile over redraws of the images, the same for both runs. They say
-    nothing about other archs or other seeds of the training.
+    The intervals are the 2.5th to 97.5th percentile over resampled images, the same for both runs. They do not cover
+    other archs or other seeds of the training.
 
     Raises
     ------
@@ -94,7 +94,7 @@ def sampled_outcomes(run_folder: str | Path) -> Outcomes:
     Raises
     ------
     ArtifactError
-        The run has none.
+        The run has no such tables.
     """
     tables = sorted((Path(run_folder) / "evaluate_archs").glob("*/table.parquet"))
     if not tables:
@@ -103,7 +103,7 @@ def sampled_outcomes(run_folder: str | Path) -> Outcomes:
 
 
 def compare_tables(first: Sequence[Path], second: Sequence[Path]) -> pd.DataFrame:
-    """Hypervolumes of two sets of measured archs as their tables give them, without the runs that they came from.
+    """Hypervolumes of two sets of measured archs from their tables alone, without their runs.
 
     Parameters
     ----------
@@ -114,14 +114,14 @@ def compare_tables(first: Sequence[Path], second: Sequence[Path]) -> pd.DataFram
     -------
     DataFrame
         A row per split and attack that both have, measured on equally many images: `split`, `attack`, `num_images`;
-        `first_archs`, `second_archs`; `first`, `second`, the hypervolumes on the scale that both span; `paired`, the
-        number of archs in both, and `clean_gain`, `robust_gain`, the mean of their differences, second less first, as
-        fractions (NaN where no arch is in both).
+        `first_archs`, `second_archs`; `first`, `second`, the hypervolumes on a scale from the range of both; `paired`,
+        the number of archs in both, and `clean_gain`, `robust_gain`, the mean of their differences, second minus
+        first, as fractions (NaN if no arch is in both).
 
     Raises
     ------
     UserError
-        Nothing in them was measured alike: threat, images and attack.
+        No rows of the two have equal threat, images and attack.
     """
     groups = [_measured_alike(paths) for paths in (first, second)]
     found = []
@@ -141,7 +141,7 @@ def compare_tables(first: Sequence[Path], second: Sequence[Path]) -> pd.DataFram
 
 
 def _measured_alike(paths: Sequence[Path]) -> dict[tuple[str, ...], pd.DataFrame]:
-    """Rows by what must agree between two sets of tables; for the worst case, all attacks that it is of."""
+    """Rows by what must be equal in two sets of tables; for the worst case this includes its attacks."""
     how = ["attack", "norm", "eps", "step_size", "num_steps", "restarts"]
     alike = ["split", "num_images", "accounting", *how]
     columns = [*alike, "arch_id", "macs", "clean_acc", "robust_acc"]
@@ -154,12 +154,12 @@ def _measured_alike(paths: Sequence[Path]) -> dict[tuple[str, ...], pd.DataFrame
 
 
 def measured_outcomes(run_folder: str | Path, tables: Sequence[Path], *, stage: str, split: str) -> Outcomes:
-    """Outcomes of measured archs, from the run's cache; what it has lost is measured again.
+    """Outcomes of measured archs from the run's cache; what the cache lacks is measured again.
 
     Parameters
     ----------
     tables : sequence of path
-        Tables of one stage; their provenance says with which settings, supernet and images they were measured.
+        Tables of one stage; their provenance holds the settings, supernet and images of the measurement.
     """
     folder = Path(run_folder)
     rows = pd.concat([read_table(path, columns=["arch", "split", "num_images"]) for path in tables])
@@ -188,7 +188,7 @@ def measured_outcomes(run_folder: str | Path, tables: Sequence[Path], *, stage: 
 
 
 def _same_file(folder: Path, inputs: dict[str, str]) -> Path:
-    """The supernet that a table was measured on."""
+    """File of the supernet that a table was measured on."""
     wanted = inputs.get("supernet.safetensors")
     for path in sorted(folder.glob("train_phase/*/supernet.safetensors")):
         if sha256(path) == wanted:

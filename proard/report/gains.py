@@ -21,13 +21,13 @@ PANELS = {"clean_acc": "Clean accuracy", "robust_acc": "Robust accuracy"}
 
 
 def headline(table: pd.DataFrame, *, eps: float) -> pd.DataFrame:
-    """The GAINS rows that are quoted: worst case over all attacks on test, at the radius nearest to `eps`."""
+    """The GAINS rows of the headline: worst case over all attacks on test, at the radius nearest to `eps`."""
     rows = table[(table["split"] == "test") & (table["attack"] == "worst")]
     return rows[rows["eps"] == min(rows["eps"].unique(), key=lambda value: abs(value - eps))]
 
 
 def gain_lines(rows: pd.DataFrame) -> list[str]:
-    """The mean subnet of each training for people; `rows` are those of `headline`."""
+    """A line of text per training with its mean subnet; `rows` are those of `headline`."""
     return [
         f"{row['group']:<20} mean of {row['num_archs']} subnets on test: clean {row['clean_acc']:.1%}, robust "
         f"{row['robust_acc']:.1%} ({row['robust_acc_low']:.1%} to {row['robust_acc_high']:.1%}); "
@@ -67,7 +67,7 @@ def gains_figure(rows: pd.DataFrame) -> Figure:
 def _draw_subnet(
     axis: Axes, rows: pd.DataFrame, names: list[str], column: str, subnet: str, look: tuple[str, str, float]
 ) -> None:
-    """One kind of subnet in every line."""
+    """Draw one kind of subnet in every line."""
     colour, marker, shift = look
     rows = rows.set_index("group").loc[names]
     places = np.arange(len(names)) + shift
@@ -76,6 +76,6 @@ def _draw_subnet(
 
 
 def _named(subnet: str, facts: pd.Series) -> str:
-    """What a mark stands for."""
+    """Label of a mark."""
     of_all = f"of {facts['num_archs']} subnets"
     return {"mean": f"mean {of_all}", "worst": f"worst {of_all}"}.get(subnet, f"{subnet} subnet")

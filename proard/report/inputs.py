@@ -1,4 +1,4 @@
-"""Everything the report reads, checked once: tables with their provenance, parity records, benchmarks."""
+"""Reads and checks the report's inputs: tables with their provenance, parity records, benchmarks."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ PARITY_KEYS = ("budget", "passed", "onnx_max_softmax_difference", "onnx_top1_agr
 
 @dataclass(frozen=True)
 class InputFile:
-    """One file the page was made from."""
+    """One input file of the page."""
 
     path: Path
     sha256: str
@@ -65,7 +65,7 @@ class InputFile:
 
 @dataclass(frozen=True)
 class Card:
-    """What the export says about one student: its parity record and the folder of its files."""
+    """The export of one student: its parity record and the folder of its files."""
 
     folder: Path
     parity: Mapping[str, Any]
@@ -84,7 +84,7 @@ class Results:
     students : list of DataFrame
         One per budget.
     folder, ledgers : Path, DataFrame, optional
-        The run's folder, and what its jobs cost.
+        The run's folder, and the costs of its jobs.
     settings : dict
         Every section found in the tables' provenance.
     """
@@ -127,12 +127,12 @@ def load_results(
     Parameters
     ----------
     files : mapping
-        Paths by flag: those of `TABLES` (one each), of `LISTS` and `cards` (several), and `manifest`. What is
-        missing or empty is left out of the page.
+        Paths by flag: those of `TABLES` (one each), of `LISTS` and `cards` (several), and `manifest`. The page omits
+        what is missing or empty.
     benchmarks : path, optional
         Folder of Snakemake's benchmark records; used if it exists.
     ledgers : path, optional
-        Folder of the run, whose jobs' costs are told.
+        Folder of the run, to report the costs of its jobs.
 
     Raises
     ------
@@ -168,7 +168,7 @@ def _paths(given: str | Sequence[str] | None) -> list[str]:
 
 
 def _read_table(results: Results, path: str | Path, columns: Sequence[str]) -> pd.DataFrame:
-    """One table; its settings and checksum are remembered in `results`."""
+    """Read a table; store its settings and checksum in `results`."""
     frame = artifacts.read_table(path, columns=columns)
     metadata = artifacts.read_metadata(path)
     _merge_sections(results.settings, metadata.get("settings", {}))
@@ -178,7 +178,7 @@ def _read_table(results: Results, path: str | Path, columns: Sequence[str]) -> p
 
 
 def _read_json(results: Results, path: str | Path, keys: Sequence[str]) -> dict[str, Any]:
-    """One JSON record, with its keys checked."""
+    """Read a JSON record and check its keys."""
     checksum = artifacts.sha256(path)
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -186,7 +186,7 @@ def _read_json(results: Results, path: str | Path, keys: Sequence[str]) -> dict[
         raise ArtifactError(f"{path} is no valid JSON ({error}); delete it and rerun its stage") from None
     missing = [key for key in keys if not isinstance(record, dict) or key not in record]
     if missing:
-        raise ArtifactError(f"{path} lacks {', '.join(missing)}; it was not written by this version's stage")
+        raise ArtifactError(f"{path} lacks {', '.join(missing)}; its stage in this version writes them: rerun it")
     results.inputs.append(InputFile(Path(path), checksum, version=record.get("version", "")))
     return record
 

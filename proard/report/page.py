@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing beside itself."""
+"""The report as one HTML page that needs no other file."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def render(
     norm, eps
         Threat model of the run; `eps` in pixel units of [0, 1].
     bootstraps : int
-        Redraws behind the interval of the hypervolume difference.
+        Number of bootstrap samples for the interval of the hypervolume difference.
     country : str
-        Where the energy was used, ISO 3166 alpha-3.
+        Country of the energy's use, ISO 3166 alpha-3.
     """
     students = exported_students(results.students)
     verified = results.get("verified")
@@ -64,7 +64,7 @@ def render(
     figures = _figures(results, students, eps)
     costs = "" if results.ledgers is None or results.folder is None else compare(results.folder, results.ledgers)
     if isinstance(costs, Comparison):
-        figures["costs"] = to_svg(cost_figure(costs), "Cost of students one by one over that of the supernet")
+        figures["costs"] = to_svg(cost_figure(costs), "Cost of students one by one divided by that of the supernet")
     view = View(
         results=results,
         students=students,
@@ -103,7 +103,7 @@ def _figures(results: Results, students: list[Any], eps: float) -> dict[str, str
         ("predictor", predictor_figure(results), "Predicted and measured accuracy of held-out archs"),
         ("search", search_figure(results), "Hypervolume over evaluations of NSGA-II and of random search"),
         ("bound", bound_figure(summary), "Terms of the bound on how far student and teacher differ"),
-        ("radius", radius_figure(radii), "Share of images right within a radius"),
+        ("radius", radius_figure(radii), "Share of images classified correctly within a radius"),
     )
     return found | {name: to_svg(figure, title) for name, figure, title in drawn if figure is not None}
 

@@ -38,7 +38,9 @@ def students(view: View) -> Section | None:
         "The students",
         view=view,
         attacks=[name for name in first.test if name != view.best.final["attack"]],
-        val_attack=label if label in first.val else next(iter(first.val), None),  # the one that the predictor learnt
+        val_attack=label
+        if label in first.val
+        else next(iter(first.val), None),  # the attack of the predictor's training data
         files=FILES,
         parity_images=min(
             (card.parity["num_images"] for card in view.results.cards if "num_images" in card.parity), default=0
@@ -73,7 +75,7 @@ def _lines(view: View) -> list[str]:
         on = "" if images is None or images.isna().all() else f" on {int(images.max()):,} val images"
         lines.append(f"teacher under {steps}{on}")
     if view.results.get("control_table") is not None:
-        lines.append("control on val, under the dots' attack where it was measured with it")
+        lines.append("control on val, under the dots' attack if measured with it")
     return lines
 
 
@@ -88,7 +90,7 @@ def search(view: View) -> Section | None:
 
 
 def predictor(view: View) -> Section | None:
-    """Predicted against measured on held-out archs, and what the label noise allows."""
+    """Predicted against measured on held-out archs, and the ceiling from label noise."""
     quality = view.results.get("quality")
     if quality is None and "predictor" not in view.figures:
         return None
@@ -106,7 +108,7 @@ def training(view: View) -> Section | None:
         return None
     counts = [frame["val_num_images"].max() for frame in view.results.histories if "val_num_images" in frame]
     images = [number for number in counts if not pd.isna(number)]
-    return section("training", "Training", "Training, leg by leg", view=view, images=images)
+    return section("training", "Training", "Training, phase by phase", view=view, images=images)
 
 
 ORDER: tuple[Callable[[View], Section | None], ...] = (

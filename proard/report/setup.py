@@ -1,4 +1,4 @@
-"""The page's sections on circumstances: what was run, how long it took, where every number comes from."""
+"""The page's sections on the run: its settings, its wall time, the origin of every number."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from proard.report.view import Section, View, section
 
 
 def setup(view: View) -> Section | None:
-    """What was run, on what."""
+    """Data, settings and machine of the run."""
     settings, table = view.results.settings, view.results.get("table")
     entries = [
         ("Data", _data_words(view)),
@@ -40,7 +40,7 @@ def setup(view: View) -> Section | None:
         ("Phases", _phase_words(settings.get("train_phase"))),
         ("Measurement", _measurement_words(settings.get("measurement"), table)),
     ]
-    return section("setup", "What was run", "What was run, on what", entries=entries)
+    return section("setup", "What was run", "Data and settings of the run", entries=entries)
 
 
 def _data_words(view: View) -> str:
@@ -81,7 +81,7 @@ def _space_words(space: Mapping[str, Any] | None) -> str:
 
 
 def _teacher_words(teacher: Mapping[str, Any] | None) -> str:
-    """How the teacher came to be."""
+    """How the teacher was trained, or its file."""
     if not teacher:
         return ""
     if teacher["source"] == "file":
@@ -101,7 +101,7 @@ def _optimizer_words(training: Mapping[str, Any]) -> str:
 
 
 def _phase_words(settings: Mapping[str, Any] | None) -> str:
-    """The legs of progressive distillation."""
+    """The phases of progressive distillation."""
     if not settings:
         return ""
     return Markup("<br>").join(
@@ -113,12 +113,12 @@ def _phase_words(settings: Mapping[str, Any] | None) -> str:
 
 
 def _measurement_words(settings: Mapping[str, Any] | None, table: pd.DataFrame | None) -> str:
-    """What every measurement shares."""
+    """What is equal in every measurement."""
     if not settings:
         return ""
     rule = {
-        "any_iterate": "an image is lost if any iterate of the attack is misclassified",
-        "last_iterate": "an image is lost if the attack's last iterate is misclassified",
+        "any_iterate": "an image counts as misclassified if any iterate of the attack is",
+        "last_iterate": "an image counts as misclassified if the attack's last iterate is",
     }[settings["accounting"]]
     mode = table["bn_mode"].dropna().unique() if table is not None and "bn_mode" in table else []
     attacked = f"; batch norm inside the attack: {', '.join(mode)}" if len(mode) else ""

@@ -45,14 +45,14 @@ SUMMARY: dict[str, tuple[pa.DataType, str]] = {
 FIXED = ("net", "loss", "macs", "params", "num_images", "lr", "epochs", "train_steps", "train_step_size")
 MEANS = ("val_robust_acc", "train_gradients", "train_forward_equivalents", "seconds_per_epoch")
 FIGURES = ("accuracy_figure", "own_figure", "eps_figure", "cost_figure")
-SHOWN = 40  # groups in a figure; of more, those that stand most on val
+SHOWN = 40  # groups in a figure: those of the highest robust accuracy on val
 CYCLE = [COLOURS[name] for name in ("blue", "orange", "green", "gold", "sky", "navy", "muted", "ink")]
 MARKERS = "o^sDvP*X"
 KINDS = {"clean": (COLOURS["muted"], "o"), "own": (COLOURS["orange"], "^"), "worst": (COLOURS["blue"], "s")}
 
 
 def networks_of(table: pd.DataFrame) -> pd.DataFrame:
-    """Of TRAINED rows, those of whole networks on test: no subnets of supernets."""
+    """TRAINED rows of whole networks on test, without subnets of supernets."""
     return table[(table["role"] != "subnet") & (table["split"] == "test")]
 
 
@@ -92,7 +92,7 @@ def summary_lines(summary: pd.DataFrame, *, eps: float) -> list[str]:
 
 
 def trained_students(view: View) -> Section | None:
-    """Students that were trained one by one, beside those of the supernet where the table has them."""
+    """Students that were trained one by one, and those of the supernet if the table has them."""
     table = view.results.get("trained_students")
     if table is None:
         return None
@@ -133,7 +133,7 @@ def figures_of(table: pd.DataFrame, summary: pd.DataFrame, *, eps: float, title:
     eps : float
         The threat's radius in pixel units.
     title : str
-        Read by screen readers before each figure's own.
+        Title for screen readers, before each figure's own.
     """
     kept = summary[summary["group"].isin(shown_groups(summary))]
     at = kept[kept["eps"] == nearest(summary, eps)]
@@ -147,7 +147,7 @@ def figures_of(table: pd.DataFrame, summary: pd.DataFrame, *, eps: float, title:
 
 
 def shown_groups(summary: pd.DataFrame) -> list[str]:
-    """Groups in order; of more than a figure holds, those that stand most on val (test chooses nothing)."""
+    """Groups in order; if a figure cannot hold all, those most robust on val (test chooses nothing)."""
     best = summary.drop_duplicates("group").set_index("group")["val_robust_acc"].fillna(0)
     chosen = set(best.sort_values(ascending=False, kind="stable").index[:SHOWN])
     return [group for group in best.index if group in chosen]
@@ -178,7 +178,7 @@ def accuracy_figure(at: pd.DataFrame) -> Figure:
 
 
 def own_figure(at: pd.DataFrame) -> Figure:
-    """Every group's accuracy under its own training attack over that in the worst case."""
+    """Every group's accuracy under its own training attack against that in the worst case."""
     both = at.pivot(index="group", columns="attack", values="robust_acc")
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 4.6))
@@ -203,7 +203,7 @@ def own_figure(at: pd.DataFrame) -> Figure:
 
 
 def eps_figure(summary: pd.DataFrame) -> Figure:
-    """Worst-case accuracy of every group over the radius; at radius 0 the clean accuracy."""
+    """Worst-case accuracy of every group against the radius; at radius 0 the clean accuracy."""
     worst = summary[summary["attack"] == "worst"]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.8, 4.4))
@@ -225,7 +225,7 @@ def eps_figure(summary: pd.DataFrame) -> Figure:
 
 
 def cost_figure(at: pd.DataFrame, table: pd.DataFrame) -> Figure:
-    """Worst-case accuracy over the gradients that a training took, every seed a dot."""
+    """Worst-case accuracy against the number of gradients of a training, every seed a dot."""
     worst = table[(table["attack"] == "worst") & (table["eps"] == at["eps"].iloc[0])]
     worst = worst[worst["group"].isin(at["group"])]
     with mpl.rc_context(STYLE):
@@ -254,7 +254,7 @@ def _million(axis: Axes) -> None:
 
 
 def _label(kind: str) -> str:
-    """A kind of accuracy in the legend."""
+    """Label of a kind of accuracy in the legend."""
     return {"clean": "clean", "own": "own training attack", "worst": "worst case of the shared attacks"}[kind]
 
 

@@ -1,4 +1,4 @@
-"""Matplotlib figures as SVG text: reproducible, with words as words, and able to follow a page's colours."""
+"""Matplotlib figures as SVG: reproducible, with text as text, and with colours that a page can replace."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def to_svg(figure: Figure, title: str, *, tooltips: Mapping[str, Sequence[str]] 
     Parameters
     ----------
     title : str
-        Read by screen readers.
+        Title for screen readers.
     tooltips : mapping, optional
         For each group id (`set_gid`) of a scatter, one text per point.
     """
@@ -103,9 +103,9 @@ def _add_tooltips(root: ElementTree.Element, group: str, texts: Sequence[str]) -
 
 
 def inline(svg: str, prefix: str) -> str:
-    """A standalone SVG as part of a page: ids of its own, colours as the page's variables, scalable.
+    """A standalone SVG as part of a page: unique ids, colours as the page's variables, scalable.
 
-    Each colour of `COLOURS` becomes `var(--NAME)`; the width in points becomes the greatest width on screen.
+    Each colour of `COLOURS` becomes `var(--NAME)`; the width in points becomes the largest width on screen.
     """
     root = svg[svg.index("<svg") :].strip()
     head, body = root.split(">", 1)

@@ -1,4 +1,4 @@
-"""Numbers and names as people read them. Percent appears here and nowhere else in the package."""
+"""Numbers and names as text for people. Only this module converts fractions to percent."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def interval(row: Mapping[str, Any], column: str) -> str:
 
 
 def pixels(length: float) -> str:
-    """A length in pixel units of [0, 1] as n/255 where it is a whole number of steps or a small part of one."""
+    """A length in pixel units of [0, 1] as n/255, if it is a whole or simple multiple of 1/255."""
     steps = Fraction(length * 255).limit_denominator(8)
     exact = length > 0 and abs(float(steps) / 255 - length) < 1e-9
     return f"{float(steps):g}/255" if exact and (steps.denominator == 1 or steps < 4) else f"{length:.4g}"
@@ -68,7 +68,7 @@ def plural(number: int, noun: str) -> str:
 
 
 def attack_words(row: Mapping[str, Any], objective: str | None = None) -> str:
-    """What an attack does: objective, steps, restarts."""
+    """An attack in words: objective, steps, restarts."""
     if row["attack"] == "worst":
         return "worst case per image over all attacks"
     parts = [f"PGD on {OBJECTIVE_WORDS.get(objective or '', objective)}" if objective else "PGD"]
@@ -82,5 +82,5 @@ def attack_words(row: Mapping[str, Any], objective: str | None = None) -> str:
 
 
 def threat_words(norm: str, eps: float) -> str:
-    """The threat model in a few signs."""
+    """The threat model as norm <= eps."""
     return f"{NORMS.get(norm, norm)}\u00a0≤\u00a0{pixels(eps)}"

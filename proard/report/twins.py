@@ -1,4 +1,4 @@
-"""Subnets beside twins of the same arch that were trained alone: the gap, its paired interval, and a figure."""
+"""Compares subnets with twins of the same arch that were trained alone: gap, paired interval, figure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from proard.report.text import count
 
 MEASURES = ("clean", "robust")
 POOLED = "mean"
-CHUNK = 200  # redraws at a time
+CHUNK = 200  # bootstrap samples at a time
 POINTS = FuncFormatter(lambda share, _: f"{100 * share:g}")
 
 
@@ -29,9 +29,9 @@ def gaps_of(outcomes: pd.DataFrame, *, bootstraps: int, seed: int) -> list[dict[
     outcomes : DataFrame
         Rows of OUTCOMES; every arch with its subnet and at least one twin.
     bootstraps : int
-        Redraws of the images, the same for all archs: percentiles 2.5 and 97.5 of the gap are its interval.
+        Samples of the images, the same for all archs: percentiles 2.5 and 97.5 of the gap are its interval.
     seed : int
-        Seed of the redraws.
+        Seed of the samples.
 
     Returns
     -------
@@ -45,8 +45,8 @@ def gaps_of(outcomes: pd.DataFrame, *, bootstraps: int, seed: int) -> list[dict[
 
     Notes
     -----
-    An image's difference is the subnet's outcome less the mean of its twins'. The interval covers the choice of images;
-    that of the training's randomness shows in the spread over seeds, the supernet's own seed being one.
+    An image's difference is the subnet's outcome minus the mean of its twins'. The interval covers the choice of images
+    only, not the seeds: see the spread over the twins' seeds; the supernet has one seed.
     """
     rows: list[dict[str, Any]] = []
     for (split, attack), part in outcomes.groupby(["split", "attack"], sort=False):
@@ -82,7 +82,7 @@ def gaps_of(outcomes: pd.DataFrame, *, bootstraps: int, seed: int) -> list[dict[
 
 
 def _pair(group: pd.DataFrame) -> tuple[pd.Series, pd.DataFrame]:
-    """The subnet and the twins of one arch; measured once per twin, the subnet is the same each time."""
+    """The subnet and the twins of one arch; the subnet's rows, one per twin, are equal."""
     subnets, twins = group[group["role"] == "subnet"], group[group["role"] == "twin"].drop_duplicates("train_seed")
     if subnets.empty or twins.empty:
         raise ArtifactError(f"arch {group['arch_id'].iloc[0]} lacks its subnet or its twin; rerun measure_experiment")
@@ -90,7 +90,7 @@ def _pair(group: pd.DataFrame) -> tuple[pd.Series, pd.DataFrame]:
 
 
 def _difference(subnet: pd.Series, twins: pd.DataFrame, measure: str) -> tuple[np.ndarray, dict[str, Any]]:
-    """Image by image, of shape (images,), and what the row says beside the gap."""
+    """Difference by image, of shape (images,), and the other columns of the row."""
     own = np.asarray(subnet[measure], dtype=bool)
     others = np.stack([np.asarray(mask, dtype=bool) for mask in twins[measure]])  # (seeds, images)
     each = own.mean() - others.mean(1)
@@ -115,12 +115,12 @@ def _redraw(differences: np.ndarray, bootstraps: int, rng: np.random.Generator) 
 
 
 def headline(gaps: pd.DataFrame) -> pd.DataFrame:
-    """The rows that are quoted: test, worst case over all attacks."""
+    """The rows of the headline: test, worst case over all attacks."""
     return gaps[(gaps["split"] == "test") & (gaps["attack"] == "worst")]
 
 
 def gap_lines(gaps: list[dict[str, Any]]) -> list[str]:
-    """The quoted rows for people, in percentage points."""
+    """The headline's rows as text, in percentage points."""
     lines = []
     for _, row in headline(pd.DataFrame(gaps)).iterrows():
         what = "mean of the archs" if row["arch_id"] == POOLED else f"{count(row['macs'])} MACs"
@@ -131,7 +131,7 @@ def gap_lines(gaps: list[dict[str, Any]]) -> list[str]:
 
 
 def gap_figure(gaps: list[dict[str, Any]]) -> Figure:
-    """Gap over MACs with its interval, clean and robust; the band is the mean of the archs."""
+    """Gap against MACs with its interval, clean and robust; the band is the mean of the archs."""
     table = headline(pd.DataFrame(gaps))
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.4, 3.9))
@@ -146,7 +146,7 @@ def gap_figure(gaps: list[dict[str, Any]]) -> Figure:
             axis.set_title(f"{measure.capitalize()} accuracy")
             axis.yaxis.set_major_formatter(POINTS)
             log_macs(axis, archs["macs"].astype(float))
-        figure.axes[0].set_ylabel("subnet less twin, points")
+        figure.axes[0].set_ylabel("subnet minus twin, points")
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="lower center", ncols=2)
         figure.tight_layout(rect=(0, 0.08, 1, 1), w_pad=2.5)

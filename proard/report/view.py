@@ -1,4 +1,4 @@
-"""What the page's sections share: the facts they read, and the templates that turn them into HTML."""
+"""Shared by the page's sections: the values they read, and the templates that turn them into HTML."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Section:
 
 
 def section(name: str, short: str, title: str, **values: Any) -> Section:
-    """A part of the page from its template and the values that the template reads."""
+    """A section from its template and the template's values."""
     return Section(name, short, title, fill(name, **values))
 
 
@@ -52,9 +52,9 @@ def fill(name: str, **values: Any) -> Markup:
 
 @dataclass(frozen=True)
 class View:
-    """Everything a section may need. `folder` is where the page lies; `figures` are standalone SVG by name.
+    """Inputs of the sections. `folder` is the page's folder; `figures` are standalone SVG by name.
 
-    `cost_comparison` says what is missing where there is none; `country` converts energy to emissions.
+    `cost_comparison` is text if there is none: what is missing. `country` converts energy to emissions.
     """
 
     results: Results
@@ -71,7 +71,7 @@ class View:
 
     @property
     def best(self) -> Student:
-        """The student that keeps most images right; the cheapest of several."""
+        """The student with the highest robust accuracy; the cheapest of several."""
         return max(self.students, key=lambda student: (student.final["robust_acc"], -student.macs))
 
     @property
@@ -86,11 +86,11 @@ class View:
         return chosen_quality(self.results, target)
 
     def card(self, budget: str) -> Card | None:
-        """The export's record of a budget."""
+        """The export of a budget."""
         return next((card for card in self.results.cards if card.parity["budget"] == budget), None)
 
     def objective(self, attack: str) -> str | None:
-        """What an attack maximises, from the settings of the stages that ran it."""
+        """Objective of an attack, from the settings of the stages that ran it."""
         settings = self.results.settings
         known = list(settings.get("verify_front", {}).get("attacks", ()))
         known += [settings[stage]["attack"] for stage in ("evaluate_archs", "select_student") if stage in settings]
@@ -101,7 +101,7 @@ class View:
         return text.attack_words(row, self.objective(str(row["attack"])))
 
     def path(self, path: Path, start: Path | None = None) -> str:
-        """A path as seen from the page's folder, or from another one."""
+        """A path relative to the page's folder, or to another one."""
         return Path(os.path.relpath(path, start or self.folder)).as_posix()
 
     def inline(self, name: str) -> Markup:

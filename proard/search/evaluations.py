@@ -1,4 +1,4 @@
-"""Everything a search evaluates, each arch once, and none above the cost limit."""
+"""The archs that a search evaluates: each once, and none above the cost limit."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ class Archive:
 
 
 class Evaluations:
-    """The objective functions with a memory.
+    """Evaluates the objectives and keeps all results.
 
     Parameters
     ----------
     predict, cost, canonical : callable
         Functions of whole populations.
     choices : sequence of int
-        Number of choices of every gene; cost must not fall where a gene rises.
+        Number of choices of every gene; cost must not decrease when a gene increases.
     max_cost : float, optional
-        Limit; dearer archs are never evaluated, because cost is exact and free.
+        Limit; archs above it are never evaluated, as cost is exact and takes no prediction.
 
     Raises
     ------
@@ -85,22 +85,22 @@ class Evaluations:
         rows = np.ascontiguousarray(self.canonical(genotypes), dtype=np.int16)
         return rows.view(f"S{rows.dtype.itemsize * rows.shape[1]}")[
             :, 0
-        ].tolist()  # all as long, up to zeros at the end
+        ].tolist()  # equally long, but for zeros at the end
 
     def fresh(self, genotypes: np.ndarray, *, besides: Iterable[bytes] = ()) -> np.ndarray:
-        """Which rows are affordable, not evaluated, not among `besides` and not a repetition; bool of shape (n,)."""
+        """Rows within the limit that are not evaluated, not in `besides` and not repeated; bool of shape (n,)."""
         genotypes = np.asarray(genotypes, dtype=np.int64)
         rows = np.arange(len(genotypes))
         if self.max_cost is not None:
             rows = np.flatnonzero(self.cost(genotypes) <= self.max_cost)
         keys = self.keys(genotypes[rows])
-        first = dict(zip(reversed(keys), reversed(rows.tolist()), strict=True))  # of equal keys the last entry stays
+        first = dict(zip(reversed(keys), reversed(rows.tolist()), strict=True))  # dict keeps the last of equal keys
         kept = np.zeros(len(genotypes), dtype=bool)
         kept[[first[key] for key in set(first).difference(self.seen).difference(besides)]] = True
         return kept
 
     def evaluate(self, genotypes: np.ndarray) -> np.ndarray:
-        """Objectives of a population as `Archive.objectives`; remembers it as one generation."""
+        """Objectives of a population as `Archive.objectives`; stored as one generation."""
         genotypes = self.canonical(np.asarray(genotypes, dtype=np.int64))
         accuracies, costs = self.predict(genotypes), self.cost(genotypes)
         self.seen.update(self.keys(genotypes))
@@ -108,10 +108,10 @@ class Evaluations:
         return np.column_stack([-accuracies, costs])
 
     def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """Up to `count` fresh genotypes, genes uniform and independent; fewer only when hardly any arch is left.
+        """Up to `count` fresh genotypes, genes uniform and independent; fewer only if hardly any arch is left.
 
-        Where the cost limit rejects nearly all such draws, further ones have a random upper end common to all genes,
-        and the last ones are neighbours of those found, so that a tight limit is met too.
+        If the cost limit rejects nearly all such draws, later rounds bound all genes by a common random upper end, and
+        the last rounds change genes of archs already found. So archs are found under a tight limit too.
         """
         found = np.zeros((0, len(self.choices)), dtype=np.int64)
         size = 2 * count

@@ -1,4 +1,4 @@
-"""The whole space, where it is small enough: its exact front, and the scale that it spans."""
+"""Evaluation of a whole space, if it is small enough: its exact front and its range of objectives."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from proard.space.sampling import BLOCK, genotype_blocks
 
 @dataclass(frozen=True)
 class Exhaustive:
-    """What evaluating every arch within the cost limit shows.
+    """Result of evaluating every arch within the cost limit.
 
     Attributes
     ----------
@@ -42,23 +42,23 @@ def exhaustive(
     rows: int = BLOCK,
     on_block: Callable[[int, int], None] = lambda archs, size: None,
 ) -> Exhaustive | None:
-    """Evaluate every arch within the limit, where there are not more than `up_to`.
+    """Evaluate every arch within the limit, if there are at most `up_to`.
 
     Parameters
     ----------
     predict, cost, choices, canonical, max_cost
         As of `nsga2`.
     up_to : int
-        Most archs; 0 for none.
+        Largest number of archs; with 0 nothing is evaluated.
     rows : int
         Archs that are evaluated at a time.
     on_block : callable
-        Called after each block with the archs in it and those in all.
+        Called after each block with the numbers of archs in it and in total.
 
     Returns
     -------
     Exhaustive or None
-        None where there are more archs, or none within the limit.
+        None if there are more archs, or none within the limit.
 
     Notes
     -----

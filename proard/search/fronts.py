@@ -11,14 +11,14 @@ from pymoo.util.nds.non_dominated_sorting import find_non_dominated
 
 @dataclass(frozen=True)
 class Scale:
-    """Where objectives are put to 0 and to 1, and the reference point on that scale.
+    """The values of each objective that are normalised to 0 and to 1, and the reference point on that scale.
 
     Attributes
     ----------
     best, worst : tuple of float
         Smallest and largest value of each objective.
     reference : float
-        Every objective of the reference point, after normalisation; beyond 1, so that the ends of a front count.
+        Value of every objective at the reference point, after normalisation; above 1, so that a front's ends count.
     """
 
     best: tuple[float, ...]
@@ -27,7 +27,7 @@ class Scale:
 
     @classmethod
     def of(cls, objectives: np.ndarray) -> Scale:
-        """The scale that some rows span, of shape (n, objectives)."""
+        """The scale from the smallest to the largest values of rows of shape (n, objectives)."""
         return cls(tuple(objectives.min(axis=0).tolist()), tuple(objectives.max(axis=0).tolist()))
 
     def normalise(self, objectives: np.ndarray) -> np.ndarray:
@@ -37,7 +37,7 @@ class Scale:
 
 
 def non_dominated(objectives: np.ndarray) -> np.ndarray:
-    """Indices of rows that no other row matches everywhere and beats somewhere; rows with equal objectives all stay."""
+    """Indices of rows that no other row dominates: is as small in every objective, and smaller in one."""
     return find_non_dominated(np.asarray(objectives, dtype=np.float64))
 
 

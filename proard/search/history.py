@@ -15,7 +15,7 @@ from proard.search.fronts import Scale, hypervolume, non_dominated
 
 HISTORY: dict[str, tuple[pa.DataType, str]] = {
     "search": (TEXT, "nsga2 or random"),
-    "generation": (INT, "generations done; a random one is a cut at equal evaluations"),
+    "generation": (INT, "number of generations; for random search, a cut at as many evaluations"),
     "evaluations": (INT, "different archs evaluated so far"),
     "front_size": (INT, "non-dominated archs among them"),
     "hypervolume": (FLOAT, "of all evaluated so far, share of the box between best and reference point"),
@@ -43,9 +43,9 @@ def history(
     archives : mapping of str to Archive
         What each search evaluated.
     cost_name : str
-        Column that the cost objective is.
+        Cost column that was minimised.
     exhaustive : Exhaustive, optional
-        The whole space. The scale is its own, or else that of all archives together.
+        The whole space. The scale is that of the whole space if given, else that of all archives together.
     """
     best = None
     if exhaustive is None:

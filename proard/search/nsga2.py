@@ -17,7 +17,7 @@ from pymoo.util.randomized_argsort import randomized_argsort
 from proard.search.evaluations import Archive, Canonical, Cost, Evaluations, Predict
 
 CROSSOVER = 0.9  # share of couples whose genes are mixed, pymoo's default
-MATINGS = 100  # rounds of mating in which a generation must find its new archs, pymoo's default
+MATINGS = 100  # largest number of rounds of mating for one generation, pymoo's default
 
 
 def nsga2(
@@ -38,7 +38,7 @@ def nsga2(
     predict : callable
         Genotypes of shape (n, genes) to predicted clean and robust accuracy of shape (n, 2).
     cost : callable
-        Genotypes to cost of shape (n,); cost must not fall where a gene rises.
+        Genotypes to cost of shape (n,); cost must not decrease when a gene increases.
     choices : sequence of int
         Number of choices of every gene.
     canonical : callable
@@ -48,7 +48,7 @@ def nsga2(
     max_cost : float, optional
         Constraint cost <= max_cost, kept by every arch that is evaluated.
     seed : int
-        Seed; one seed, one archive.
+        Equal seeds give equal archives.
 
     Returns
     -------
@@ -63,9 +63,9 @@ def nsga2(
 
     Notes
     -----
-    Parents keep the genes of blocks that depth leaves out, so that a block switched on by mutation brings an evolved
-    choice along; canonical genotypes decide what is a duplicate. An arch is never evaluated twice, also not after it
-    has left the population, unlike in pymoo's default.
+    Parents keep the genes of blocks that depth leaves out, so that a block added by mutation has inherited
+    choices; duplicates are found by canonical genotypes. Unlike in pymoo's default, an arch is never evaluated twice,
+    even after it has left the population.
 
     pymoo keeps an object per arch; here a population is three arrays. Draws, operators and order are those of pymoo's
     tournament (dominance, then crowding), uniform crossover and survival: the archive is the same, arch by arch.
@@ -101,7 +101,7 @@ class Members:
 
     @classmethod
     def new(cls, genotypes: np.ndarray) -> Members:
-        """Archs that nothing is known of yet."""
+        """Archs that are not evaluated yet."""
         return cls(genotypes, np.zeros((0, 3)), np.zeros(0))
 
     def __len__(self) -> int:
@@ -113,7 +113,7 @@ class Members:
 
 
 def evolve(evaluations: Evaluations, *, population: int, generations: int, seed: int) -> tuple[Evaluations, Members]:
-    """Run NSGA-II; everything evaluated, and the last population."""
+    """Run NSGA-II; return all evaluations and the last population."""
     first = evaluations.draw(population, np.random.default_rng(seed))
     algorithm = ArrayNSGA2(evaluations, first, pop_size=population)
     problem = Problem(n_var=first.shape[1], n_obj=3)
@@ -124,7 +124,7 @@ def evolve(evaluations: Evaluations, *, population: int, generations: int, seed:
 
 
 class PopulationEvaluator(Evaluator):
-    """Three objectives of a whole population per call."""
+    """Evaluates a whole population per call."""
 
     def __init__(self, evaluations: Evaluations) -> None:
         super().__init__()
@@ -176,11 +176,11 @@ class ArrayNSGA2(NSGA2):
         self.pop = self._survivors(merged, self.pop_size)
 
     def _set_optimum(self) -> None:
-        """Pymoo's hook: the archive has it."""
+        """Pymoo's hook: nothing to do, the archive holds the front."""
         self.opt = None
 
     def _survivors(self, members: Members, number: int) -> Members:
-        """Whole fronts, then the least crowded of the first that does not fit."""
+        """Whole fronts in order, then the least crowded members of the first front that does not fit."""
         number = min(number, len(members))
         kept, crowding = np.zeros(0, dtype=np.int64), np.empty(len(members))
         for front in self.survival.nds.do(members.objectives, n_stop_if_ranked=number):
@@ -204,20 +204,20 @@ class ArrayNSGA2(NSGA2):
             parents = np.where(swapped[:, None], parents[:, ::-1], parents)
         children = parents.swapaxes(0, 1).reshape(2 * couples, -1)
         children = mutate(children, self.evaluations.choices, rng)
-        rng.random(len(children))  # pymoo draws whether to mutate at all, and always does
+        rng.random(len(children))  # pymoo draws here whether to mutate; its probability is 1
         return children
 
     def _tournaments(self, number: int) -> np.ndarray:
-        """Rows that win against one other: by dominance, else by distance from neighbours, else by lot; (number,)."""
+        """Winners of binary tournaments, as rows (number,): by dominance, else by crowding distance, else at random."""
         pop, rng = self.pop, self.random_state
         draws = random_permutations(math.ceil(2 * number / len(pop)), len(pop), random_state=rng)
         draws = draws[: 2 * number].reshape(number, 2)
         first, second = pop.objectives[draws[:, 0]], pop.objectives[draws[:, 1]]
         better, worse = (first < second).any(axis=1), (first > second).any(axis=1)
-        lonelier, tighter = (compare(*pop.crowding[draws.T]) for compare in (np.greater, np.less))
+        less_crowded, more_crowded = (compare(*pop.crowding[draws.T]) for compare in (np.greater, np.less))
         undecided = better == worse
-        first_wins = np.where(undecided, lonelier, better)
-        tied = np.flatnonzero(undecided & ~lonelier & ~tighter)
+        first_wins = np.where(undecided, less_crowded, better)
+        tied = np.flatnonzero(undecided & ~less_crowded & ~more_crowded)
         first_wins[tied] = rng.integers(0, 2, len(tied)) == 0
         return np.where(first_wins, draws[:, 0], draws[:, 1])
 

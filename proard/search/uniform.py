@@ -1,4 +1,4 @@
-"""Random search: what NSGA-II has to beat."""
+"""Random search, the baseline of NSGA-II."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def random(
     Parameters
     ----------
     generations : sequence of int
-        Archs per generation: those NSGA-II evaluated, for a comparison at equal evaluations. A random generation
-        is only a cut in the sequence.
+        Archs per generation, as many as NSGA-II evaluated, for a comparison at equal evaluations. A generation here
+        is only a part of the sequence.
 
     Returns
     -------

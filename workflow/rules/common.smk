@@ -1,4 +1,4 @@
-"""Helpers of the rules: the checked config, what a job is told of it, and resources."""
+"""Helpers of the rules: the checked config, the settings and inputs of each job, and resources."""
 
 import importlib.machinery
 import json
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from shlex import quote
 
-# Python takes any folder of that name for the package, where it looks into it before it asks for an editable install.
+# A folder named proard on sys.path hides an editable install of the package.
 found = importlib.machinery.PathFinder.find_spec("proard", [os.getcwd(), *sys.path])
 if found is not None and found.origin is None:
     sys.exit(
@@ -24,20 +24,20 @@ try:
     from proard.space.sampling import shard_names
     from proard.space.twins import with_twins
 except ImportError as error:
-    way_out = f"{sys.executable}, which runs snakemake, cannot import it ({error}); install it there: pip install -e ."
-    if "--lint" in sys.argv:  # the workflow catalogue asks for no more than this
-        print(f"note: nothing linted: the rules need the package proard; {way_out}", file=sys.stderr)
+    remedy = f"{sys.executable}, which runs snakemake, cannot import it ({error}); install it there: pip install -e ."
+    if "--lint" in sys.argv:  # this is enough for the workflow catalogue
+        print(f"note: nothing linted: the rules need the package proard; {remedy}", file=sys.stderr)
         sys.exit(0)
-    sys.exit(f"error: the rules need the package proard; {way_out}")
+    sys.exit(f"error: the rules need the package proard; {remedy}")
 
 try:
-    for file in workflow.configfiles:  # Snakemake keeps the last of two equal keys in silence
+    for file in workflow.configfiles:  # Snakemake keeps the last of two equal keys without a warning
         proard.config.read_file(file)
     run = with_twins(proard.config.load(config))
 except proard.config.UserError as error:
     sys.exit(f"error: config: {error}")
 
-# Jobs use the python and the package of this process, in an environment that was never activated too.
+# Jobs use the python and the package of this process, even if its environment is not activated.
 os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()]))
 
 PHASES = [phase.name for phase in run.train_phase.phases]
@@ -54,13 +54,13 @@ LEGS |= {
 NETWORKS = {network.name: network for network in run.diagnose.networks}
 DIAGNOSED = [proard.config.TEACHER, *NETWORKS]
 SUPERNET = f"<results>/train_phase/{PHASES[-1]}/supernet.safetensors"
-CACHE = f"results/{run.run}/cache"  # measurements already made; undeclared, so that no rule ever deletes it
+CACHE = f"results/{run.run}/cache"  # measurements already made; not declared, so that no rule deletes it
 
-NOTES = set()  # what was printed about budgets, each once
+NOTES = set()  # printed notes about budgets, to print each once
 
 
-def archive_to_choose_from(wildcards):
-    """The searched archs; a budget that no subnet can meet stops here, before the first job."""
+def searched_archive(wildcards):
+    """The searched archs; a budget below every subnet's cost stops the run here, before the first job."""
     try:
         note = check_budget(wildcards.budget, SearchSpace(run.space))
         spelling = parse_budget(wildcards.budget).text
@@ -68,7 +68,7 @@ def archive_to_choose_from(wildcards):
         sys.exit(f"error: {error}")
     if spelling != wildcards.budget:
         target = f"results/{run.run}/export_student/{spelling}/student.onnx"
-        sys.exit(f"error: budget {wildcards.budget} has the folder {spelling}; ask for {target}")
+        sys.exit(f"error: budget {wildcards.budget} has the folder {spelling}; use the target {target}")
     if note and note not in NOTES and workflow.is_main_process:
         print(f"note: {note}", file=sys.stderr)
         NOTES.add(note)
@@ -105,7 +105,7 @@ def seed_of_leg(wildcards):
 
 
 def teacher_of_leg(wildcards):
-    """The run's teacher, where the loss needs it."""
+    """The run's teacher, if the loss needs it."""
     training, phase = LEGS[wildcards.leg]
     needed = phase is not None or training.needs_teacher
     return ["<results>/train_teacher/teacher.safetensors"] if needed else []
@@ -123,14 +123,14 @@ def legs_of(name):
 
 
 def previous_leg(wildcards):
-    """What a phase of a supernet starts from; nothing for the first."""
+    """The weights that a phase of a supernet starts from; none for the first."""
     legs = legs_of(LEGS[wildcards.leg][0].name)
     earlier = legs[: legs.index(wildcards.leg)][-1:]
     return [f"<results>/train_experiment/{leg}/weights.safetensors" for leg in earlier]
 
 
 def supernet_beside_twin(wildcards):
-    """The run's supernet, where a twin is compared with its subnet."""
+    """The run's supernet, if a twin is compared with its subnet."""
     return [SUPERNET] if TRAININGS[wildcards.training].trains == "twin" else []
 
 
@@ -146,7 +146,7 @@ def images_of_subnets(wildcards):
 
 
 def compared(folder):
-    """Files that the comparison writes beside its table, by flag: for what the config lists."""
+    """Files that the comparison writes beside its table, by flag, for the kinds in the config."""
     kinds = {training.trains for training in TRAININGS.values()}
     listed = {"networks": bool(ALONE) or run.experiment.budgets, "supernets": "supernet" in kinds}
     listed |= {"twins": "twin" in kinds, "diagnoses": bool(NETWORKS)}
@@ -155,7 +155,7 @@ def compared(folder):
 
 
 def flags_of(files, *names):
-    """Flags for those named files of a job that there are."""
+    """Flags for the named files that a job has."""
     named = {name: getattr(files, name) for name in names}
     return " ".join(f"--{name.replace('_', '-')} {quote(str(path))}" for name, path in named.items() if path)
 
@@ -163,25 +163,25 @@ def flags_of(files, *names):
 def is_of_training(name):
     """Whether the exported student is a network of the experiment; its supernets export nothing."""
     if name in TRAININGS and name not in ALONE:
-        sys.exit(f"error: training {name} makes a supernet; networks alone are exported")
+        sys.exit(f"error: training {name} makes a supernet; only single networks are exported")
     return name in TRAININGS
 
 
 def rows_to_export(wildcards):
-    """What measures the exported student: the outcomes of a training, or the choice for a budget."""
+    """The measurements of the exported student: of a training's outcomes, or of the choice for a budget."""
     if is_of_training(wildcards.budget):
         return f"<results>/measure_experiment/{wildcards.budget}/outcomes.parquet"
     return f"<results>/select_student/{wildcards.budget}/student.parquet"
 
 
 def weights_to_export(wildcards):
-    """The weights of a training, where its network is exported."""
+    """The weights of a training, if its network is exported."""
     trained = is_of_training(wildcards.budget)
     return [f"<results>/train_experiment/{wildcards.budget}/weights.safetensors"] if trained else []
 
 
 def supernet_to_export(wildcards):
-    """The supernet that a budget's student is cut from."""
+    """The supernet that a budget's student is extracted from."""
     return [] if is_of_training(wildcards.budget) else [SUPERNET]
 
 
@@ -192,13 +192,13 @@ def images_to_export(wildcards):
 
 
 def previous_supernet(wildcards):
-    """What the phase starts from; nothing for the first."""
+    """The weights that the phase starts from; none for the first."""
     earlier = PHASES[: PHASES.index(wildcards.phase)][-1:]
     return [f"<results>/train_phase/{phase}/supernet.safetensors" for phase in earlier]
 
 
 def file_of_teacher(wildcards):
-    """The file that the teacher is taken from, where the config names one."""
+    """The teacher's file, if the config names one."""
     file = run.train_teacher.file
     if run.train_teacher.source == "train":
         return []
@@ -209,13 +209,13 @@ def file_of_teacher(wildcards):
         and not Path(f"results/{run.run}/train_teacher/teacher.safetensors").exists()
     ):
         sys.exit(
-            f"error: train_teacher.file is {file}, which does not exist (seen from {Path.cwd()}); correct the path"
+            f"error: train_teacher.file is {file}, which does not exist (relative to {Path.cwd()}); correct the path"
         )
     return [file]
 
 
 def plain_network(section):
-    """The control network, where a loss asks it: HAT's helper, MTARD's clean teacher."""
+    """The control network, if a loss needs it: HAT's helper, MTARD's clean teacher."""
     return ["<results>/train_control/control.safetensors"] if section.needs_control else []
 
 
@@ -232,7 +232,7 @@ def diagnose_settings(wildcards):
 
 
 def weights_to_diagnose(wildcards):
-    """The file of a network that is an exported student or given as a file."""
+    """The file of a network that is an exported student or that the config names."""
     network = NETWORKS.get(wildcards.network)
     if network is None or network.arch is not None:
         return []
@@ -240,7 +240,7 @@ def weights_to_diagnose(wildcards):
 
 
 def supernet_to_diagnose(wildcards):
-    """The supernet, where the network is one of its subnets."""
+    """The supernet, if the network is one of its subnets."""
     network = NETWORKS.get(wildcards.network)
     return [SUPERNET] if network is not None and network.arch is not None else []
 
@@ -255,8 +255,8 @@ def per_attempt(amount):
     return lambda wildcards, attempt: amount * attempt
 
 
-def beside_others(most):
-    """Threads of a job that others run beside: half of this machine's cores; on a cluster, all that it asks for."""
+def parallel_threads(most):
+    """Threads of a job that runs in parallel with others: half of this machine's cores, or `most` on a cluster."""
 
     def threads(wildcards):
         alone = workflow.remote_exec or not workflow.cores
@@ -266,7 +266,7 @@ def beside_others(most):
 
 
 def gpus_of(rule):
-    """GPUs of a rule's jobs: its `gpu`, at most those of the workstation, or what a site's `gres` asks for."""
+    """GPUs of a rule's jobs: its `gpu`, at most those of the workstation, or the number in a site's `gres`."""
     gpu, limit, gres = (
         str(resources[name].raw) if name in resources else ""
         for name, resources in (("gpu", rule.resources), ("gpu", workflow.global_resources), ("gres", rule.resources))
@@ -277,20 +277,20 @@ def gpus_of(rule):
 
 
 def start_several_processes():
-    """Tell trainings that get several GPUs to start a process for each; their shell lines stay as they are."""
+    """Let trainings with several GPUs start a process for each, without a change of their shell lines."""
     wanted = {each.name: gpus_of(each) for each in workflow.rules if each.name.startswith("train_")}
     os.environ.update(PROARD_PROCESSES=json.dumps({name: gpus for name, gpus in wanted.items() if gpus > 1}))
 
 
-def squeeze_shell_lines():
-    """Make white space in a shell line mean nothing: Snakemake would repeat a training for it."""
+def normalise_shell_lines():
+    """Normalise white space in shell lines: Snakemake would repeat a training for a change of it."""
     for each in workflow.rules:
         if each.shellcmd is not None:
             each.shellcmd = " ".join(each.shellcmd.split())
 
 
-def say_where_results_are():
-    """Name the report and the students that exist."""
+def print_results():
+    """Print the paths of the report and the students that exist."""
     results = Path("results") / run.run
     page, students = results / "report" / "report.html", sorted(results.glob("export_student/*/student.onnx"))
     if page.exists():

@@ -1,7 +1,7 @@
-# Trainings of an experiment, diagnoses of networks, and their comparison: `all` asks for what the config lists.
+# Trainings of an experiment, diagnoses of networks, and their comparison: `all` makes those that the config lists.
 
 
-# One thread, as for evaluation: on a CPU, trainings side by side beat one training on many threads. A leg is a network's
+# One thread, as for evaluation: on a CPU, parallel trainings are faster than one on many threads. A leg is a network's
 # training or one phase of a supernet's.
 rule train_experiment:
     input:

@@ -1,4 +1,4 @@
-"""What to type instead, and how a run ends: targets that are none, a locked folder, Ctrl-C. No rule is in here."""
+"""Messages about wrong targets and a locked folder, and the handling of Ctrl-C. This file has no rules."""
 
 import atexit
 import difflib
@@ -11,7 +11,7 @@ import psutil
 from snakemake.cli import get_argument_parser
 from snakemake.shell import shell
 
-# tee outlives Ctrl-C, so that what a job says while it saves and stops is seen and logged. The rest is Snakemake's own.
+# tee ignores Ctrl-C, so that the output of a job that saves and stops is logged. The other options are Snakemake's.
 if Path(shell.get_executable() or "").name == "bash":
     shell.prefix('set -euo pipefail; tee() {{ exec tee -i "$@"; }}; ')
 
@@ -20,28 +20,28 @@ TARGET_OF = {
     "diagnose": "compare_experiment",
     "measure_experiment": "compare_experiment",
 }
-LAST_WORDS = "Stopped. Trainings have saved their state, measurements are kept; the same command continues."
+STOPPED = "Stopped. Trainings have saved their state, measurements are kept; the same command continues."
 
 
 def options():
-    """Snakemake's own command line, parsed; None in a job of the run, or where another program uses Snakemake."""
+    """Snakemake's own command line, parsed; None in a job of the run, or if another program uses Snakemake."""
     program = Path(sys.argv[0])
     ours = program.name == "snakemake" or program.parts[-2:] == ("snakemake", "__main__.py")
     return get_argument_parser().parse_known_args()[0] if ours and workflow.is_main_process else None
 
 
 def check_targets():
-    """End with one line that says what to type, where a target is a rule with wildcards or nothing at all."""
-    asked = options()
-    if asked is None:
+    """Exit with one line that names the right target, if a target is a rule with wildcards or does not exist."""
+    parsed = options()
+    if parsed is None:
         return
-    for name in asked.targets:
+    for name in parsed.targets:
         if name in RULE_NAMES and RULE_NAMES[name].has_wildcards():
             sys.exit(f"error: the rule {name} has a wildcard and is no target; type {target_of(name)}, or name a file")
-    for name in [*asked.targets, *asked.forcerun, *asked.until, *asked.omit_from]:
+    for name in [*parsed.targets, *parsed.forcerun, *parsed.until, *parsed.omit_from]:
         path = name if os.path.isabs(name) else os.path.relpath(name)
         if name not in RULE_NAMES and not any(each.is_producer(path) for each in workflow.rules):
-            sys.exit(f"error: {what_was_meant(name, path, of_rules=name not in asked.targets)}")
+            sys.exit(f"error: {suggestion(name, path, of_rules=name not in parsed.targets)}")
 
 
 def target_of(name):
@@ -49,8 +49,8 @@ def target_of(name):
     return TARGET_OF.get(name, f"{name}s") if RULE_NAMES[name].has_wildcards() else name
 
 
-def what_was_meant(name, path, *, of_rules):
-    """One line for a word that is no rule and no file that a rule writes."""
+def suggestion(name, path, *, of_rules):
+    """Error for a name that is no rule and no file of a rule, with the closest one."""
     if len(Path(path).parts) == 1:
         near = difflib.get_close_matches(name, RULE_NAMES, n=1)
         meant = "".join(f"; did you mean {each if of_rules else target_of(each)}?" for each in near)
@@ -64,10 +64,10 @@ def what_was_meant(name, path, *, of_rules):
     return f"no rule writes {name}{meant or '; snakemake --summary lists the files of this config'}"
 
 
-def say_who_holds_the_lock():
-    """Where the folder is locked: which Snakemake works in it, or that none on this machine does."""
-    asked = options()
-    if asked is None or asked.unlock or asked.dryrun or not any(Path(".snakemake/locks").glob("*")):
+def print_lock_holder():
+    """If the folder is locked, print which Snakemake works in it, or that none on this machine does."""
+    parsed = options()
+    if parsed is None or parsed.unlock or parsed.dryrun or not any(Path(".snakemake/locks").glob("*")):
         return
     for process in psutil.process_iter(["pid", "cmdline", "cwd", "create_time"]):
         found = process.info
@@ -83,19 +83,19 @@ def say_who_holds_the_lock():
     print(f"{note}type the same command with --unlock, then with --rerun-incomplete", file=sys.stderr)
 
 
-def end_in_order_on_ctrl_c():
+def handle_ctrl_c():
     """Let Ctrl-C end a run without losing a finished job.
 
-    Left alone, Snakemake waits for the running jobs but forgets those that end well, and a second Ctrl-C leaves the
-    folder locked. Here the first starts no more jobs, as SIGTERM does; a further one is passed on to the jobs, which
-    a terminal does by itself. On a cluster Snakemake cancels the jobs, and only that is not to be interrupted.
+    By default Snakemake waits for the running jobs but does not record those that finish, and a second Ctrl-C leaves
+    the folder locked. Here the first Ctrl-C starts no more jobs, as SIGTERM does; a second one is sent to the jobs too,
+    as a terminal does by itself. On a cluster Snakemake cancels the jobs, which must not be interrupted.
     """
     seen = []
 
     def stop(number, frame):
         seen.append(number)
         if len(seen) == 1:
-            atexit.register(print, LAST_WORDS, file=sys.stderr)
+            atexit.register(print, STOPPED, file=sys.stderr)
         if not workflow.local_exec:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             raise KeyboardInterrupt
@@ -106,11 +106,11 @@ def end_in_order_on_ctrl_c():
             return
         words = "\nStopping: jobs that got the signal save and stop, others end first; Ctrl-C again stops them too."
         print(words, file=sys.stderr, flush=True)
-        threading.Thread(target=workflow.scheduler.exit_gracefully).start()  # it takes a lock that this thread may hold
+        threading.Thread(target=workflow.scheduler.exit_gracefully).start()  # it needs a lock that this thread may hold
 
     signal.signal(signal.SIGINT, stop)
 
 
 RULE_NAMES = {each.name: each for each in workflow.rules}
 check_targets()
-say_who_holds_the_lock()
+print_lock_holder()

@@ -38,10 +38,10 @@ rule verify_front:
         "<logs>/verify_front.log",
     benchmark:
         "<benchmarks>/verify_front.tsv"
-    priority: 1  # longer than any selection, and before all of them
+    priority: 1  # it takes longer than a selection, so it starts first
     conda:
         "../../environment.yml"
-    threads: beside_others(8)
+    threads: parallel_threads(8)
     resources:
         mem_mb=per_attempt(8000),
         runtime=per_attempt(720),
@@ -59,7 +59,7 @@ rule verify_front:
 
 rule select_student:
     input:
-        archive=archive_to_choose_from,
+        archive=searched_archive,
         supernet=SUPERNET,
         train=rules.prepare_data.output.train,
         val=rules.prepare_data.output.val,
@@ -93,8 +93,8 @@ rule select_students:
         collect("<results>/select_student/{budget}/student.parquet", budget=BUDGETS),
 
 
-# The same device and threads as the measurement: the exported network is the measured one, to the last bit. In the
-# place of a budget, the name of an experiment's network exports that.
+# The same device and threads as the measurement: the exported network is the measured one, to the last bit. The
+# name of an experiment's network, given as the budget, exports that network.
 rule export_student:
     input:
         student=rows_to_export,

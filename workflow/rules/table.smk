@@ -19,7 +19,7 @@ rule sample_archs:
         " --threads {threads} --device cpu --archs {output.archs:q} 2>&1 | tee {log:q}"
 
 
-# One thread per shard: on a CPU, shards side by side beat one shard on many threads.
+# One thread per shard: on a CPU, parallel shards are faster than one shard on many threads.
 rule evaluate_archs:
     input:
         supernet=SUPERNET,
@@ -74,7 +74,7 @@ rule merge_table:
     params:
         settings=settings("merge_table"),
         seed=run.seed,
-        shards=lambda wildcards, input: str(Path(input.shards[0]).parents[1]),  # thousands of paths are no command line
+        shards=lambda wildcards, input: str(Path(input.shards[0]).parents[1]),  # too many paths for a command line
         per_shard=run.evaluate_archs.archs_per_shard,
     shell:
         "python -m proard.stages.merge_table --settings {params.settings:q} --seed {params.seed}"

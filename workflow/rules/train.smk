@@ -1,6 +1,6 @@
 # A training keeps its resume state beside its outputs, under names that no rule declares: Snakemake deletes declared
-# outputs of a job that starts or fails. Run time is therefore no matter of luck: the next attempt continues.
-# Priorities: first the chain that everything waits for; the control fills cores that it leaves idle.
+# outputs of a job that starts or fails. So a job that runs out of time loses little: the next attempt continues.
+# Priorities: first the chain of trainings, on which all other jobs depend; the control uses cores that are idle.
 
 
 rule train_teacher:
@@ -51,7 +51,7 @@ rule train_control:
         "<benchmarks>/train_control.tsv"
     conda:
         "../../environment.yml"
-    threads: beside_others(8)
+    threads: parallel_threads(8)
     resources:
         mem_mb=per_attempt(16000),
         runtime=1440,
