@@ -68,14 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("run_folder", metavar="results/RUN")
     spent = commands.add_parser("cost", help="what a run cost, beside students trained one by one")
     spent.add_argument("run_folder", metavar="results/RUN")
-    spent.add_argument(
-        "--students", type=_numbers, default=(1, 5, 20, 100), metavar="N,N", help="numbers of students (1,5,20,100)"
-    )
+    spent.add_argument("--students", type=_numbers, default=(1, 5, 20, 100), metavar="N,N", help="numbers of students")
     spent.add_argument("--country", default="USA", metavar="ABC", help="ISO 3166 code for CO2 equivalents (USA)")
     both = commands.add_parser("fronts", help="the measured fronts of two runs: hypervolumes and their difference")
-    both.add_argument(
-        "first", metavar="results/RUN", help="a run, or result tables: a .parquet file or a quoted pattern"
-    )
+    both.add_argument("first", metavar="results/RUN", help="a run, or result tables: a file or a quoted pattern")
     both.add_argument("second", metavar="results/OTHER", help="the same of the other run")
     listed = commands.add_parser("robustbench", help="the leaderboard's JSON and submission text of a student")
     listed.add_argument("folder", metavar="results/RUN/export_student/BUDGET")

@@ -14,13 +14,13 @@ LEAST_CLASSES = 4  # AutoAttack's targeted loss divides by a difference of the f
 class AutoattackStudent(Settings):
     """Standard AutoAttack on the exported students: the first `num_images` of `test` (by default all).
 
-    With `run: false` the target `all` does not include it. Images are attacked in blocks of `block_size`; a killed job
+    With `run: true` the target `all` includes it. Images are attacked in blocks of `block_size`; a killed job
     continues after the last complete attack on a block. Images that are misclassified under the attacks of
     `verify_front` are not attacked again, unless `attack_all` is true: then the accuracy is that of AutoAttack alone,
     as RobustBench lists it.
     """
 
-    run: bool = True
+    run: bool = False
     num_images: Count | None = None
     block_size: Count = 250
     attack_all: bool = False
@@ -29,8 +29,8 @@ class AutoattackStudent(Settings):
 class CheckStudent(Settings):
     """Twelve checks of the exported students for masked gradients, on the first `num_images` of `test`.
 
-    With `run: false` the target `all` does not include them.
+    With `run: true` the target `all` includes them.
     """
 
-    run: bool = True
+    run: bool = False
     num_images: Annotated[Int, Field(ge=10)] = 200

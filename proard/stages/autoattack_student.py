@@ -43,11 +43,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     lost = np.zeros_like(clean) if outcomes is None else outcomes.lost(clean)
     if outcomes is None and not settings.attack_all:
         print(f"note: {files.student} has no outcomes per image: all images are attacked")
+    threat, number = job.config.threat, int((clean & ~lost).sum() if not settings.attack_all else clean.sum())
+    print(
+        f"{files.budget}: AutoAttack on {number} of {len(images)} test images, {threat.norm} {threat.eps:g}", flush=True
+    )
     progress = Progress(f"AutoAttack {files.budget}", len(ATTACKS) * len(images), "images")
     found = autoattack(
         exported.net,
         images,
-        threat=job.config.threat,
+        threat=threat,
         seed=job.seed,
         block_size=settings.block_size,
         left_out=None if settings.attack_all else lost,

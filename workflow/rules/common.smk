@@ -50,6 +50,8 @@ ATTACKABLE = run.space.classes >= proard.config.LEAST_CLASSES
 AUTOATTACKED = BUDGETS if run.autoattack_student.run and ATTACKABLE else []
 CHECKED = BUDGETS if run.check_student.run else []
 DESCRIBED = BUDGETS if AUTOATTACKED or CHECKED else []
+if run.autoattack_student.run and not ATTACKABLE and workflow.is_main_process:
+    print(f"note: AutoAttack needs {proard.config.LEAST_CLASSES} classes; its stage is left out", file=sys.stderr)
 TRAININGS = {training.name: training for training in run.experiment.trainings}
 ALONE = [name for name, training in TRAININGS.items() if training.trains != "supernet"]
 LEGS = {name: (TRAININGS[name], None) for name in ALONE}  # what one job trains: a network, or a phase of a supernet
