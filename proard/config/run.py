@@ -41,7 +41,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "verify_front": ("run", "space", "threat", "measurement", "verify_front"),
     "select_student": ("run", "space", "threat", "measurement", "verify_front", "select_student"),
     "export_student": ("run", "space", "threat", "measurement", "export_student"),
-    "autoattack_student": ("run", "space", "threat", "measurement", "autoattack_student"),
+    "autoattack_student": ("run", "threat", "measurement", "autoattack_student"),
     "check_student": ("run", "space", "threat", "measurement", "check_student"),
     "describe_student": ("run", "export_student"),
     "diagnose": ("run", "space", "threat", "measurement", "diagnose"),

@@ -15,8 +15,8 @@ class AutoattackStudent(Settings):
     """Standard AutoAttack on the exported students: the first `num_images` of `test` (by default all).
 
     With `run: true` the target `all` includes it. Images are attacked in blocks of `block_size`; a killed job
-    continues after the last complete attack on a block. Images that are misclassified under the attacks of
-    `verify_front` are not attacked again, unless `attack_all` is true: then the accuracy is that of AutoAttack alone,
+    continues after the last complete attack on a block. Images that are misclassified under the run's own
+    attacks are not attacked again, unless `attack_all` is true: then the accuracy is that of AutoAttack alone,
     as RobustBench lists it.
     """
 

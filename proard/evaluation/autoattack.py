@@ -132,7 +132,8 @@ def run_attack(
     ICML 2020, arXiv:2003.01690. Package pyautoattack.
     """
     images = images.contiguous()  # the package flattens by views
-    with heard() as warnings, torch.random.fork_rng():  # it seeds torch's global generator
+    devices = [images.device] if images.is_cuda else []
+    with heard() as warnings, torch.random.fork_rng(devices):  # it seeds torch's global generators
         adversary = pyautoattack.AutoAttack(
             net, norm=NORMS[threat.norm], eps=threat.eps, seed=seed, version="standard", device=images.device
         )

@@ -42,7 +42,7 @@ class Trust:
         lines = [
             f"| Robust accuracy, AutoAttack (standard), {row['num_images']:,} test images | "
             f"{percent_interval(row, 'robust_acc')} |",
-            f"| Robust accuracy, test, {name} of `verify_front` | {accuracy} |",
+            f"| Robust accuracy, the run's own attacks, test, {name} | {accuracy} |",
         ]
         return "\n".join(lines)
 
@@ -65,7 +65,7 @@ def difference_words(row: pd.Series | None) -> str:
         return ""
     more, points = "fewer" if difference > 0 else "more", f"{100 * abs(difference):.1f} points"
     return (
-        f"AutoAttack leaves {points} {more} images correct than the attacks of `verify_front` do "
+        f"AutoAttack leaves {points} {more} images correct than the run's own attacks do "
         f"({row['robust_acc']:.2%} against {row['own_robust_acc']:.2%} of the same images): compare this student with "
         "others by AutoAttack's accuracy."
     )
@@ -82,8 +82,8 @@ def _autoattack(table: pd.DataFrame, difference: str) -> str:
     lines.append("attack if it is classified correctly under this attack and all attacks before it.")
     if last["left_out"]:
         lines.append(
-            f"{last['left_out']} images that are misclassified under the attacks of `verify_front` were not attacked "
-            "again; they count as lost."
+            f"{last['left_out']} images that are misclassified under the run's own attacks were not attacked again; "
+            "they count as lost."
         )
     lines += [difference] if difference else []
     lines += ["", "| attack | images attacked | robust accuracy after it |", "|---|---|---|"]
