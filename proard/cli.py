@@ -40,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             cost(arguments.run_folder, console, numbers=arguments.students, country=arguments.country)
         elif arguments.command == "fronts":
             fronts(arguments.first, arguments.second, console)
+        elif arguments.command == "robustbench":
+            from proard.export.robustbench import submit
+
+            submit(arguments, console)
         elif arguments.command == "doctor":
             doctor(arguments, console)
         else:
@@ -64,15 +68,18 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("run_folder", metavar="results/RUN")
     spent = commands.add_parser("cost", help="the costs of a run, compared with students trained one by one")
     spent.add_argument("run_folder", metavar="results/RUN")
-    spent.add_argument(
-        "--students", type=_numbers, default=(1, 5, 20, 100), metavar="N,N", help="numbers of students (1,5,20,100)"
-    )
+    spent.add_argument("--students", type=_numbers, default=(1, 5, 20, 100), metavar="N,N", help="numbers of students")
     spent.add_argument("--country", default="USA", metavar="ABC", help="ISO 3166 code for CO2 equivalents (USA)")
     both = commands.add_parser("fronts", help="the measured fronts of two runs: hypervolumes and their difference")
     both.add_argument(
         "first", metavar="results/RUN", help="a run, or result tables: a .parquet file or a quoted pattern"
     )
     both.add_argument("second", metavar="results/OTHER", help="the same for the other run")
+    listed = commands.add_parser("robustbench", help="the leaderboard's JSON and submission text of a student")
+    listed.add_argument("folder", metavar="results/RUN/export_student/BUDGET")
+    for name in ("title", "link", "authors", "venue"):
+        listed.add_argument(f"--{name}", help="of the paper, for the leaderboard")
+    listed.add_argument("--additional-data", choices=("yes", "no"), help="whether more training images were used")
     add_doctor(commands)
     return parser
 

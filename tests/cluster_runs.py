@@ -32,10 +32,11 @@ CONFIG = {
     "evaluate_archs": {**SMALL["evaluate_archs"], "archs_per_shard": 4},
 }
 FROM_PHASE = ["train_phase/all", "evaluate_archs", "merge_table", "fit_predictor", "search_front", "verify_front"]
-FROM_PHASE += ["select_student", "export_student", "report", "cache"]
+FROM_PHASE += ["select_student", "export_student", "autoattack_student", "check_student", "describe_student"]
+FROM_PHASE += ["report", "cache"]
 # A machine of 2 cores has no 8 for a job; the number of threads is part of the weights, so all runs have the same.
 THREADS = ["prepare_data", "train_teacher", "train_control", "train_phase", "fit_predictor", "search_front"]
-THREADS += ["verify_front"]
+THREADS += ["verify_front", "autoattack_student"]
 ONE_THREAD = ["--set-threads", *(f"{rule}=1" for rule in THREADS)]
 IMPATIENT = ["--slurm-init-seconds-before-status-checks", "1", "--latency-wait", "5"]
 

@@ -137,7 +137,10 @@ def stripes(count: int, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(images * 255).astype(np.uint8), labels.astype(np.int64)
 
 
-def save_stripes(folder: Path, *, train: int = 96, val: int = 30) -> dict[str, Path]:
+NAMES = ("left", "right", "low")
+
+
+def save_stripes(folder: Path, *, train: int = 96, val: int = 30, classes: tuple[str, ...] = NAMES) -> dict[str, Path]:
     """Write train, val and test of the stripes; the paths by split."""
     paths = {}
     pixels, _ = stripes(train)
@@ -150,7 +153,7 @@ def save_stripes(folder: Path, *, train: int = 96, val: int = 30) -> dict[str, P
             images,
             labels,
             split=split,
-            classes=["left", "right", "low"],
+            classes=classes,
             mean=mean,
             std=std,
             provenance=Provenance("tiny", "prepare_data"),

@@ -25,6 +25,8 @@ SMALL = {
     "search_front": {"population": 12, "generations": 3},
     "verify_front": {"num_archs": 2, "num_val_images": 60, "attacks": [{"name": "pgd3", "num_steps": 3}]},
     "select_student": {"budgets": ["macs=200K"], "candidates": 2, "num_images": 60, "attack": {"num_steps": 3}},
+    "autoattack_student": {"run": True, "num_images": 12},
+    "check_student": {"run": True, "num_images": 12},
 }
 
 

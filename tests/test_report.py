@@ -278,3 +278,42 @@ def test_trainings_are_told_with_their_optimizer_and_rate(changes, name):
     sections = config.model_dump(mode="json")
     assert f"{name} at learning rate 0.3" in setup._teacher_words(sections["train_teacher"])
     assert f"{name} at learning rate 0.2" in setup._phase_words(sections["train_phase"])
+
+
+def test_autoattack_and_checks_have_a_section_each(tmp_path: Path):
+    made = SyntheticRun(tmp_path)
+    attacked, checked = [], []
+    for place, budget in enumerate(BUDGETS):
+        final = made.students[budget]
+        rows = []
+        for name, lost in (("apgd-ce", 0.0), ("apgd-t", 0.02), ("fab-t", 0.02), ("square", 0.02), ("autoattack", 0.02)):
+            row = {key: value for key, value in final.items() if key in artifacts.MEASURED}
+            robust = {"robust_acc": final["robust_acc"] - lost, "own_robust_acc": final["robust_acc"]}
+            rows.append({**row, **robust, "attack": name, "budget": budget, "attacked": 10, "left_out": 3})
+            rows[-1] |= {"version": "standard, pyautoattack 0.2.0", "warnings": ""}
+        made.write("autoattack_student", "table.parquet", rows, artifacts.AUTOATTACK, budget)
+        attacked.append(str(made.path("autoattack_student", budget, "table.parquet")))
+        listed = [
+            {"number": 1, "check": "one step", "value": 0.0, "passed": True},
+            {"number": 2, "check": "radius", "value": 0.5 if place == 0 else 0.0, "passed": place > 0},
+            {"number": 3, "check": "more effort", "value": None, "passed": None},
+        ]
+        shared = {"budget": budget, "relation": "<=", "threshold": 0.01, "details": '{"8 eps": 0.5}', "expected": "-"}
+        shared["num_images"] = 100
+        made.write("check_student", "checks.parquet", [{**shared, **row} for row in listed], artifacts.CHECKS, budget)
+        checked.append(str(made.path("check_student", budget, "checks.parquet")))
+    main([*made.flags(), "--autoattacked", *attacked, "--checked", *checked])
+    text = made.path("report", "report.html").read_text("utf-8")
+    assert {"autoattack", "checks"} < set(Page(text).ids)
+    section = text.split('<section id="autoattack">')[1].split("</section>")[0]
+    final = made.students[BUDGETS[0]]
+    (line,) = (row for row in section.split("<tr>") if f">{BUDGETS[0]}<" in row)
+    assert f">{percent(final['robust_acc'])}<" in line
+    assert f">{percent(final['robust_acc'] - 0.02)}<" in line
+    assert ">2.0<" in line
+    assert f"{BUDGETS[0]} has 2.0 points\nless" in section
+    assert "15 outcomes were lost" in section
+    found = text.split('<section id="checks">')[1].split("</section>")[0]
+    assert found.count("✗") == 1
+    assert found.count("✓") == 2 * len(BUDGETS) - 1
+    assert f"{BUDGETS[0]}, radius (0.5; 8 eps: 0.5)." in found

@@ -273,3 +273,35 @@ def test_a_stage_is_a_rule_a_module_and_a_target():
     assert set(NEEDS) <= names
     assert {"train_phases", "evaluate", "select_students", "export_students"} <= names
     assert {path.stem for path in (ROOT / "proard" / "stages").glob("*.py")} >= set(NEEDS)
+
+
+def test_examined_students_are_attacked_before_they_are_checked_and_described(finished):
+    sections = {"autoattack_student": {"run": True}, "check_student": {"run": True}}
+    more = finished.write("examined.yaml", sections)
+    each = dict.fromkeys(("autoattack_student", "check_student", "describe_student"), BUDGETS)
+    assert finished.plan(more=more) == {**each, "report": 1, "all": 1}
+    done = finished("--dry-run", "--printshellcmds", more=more).stdout.splitlines()
+    line = next(line for line in done if "--checks results/fake/check_student/macs=1M/checks.parquet" in line)
+    for flag in ("--autoattack results/fake/autoattack_student/macs=1M/table.parquet", "--teacher ", "--supernet "):
+        assert flag in line
+    shown = next(line for line in done if "proard.stages.report" in line)
+    assert shown.count("/table.parquet") >= BUDGETS
+    assert (
+        '"run":true' not in line.split("--settings")[1].split("--seed")[0]
+    )  # whether `all` includes it changes no job
+    only = finished.write("attacked.yaml", {"autoattack_student": {"run": True}})
+    assert finished.plan("results/fake/describe_student/macs=1M/card.md", more=only) == {
+        "autoattack_student": 1,
+        "describe_student": 1,
+    }
+
+
+def test_autoattack_is_left_out_where_there_are_too_few_classes(tmp_path):
+    data = {"source": "parquet", "train": "a.parquet", "test": "b.parquet", "classes": ["cat", "dog"]}
+    sections = {"run": "two", "prepare_data": data, "autoattack_student": {"run": True}}
+    sections["select_student"] = {"budgets": ["macs=1M"]}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(sections))
+    where = ["--snakefile", ROOT / "workflow" / "Snakefile", "--directory", tmp_path, "--cores", "1"]
+    done = snakemake("--dry-run", *where, "--configfile", tmp_path / "two.yaml")
+    assert "autoattack_student" not in planned(done)
+    assert "note: AutoAttack needs 4 classes; its stage is left out" in done.stderr

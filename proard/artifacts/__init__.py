@@ -8,6 +8,7 @@ from proard.artifacts.tables import (
     FRONT,
     HISTORY,
     MEASURED,
+    OUTCOME,
     PREDICTED,
     STUDENT,
     Provenance,
@@ -18,14 +19,18 @@ from proard.artifacts.tables import (
     write_table,
 )
 from proard.artifacts.tensors import load_tensors, read_header, save_tensors, tensors_checksum
+from proard.artifacts.trust import AUTOATTACK, CHECKS
 
 __all__ = [
+    "AUTOATTACK",
+    "CHECKS",
     "COSTS",
     "FRONT",
     "GAINS",
     "GAPS",
     "HISTORY",
     "MEASURED",
+    "OUTCOME",
     "OUTCOMES",
     "PREDICTED",
     "STUDENT",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from proard.artifacts.tables import FLAG, FLOAT, IDENTITY, INT, MEASURED, TEXT
+from proard.artifacts.tables import FLOAT, IDENTITY, INT, MEASURED, OUTCOME, TEXT
 
 TRAINED: dict[str, tuple[pa.DataType, str]] = {
     **MEASURED,
@@ -38,8 +38,7 @@ TRAINED: dict[str, tuple[pa.DataType, str]] = {
 }
 OUTCOMES: dict[str, tuple[pa.DataType, str]] = {
     **TRAINED,
-    "clean": (pa.list_(FLAG), "per image: classified correctly"),
-    "robust": (pa.list_(FLAG), "per image: classified correctly, both clean and under the attack"),
+    **OUTCOME,
 }
 INTERVAL = "fraction, 95 % over seeds and images"
 GAINS: dict[str, tuple[pa.DataType, str]] = {

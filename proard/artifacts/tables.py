@@ -54,6 +54,10 @@ MEASURED: dict[str, tuple[pa.DataType, str]] = {
     "seconds": (FLOAT, "wall seconds of the measurement"),
     "seed": (INT, "seed of images and noise"),
 }
+OUTCOME: dict[str, tuple[pa.DataType, str]] = {
+    "clean": (pa.list_(FLAG), "per image: classified correctly"),
+    "robust": (pa.list_(FLAG), "per image: classified correctly, both clean and under the attack"),
+}
 PREDICTED: dict[str, tuple[pa.DataType, str]] = {
     **IDENTITY,
     "predicted_clean_acc": (FLOAT, "fraction, predicted"),
@@ -72,6 +76,7 @@ STUDENT: dict[str, tuple[pa.DataType, str]] = {
     "budget": (TEXT, "the requested limit"),
     "role": (TEXT, "candidate: measured on val for the selection; choice: the selected student under every attack"),
     "chosen": (FLAG, "the student of this budget"),
+    **OUTCOME,  # of the choice
 }
 HISTORY: dict[str, tuple[pa.DataType, str]] = {
     "phase": (TEXT, "teacher, control or the phase's name"),

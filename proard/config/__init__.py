@@ -35,9 +35,11 @@ from proard.config.settings import (
 )
 from proard.config.spaces import Final, Space, Stem, Unit
 from proard.config.students import Effort, Student, TrainingSettings
+from proard.config.trust import LEAST_CLASSES, AutoattackStudent, CheckStudent
 
 __all__ = [
     "COMPARED",
+    "LEAST_CLASSES",
     "NEEDS",
     "NETS",
     "OBJECTIVE_WORDS",
@@ -45,6 +47,8 @@ __all__ = [
     "TEACHER",
     "Attack",
     "Augmentation",
+    "AutoattackStudent",
+    "CheckStudent",
     "Clever",
     "ConfigError",
     "DataError",

@@ -28,6 +28,7 @@ from proard.config.images import PrepareData
 from proard.config.losses import NAMED_KEYS, AnyLoss
 from proard.config.presets import IMAGENET_SIZE, PRESETS
 from proard.config.spaces import Space
+from proard.config.trust import AutoattackStudent, CheckStudent
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -56,6 +57,9 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "verify_front": ("run", "space", "threat", "measurement", "verify_front"),
     "select_student": ("run", "space", "threat", "measurement", "verify_front", "select_student"),
     "export_student": ("run", "space", "threat", "measurement", "export_student"),
+    "autoattack_student": ("run", "threat", "measurement", "autoattack_student"),
+    "check_student": ("run", "space", "threat", "measurement", "check_student"),
+    "describe_student": ("run", "export_student"),
     "diagnose": ("run", "space", "threat", "measurement", "diagnose"),
     "report": ("run", "threat", "report"),
 }
@@ -88,6 +92,8 @@ class RunConfig(Settings):
     verify_front: s.VerifyFront = s.VerifyFront()
     select_student: s.SelectStudent = s.SelectStudent()
     export_student: s.ExportStudent = s.ExportStudent()
+    autoattack_student: AutoattackStudent = AutoattackStudent()
+    check_student: CheckStudent = CheckStudent()
     diagnose: Diagnose = Diagnose()
     experiment: Experiment = Experiment()
     report: s.Report = s.Report()
@@ -309,6 +315,7 @@ def job_settings(
     sections = config.model_dump(mode="json", include=set(NEEDS[stage]))
     if stage != "verify_front" and "verify_front" in sections:  # these stages use only the attacks of that section
         sections["verify_front"] = {"attacks": sections["verify_front"]["attacks"]}
+    sections.get(stage, {}).pop("run", None)  # whether `all` includes a stage changes none of its jobs
     if stage in OF_EXPERIMENT:
         part = {key: sections["experiment"][key] for key in OF_EXPERIMENT[stage]}
         if phase is not None:

@@ -210,7 +210,7 @@ class SubnetMeter:
         """Measure one subnet; attacks whose results are in the cache are not run again."""
         attacks = [_as_computed(attack, self.supernet.mean.device) for attack in attacks]
         paths = {attack.name: self._path(arch, images, attack) for attack in attacks}
-        found = {name: entry for name, path in paths.items() if (entry := _read(path)) is not None}
+        found = {name: entry for name, path in paths.items() if (entry := read_entry(path)) is not None}
         missing = [attack for attack in attacks if attack.name not in found]
         macs = self.supernet.space.spec(arch).macs
         self.tally.cached += work_of(found.values(), macs)
@@ -218,17 +218,23 @@ class SubnetMeter:
         if missing:
             fresh = measure(self.student(arch), images, missing, self.conditions)
             for name, entry in fresh.items():
-                _write(paths[name], entry)
+                write_entry(paths[name], entry)
             self.tally.spent += work_of(fresh.values(), macs)
             found |= fresh
         return found
 
     def rows(
-        self, arch: Arch, images: ImageSet, attacks: Sequence[Attack], *, worst: bool = False
+        self,
+        arch: Arch,
+        images: ImageSet,
+        attacks: Sequence[Attack],
+        *,
+        worst: bool = False,
+        measured: Measured | None = None,
     ) -> list[dict[str, Any]]:
-        """Measure one subnet and describe it as table rows."""
+        """Measure one subnet and describe it as table rows; `measured` is the result of `measure`, if it is there."""
         return rows_of(
-            self.measure(arch, images, attacks),
+            self.measure(arch, images, attacks) if measured is None else measured,
             space=self.supernet.space,
             arch=arch,
             split=images.split,
@@ -256,7 +262,7 @@ class SubnetMeter:
         return self.cache / name[:2] / f"{name[2:34]}.json"
 
 
-def _read(path: Path | None) -> dict[str, Any] | None:
+def read_entry(path: Path | None) -> dict[str, Any] | None:
     """A cached measurement, or None; a damaged file is treated as missing."""
     if path is None:
         return None
@@ -272,7 +278,7 @@ def _read(path: Path | None) -> dict[str, Any] | None:
     return stored
 
 
-def _write(path: Path | None, entry: Mapping[str, Any]) -> None:
+def write_entry(path: Path | None, entry: Mapping[str, Any]) -> None:
     """Write a measurement to the cache."""
     if path is None:
         return

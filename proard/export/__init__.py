@@ -3,11 +3,13 @@
 from proard.export.card import FROM_SUPERNET, TRAINED_ALONE, model_card
 from proard.export.formats import StudentFacts, export_program, load_student, save_onnx, save_pt2, save_student
 from proard.export.parity import check_parity, measured_logits
+from proard.export.trust import Trust
 
 __all__ = [
     "FROM_SUPERNET",
     "TRAINED_ALONE",
     "StudentFacts",
+    "Trust",
     "check_parity",
     "export_program",
     "load_student",

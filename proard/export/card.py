@@ -16,6 +16,7 @@ from proard import __version__
 from proard.config import OBJECTIVE_WORDS
 from proard.data import preprocess
 from proard.export.formats import OLDEST_RUNTIME, StudentFacts
+from proard.export.trust import Trust, percent_interval
 
 HUB_DATASETS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 ACCOUNTING = {
@@ -28,6 +29,7 @@ REACH = {  # by norm
 }
 HUB_LICENSES = {"unspecified": "unknown"}
 LISTED_CLASSES = 20
+WITHOUT = Trust()
 
 TEXT = """\
 # {name}
@@ -40,7 +42,7 @@ An image classifier for small devices that was trained to withstand adversarial 
 | Multiply-accumulates of one image | {macs:,} (tools that count FLOPs often say twice that) |
 | Parameters (before batch norm is folded) | {params:,} |
 | Clean accuracy, test | {clean_acc} |
-| Robust accuracy, test, {hardest} | {robust_acc} |
+{robust}
 | Threat model | {norm}, eps {eps}, white box |
 | Classes | {num_classes} |
 | Arch | `{arch_id}` of space `{space}`: `{arch}` |
@@ -100,7 +102,7 @@ statistics; {accounting}.
 {rows}
 
 {rows_from}
-
+{trust}
 ## The files are the measured network
 
 `student.onnx` ran in onnxruntime over all {num_images:,} test images: accuracy {onnx_test_accuracy:.4%} (the selected
@@ -167,6 +169,7 @@ def model_card(
     counts: Mapping[str, int],
     opset: int,
     origin: Mapping[str, str] = FROM_SUPERNET,
+    trust: Trust = WITHOUT,
 ) -> str:
     """Text of `card.md`, with front matter for model hubs.
 
@@ -186,6 +189,8 @@ def model_card(
         Of the ONNX file.
     origin : mapping
         Sentences on the origin of the weights: `FROM_SUPERNET` or `TRAINED_ALONE`.
+    trust : Trust
+        Results of AutoAttack and of the checks, where these stages ran. Robust accuracy under AutoAttack comes first.
     """
     worst = _hardest(rows[rows["split"] == "test"])
     header, adversarial, made = facts.to_header(), parity["adversarial"], supernet.get("provenance", {})
@@ -198,9 +203,9 @@ def model_card(
         **header,
         **parity,
         **parity["latency"],
-        "clean_acc": _interval(worst, "clean_acc"),
-        "robust_acc": _interval(worst, "robust_acc"),
-        "hardest": _called(worst),
+        "clean_acc": percent_interval(worst, "clean_acc"),
+        "robust": trust.headline((_called(worst), percent_interval(worst, "robust_acc"))),
+        "trust": trust.sections(),
         "norm": facts.threat.norm,
         "reach": REACH[facts.threat.norm].format(eps=_eps(facts.threat.eps)),
         "eps": _eps(facts.threat.eps),
@@ -229,7 +234,7 @@ def model_card(
         f"onnxruntime {onnxruntime.__version__}",
     }
     values |= {name: sentence.format(**values) for name, sentence in origin.items()}
-    return _front_matter(facts, worst) + TEXT.format(**values)
+    return _front_matter(facts, worst, trust) + TEXT.format(**values)
 
 
 def _hardest(test: pd.DataFrame) -> pd.Series:
@@ -238,10 +243,14 @@ def _hardest(test: pd.DataFrame) -> pd.Series:
     return test.sort_values("robust_acc").iloc[0] if over_all.empty else over_all.iloc[0]
 
 
-def _front_matter(facts: StudentFacts, worst: pd.Series) -> str:
+def _front_matter(facts: StudentFacts, worst: pd.Series, trust: Trust) -> str:
     """Metadata for model hubs; texts of users are written as JSON, which is valid YAML."""
     hub_name = HUB_DATASETS.get(facts.dataset)
-    robust = f"Robust accuracy, {facts.threat.norm} {_eps(facts.threat.eps)}, {_called(worst)}"
+    threat, final = f"{facts.threat.norm} {_eps(facts.threat.eps)}", trust.final
+    metrics = [("Clean accuracy", worst["clean_acc"])]
+    if final is not None:
+        metrics.append((f"Robust accuracy, {threat}, AutoAttack", final["robust_acc"]))
+    metrics.append((f"Robust accuracy, {threat}, {_called(worst)}", worst["robust_acc"]))
     lines = [
         "---",
         f"license: {json.dumps(HUB_LICENSES.get(facts.license, facts.license))}",
@@ -263,7 +272,7 @@ def _front_matter(facts: StudentFacts, worst: pd.Series) -> str:
         "      split: test",
         "    metrics:",
     ]
-    for name, value in (("Clean accuracy", worst["clean_acc"]), (robust, worst["robust_acc"])):
+    for name, value in metrics:
         lines += ["    - type: accuracy", f"      name: {json.dumps(name)}", f"      value: {value:.4f}"]
     return "\n".join([*lines, "---", "", ""])
 
@@ -276,17 +285,12 @@ def _row(row: pd.Series, objectives: Mapping[str, str]) -> str:
         what = f"{row['num_steps']:.0f} steps of {_eps(row['step_size'])}, {restarts}"
         what = ", ".join(part for part in (objectives.get(row["attack"]), what) if part)
     cells = [row["split"], row["role"], row["attack"], what, f"{row['num_images']:,}"]
-    return "| " + " | ".join([*cells, _interval(row, "clean_acc"), _interval(row, "robust_acc")]) + " |"
+    return "| " + " | ".join([*cells, percent_interval(row, "clean_acc"), percent_interval(row, "robust_acc")]) + " |"
 
 
 def _called(row: pd.Series) -> str:
     """Name of an attack in a headline."""
     return "worst case of all attacks" if row["attack"] == "worst" else row["attack"]
-
-
-def _interval(row: pd.Series, name: str) -> str:
-    """An accuracy in percent with its 95 % interval."""
-    return f"{row[name]:.2%} [{row[name + '_low']:.2%}, {row[name + '_high']:.2%}]"
 
 
 def _eps(value: float) -> str:

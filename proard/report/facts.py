@@ -30,6 +30,7 @@ PACKAGES = (
     "pymoo",
     "pandas",
     "pyarrow",
+    "pyautoattack",
     "matplotlib",
     "onnx",
     "onnxruntime",

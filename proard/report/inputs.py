@@ -48,6 +48,8 @@ TABLES: dict[str, tuple[str, ...]] = {
 LISTS: dict[str, tuple[str, ...]] = {
     "phase_histories": HISTORY,
     "students": (*EVALUATED, "budget", "role", "chosen", "predicted_clean_acc", "predicted_robust_acc"),
+    "autoattacked": (*EVALUATED, "budget", "attacked", "left_out", "own_robust_acc", "version", "warnings"),
+    "checked": ("budget", "number", "check", "expected", "value", "relation", "threshold", "passed", "details"),
 }
 MANIFEST_KEYS = ("source", "classes", "splits")
 PARITY_KEYS = ("budget", "passed", "onnx_max_softmax_difference", "onnx_top1_agreement", "onnx_test_accuracy")
@@ -81,7 +83,7 @@ class Results:
         Tables by the name of their flag.
     histories : list of DataFrame
         Trainings in the order they ran: teacher, control, phases.
-    students : list of DataFrame
+    students, autoattacked, checked : list of DataFrame
         One per budget.
     folder, ledgers : Path, DataFrame, optional
         The run's folder, and the costs of its jobs.
@@ -95,6 +97,8 @@ class Results:
     frames: dict[str, pd.DataFrame] = field(default_factory=dict)
     histories: list[pd.DataFrame] = field(default_factory=list)
     students: list[pd.DataFrame] = field(default_factory=list)
+    autoattacked: list[pd.DataFrame] = field(default_factory=list)
+    checked: list[pd.DataFrame] = field(default_factory=list)
     cards: list[Card] = field(default_factory=list)
     benchmarks: Path | None = None
     folder: Path | None = None
@@ -153,6 +157,7 @@ def load_results(
     trained = [results.get("teacher_history"), results.get("control_history"), *lists["phase_histories"]]
     results.histories = [frame for frame in trained if frame is not None and not frame.empty]
     results.students = [frame for frame in lists["students"] if not frame.empty]
+    results.autoattacked, results.checked = lists["autoattacked"], lists["checked"]
     cards = _paths(files.get("cards"))
     results.cards = [Card(Path(path).parent, _read_json(results, path, PARITY_KEYS)) for path in cards]
     if benchmarks and Path(benchmarks).is_dir():

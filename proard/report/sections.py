@@ -12,6 +12,7 @@ from proard.report.facts import rows_by_attack
 from proard.report.setup import provenance, setup, time
 from proard.report.students import trained_students
 from proard.report.text import SEARCH_NAMES
+from proard.report.trust import autoattack, checks
 from proard.report.view import Section, View, section
 
 FILES = (("student.onnx", "onnx"), ("student.pt2", "pt2"), ("student.safetensors", "weights"), ("card.md", "card"))
@@ -113,6 +114,8 @@ def training(view: View) -> Section | None:
 
 ORDER: tuple[Callable[[View], Section | None], ...] = (
     students,
+    autoattack,
+    checks,
     tradeoff,
     search,
     predictor,

@@ -60,12 +60,13 @@ def parse_arguments(
     writes: Sequence[str] = (),
     lists: Sequence[str] = (),
     optional: Sequence[str] = (),
+    optional_lists: Sequence[str] = (),
 ) -> Job:
     """Parse a stage's flags.
 
     Every stage has `--settings` (the JSON of its sections, as printed by the workflow), `--seed`, `--device`,
     `--threads` and one flag per file: `reads` and `writes` name one path each, `lists` one or more,
-    `optional` one that may be left out.
+    `optional` and `optional_lists` what may be left out.
     """
     parser = argparse.ArgumentParser(prog=f"python -m proard.stages.{stage}", description=description)
     parser.add_argument("--settings", required=True, help="JSON of the sections " + ", ".join(NEEDS[stage]))
@@ -76,6 +77,8 @@ def parse_arguments(
         parser.add_argument(f"--{name.replace('_', '-')}", required=True, metavar="PATH", help="read")
     for name in lists:
         parser.add_argument(f"--{name.replace('_', '-')}", required=True, nargs="*", metavar="PATH", help="read")
+    for name in optional_lists:
+        parser.add_argument(f"--{name.replace('_', '-')}", default=[], nargs="*", metavar="PATH", help="read")
     for name in writes:
         parser.add_argument(f"--{name.replace('_', '-')}", required=True, metavar="PATH", help="written")
     for name in optional:

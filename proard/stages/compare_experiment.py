@@ -10,6 +10,7 @@ import pandas as pd
 from proard.artifacts import (
     GAINS,
     GAPS,
+    OUTCOME,
     OUTCOMES,
     STUDENT,
     TRAINED,
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = [read_table(path, columns=OUTCOMES) for path in files.outcomes]
     outcomes = pd.concat([part.astype(object) for part in parts], ignore_index=True).infer_objects() if parts else None
     tables = [] if outcomes is None else [outcomes[list(TRAINED)]]
-    tables += [of_budget(read_table(path, columns=STUDENT)) for path in files.budgets]
+    needed = [name for name in STUDENT if name not in OUTCOME]  # which older tables lack
+    tables += [of_budget(read_table(path, columns=needed)) for path in files.budgets]
     table = pd.concat(tables, ignore_index=True).infer_objects() if tables else pd.DataFrame(columns=list(TRAINED))
     if outcomes is not None:
         check_equal_effort(outcomes)

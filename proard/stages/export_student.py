@@ -95,7 +95,7 @@ def of_budget(job: Job, manifest: dict[str, Any]) -> Measured:
     _check_images(files, manifest, test, rows)
     meter = subnet_meter(job, cache=None)
     arch = Arch.from_json(rows["arch"].iloc[0])
-    describe = {"attacks": _attacks(files.student), "supernet": read_header(files.supernet)}
+    describe = describe_budget(files.student, files.supernet)
     return Measured(meter.student(arch), meter.supernet.space, arch, rows, test, describe)
 
 
@@ -107,20 +107,38 @@ def of_training(job: Job) -> Measured:
     ArtifactError
         The outcomes are of another training.
     """
-    files, eps = job.files, job.config.threat.eps
-    rows = read_table(files.student, columns=OUTCOMES)
-    net, space, arch = trained_network(job, files.trained, trains=rows["trains"].iloc[0])
-    rows = rows[rows["role"] != "subnet"]
-    if set(rows["training"]) != {files.budget} or set(rows["arch_id"]) != {arch.arch_id}:
-        raise ArtifactError(
-            f"{files.student} does not measure {files.budget} in {files.trained}; rerun measure_experiment"
-        )
-    at_threat = rows[(rows["eps"] - eps).abs() < 1e-12]
-    rows = (rows if at_threat.empty else at_threat).assign(role="trained")
+    files, table = job.files, read_table(job.files.student, columns=OUTCOMES)
+    net, space, arch = trained_network(job, files.trained, trains=table["trains"].iloc[0])
+    rows = trained_rows(files.student, files.budget, arch.arch_id, job.config.threat.eps)
     test = load_images(job, "test", int(rows.loc[rows["split"] == "test", "num_images"].iloc[0]))
-    measure = read_metadata(files.student)["settings"]["experiment"]["measure"]
-    describe = {"attacks": measure["attacks"], "supernet": read_header(files.trained), "origin": TRAINED_ALONE}
-    return Measured(net, space, arch, rows, test, describe)
+    return Measured(net, space, arch, rows, test, describe_training(files.student, files.trained))
+
+
+def trained_rows(path: str, name: str, arch_id: str, eps: float) -> pd.DataFrame:
+    """Rows that measure a training's network, at the threat's radius where the table has it.
+
+    Raises
+    ------
+    ArtifactError
+        The outcomes are of another training.
+    """
+    rows = read_table(path, columns=OUTCOMES)
+    rows = rows[rows["role"] != "subnet"]
+    if set(rows["training"]) != {name} or set(rows["arch_id"]) != {arch_id}:
+        raise ArtifactError(f"{path} does not measure {name} in its trained weights; rerun measure_experiment")
+    at_threat = rows[(rows["eps"] - eps).abs() < 1e-12]
+    return (rows if at_threat.empty else at_threat).assign(role="trained")
+
+
+def describe_training(path: str, weights: str) -> dict[str, Any]:
+    """What the card of a training's network says beside its rows."""
+    measure = read_metadata(path)["settings"]["experiment"]["measure"]
+    return {"attacks": measure["attacks"], "supernet": read_header(weights), "origin": TRAINED_ALONE}
+
+
+def describe_budget(path: str, supernet: str) -> dict[str, Any]:
+    """What the card of a budget's student says beside its rows."""
+    return {"attacks": _attacks(path), "supernet": read_header(supernet)}
 
 
 def write_files(

@@ -19,7 +19,7 @@ from proard.progress import Progress
 from proard.space import Arch, SearchSpace, one_pass
 from proard.space.cost import human
 from proard.stages.common import Job, parse_arguments, run
-from proard.stages.measuring import conditions_of, load_images, subnet_meter, trained_network
+from proard.stages.measuring import conditions_of, load_images, outcomes_of, subnet_meter, trained_network
 from proard.training.attacker import pgd_options
 
 Rows = list[dict[str, Any]]
@@ -132,13 +132,6 @@ def outcome_rows(job: Job, measured: Measuring, *, role: str, **identity: Any) -
             who = {"role": role, "net": identity["space"].settings.name}
             rows += [{**row, **who, **outcomes_of(entries, row["attack"])} for row in found]
     return rows
-
-
-def outcomes_of(entries: Measured, attack: str) -> dict[str, list[bool]]:
-    """Which images are right, clean and under an attack or in the worst case of all."""
-    chosen = list(entries.values()) if attack == "worst" else [entries[attack]]
-    robust = np.logical_and.reduce([entry["robust"] for entry in chosen])
-    return {"clean": chosen[0]["clean"].tolist(), "robust": robust.tolist()}
 
 
 def own_attack_rows(

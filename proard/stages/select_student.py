@@ -13,7 +13,7 @@ from proard.progress import Progress
 from proard.space import Arch, Budget, SearchSpace, parse_budget
 from proard.space.cost import check_budget, human
 from proard.stages.common import parse_arguments, run
-from proard.stages.measuring import load_images, subnet_meter
+from proard.stages.measuring import load_images, outcomes_of, subnet_meter
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -48,8 +48,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows[best]["chosen"] = True
     choice = candidates.iloc[best]
     for images in (val, load_images(job, "test")):
-        measured = meter.rows(Arch.from_json(choice["arch"]), images, job.config.verify_front.attacks, worst=True)
-        rows += [{**row, **_facts(choice, budget), "role": "choice", "chosen": True} for row in measured]
+        arch, attacks = Arch.from_json(choice["arch"]), job.config.verify_front.attacks
+        entries = meter.measure(arch, images, attacks)
+        measured = meter.rows(arch, images, attacks, worst=True, measured=entries)
+        chosen = {**_facts(choice, budget), "role": "choice", "chosen": True}
+        rows += [{**row, **chosen, **outcomes_of(entries, row["attack"])} for row in measured]
     inputs = [files.archive, files.supernet, files.train, files.val, files.test]
     write_table(files.student, rows, STUDENT, job.provenance(*inputs))
     worst = rows[-1]

@@ -42,6 +42,12 @@ os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.ge
 
 PHASES = [phase.name for phase in run.train_phase.phases]
 BUDGETS = list(run.select_student.budgets)
+ATTACKABLE = run.space.classes >= proard.config.LEAST_CLASSES
+AUTOATTACKED = BUDGETS if run.autoattack_student.run and ATTACKABLE else []
+CHECKED = BUDGETS if run.check_student.run else []
+DESCRIBED = BUDGETS if AUTOATTACKED or CHECKED else []
+if run.autoattack_student.run and not ATTACKABLE and workflow.is_main_process:
+    print(f"note: AutoAttack needs {proard.config.LEAST_CLASSES} classes; its stage is left out", file=sys.stderr)
 TRAININGS = {training.name: training for training in run.experiment.trainings}
 ALONE = [name for name, training in TRAININGS.items() if training.trains != "supernet"]
 LEGS = {name: (TRAININGS[name], None) for name in ALONE}  # what one job trains: a network, or a phase of a supernet
@@ -189,6 +195,29 @@ def images_to_export(wildcards):
     """The images that reset the batch norm of a budget's student, or of a twin."""
     alone = is_of_training(wildcards.budget) and TRAININGS[wildcards.budget].trains == "network"
     return [] if alone else ["<results>/prepare_data/train.safetensors"]
+
+
+def table_of_autoattack(wildcards):
+    """AutoAttack's outcomes of the exported student, where the run asks for them."""
+    asked = run.autoattack_student.run and ATTACKABLE
+    return [f"<results>/autoattack_student/{wildcards.budget}/table.parquet"] if asked else []
+
+
+def table_of_checks(wildcards):
+    """The checks of the exported student, where the run asks for them."""
+    return [f"<results>/check_student/{wildcards.budget}/checks.parquet"] if run.check_student.run else []
+
+
+def teacher_to_transfer_from(wildcards):
+    """The run's teacher, where the student was trained with it: attacks are transferred from it."""
+    training = TRAININGS.get(wildcards.budget)
+    taught = getattr(training, "needs_teacher", True)
+    return ["<results>/train_teacher/teacher.safetensors"] if taught else []
+
+
+def images_to_transfer_from(wildcards):
+    """The images that reset the batch norm of another subnet, from which attacks are transferred."""
+    return [] if is_of_training(wildcards.budget) else ["<results>/prepare_data/train.safetensors"]
 
 
 def previous_supernet(wildcards):

@@ -1,0 +1,98 @@
+"""Write a student's card with the results of AutoAttack and of the checks, also beside the exported files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from proard.artifacts import (
+    AUTOATTACK,
+    CHECKS,
+    ArtifactError,
+    Provenance,
+    read_header,
+    read_metadata,
+    read_table,
+    sha256,
+    write_text,
+)
+from proard.config import Threat
+from proard.export import StudentFacts, Trust, model_card
+from proard.space import read_space
+from proard.stages.common import Job, parse_arguments, run
+from proard.stages.export_student import (
+    checksum_list,
+    chosen_rows,
+    describe_budget,
+    describe_training,
+    read_manifest,
+    trained_rows,
+)
+
+EXPORTED = ("weights", "onnx", "pt2", "card", "parity", "checksums")
+NAMES = ("student.safetensors", "student.onnx", "student.pt2", "card.md", "parity.json", "SHA256SUMS")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the stage."""
+    job = parse_arguments(
+        __doc__,
+        argv,
+        stage="describe_student",
+        reads=["weights", "student", "manifest", "budget"],
+        writes=["card"],
+        optional=["supernet", "trained", "autoattack", "checks"],
+    )
+    files = job.files
+    folder = Path(files.weights).parent
+    exported = dict(zip(EXPORTED, (folder / name for name in NAMES), strict=True))
+    trust = Trust(
+        read_table(files.autoattack, columns=AUTOATTACK) if files.autoattack else None,
+        read_table(files.checks, columns=CHECKS) if files.checks else None,
+    )
+    text = card_of(job, json.loads(exported["parity"].read_text(encoding="utf-8")), trust)
+    write_text(files.card, text)
+    write_text(exported["card"], text)  # the folder that is passed on says the same
+    write_text(exported["checksums"], checksum_list(exported))
+    print(f"{files.budget}: {files.card}, also in {folder} with new checksums")
+    job.record_costs()
+
+
+def card_of(job: Job, parity: dict[str, object], trust: Trust) -> str:
+    """Text of the card, from what the exported weights and their tables say.
+
+    Raises
+    ------
+    ArtifactError
+        A table examined other weights, or the rows are of another student.
+    """
+    files, header, manifest = job.files, read_header(job.files.weights), read_manifest(job.files.manifest)
+    weights = sha256(files.weights)
+    for path in (files.autoattack, files.checks):
+        if path and read_metadata(path).get("inputs", {}).get("student.safetensors") != weights:
+            raise ArtifactError(f"{path} examined other weights than {files.weights}; rerun the stage that writes it")
+    space, threat = read_space(header["space"]), Threat.model_validate(header["threat"])
+    facts = StudentFacts(
+        name=header["name"],
+        budget=header["budget"],
+        space=space,
+        arch=space.read_arch(header["arch"]),
+        classes=tuple(header["classes"]),
+        threat=threat,
+        dataset=header["dataset"],
+        license=header["license"],
+        provenance=Provenance(**header["provenance"]),
+    )
+    if files.trained:
+        rows = trained_rows(files.student, files.budget, header["arch_id"], threat.eps)
+        describe = describe_training(files.student, files.trained)
+    else:
+        rows, describe = chosen_rows(files.student, files.budget), describe_budget(files.student, files.supernet)
+    counts = {split: entry["count"] for split, entry in manifest["splits"].items()}
+    opset = job.config.export_student.opset
+    return model_card(facts, rows, parity=parity, opset=opset, counts=counts, trust=trust, **describe)
+
+
+if __name__ == "__main__":
+    run(main)
