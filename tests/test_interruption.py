@@ -279,9 +279,8 @@ def test_teacher_is_taken_from_a_file(inputs, tmp_path):
 
 def test_control_is_measured_on_val_and_test_under_every_attack(inputs, tmp_path):
     attacks = [{"name": "a", "num_steps": 2}, {"name": "b", "objective": "margin", "num_steps": 1, "restarts": 2}]
-    config = tiny_config(
-        train_control={**CONFIG["train_teacher"], "epochs": 6, "lr": 0.1}, verify_front={"attacks": attacks}
-    )
+    control = {key: value for key, value in CONFIG["train_teacher"].items() if key != "attack"}
+    config = tiny_config(train_control={**control, "epochs": 6, "lr": 0.1}, verify_front={"attacks": attacks})
     files = {key: inputs[key] for key in ("train", "val", "test")}
     names = {"control": "control.safetensors", "table": "table.parquet", "history": "history.parquet"}
     files |= {key: tmp_path / name for key, name in names.items()}

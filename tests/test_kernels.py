@@ -242,7 +242,7 @@ def test_a_capture_that_fails_is_told_once_and_attacks_run_eagerly_from_then_on(
             found = attacked(view, images, objectives["ce"], steps)
             assert torch.equal(found, attacked(view, images, objectives["ce"], take_steps))
     assert [str(each.message) for each in told] == [
-        "attack steps are not captured, they run eagerly: operation not permitted when stream is capturing"
+        "attack steps run eagerly, because their capture failed: operation not permitted when stream is capturing"
     ]
     assert len(tried) == fails_at + 1
     assert not steps.graphs

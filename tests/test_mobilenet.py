@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 import yaml
 from helpers import (
-    CONFIG,
     SMALL_SPACES,
     TINY,
     TINY_MOBILE,
@@ -308,16 +307,6 @@ def test_mobilenets_are_sampled_over_their_whole_range():
 def test_a_space_survives_its_file(name):
     written = PRESETS[name].model_dump(mode="json")
     assert Space.model_validate(yaml.safe_load(yaml.safe_dump(written))) == PRESETS[name]
-
-
-def test_resnet_spaces_are_written_as_before():
-    shape = ["image_channels", "image_size", "classes"]
-    keys = ["name", "family", "block", "stem", "units", "depth", "expand", "width", "channel_multiple", *shape]
-    written = PRESETS["resnet_cifar"].model_dump(mode="json")
-    assert list(written) == keys
-    assert written["stem"] == {"kind": "deep", "channels": 64, "stride": 1}
-    assert written["units"][1] == {"channels": 512, "blocks": 2, "stride": 2}
-    assert "kernel" not in load(CONFIG).model_dump(mode="json")["train_phase"]["phases"][0]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from proard.artifacts import read_header
 from proard.attacks import pgd
 from proard.config import ConfigError, UserError, job_settings, load
 from proard.config.experiment import expand
+from proard.config.losses import Ard, Rslad
 from proard.losses import Batch, Objective, fast_edge_loss
 from proard.nets import load_static
 from proard.nets.elastic import Supernet
@@ -62,7 +63,7 @@ def test_students_take_the_shared_keys_and_their_grid_is_parsed():
     assert names(config) == ["a_lr=0.1", "a_lr=1-4", "b"]
     assert [student.lr for student in config.experiment.trainings] == [0.1, 0.25, 0.3]
     assert {student.epochs for student in config.experiment.trainings} == {7}
-    assert [student.loss.temperature for student in config.experiment.trainings] == [30, 30, 1]
+    assert [student.loss for student in config.experiment.trainings] == [Ard(), Ard(), Rslad()]
     again = load(json.loads(job_settings(config, "train_experiment")))
     assert again.experiment.trainings == config.experiment.trainings
 

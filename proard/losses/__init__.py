@@ -6,22 +6,20 @@ All KL divergences are summed over classes and averaged over images (natural uni
 from importlib import import_module
 from pkgutil import iter_modules
 
+from proard.losses.absld import absld_loss, next_temperatures
 from proard.losses.alignment import NORMS, gradient_gap, igdm_term, kdiga_term, loss_gradient
 from proard.losses.distillation import (
-    absld_loss,
     adaad_loss,
     alpha_loss,
-    balanced_share,
     fast_edge_loss,
     iad_loss,
     kd_loss,
-    mtard_loss,
-    next_temperatures,
     rslad_loss,
     trust,
 )
 from proard.losses.divergence import alpha_divergence, kl_to_teacher, mix_logits, softened_kl
 from proard.losses.inner import CrossEntropy, InnerObjective, KLBetweenNets, KLToTarget, Margin
+from proard.losses.mtard import balanced_share, mtard_loss
 from proard.losses.objectives import (
     INNER_OBJECTIVES,
     OBJECTIVES,

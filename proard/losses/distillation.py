@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from proard.losses.divergence import alpha_divergence, kl_to_teacher, softened_kl
-from proard.losses.objectives import OBJECTIVES, Batch, Memory, Objective
+from proard.losses.objectives import OBJECTIVES, Batch, Objective
 
 
 def kd_loss(
@@ -200,142 +200,6 @@ def adaad_loss(
     return (adv_weight * adv + (1 - adv_weight) * clean).mean()
 
 
-def mtard_loss(
-    student_clean: Tensor, student_adv: Tensor, clean_teacher: Tensor, robust_teacher_adv: Tensor, *, adv_share: Tensor
-) -> Tensor:
-    """Two teachers: a robust one at adversarial images, a plainly trained one at clean images.
-
-    Parameters
-    ----------
-    student_clean, student_adv : Tensor of shape (batch, classes)
-        Student logits.
-    clean_teacher, robust_teacher_adv : Tensor of shape (batch, classes)
-        The plainly trained network at x, the robust teacher at x'.
-    adv_share : Tensor of shape (1,)
-        Share of the adversarial term, moved by `balanced_share` from 0.5 on.
-
-    Returns
-    -------
-    Tensor of shape ()
-        w KL(t_robust(x') || s(x')) + (1 - w) KL(t_clean(x) || s(x)), nats, averaged over images.
-
-    References
-    ----------
-    Zhao et al., Enhanced Accuracy and Robustness via Multi-Teacher Adversarial Distillation, ECCV 2022.
-    """
-    adv = kl_to_teacher(student_adv, robust_teacher_adv.detach()).mean()
-    clean = kl_to_teacher(student_clean, clean_teacher.detach()).mean()
-    share = adv_share.to(adv).sum()  # of shape (), in the losses' precision
-    return share * adv + (1 - share) * clean
-
-
-def balanced_share(share: Tensor, losses: Tensor, first: Tensor, *, balance_rate: float = 0.025) -> Tensor:
-    """MTARD's next share of the adversarial term: it drifts to the term that has fallen less.
-
-    Parameters
-    ----------
-    share : Tensor of shape (1,)
-        Share before.
-    losses, first : Tensor of shape (2,)
-        Adversarial and clean divergence, of this batch and of the first batch of the training.
-    balance_rate : float in [0, 1]
-        Rate of the drift.
-
-    Returns
-    -------
-    Tensor of shape (1,)
-        w + rate (r_adv / (r_adv + r_clean) - w) with r = loss / first loss.
-
-    Notes
-    -----
-    The authors' code lowers the rate with the learning rate, by 10 at epochs 215, 260 and 285 of 300; here it is
-    constant. Subnets of one step move one share in turn.
-    """
-    relative = losses / first.clamp_min(torch.finfo(first.dtype).tiny)
-    return share + balance_rate * (relative[:1] / relative.sum().clamp_min(torch.finfo(share.dtype).tiny) - share)
-
-
-def absld_loss(
-    student_clean: Tensor,
-    student_adv: Tensor,
-    teacher_clean: Tensor,
-    labels: Tensor,
-    clean_temperature: Tensor,
-    adv_temperature: Tensor,
-    *,
-    adv_weight: float = 5 / 6,
-) -> Tensor:
-    """RSLAD with a teacher temperature for every class, which makes the teacher surer of classes that are hard.
-
-    Parameters
-    ----------
-    student_clean, student_adv, teacher_clean : Tensor of shape (batch, classes)
-        Logits; the student's keep temperature 1.
-    labels : Tensor of shape (batch,)
-        Class indices, which choose the temperature.
-    clean_temperature, adv_temperature : Tensor of shape (classes,)
-        Temperatures of both terms, moved by `next_temperatures` after every pass over the data.
-    adv_weight : float in [0, 1]
-        Share of the adversarial term.
-
-    Returns
-    -------
-    Tensor of shape ()
-        5/6 KL(t(x) at tau_adv || s(x')) + 1/6 KL(t(x) at tau_clean || s(x)), nats, averaged over images.
-
-    Notes
-    -----
-    In the authors' code both sets of logits are one tensor, so that each term gets both temperatures; here each has its
-    own. The attack ascends the divergence to the teacher at the adversarial temperature.
-
-    References
-    ----------
-    Zhao et al., Improving Adversarial Robust Fairness via Anti-Bias Soft Label Distillation, NeurIPS 2024,
-    arXiv:2312.05508.
-    """
-    teacher = teacher_clean.detach()
-    clean = kl_to_teacher(student_clean, teacher / clean_temperature[labels, None].to(teacher))
-    adv = kl_to_teacher(student_adv, teacher / adv_temperature[labels, None].to(teacher))
-    return (adv_weight * adv + (1 - adv_weight) * clean).mean()
-
-
-def next_temperatures(
-    temperatures: Tensor,
-    losses: Tensor,
-    counts: Tensor,
-    *,
-    temperature_rate: float = 0.1,
-    temperature_min: float = 0.5,
-    temperature_max: float = 5.0,
-) -> Tensor:
-    """ABSLD's temperatures of the next pass: lower for classes whose cross-entropy is above the mean of the classes.
-
-    Parameters
-    ----------
-    temperatures, losses, counts : Tensor of shape (classes,)
-        Temperatures so far; cross-entropy of the student summed over the pass, and number of images, of every class.
-    temperature_rate : float
-        Step of the class that is farthest from the mean.
-    temperature_min, temperature_max : float
-        Range.
-
-    Returns
-    -------
-    Tensor of shape (classes,)
-        tau - rate gap / max |gap|, clipped; unchanged where a class was not seen.
-
-    Notes
-    -----
-    Means of a class instead of the code's sums, which are the same for balanced classes. The code's rate falls with
-    the learning rate; here it is constant.
-    """
-    seen = counts > 0
-    means = losses / counts.clamp_min(1)
-    gap = torch.where(seen, means - means.sum() / seen.sum().clamp_min(1), torch.zeros_like(means))
-    step = gap / gap.abs().max().clamp_min(torch.finfo(gap.dtype).tiny)
-    return (temperatures - temperature_rate * step).clamp(temperature_min, temperature_max)
-
-
 def alpha_loss(
     student_clean: Tensor,
     student_adv: Tensor,
@@ -407,59 +271,6 @@ def _adaad(batch: Batch, *, adv_weight: float) -> Tensor:
     return adaad_loss(batch.clean, batch.adv, batch.teacher, batch.teacher_adv, adv_weight=adv_weight)
 
 
-def _mtard_memory(classes: int, *, balance_rate: float) -> Memory:
-    """Equal shares; the first losses are unknown (0)."""
-    return {"adv_share": torch.full((1,), 0.5), "first_losses": torch.zeros(2)}
-
-
-def _mtard_remember(batch: Batch, *, balance_rate: float) -> Memory:
-    """The first batch's losses, and the share of this batch."""
-    pairs = ((batch.adv, batch.teacher_adv), (batch.clean, batch.control))
-    losses = torch.stack([kl_to_teacher(*pair).detach().mean() for pair in pairs])
-    first = batch.memory["first_losses"]
-    first = torch.where(first == 0, losses.to(first), first)
-    share = balanced_share(batch.memory["adv_share"], losses.to(first), first, balance_rate=balance_rate)
-    return {"adv_share": share, "first_losses": first}
-
-
-def _mtard(batch: Batch, *, balance_rate: float) -> Tensor:
-    """MTARD at the remembered share."""
-    share = batch.memory["adv_share"]
-    return mtard_loss(batch.clean, batch.adv, batch.control, batch.teacher_adv, adv_share=share)
-
-
-def _absld_memory(classes: int, **options: float) -> Memory:
-    """Temperatures 1; no losses yet."""
-    memory = {f"{kind}_temperature": torch.ones(classes) for kind in ("clean", "adv")}
-    memory |= {f"{kind}_loss": torch.zeros(classes) for kind in ("clean", "adv")}
-    return memory | {"count": torch.zeros(classes), "data_pass": torch.zeros(1)}
-
-
-def _absld_remember(batch: Batch, *, adv_weight: float, **options: float) -> Memory:
-    """Sums of the pass; when a new pass begins, the temperatures that follow from the one before.
-
-    The attack on the first batch of a pass still goes by the temperatures of the pass before.
-    """
-    old, labels = batch.memory, batch.labels
-    begins = old["data_pass"] != batch.data_pass
-    kept = (~begins).to(old["count"])
-    new = {"data_pass": torch.full_like(old["data_pass"], batch.data_pass)}
-    new["count"] = (old["count"] * kept).index_add(0, labels, torch.ones_like(labels, dtype=kept.dtype))
-    for kind, logits in (("clean", batch.clean), ("adv", batch.adv)):
-        before, losses = old[f"{kind}_temperature"], old[f"{kind}_loss"]
-        moved = next_temperatures(before, losses, old["count"], **options)
-        new[f"{kind}_temperature"] = torch.where(begins, moved, before)
-        added = F.cross_entropy(logits.detach(), labels, reduction="none").to(losses)
-        new[f"{kind}_loss"] = (losses * kept).index_add(0, labels, added)
-    return new
-
-
-def _absld(batch: Batch, *, adv_weight: float, **options: float) -> Tensor:
-    """ABSLD at the remembered temperatures."""
-    temperatures = (batch.memory["clean_temperature"], batch.memory["adv_temperature"])
-    return absld_loss(batch.clean, batch.adv, batch.teacher, batch.labels, *temperatures, adv_weight=adv_weight)
-
-
 OBJECTIVES.update(
     {
         "kd": Objective(
@@ -497,20 +308,6 @@ OBJECTIVES.update(
             "kl_teacher_adv",
             lambda batch, **options: _iad(batch, teacher=batch.teacher_adv, **options),
             frozenset({"clean", "adv", "teacher_adv"}),
-        ),
-        "mtard": Objective(
-            "ce",
-            _mtard,
-            frozenset({"clean", "adv", "teacher_adv", "control"}),
-            _mtard_memory,
-            _mtard_remember,
-        ),
-        "absld": Objective(
-            "kl_class",
-            _absld,
-            frozenset({"clean", "adv", "teacher"}),
-            _absld_memory,
-            _absld_remember,
         ),
         "alpha": Objective(
             "kl_teacher",
