@@ -14,7 +14,7 @@ rule autoattack_student:
         "<benchmarks>/autoattack_student/{budget}.tsv"
     conda:
         "../../environment.yml"
-    threads: beside_others(8)
+    threads: parallel_threads(8)
     resources:
         mem_mb=per_attempt(8000),
         runtime=per_attempt(1440),
