@@ -20,8 +20,9 @@ from rich.text import Text
 
 from proard import __version__, artifacts
 from proard.config import UserError
-from proard.doctor.command import add_doctor, doctor
+from proard.doctor.command import add_doctor
 from proard.host import take_any_character
+from proard.runs.command import add_runs
 
 SHORT_LISTS, SHORT_TEXT, FEW_INPUTS = 6, 28, 8
 PIPE_WIDTH = 2000  # characters of a line where no terminal sets a limit
@@ -40,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             cost(arguments.run_folder, console, numbers=arguments.students, country=arguments.country)
         elif arguments.command == "fronts":
             fronts(arguments.first, arguments.second, console)
-        elif arguments.command == "doctor":
-            doctor(arguments, console)
+        elif "call" in arguments:
+            arguments.call(arguments, console)
         else:
             students(arguments.run_folder, console)
     except UserError as error:
@@ -74,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     both.add_argument("second", metavar="results/OTHER", help="the same of the other run")
     add_doctor(commands)
+    add_runs(commands)
     return parser
 
 

@@ -20,6 +20,7 @@ TARGET_OF = {
     "diagnose": "compare_experiment",
     "measure_experiment": "compare_experiment",
 }
+RULE_NAMES = {}
 LAST_WORDS = "Stopped. Trainings have saved their state, measurements are kept; the same command continues."
 
 
@@ -35,6 +36,7 @@ def check_targets():
     asked = options()
     if asked is None:
         return
+    RULE_NAMES.update((each.name, each) for each in workflow.rules)
     for name in asked.targets:
         if name in RULE_NAMES and RULE_NAMES[name].has_wildcards():
             sys.exit(f"error: the rule {name} has a wildcard and is no target; type {target_of(name)}, or name a file")
@@ -111,6 +113,6 @@ def end_in_order_on_ctrl_c():
     signal.signal(signal.SIGINT, stop)
 
 
-RULE_NAMES = {each.name: each for each in workflow.rules}
-check_targets()
+if workflow.modifier.is_main_snakefile():  # who uses this workflow as a module does it below rules of their own
+    check_targets()
 say_who_holds_the_lock()
