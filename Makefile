@@ -35,7 +35,7 @@ NARROW := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
 test: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/snakefmt --check workflow
+	$(BIN)/snakefmt --check workflow proard/runs/Snakefile
 	$(BIN)/python -m mypy
 	$(BIN)/snakemake --lint --configfile config/quickstart.yaml
 	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-package test-cluster

@@ -20,8 +20,9 @@ from rich.text import Text
 
 from proard import __version__, artifacts
 from proard.config import UserError
-from proard.doctor.command import add_doctor, doctor
+from proard.doctor.command import add_doctor
 from proard.host import take_any_character
+from proard.runs.command import add_runs
 
 SHORT_LISTS, SHORT_TEXT, FEW_INPUTS = 6, 28, 8
 PIPE_WIDTH = 2000  # characters of a line where no terminal sets a limit
@@ -44,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             from proard.export.robustbench import submit
 
             submit(arguments, console)
-        elif arguments.command == "doctor":
-            doctor(arguments, console)
+        elif "call" in arguments:
+            arguments.call(arguments, console)
         else:
             students(arguments.run_folder, console)
     except UserError as error:
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         listed.add_argument(f"--{name}", help="of the paper, for the leaderboard")
     listed.add_argument("--additional-data", choices=("yes", "no"), help="whether more training images were used")
     add_doctor(commands)
+    add_runs(commands)
     return parser
 
 

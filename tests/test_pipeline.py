@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -95,6 +97,17 @@ def test_a_new_budget_selects_and_exports_and_nothing_else(finished: Run):
     ran = {line.split()[1].rstrip(":") for line in output.splitlines() if line.startswith(("rule ", "localrule "))}
     assert ran == {"select_student", "export_student"}
     assert all(path.stat().st_mtime_ns == mtime for path, mtime in before.items())
+
+
+def test_export_makes_one_student_of_all_spellings_of_a_budget(finished: Run):
+    export = [sys.executable, "-m", "proard.cli", "export", "results/small", "macs=0.1M"]
+    done = subprocess.run(export, cwd=finished.folder, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[0] == "results/small/export_student/macs=100K: 2 jobs to run"
+    assert json.loads((finished.results / "export_student" / "macs=100K" / "parity.json").read_text())["passed"]
+    export[-1] = "macs=100k"
+    done = subprocess.run(export, cwd=finished.folder, capture_output=True, text=True, check=False, timeout=600)
+    assert done.stdout == "results/small/export_student/macs=100K: 0 jobs to run\n"
 
 
 def test_a_killed_run_ends_in_the_weights_of_an_undisturbed_one(finished: Run, tmp_path: Path):

@@ -24,6 +24,7 @@ def add_doctor(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--directory", default=".", metavar="FOLDER", help="where results/ will lie (default here)")
     parser.add_argument("--no-jobs", action="store_true", help="submit no test jobs")
     parser.add_argument("--patience", type=float, default=180, metavar="SECONDS", help="for each job (default 180)")
+    parser.set_defaults(call=doctor)
 
 
 def doctor(arguments: argparse.Namespace, console: Console) -> None:

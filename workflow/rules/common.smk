@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from shlex import quote
 
+import yaml
+
 # A folder named proard on sys.path hides an editable install of the package.
 found = importlib.machinery.PathFinder.find_spec("proard", [os.getcwd(), *sys.path])
 if found is not None and found.origin is None:
@@ -316,6 +318,17 @@ def normalise_shell_lines():
     for each in workflow.rules:
         if each.shellcmd is not None:
             each.shellcmd = " ".join(each.shellcmd.split())
+
+
+def keep_config():
+    """Write down the settings of the run, of all config files and flags together, for later commands on its folder."""
+    text = yaml.safe_dump(json.loads(json.dumps(config, default=str)), sort_keys=False, allow_unicode=True)
+    header = "# The settings of this run when it was last started, of all config files and --config together.\n"
+    kept = Path("results") / run.run / "config.yaml"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    part = kept.with_suffix(".part")
+    part.write_text(header + text, encoding="utf-8")
+    part.replace(kept)
 
 
 def print_results():

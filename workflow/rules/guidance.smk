@@ -20,6 +20,7 @@ TARGET_OF = {
     "diagnose": "compare_experiment",
     "measure_experiment": "compare_experiment",
 }
+RULE_NAMES = {}
 STOPPED = "Stopped. Trainings have saved their state, measurements are kept; the same command continues."
 
 
@@ -35,6 +36,7 @@ def check_targets():
     parsed = options()
     if parsed is None:
         return
+    RULE_NAMES.update((each.name, each) for each in workflow.rules)
     for name in parsed.targets:
         if name in RULE_NAMES and RULE_NAMES[name].has_wildcards():
             sys.exit(f"error: the rule {name} has a wildcard and is no target; type {target_of(name)}, or name a file")
@@ -111,6 +113,6 @@ def handle_ctrl_c():
     signal.signal(signal.SIGINT, stop)
 
 
-RULE_NAMES = {each.name: each for each in workflow.rules}
-check_targets()
+if workflow.modifier.is_main_snakefile():  # a Snakefile that uses this workflow as a module calls it below its own rules
+    check_targets()
 print_lock_holder()
