@@ -40,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             cost(arguments.run_folder, console, numbers=arguments.students, country=arguments.country)
         elif arguments.command == "fronts":
             fronts(arguments.first, arguments.second, console)
+        elif arguments.command == "predict":
+            from proard.export.usage import print_classes
+
+            print_classes(arguments.student, arguments.images)
         elif arguments.command == "doctor":
             doctor(arguments, console)
         else:
@@ -62,6 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("--columns", metavar="A,B", help="only these columns")
     run = commands.add_parser("students", help="the exported students of a run")
     run.add_argument("run_folder", metavar="results/RUN")
+    use = commands.add_parser("predict", help="classes that an exported student gives to image files")
+    use.add_argument("student", metavar="FOLDER", help="of the export, or an ONNX file")
+    use.add_argument("images", nargs="+", metavar="IMAGE")
     spent = commands.add_parser("cost", help="what a run cost, beside students trained one by one")
     spent.add_argument("run_folder", metavar="results/RUN")
     spent.add_argument(
@@ -69,9 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     spent.add_argument("--country", default="USA", metavar="ABC", help="ISO 3166 code for CO2 equivalents (USA)")
     both = commands.add_parser("fronts", help="the measured fronts of two runs: hypervolumes and their difference")
-    both.add_argument(
-        "first", metavar="results/RUN", help="a run, or result tables: a .parquet file or a quoted pattern"
-    )
+    both.add_argument("first", metavar="results/RUN", help="a run, or a .parquet table, or a quoted pattern of them")
     both.add_argument("second", metavar="results/OTHER", help="the same of the other run")
     add_doctor(commands)
     return parser
@@ -86,9 +91,9 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _row_count(text: str) -> int:
     """A number of rows."""
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of rows; write 0 or more")
-    return int(text)
+    if text.isdigit():
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of rows; write 0 or more")
 
 
 def show(path: str | Path, console: Console, *, rows: int = 20, columns: Sequence[str] | None = None) -> None:

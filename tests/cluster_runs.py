@@ -32,7 +32,7 @@ CONFIG = {
     "evaluate_archs": {**SMALL["evaluate_archs"], "archs_per_shard": 4},
 }
 FROM_PHASE = ["train_phase/all", "evaluate_archs", "merge_table", "fit_predictor", "search_front", "verify_front"]
-FROM_PHASE += ["select_student", "export_student", "report", "cache"]
+FROM_PHASE += ["select_student", "export_student", "quantize_student", "report", "cache"]
 # A machine of 2 cores has no 8 for a job; the number of threads is part of the weights, so all runs have the same.
 THREADS = ["prepare_data", "train_teacher", "train_control", "train_phase", "fit_predictor", "search_front"]
 THREADS += ["verify_front"]

@@ -39,7 +39,7 @@ ONLY = {  # rooms that know less than their floor allows
     "nets": {"config", "artifacts", "space", "progress", "kernels"},
     "predictor": {"config", "artifacts", "space", "progress"},
     "search": {"config", "artifacts", "space", "progress"},
-    "cli": {"config", "host", "artifacts", "report", "doctor"},
+    "cli": {"config", "host", "artifacts", "export", "report", "doctor"},
     "doctor": {"config", "space", "kernels", "nets", "attacks", "losses"},
 }
 WITHOUT_TORCH = ("config", "host", "progress", "space", "search", "cli")

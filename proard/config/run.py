@@ -18,6 +18,7 @@ from proard.config.fields import NUMBER_SCHEMA, ConfigError, FolderName, Natural
 from proard.config.images import PrepareData
 from proard.config.nets import named_nets
 from proard.config.presets import IMAGENET_SIZE, PRESETS
+from proard.config.quantisation import QuantizeStudent
 from proard.config.spaces import Space
 from proard.config.students import Student
 
@@ -40,6 +41,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "verify_front": ("run", "space", "threat", "measurement", "verify_front"),
     "select_student": ("run", "space", "threat", "measurement", "verify_front", "select_student"),
     "export_student": ("run", "space", "threat", "measurement", "export_student"),
+    "quantize_student": ("run", "space", "threat", "measurement", "verify_front", "quantize_student"),
     "diagnose": ("run", "space", "threat", "measurement", "diagnose"),
     "report": ("run", "threat", "report"),
 }
@@ -69,6 +71,7 @@ class RunConfig(Settings):
     verify_front: s.VerifyFront = s.VerifyFront()
     select_student: s.SelectStudent = s.SelectStudent()
     export_student: s.ExportStudent = s.ExportStudent()
+    quantize_student: QuantizeStudent = QuantizeStudent()
     diagnose: Diagnose = Diagnose()
     experiment: Experiment = Experiment()
     report: s.Report = s.Report()

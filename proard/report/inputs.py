@@ -48,6 +48,7 @@ TABLES: dict[str, tuple[str, ...]] = {
 LISTS: dict[str, tuple[str, ...]] = {
     "phase_histories": HISTORY,
     "students": (*EVALUATED, "budget", "role", "chosen", "predicted_clean_acc", "predicted_robust_acc"),
+    "quantised": (*EVALUATED, "budget", "precision", "variant", "difference", "lost", "gained", "latency_ms", "bytes"),
 }
 MANIFEST_KEYS = ("source", "classes", "splits")
 PARITY_KEYS = ("budget", "passed", "onnx_max_softmax_difference", "onnx_top1_agreement", "onnx_test_accuracy")
@@ -81,7 +82,7 @@ class Results:
         Tables by the name of their flag.
     histories : list of DataFrame
         Trainings in the order they ran: teacher, control, phases.
-    students : list of DataFrame
+    students, quantised : list of DataFrame
         One per budget.
     folder, ledgers : Path, DataFrame, optional
         The run's folder, and what its jobs cost.
@@ -95,6 +96,7 @@ class Results:
     frames: dict[str, pd.DataFrame] = field(default_factory=dict)
     histories: list[pd.DataFrame] = field(default_factory=list)
     students: list[pd.DataFrame] = field(default_factory=list)
+    quantised: list[pd.DataFrame] = field(default_factory=list)
     cards: list[Card] = field(default_factory=list)
     benchmarks: Path | None = None
     folder: Path | None = None
@@ -153,6 +155,7 @@ def load_results(
     trained = [results.get("teacher_history"), results.get("control_history"), *lists["phase_histories"]]
     results.histories = [frame for frame in trained if frame is not None and not frame.empty]
     results.students = [frame for frame in lists["students"] if not frame.empty]
+    results.quantised = [frame for frame in lists["quantised"] if not frame.empty]
     cards = _paths(files.get("cards"))
     results.cards = [Card(Path(path).parent, _read_json(results, path, PARITY_KEYS)) for path in cards]
     if benchmarks and Path(benchmarks).is_dir():

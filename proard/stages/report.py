@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         stage="report",
         reads=["manifest", "table"],
         optional=[*TABLES, "benchmarks", "ledgers"],
-        lists=["phase_histories", "students", "cards"],
+        lists=["phase_histories", "students", "cards", "quantised"],
         writes=["html", *FIGURES.values()],
     )
     folders = {"benchmarks": job.files.benchmarks, "ledgers": job.files.ledgers}

@@ -14,6 +14,7 @@ rule report:
         verified=rules.verify_front.output.table,
         students=collect("<results>/select_student/{budget}/student.parquet", budget=BUDGETS),
         cards=collect("<results>/export_student/{budget}/parity.json", budget=BUDGETS),
+        quantised=collect("<results>/quantize_student/{budget}/table.parquet", budget=BUDGETS),
         trained_students=rules.compare_experiment.output.table if ALONE else [],
         diagnosis_summary=rules.compare_experiment.output.diagnosis if NETWORKS else [],
         diagnosis_radii=rules.compare_experiment.output.radii if NETWORKS else [],
@@ -50,6 +51,7 @@ rule report:
         " --table {input.table:q} --quality {input.quality:q} --held-out {input.held_out:q}"
         " --archive {input.archive:q} --front {input.front:q} --search-history {input.search_history:q}"
         " --verified {input.verified:q} --students {input.students:q} --cards {input.cards:q}"
+        " --quantised {input.quantised:q}"
         " {params.compared}"
         " --benchmarks {params.benchmarks:q} --ledgers {params.ledgers:q} --html {output.html:q}"
         " --front-figure {output.front_figure:q} --training-figure {output.training_figure:q} --predictor-figure {output.predictor_figure:q}"
