@@ -7,7 +7,8 @@ where the value is inside the range, and stops it where it is clipped.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import ChainMap
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,26 +111,16 @@ class Twin(nn.Module):
         """Logits of shape (batch, classes) for images in [0, 1] of shape (batch, channels, height, width)."""
         values: dict[str, Value] = {self.input: images}
         for node in self.nodes:
-            values[node.output[0]] = self._run(node, _Both(values, self.constants))
+            values[node.output[0]] = self._run(node, ChainMap(values, self.constants))
         return _real(values[self.output])
 
-    def _run(self, node: onnx.NodeProto, values: Any) -> Value:
+    def _run(self, node: onnx.NodeProto, values: Mapping[str, Value]) -> Value:
         """One node's result."""
         given = [values[name] if name else None for name in node.input]
         options = {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}
         if node.op_type == "QuantizeLinear":
             options["limits"] = self.limits[node.input[2]]
         return OPERATORS[node.op_type](*given, **options)
-
-
-class _Both:
-    """Looks a name up among a pass's values, then among the constants."""
-
-    def __init__(self, values: dict[str, Value], constants: dict[str, Value]) -> None:
-        self.values, self.constants = values, constants
-
-    def __getitem__(self, name: str) -> Value:
-        return self.values[name] if name in self.values else self.constants[name]
 
 
 def _limits(zero_point: Tensor) -> tuple[int, int]:
@@ -288,6 +279,21 @@ def _flatten(x: Value, **_: Any) -> Value:
     return Scaled(x.integers.flatten(1), x.scale) if isinstance(x, Scaled) else x.flatten(1)
 
 
+def _unsqueeze(x: Value, axes: Tensor) -> Value:
+    """Further dims of size 1."""
+    values = x.integers if isinstance(x, Scaled) else x
+    for axis in sorted(axes.tolist()):
+        values = values.unsqueeze(axis)
+    return Scaled(values, x.scale) if isinstance(x, Scaled) else values
+
+
+def _squeeze(x: Value, axes: Tensor) -> Value:
+    """Fewer dims of size 1."""
+    values = x.integers if isinstance(x, Scaled) else x
+    squeezed = values.squeeze(tuple(axes.tolist()))
+    return Scaled(squeezed, x.scale) if isinstance(x, Scaled) else squeezed
+
+
 def _reshape(x: Value, shape: Tensor, **_: Any) -> Tensor:
     """Another shape; 0 keeps a dim."""
     real = _real(x)
@@ -311,5 +317,7 @@ OPERATORS: dict[str, Callable[..., Value]] = {
     "Pad": _pad,
     "Flatten": _flatten,
     "Reshape": _reshape,
+    "Unsqueeze": _unsqueeze,
+    "Squeeze": _squeeze,
     "Identity": lambda x: x,
 }

@@ -42,7 +42,7 @@ from proard.export.int8_card import int8_block
 from proard.export.parity import latency, open_session
 from proard.export.twin import Twin
 from proard.host import processor
-from proard.nets import fold, load_static
+from proard.nets import FixedNet, FoldedNet, fold, load_static
 from proard.space import one_pass, read_space
 from proard.stages.common import Job, parse_arguments, run
 from proard.stages.measuring import conditions_of, load_images
@@ -216,7 +216,7 @@ class Quantisation:
         images: ImageSet,
         white_box: tuple[str, Predict],
         other: tuple[str, Predict],
-        teacher: Predict,
+        teacher: FoldedNet | FixedNet,
     ) -> Measured:
         """One precision under every attack; `other` is the stand-in of the other precision."""
         transfers = {"transfer": other, "from_teacher": ("teacher", teacher)}
@@ -224,8 +224,10 @@ class Quantisation:
         found = attack_deployed(
             runtime, images, self.attacks, self.conditions, white_box=white_box, transfers=transfers, queries=queries
         )
-        spent = [entry for name, entry in found.items() if name not in ("worst", "union")]
-        self.job.ledger.tally.spent += work_of(spent, self.macs)
+        for name, entry in found.items():
+            if name not in ("worst", "union"):
+                macs = teacher.spec.macs if name == "from_teacher" else self.macs
+                self.job.ledger.tally.spent += work_of([entry], macs)
         return found
 
     def rows(
@@ -241,7 +243,7 @@ class Quantisation:
             "file": Path(files.onnx if variant is None else files.int8).name,
             "precision": "float32" if variant is None else "int8",
             "variant": variant,
-            "runtime": f"onnxruntime {onnxruntime.__version__}",
+            "runtime": f"torch {torch.__version__}" if variant is None else f"onnxruntime {onnxruntime.__version__}",
             "cpu": name,
             "cpu_flags": " ".join(flags),
         }
