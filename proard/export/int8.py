@@ -208,6 +208,7 @@ def quantise(model: onnx.ModelProto, path: str | Path, images: NDArray[np.float3
             extra_options=extra,
         )
         quantised = onnx.load(written)
+    del quantised.graph.value_info[:]  # shapes that the runtime finds by itself
     quantised.producer_name, quantised.producer_version = model.producer_name, model.producer_version
     quantised.doc_string = f"{model.doc_string} int8 (QDQ), {recipe.name}"
     facts = {entry.key: entry.value for entry in model.metadata_props}
