@@ -9,8 +9,8 @@ TEXT = """\
 
 `{file}` ({kilobytes:,.0f} kB; float32: {float_kilobytes:,.0f} kB) takes the same float images in [0, 1] and gives
 float logits. Weights are int8 per channel, activations {activations}.
-The input has scale 1/255: 8-bit pixels lose nothing. Ranges were calibrated on the first {calibration_images:,.0f} images
-of train (in the order of seed {calibration_seed:.0f}). Way to quantise: `{variant}`, chosen on val.
+The input has scale 1/255: 8-bit pixels lose nothing. Ranges were calibrated on the first {calibration_images:,.0f}
+images of train (in the order of seed {calibration_seed:.0f}). Way to quantise: `{variant}`, chosen on val.
 
 | | float32 | int8 | difference, 95 % interval | images lost / gained |
 |---|---|---|---|---|
