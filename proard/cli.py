@@ -41,6 +41,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             cost(arguments.run_folder, console, numbers=arguments.students, country=arguments.country)
         elif arguments.command == "fronts":
             fronts(arguments.first, arguments.second, console)
+        elif arguments.command == "predict":
+            from proard.export.usage import print_classes
+
+            print_classes(arguments.student, arguments.images)
         elif arguments.command == "robustbench":
             from proard.export.robustbench import submit
 
@@ -67,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("--columns", metavar="A,B", help="only these columns")
     run = commands.add_parser("students", help="the exported students of a run")
     run.add_argument("run_folder", metavar="results/RUN")
+    use = commands.add_parser("predict", help="classes that an exported student gives to image files")
+    use.add_argument("student", metavar="FOLDER", help="of the export, or an ONNX file")
+    use.add_argument("images", nargs="+", metavar="IMAGE")
     spent = commands.add_parser("cost", help="the costs of a run, compared with students trained one by one")
     spent.add_argument("run_folder", metavar="results/RUN")
     spent.add_argument("--students", type=_numbers, default=(1, 5, 20, 100), metavar="N,N", help="numbers of students")
@@ -95,9 +102,9 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _row_count(text: str) -> int:
     """A number of rows."""
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of rows; write 0 or more")
-    return int(text)
+    if text.isdigit():
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of rows; write 0 or more")
 
 
 def show(path: str | Path, console: Console, *, rows: int = 20, columns: Sequence[str] | None = None) -> None:

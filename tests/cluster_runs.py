@@ -33,7 +33,7 @@ CONFIG = {
 }
 FROM_PHASE = ["train_phase/all", "evaluate_archs", "merge_table", "fit_predictor", "search_front", "verify_front"]
 FROM_PHASE += ["select_student", "export_student", "autoattack_student", "check_student", "describe_student"]
-FROM_PHASE += ["report", "cache"]
+FROM_PHASE += ["quantize_student", "report", "cache"]
 # A machine of 2 cores has no 8 for a job; the number of threads is part of the weights, so all runs have the same.
 THREADS = ["prepare_data", "train_teacher", "train_control", "train_phase", "fit_predictor", "search_front"]
 THREADS += ["verify_front", "autoattack_student"]

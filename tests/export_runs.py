@@ -14,6 +14,8 @@ WRITTEN = {
     "weights": "student.safetensors",
     "onnx": "student.onnx",
     "pt2": "student.pt2",
+    "config": "config.json",
+    "labels": "labels.txt",
     "card": "card.md",
     "parity": "parity.json",
     "checksums": "SHA256SUMS",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from proard import artifacts
-from proard.artifacts import FRONT, HISTORY, MEASURED, PREDICTED, STUDENT, Provenance
+from proard.artifacts import FRONT, HISTORY, MEASURED, PREDICTED, QUANTISED, STUDENT, Provenance
 from proard.config import RunConfig, job_settings, load
 from proard.predictor.quality import HELD_OUT, QUALITY
 from proard.search import HISTORY as SEARCH_HISTORY
@@ -178,6 +178,22 @@ class SyntheticRun:
         final = next(row for row in rows if row["split"] == "test" and row["attack"] == "worst")
         self.students[budget] = final
         self.write("select_student", "student.parquet", rows, STUDENT, budget)
+        pairs = []
+        for precision, less, size in (("float32", 0.0, 400_000), ("int8", 0.008, 110_000)):
+            row = {**final, "attack": "union", "robust_acc": final["robust_acc"] - less, "precision": precision}
+            row = {name: value for name, value in row.items() if name in QUANTISED}
+            row |= {"budget": budget, "bytes": size, "latency_ms": 0.4, "runtime": "onnxruntime 1.30", "cpu": "a CPU"}
+            if precision == "int8":
+                row |= {"variant": "reduced", "difference": -less, "difference_low": -0.02, "difference_high": 0.001}
+                row |= {
+                    "lost": 50,
+                    "gained": 10,
+                    "agreement_clean": 1.0,
+                    "agreement_adversarial": 0.998,
+                    "cpu_flags": "avx2",
+                }
+            pairs.append(row)
+        self.write("quantize_student", "table.parquet", pairs, QUANTISED, budget)
         parity = {
             "budget": budget, "macs": final["macs"], "passed": True, "onnx_max_softmax_difference": 3e-7,
             "onnx_top1_agreement": 1.0, "onnx_test_accuracy": final["clean_acc"],
@@ -210,6 +226,7 @@ class SyntheticRun:
         several = {
             "phase-histories": [f"train_phase/{phase}/history.parquet" for phase in ("width", "depth")],
             "students": [f"select_student/{budget}/student.parquet" for budget in BUDGETS],
+            "quantised": [f"quantize_student/{budget}/table.parquet" for budget in BUDGETS],
             "cards": [f"export_student/{budget}/parity.json" for budget in BUDGETS],
         }
         words = ["--settings", job_settings(self.config, "report"), "--seed", "3", "--threads", "1"]

@@ -31,6 +31,8 @@ from helpers import (
 )
 from PIL import Image
 
+import proard
+from proard import cli
 from proard.artifacts import ArtifactError, Provenance, read_header, read_table, sha256, write_json, write_table
 from proard.artifacts.tables import PREDICTED, STUDENT
 from proard.config import UserError
@@ -118,7 +120,7 @@ def pixels_of(images: ImageSet) -> torch.Tensor:
     return to_float(images.images)
 
 
-def test_the_folder_holds_six_files_and_no_external_weights(exported):
+def test_the_folder_holds_its_files_and_no_external_weights(exported):
     assert sorted(path.name for path in exported.iterdir()) == sorted([*WRITTEN.values(), "costs.parquet"])
 
 
@@ -131,6 +133,54 @@ def test_the_weights_alone_give_exactly_the_measured_logits(inputs, exported):
     assert header["classes"] == ["left", "right", "low"]
     assert header["arch_id"] == chosen_arch(inputs).arch_id
     assert header["provenance"]["inputs"]["student.parquet"] == sha256(inputs["student"])
+
+
+def test_one_line_loads_a_student_with_classes_card_and_preprocessing(inputs, exported, tmp_path):
+    pixels = load_split(inputs["test"]).images[0, :, :, 0].numpy()
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    for path in (exported, exported / "student.safetensors"):
+        student = proard.load_student(path)
+        assert student.classes == ("left", "right", "low")
+        assert student.card == (exported / "card.md").read_text()
+        with Image.open(tmp_path / "image.png") as image:
+            found = student.preprocess(image)
+        torch.testing.assert_close(found, pixels_of(load_split(inputs["test"]).first(1)), rtol=0, atol=0)
+        with torch.no_grad():
+            torch.testing.assert_close(student(found), measured_network(inputs)(found), rtol=0, atol=0)
+    with pytest.raises(ArtifactError, match=r"student\.safetensors does not exist"):
+        proard.load_student(tmp_path)
+
+
+def test_predict_names_the_class_of_every_image_file(inputs, exported, tmp_path, capsys):
+    test = load_split(inputs["test"]).first(3)
+    files = [str(tmp_path / f"{place}.png") for place in range(3)]
+    for file, pixels in zip(files, test.images[..., 0].numpy(), strict=True):
+        Image.fromarray(pixels).save(file)
+    with torch.no_grad():
+        shares = measured_network(inputs)(pixels_of(test)).softmax(1)
+    expected = [
+        f"{file}\t{['left', 'right', 'low'][int(row.argmax())]}\t{float(row.max()):.4f}"
+        for file, row in zip(files, shares, strict=True)
+    ]
+    for path in (exported, exported / "student.onnx"):
+        cli.main(["predict", str(path), *files])
+        assert capsys.readouterr().out.splitlines() == expected
+    (tmp_path / "no.png").write_text("no image")
+    for arguments_of, words in (((exported, tmp_path / "no.png"), "no.png"), ((tmp_path, files[0]), "student.onnx")):
+        with pytest.raises(SystemExit):
+            cli.main(["predict", *map(str, arguments_of)])
+        message = capsys.readouterr().err
+        assert message.startswith("error: ")
+        assert words in message
+
+
+def test_hubs_find_classes_and_input_beside_the_weights(exported):
+    config = json.loads((exported / "config.json").read_text())
+    assert (exported / "labels.txt").read_text().splitlines() == config["label_names"] == ["left", "right", "low"]
+    assert (config["num_classes"], config["id2label"]["2"], config["label2id"]["low"]) == (3, "low", 2)
+    expected = config["pretrained_cfg"]
+    assert (expected["input_size"], expected["mean"], expected["std"]) == ([1, 8, 8], [0.0], [1.0])
+    assert config["proard"]["arch_id"] == read_header(exported / "student.safetensors")["arch_id"]
 
 
 @pytest.mark.parametrize("number", [1, 2, 13])

@@ -20,7 +20,13 @@ from proard.config import COMPARED, NEEDS
 RULES = sorted((ROOT / "workflow" / "rules").glob("*.smk"))
 BUDGETS = 3
 ON_REQUEST = {"train_experiment", "measure_experiment", "compare_experiment", "diagnose"}  # no input of `all`
-FROM_SELECTION = {"select_student": BUDGETS, "export_student": BUDGETS, "report": 1, "all": 1}
+FROM_SELECTION = {
+    "select_student": BUDGETS,
+    "export_student": BUDGETS,
+    "quantize_student": BUDGETS,
+    "report": 1,
+    "all": 1,
+}
 FROM_SEARCH = {"search_front": 1, "verify_front": 1, **FROM_SELECTION}
 FROM_TABLE = {"merge_table": 1, "fit_predictor": 1, **FROM_SEARCH}
 
@@ -48,7 +54,7 @@ def test_a_budget_nobody_listed_is_selected_and_exported_only(finished):
 def test_listing_one_more_budget_leaves_the_others_alone(finished):
     budgets = [*CONFIG["select_student"]["budgets"], "macs=200K"]
     plan = finished.plan_after(select_student={"budgets": budgets})
-    assert plan == {"select_student": 1, "export_student": 1, "report": 1, "all": 1}
+    assert plan == {"select_student": 1, "export_student": 1, "quantize_student": 1, "report": 1, "all": 1}
 
 
 @pytest.mark.parametrize(
@@ -95,11 +101,21 @@ def test_the_control_leaves_half_of_the_cores_to_others(finished, cores, threads
     assert f"--threads {threads} " in command
 
 
-REMADE = {"export_student": {"export_student": 1, "report": 1, "all": 1}, "report": {"report": 1, "all": 1}}
+REMADE = {
+    "export_student": {"export_student": 1, "quantize_student": 1, "report": 1, "all": 1},
+    "quantize_student": {"quantize_student": 1, "report": 1, "all": 1},
+    "report": {"report": 1, "all": 1},
+}
 
 
 @pytest.mark.parametrize(
-    "name", ["export_student/macs=1M/student.onnx", "export_student/macs=1M/card.md", "report/search.svg"]
+    "name",
+    [
+        "export_student/macs=1M/student.onnx",
+        "export_student/macs=1M/labels.txt",
+        "quantize_student/macs=1M/student.int8.onnx",
+        "report/search.svg",
+    ],
 )
 def test_a_deleted_file_for_people_is_made_again(finished, name):
     path = finished.folder / "results" / "fake" / name
@@ -110,7 +126,7 @@ def test_a_deleted_file_for_people_is_made_again(finished, name):
         kept.rename(path)
 
 
-@pytest.mark.parametrize("target", ["all", "export_students", "export_experiments"])
+@pytest.mark.parametrize("target", ["all", "export_students", "export_experiments", "quantize_students"])
 def test_targets_ask_for_every_file_of_their_last_stages(finished, target):
     student = {"name": "one", "arch": "smallest", "loss": "trades"}
     networks = [{"name": "cut", "arch": "smallest"}]
@@ -118,7 +134,9 @@ def test_targets_ask_for_every_file_of_their_last_stages(finished, target):
     done = finished("--dry-run", "--forcerun", target, target, more=more)
     assert done.returncode == 0, done.stderr
     asked = re.search(rf"^rule {target}:\n    input: (.*)$", done.stdout, re.MULTILINE)[1].split(", ")
-    written = {"export_student": 6 * (1 if target == "export_experiments" else BUDGETS)}
+    written = {"export_student": 8 * (1 if target == "export_experiments" else BUDGETS)}
+    if target in ("all", "quantize_students"):
+        written |= {"quantize_student": 3 * BUDGETS, "export_student": 8 * BUDGETS if target == "all" else 0}
     if target == "all":
         written |= {"report": 6, "compare_experiment": 1 + len(COMPARED["networks"]) + len(COMPARED["diagnoses"])}
     for stage, number in written.items():
@@ -271,7 +289,7 @@ def test_every_job_is_logged_timed_and_sized(path):
 def test_a_stage_is_a_rule_a_module_and_a_target():
     names = {name for path in RULES for name in re.findall(r"^rule (\w+):", path.read_text("utf-8"), re.MULTILINE)}
     assert set(NEEDS) <= names
-    assert {"train_phases", "evaluate", "select_students", "export_students"} <= names
+    assert {"train_phases", "evaluate", "select_students", "export_students", "quantize_students"} <= names
     assert {path.stem for path in (ROOT / "proard" / "stages").glob("*.py")} >= set(NEEDS)
 
 

@@ -3,6 +3,7 @@
 from proard.artifacts.checkpoints import check_finite, read_state_dict
 from proard.artifacts.experiments import GAINS, GAPS, OUTCOMES, TRAINED
 from proard.artifacts.files import ArtifactError, atomic_path, sha256, write_json, write_text
+from proard.artifacts.quantised import QUANTISED
 from proard.artifacts.tables import (
     COSTS,
     FRONT,
@@ -33,6 +34,7 @@ __all__ = [
     "OUTCOME",
     "OUTCOMES",
     "PREDICTED",
+    "QUANTISED",
     "STUDENT",
     "TRAINED",
     "ArtifactError",

@@ -172,8 +172,11 @@ def write_table(
     rows: pd.DataFrame | list[Mapping[str, Any]],
     columns: Mapping[str, tuple[pa.DataType, str]],
     provenance: Provenance,
+    **notes: Any,
 ) -> None:
     """Write rows with exactly these columns, their units and the provenance; missing values become null.
+
+    `notes` are further JSON values for the metadata, beside the provenance.
 
     Raises
     ------
@@ -184,7 +187,9 @@ def write_table(
     strange = set(frame.columns) - set(columns)
     if strange:
         raise ValueError(f"{path}: columns {sorted(strange)} do not belong to this table")
-    schema = table_schema(columns).with_metadata({"proard": provenance.to_json()})
+    schema = table_schema(columns).with_metadata(
+        {"proard": json.dumps({**asdict(provenance), **notes}, sort_keys=True)}
+    )
     data = frame.reindex(columns=list(columns)).to_dict("list")
     arrays = [pa.array([_null_if_missing(value) for value in data[entry.name]], type=entry.type) for entry in schema]
     table = pa.Table.from_arrays(arrays, schema=schema)

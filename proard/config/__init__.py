@@ -8,6 +8,7 @@ from proard.config.files import read_file
 from proard.config.images import PrepareData
 from proard.config.nets import NETS, VisionTransformer, WideResNet, named_nets
 from proard.config.presets import PRESETS
+from proard.config.quantisation import QuantizeStudent
 from proard.config.run import (
     NEEDS,
     RunConfig,
@@ -64,6 +65,7 @@ __all__ = [
     "Measurement",
     "Phase",
     "PrepareData",
+    "QuantizeStudent",
     "Report",
     "RunConfig",
     "SampleArchs",

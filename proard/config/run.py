@@ -27,6 +27,7 @@ from proard.config.fields import (
 from proard.config.images import PrepareData
 from proard.config.losses import NAMED_KEYS, AnyLoss
 from proard.config.presets import IMAGENET_SIZE, PRESETS
+from proard.config.quantisation import QuantizeStudent
 from proard.config.spaces import Space
 from proard.config.trust import AutoattackStudent, CheckStudent
 
@@ -60,6 +61,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "autoattack_student": ("run", "threat", "measurement", "autoattack_student"),
     "check_student": ("run", "space", "threat", "measurement", "check_student"),
     "describe_student": ("run", "export_student"),
+    "quantize_student": ("run", "space", "threat", "measurement", "verify_front", "quantize_student"),
     "diagnose": ("run", "space", "threat", "measurement", "diagnose"),
     "report": ("run", "threat", "report"),
 }
@@ -94,6 +96,7 @@ class RunConfig(Settings):
     export_student: s.ExportStudent = s.ExportStudent()
     autoattack_student: AutoattackStudent = AutoattackStudent()
     check_student: CheckStudent = CheckStudent()
+    quantize_student: QuantizeStudent = QuantizeStudent()
     diagnose: Diagnose = Diagnose()
     experiment: Experiment = Experiment()
     report: s.Report = s.Report()

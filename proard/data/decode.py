@@ -59,8 +59,8 @@ def preprocess(image: Image.Image, size: int | None = None, mode: str = "RGB") -
     return np.asarray(image)
 
 
-def decode_image(encoded: bytes | Path, where: str, *, size: int | None = None) -> NDArray[np.uint8]:
-    """Decode one image to RGB.
+def decode_image(encoded: bytes | Path, where: str, *, size: int | None = None, mode: str = "RGB") -> NDArray[np.uint8]:
+    """Decode one image.
 
     Parameters
     ----------
@@ -68,12 +68,12 @@ def decode_image(encoded: bytes | Path, where: str, *, size: int | None = None) 
         The encoded image, or its file.
     where : str
         Source of the image, for messages.
-    size : int, optional
-        Side in pixels, see `preprocess`.
+    size, mode
+        As in `preprocess`.
 
     Returns
     -------
-    ndarray of shape (height, width, 3)
+    ndarray of shape (height, width, 3), or (height, width) in mode "L"
 
     Raises
     ------
@@ -82,7 +82,7 @@ def decode_image(encoded: bytes | Path, where: str, *, size: int | None = None) 
     """
     try:
         with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
-            return preprocess(image, size)
+            return preprocess(image, size, mode)
     except Exception as error:  # Pillow's readers may raise any error on damaged bytes
         reason = str(error).split("<")[0].strip() or type(error).__name__
         raise DataError(f"{where} cannot be decoded as an image ({reason}); replace or remove it") from None

@@ -32,6 +32,16 @@ class Rounds(Protocol):
         """Return the same network in that type."""
 
 
+@runtime_checkable
+class Deployed(Protocol):
+    """A network in a runtime, which gives logits but no gradient; `attacked` is differentiated in its place."""
+
+    attacked: Callable[[Tensor], Tensor]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits of the runtime."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """Result of an attack on a set of images.
@@ -78,7 +88,8 @@ def attack_images(
     ----------
     predict : callable
         Images to logits; the network as it is deployed. If the attack computes in another type, `rounded(dtype)`
-        gives the network that it differentiates. An image counts as misclassified only by the logits of `predict`.
+        gives the network that it differentiates, and for a `Deployed` network `attacked` is that. An image counts as
+        misclassified only by the logits of `predict`.
     images : Tensor of shape (n, channels, height, width)
         Clean, float32 in [0, 1].
     labels : Tensor of shape (n,)
@@ -102,7 +113,7 @@ def attack_images(
     The start point counts as an iterate. An image misclassified in one restart is not attacked again.
     """
     robust, gradients, forwards = correct.clone(), 0, 0
-    attacked = predict
+    attacked = predict.attacked if isinstance(predict, Deployed) else predict
     if attack.dtype != "float32":
         assert isinstance(predict, Rounds)
         attacked = predict.rounded(getattr(torch, attack.dtype))

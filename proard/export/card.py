@@ -61,7 +61,7 @@ a safety component: see the limits below.
 | Normalisation | inside the network: do **not** normalise |
 | Output | `{output}` |
 | ONNX | `student.onnx`, one file, any batch size; opset {opset}, for {runtimes} |
-| PyTorch | `student.pt2` (torch.export), or `proard.export.load_student("student.safetensors")` |
+| PyTorch | `student.pt2` (torch.export), or `proard.load_student("FOLDER")`, a module with its preprocessing |
 | Checksums | `sha256sum -c SHA256SUMS` |
 
 Class names, arch, costs and threat model are also in the metadata properties of the ONNX file.

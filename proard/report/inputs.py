@@ -50,6 +50,7 @@ LISTS: dict[str, tuple[str, ...]] = {
     "students": (*EVALUATED, "budget", "role", "chosen", "predicted_clean_acc", "predicted_robust_acc"),
     "autoattacked": (*EVALUATED, "budget", "attacked", "left_out", "own_robust_acc", "version", "warnings"),
     "checked": ("budget", "number", "check", "expected", "value", "relation", "threshold", "passed", "details"),
+    "quantised": (*EVALUATED, "budget", "precision", "variant", "difference", "lost", "gained", "latency_ms", "bytes"),
 }
 MANIFEST_KEYS = ("source", "classes", "splits")
 PARITY_KEYS = ("budget", "passed", "onnx_max_softmax_difference", "onnx_top1_agreement", "onnx_test_accuracy")
@@ -83,7 +84,7 @@ class Results:
         Tables by the name of their flag.
     histories : list of DataFrame
         Trainings in the order they ran: teacher, control, phases.
-    students, autoattacked, checked : list of DataFrame
+    students, autoattacked, checked, quantised : list of DataFrame
         One per budget.
     folder, ledgers : Path, DataFrame, optional
         The run's folder, and the costs of its jobs.
@@ -99,6 +100,7 @@ class Results:
     students: list[pd.DataFrame] = field(default_factory=list)
     autoattacked: list[pd.DataFrame] = field(default_factory=list)
     checked: list[pd.DataFrame] = field(default_factory=list)
+    quantised: list[pd.DataFrame] = field(default_factory=list)
     cards: list[Card] = field(default_factory=list)
     benchmarks: Path | None = None
     folder: Path | None = None
@@ -158,6 +160,7 @@ def load_results(
     results.histories = [frame for frame in trained if frame is not None and not frame.empty]
     results.students = [frame for frame in lists["students"] if not frame.empty]
     results.autoattacked, results.checked = lists["autoattacked"], lists["checked"]
+    results.quantised = [frame for frame in lists["quantised"] if not frame.empty]
     cards = _paths(files.get("cards"))
     results.cards = [Card(Path(path).parent, _read_json(results, path, PARITY_KEYS)) for path in cards]
     if benchmarks and Path(benchmarks).is_dir():

@@ -9,6 +9,7 @@ import pandas as pd
 from proard.report.cost_page import costs
 from proard.report.diagnosis import diagnosis
 from proard.report.facts import rows_by_attack
+from proard.report.quantised import quantised
 from proard.report.setup import provenance, setup, time
 from proard.report.students import trained_students
 from proard.report.text import SEARCH_NAMES
@@ -116,6 +117,7 @@ ORDER: tuple[Callable[[View], Section | None], ...] = (
     students,
     autoattack,
     checks,
+    quantised,
     tradeoff,
     search,
     predictor,

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         stage="report",
         reads=["manifest", "table"],
         optional=[*TABLES, "benchmarks", "ledgers"],
-        lists=["phase_histories", "students", "cards"],
+        lists=["phase_histories", "students", "cards", "quantised"],
         optional_lists=["autoattacked", "checked"],
         writes=["html", *FIGURES.values()],
     )

@@ -107,6 +107,8 @@ rule export_student:
         weights="<results>/export_student/{budget}/student.safetensors",
         onnx="<results>/export_student/{budget}/student.onnx",
         pt2="<results>/export_student/{budget}/student.pt2",
+        config="<results>/export_student/{budget}/config.json",
+        labels="<results>/export_student/{budget}/labels.txt",
         card=report(
             "<results>/export_student/{budget}/card.md",
             caption="../report/card.rst",
@@ -134,13 +136,54 @@ rule export_student:
         "python -m proard.stages.export_student --settings {params.settings:q} --seed {params.seed}"
         " --threads {threads} --device auto --student {input.student:q} {params.network}"
         " --test {input.test:q} --manifest {input.manifest:q} --budget {wildcards.budget:q}"
-        " --weights {output.weights:q} --onnx {output.onnx:q} --pt2 {output.pt2:q} --card {output.card:q}"
+        " --weights {output.weights:q} --onnx {output.onnx:q} --pt2 {output.pt2:q} --config {output.config:q}"
+        " --labels {output.labels:q} --card {output.card:q}"
         " --parity {output.parity:q} --checksums {output.checksums:q} 2>&1 | tee {log:q}"
 
 
 rule export_students:
     input:
         collect(rules.export_student.output, budget=BUDGETS),
+
+
+# The int8 file of a student, and its robustness on the runtime beside that of the float file.
+rule quantize_student:
+    input:
+        onnx=rules.export_student.output.onnx,
+        weights=rules.export_student.output.weights,
+        teacher=rules.train_teacher.output.teacher,
+        train=rules.prepare_data.output.train,
+        val=rules.prepare_data.output.val,
+        test=rules.prepare_data.output.test,
+    output:
+        int8="<results>/quantize_student/{budget}/student.int8.onnx",
+        table="<results>/quantize_student/{budget}/table.parquet",
+        card="<results>/quantize_student/{budget}/card.md",
+    log:
+        "<logs>/quantize_student/{budget}.log",
+    benchmark:
+        "<benchmarks>/quantize_student/{budget}.tsv"
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=per_attempt(8000),
+        runtime=per_attempt(240),
+        gpu=1,
+    params:
+        settings=settings("quantize_student"),
+        seed=run.seed,
+    shell:
+        "python -m proard.stages.quantize_student --settings {params.settings:q} --seed {params.seed}"
+        " --threads {threads} --device auto --onnx {input.onnx:q} --weights {input.weights:q}"
+        " --teacher {input.teacher:q} --train {input.train:q} --val {input.val:q} --test {input.test:q}"
+        " --budget {wildcards.budget:q} --int8 {output.int8:q} --table {output.table:q}"
+        " --card {output.card:q} 2>&1 | tee {log:q}"
+
+
+rule quantize_students:
+    input:
+        collect(rules.quantize_student.output, budget=BUDGETS),
 
 
 rule export_experiments:

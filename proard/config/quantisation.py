@@ -1,0 +1,36 @@
+"""How students are quantised, and how their robustness in int8 is measured."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from proard.config.attacks import Attack
+from proard.config.fields import Count, Natural, Settings, UnitInterval, names_differ
+
+OTHER_ATTACKS = ("worst", "union", "scaled", "transfer", "from_teacher", "rounded", "square")
+
+
+class QuantizeStudent(Settings):
+    """int8 files of students, and their robustness on the runtime.
+
+    `attacks` run on both precisions (left out: those of `verify_front`), and beside them transfers, and a search by
+    `queries` to the runtime (Square) on every image that all others left; 0 queries leave it out.
+
+    Ranges of activations are calibrated on the first `calibration_images` images of `train`. Twin and runtime must
+    give the same class on the share `min_agreement` of the test images, clean and attacked.
+
+    Where int8 loses more than `max_drop` of robust accuracy on val, paired, `repairs` are tried in this order until
+    one loses less; the best is kept. `range`: other ranges (a percentile of the activations; 8-bit weights with signed
+    activations). `ends`: first and last layer in float32. `num_val_images` limits the images of val for that choice.
+    """
+
+    calibration_images: Count = 512
+    num_val_images: Count | None = None
+    attacks: tuple[Attack, ...] = ()
+    queries: Natural = 1000
+    min_agreement: UnitInterval = 0.995
+    max_drop: UnitInterval = 0.01
+    distinct: ClassVar[Any] = names_differ("attacks", *OTHER_ATTACKS)
+    repairs: Annotated[tuple[Literal["range", "ends"], ...], Field(max_length=2)] = ("range", "ends")
