@@ -148,7 +148,7 @@ def test_a_student_asked_for_in_another_spelling_is_named_in_its_own(tmp_path, b
     command = ["snakemake", f"results/a/export_student/{budget}/student.onnx", *map(str, arguments)]
     done = subprocess.run([sys.executable, "-m", *command], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "ask for results/a/export_student/macs=300K/student.onnx" in done.stderr
+    assert "use the target results/a/export_student/macs=300K/student.onnx" in done.stderr
     assert "Traceback" not in done.stderr
 
 
