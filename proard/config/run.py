@@ -136,10 +136,12 @@ def load(config: Mapping[str, Any]) -> RunConfig:
     if baseline is not None and baseline not in supernets:
         raise ConfigError(unknown("supernet", f"experiment.baseline {baseline}", supernets, last=baseline))
     for key, attack in _measuring_attacks(run).items():
-        if run.threat.norm == "l2" and attack.num_steps * attack.step_size < run.threat.eps:
+        steps, eps = attack.step_lengths(run.threat.eps), run.threat.eps
+        if run.threat.norm == "l2" and sum(steps) < eps:
+            lengths = f"{len(steps)} steps of {' to '.join(f'{step:g}' for step in dict.fromkeys(steps))}"
             raise ConfigError(
-                f"{key}: {attack.num_steps} steps of {attack.step_size:g} cannot cross an l2 ball of radius "
-                f"{run.threat.eps:g}; raise step_size to {2.5 * run.threat.eps / attack.num_steps:.3g} or so"
+                f"{key}: {lengths} cannot cross an l2 ball of radius {eps:g}; "
+                f"raise step_size to {2.5 * eps / len(steps):.3g} or so"
             )
     return run
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from proard.config.attacks import Attack, Dtype, TrainingAttack
+from proard.config.attacks import STRONG, Attack, Dtype, TrainingAttack
 from proard.config.budgets import Budgets
 from proard.config.fields import (
     Count,
@@ -61,6 +61,10 @@ class Validation(Settings):
     step_size: PixelLength = 2 / 255
     overfitting: Literal["warn", "stop", "off"] | None = None
     overfitting_ratio: Share = 0.5
+
+    def step_lengths(self, eps: float) -> list[float]:
+        """The length of each step, in pixel units; equal at every radius."""
+        return [self.step_size] * self.num_steps
 
     def watch(self, attack: TrainingAttack) -> Literal["warn", "stop", "off"]:
         """Action of the monitor of catastrophic overfitting in a training with this attack."""
@@ -319,11 +323,7 @@ class VerifyFront(Settings):
 
     num_archs: Count = 8
     num_val_images: Count | None = None
-    attacks: Annotated[tuple[Attack, ...], Field(min_length=1)] = (
-        Attack(),
-        Attack(name="pgd50x2", num_steps=50, restarts=2),
-        Attack(name="cw50x2", objective="margin", num_steps=50, restarts=2),
-    )
+    attacks: Annotated[tuple[Attack, ...], Field(min_length=1)] = STRONG
 
     distinct: ClassVar[Any] = names_differ("attacks", "worst")
 

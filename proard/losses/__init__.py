@@ -18,7 +18,7 @@ from proard.losses.distillation import (
     trust,
 )
 from proard.losses.divergence import alpha_divergence, kl_to_teacher, mix_logits, softened_kl
-from proard.losses.inner import CrossEntropy, InnerObjective, KLBetweenNets, KLToTarget, Margin
+from proard.losses.inner import CrossEntropy, InnerObjective, KLBetweenNets, KLToTarget, Margin, TargetedMargin
 from proard.losses.objectives import (
     INNER_OBJECTIVES,
     OBJECTIVES,
@@ -43,6 +43,7 @@ __all__ = [
     "Margin",
     "Memory",
     "Objective",
+    "TargetedMargin",
     "absld_loss",
     "adaad_loss",
     "alpha_divergence",
