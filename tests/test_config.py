@@ -125,7 +125,8 @@ def test_a_measuring_attack_that_cannot_be_meant_is_refused(keys, words):
 def test_measurements_take_the_strong_attacks_unless_told_otherwise():
     run = load({"run": "r"})
     assert run.verify_front.attacks == run.experiment.measure.attacks
-    assert [attack.num_targets for attack in run.verify_front.attacks] == [None, 5]
+    assert [attack.num_targets for attack in run.verify_front.attacks] == [None, None, 5]
+    assert run.evaluate_archs.attack == run.select_student.attack == run.verify_front.attacks[1]
     assert measuring(name="t", objective="targeted")[0].num_targets == 5
     assert measuring(name="t", objective="targeted", targets=9)[0].num_targets == 9
 

@@ -209,7 +209,10 @@ class Attack(Extended):
         return self.model_copy(update={"step_size": longer if isinstance(self.step_size, tuple) else longer[0]})
 
 
+SCHEDULE = ("eps", "eps/4", "eps/16")
+LABEL = Attack(name="margin10", objective="margin", num_steps=10, step_size=SCHEDULE)  # docs/results/attacks
 STRONG = (
     Attack(),
-    Attack(name="targeted5", objective="targeted", targets=5, num_steps=30, step_size=("eps", "eps/4", "eps/16")),
+    LABEL,
+    Attack(name="targeted5x2", objective="targeted", targets=5, restarts=2, num_steps=15, step_size=SCHEDULE),
 )

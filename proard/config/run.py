@@ -14,7 +14,7 @@ from proard.config import settings as s
 from proard.config.attacks import Threat
 from proard.config.diagnosis import Diagnose
 from proard.config.experiment import Experiment, SupernetTraining, group_of, write_out
-from proard.config.fields import NUMBER_SCHEMA, ConfigError, FolderName, Natural, Settings, parse_number, shown
+from proard.config.fields import NUMBER_SCHEMA, ConfigError, FolderName, Natural, Settings, shown
 from proard.config.images import PrepareData
 from proard.config.nets import named_nets
 from proard.config.presets import IMAGENET_SIZE, PRESETS
@@ -188,8 +188,8 @@ def explain(model: type[BaseModel], values: Any, error: Mapping[str, Any], where
     if error["type"] == "value_error":
         return f"{key}: {message}" if path else message
     if error["type"] == "pixel_units":
-        name, value = path[-1], float(parse_number(error["input"]))
-        return f"{key} is {error['input']}; {name} is in pixel units of [0, 1], write {value:g}/255"
+        value = error["ctx"]["text"]
+        return f"{key} is {error['input']}; {path[-1]} is in pixel units of [0, 1], write {value}/255"
     if error["type"] == "invalid_key":
         return f"{key} is a key that YAML does not read as text; put it in quotes"
     if error["type"] == "string_type" and isinstance(error["input"], bool):

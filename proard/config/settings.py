@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from proard.config.attacks import STRONG, Attack, Dtype, TrainingAttack
+from proard.config.attacks import LABEL, STRONG, Attack, Dtype, TrainingAttack
 from proard.config.budgets import Budgets
 from proard.config.fields import (
     Count,
@@ -279,7 +279,7 @@ class EvaluateArchs(Settings):
 
     archs_per_shard: Count = 50
     num_images: Annotated[Int, Field(ge=2)] = 1000
-    attack: Attack = Attack()
+    attack: Attack = LABEL
 
 
 class FitPredictor(Settings):
@@ -319,7 +319,10 @@ class SearchFront(Settings):
 
 
 class VerifyFront(Settings):
-    """Measurement of `num_archs` archs of each search on val and test, under each of `attacks` and their worst case."""
+    """Measurement of `num_archs` archs of each search on val and test, under each of `attacks` and their worst case.
+
+    The report compares predictions with the accuracy under the attack of `evaluate_archs`, which should be one of them.
+    """
 
     num_archs: Count = 8
     num_val_images: Count | None = None
@@ -334,7 +337,7 @@ class SelectStudent(Settings):
     budgets: Budgets = ()
     candidates: Count = 5
     num_images: Count | None = None
-    attack: Attack = Attack()
+    attack: Attack = LABEL
 
 
 class ExportStudent(Settings):
