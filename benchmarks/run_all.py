@@ -1,6 +1,6 @@
 """Run every benchmark of this folder and keep the result: one table, one JSON file and one figure per machine.
 
-    python benchmarks/run_all.py                 # all bench_*.py but gpu, sync, pipeline and scale
+    python benchmarks/run_all.py                 # all bench_*.py but gpu, sync, pipeline, scale, strength
     python benchmarks/run_all.py --only step attack --threads 1
     python benchmarks/run_all.py --also pipeline
     python benchmarks/run_all.py --quick         # a test run; nothing is kept
@@ -30,7 +30,7 @@ from proard.artifacts.files import write_text
 from proard.report.svg import COLOURS, STYLE, to_svg
 
 FOLDER = Path(__file__).parent
-LEFT_OUT = ("gpu", "sync", "pipeline", "scale")  # another machine, several processes or minutes: run if named
+LEFT_OUT = ("gpu", "sync", "pipeline", "scale", "strength")  # another machine, processes, minutes or a run: named only
 MARKS = {"amx_bf16": "amx", "avx512_bf16": "avx512bf16", "avx512f": "avx512", "avx2": "avx2", "asimd": "neon"}
 
 

@@ -88,9 +88,14 @@ def clipper(images: Tensor, *, eps: float, norm: str = "linf", clip_to_ball: boo
     return clip
 
 
-def ascend_(adv: Tensor, gradient: Tensor, step_size: float, norm: str = "linf") -> Tensor:
-    """One steepest-ascent step of length `step_size`, in place; `gradient` is overwritten, a zero one has no effect."""
+def ascend_(adv: Tensor, gradient: Tensor, step_size: float | Tensor, norm: str = "linf") -> Tensor:
+    """One steepest-ascent step of length `step_size`, in place; `gradient` is overwritten, a zero one has no effect.
+
+    A tensor of shape (batch, 1, 1, 1) gives every image a length of its own.
+    """
     if norm == "linf":
+        if isinstance(step_size, Tensor):
+            return adv.addcmul_(gradient.sign_(), step_size)
         return adv.add_(gradient.sign_(), alpha=step_size)
     peak = gradient.abs().amax((1, 2, 3), keepdim=True)  # without it squares of small gradients are 0 in float32
     gradient.div_(peak.clamp_(min=torch.finfo(gradient.dtype).tiny))

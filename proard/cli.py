@@ -290,7 +290,8 @@ def fronts(first: str | Path, second: str | Path, console: Console) -> None:
         table.add_row(name, number, f"{found.num_images:,}", *cells, f"{value:+.4f} ({low:+.4f} to {high:+.4f})")
     console.print(table)
     console.print(
-        "[dim]hypervolume in clean accuracy, robust accuracy and MACs, as a share of the box that both runs span; "
+        "[dim]hypervolume in clean accuracy, robust accuracy and MACs, as a share of the box from the best values "
+        "in both runs to 10 % of their range beyond the worst; "
         "intervals: 95 % over resampled images, one training each[/]"
     )
 
@@ -319,7 +320,8 @@ def table_fronts(first: str | Path, second: str | Path, console: Console) -> Non
         table.add_row(row.split, row.attack, f"{row.num_images:,}", archs, *volumes, str(row.paired), *gains)
     console.print(table)
     console.print(
-        "[dim]hypervolume in clean accuracy, robust accuracy and MACs, as a share of the box that both sets span; "
+        "[dim]hypervolume in clean accuracy, robust accuracy and MACs, as a share of the box from the best values "
+        "in both sets to 10 % of their range beyond the worst; "
         "gains: mean over the archs in both, second minus first[/]"
     )
 

@@ -78,6 +78,72 @@ def test_errors_name_key_value_and_way_out(values, words):
     assert [word for word in words if word not in message] == []
 
 
+def measuring(**keys):
+    """A run's only measuring attack, and the run's radius."""
+    run = load({"run": "r", "verify_front": {"attacks": [keys]}})
+    return run.verify_front.attacks[0], run.threat.eps
+
+
+@pytest.mark.parametrize(
+    ("step_size", "num_steps", "lengths"),
+    [
+        ("2/255", 2, [2 / 255] * 2),
+        ("eps", 1, [8 / 255]),
+        ("eps / 4", 2, [2 / 255] * 2),
+        (["eps", "eps/4", "1/255"], 3, [8 / 255, 2 / 255, 1 / 255]),
+        (["eps", "eps/16"], 5, [8 / 255] * 3 + [0.5 / 255] * 2),
+    ],
+)
+def test_step_lengths_follow_the_radius_and_the_schedule(step_size, num_steps, lengths):
+    attack, eps = measuring(name="a", step_size=step_size, num_steps=num_steps)
+    assert attack.step_lengths(eps) == pytest.approx(lengths)
+    assert type(attack).model_validate_json(attack.model_dump_json()) == attack
+    assert attack.scaled(3).step_lengths(3 * eps) == pytest.approx([3 * length for length in lengths])
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"step_size": 2}, ["step_size is 2", "2/255"]),
+        ({"step_size": ["eps", 2]}, ["step_size", "2/255"]),
+        ({"step_size": "eps/0"}, ["step_size", "eps/4"]),
+        ({"step_size": "2eps"}, ["step_size", "'2eps'", "eps/4"]),
+        ({"step_size": []}, ["step_size", "a list of lengths"]),
+        ({"step_size": True}, ["step_size", "True"]),
+        ({"step_size": -1}, ["step_size", "-1", "above 0"]),
+        ({"step_size": ["eps"] * 3, "num_steps": 2}, ["3 parts", "num_steps is 2"]),
+        ({"targets": 5}, ["targets", "objective is ce"]),
+        ({"objective": "targeted", "targets": 0}, ["targets", "0", "greater than or equal to 1"]),
+    ],
+)
+def test_a_measuring_attack_that_cannot_be_meant_is_refused(keys, words):
+    with pytest.raises(ConfigError) as caught:
+        measuring(name="a", **keys)
+    assert "\n" not in str(caught.value)
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_measurements_take_the_strong_attacks_unless_told_otherwise():
+    run = load({"run": "r"})
+    assert run.verify_front.attacks == run.experiment.measure.attacks
+    assert [attack.num_targets for attack in run.verify_front.attacks] == [None, None, 5]
+    assert run.evaluate_archs.attack == run.select_student.attack == run.verify_front.attacks[1]
+    assert measuring(name="t", objective="targeted")[0].num_targets == 5
+    assert measuring(name="t", objective="targeted", targets=9)[0].num_targets == 9
+
+
+@pytest.mark.parametrize("step_size", ["eps/20", ["eps/30", "eps/60"]])
+def test_an_l2_schedule_that_cannot_cross_its_ball_is_refused(step_size):
+    attack = {"name": "weak", "objective": "targeted", "num_steps": 10, "step_size": step_size}
+    run = {"run": "r", "threat": {"norm": "l2", "eps": 0.5}, "verify_front": {"attacks": [attack]}}
+    short = {"validation": {"step_size": 0.1}}
+    run |= {"train_teacher": short, "train_control": short, "train_phase": {**short, "phases": [{"name": "a"}]}}
+    with pytest.raises(ConfigError, match=r"verify_front\.attacks\.weak.*cannot cross"):
+        load(run)
+    attack["step_size"] = ["eps", "eps/4"]
+    assert load(run).verify_front.attacks[0].step_lengths(0.5) == [0.5] * 5 + [0.125] * 5
+
+
 def test_run_is_required_and_safe_as_a_folder():
     for values in ({}, {"run": "../a"}, {"run": ""}):
         with pytest.raises(ConfigError, match="run"):

@@ -16,11 +16,13 @@ from proard.artifacts import MEASURED, wilson
 from proard.config import Attack, Measurement, Threat
 from proard.data import ImageSet, keyed_generator, to_float
 from proard.evaluation import Conditions, SubnetMeter, attack_images, clean_correct, measure, rows_of
+from proard.evaluation.adversary import strongest_wrong
 from proard.nets import extract, fold, recalibrate
 
 EPS = 0.1
 CE = Attack(name="ce", num_steps=4, step_size=0.04)
 CW = Attack(name="cw", objective="margin", num_steps=3, step_size=0.05, restarts=2)
+TARGETED = Attack(name="towards", objective="targeted", targets=2, num_steps=4, step_size=("eps", "eps/4"))
 
 
 class Linear(nn.Module):
@@ -74,7 +76,7 @@ def test_attack_on_a_linear_model_equals_brute_force(accounting, objective):
 
 
 @pytest.mark.parametrize("accounting", ["any_iterate", "last_iterate"])
-@pytest.mark.parametrize("attack", [CE, CW], ids=["ce", "cw"])
+@pytest.mark.parametrize("attack", [CE, CW, TARGETED], ids=["ce", "cw", "targeted"])
 def test_size_of_the_working_set_changes_nothing(accounting, attack):
     problem = network_problem()
     results = [attacked(problem, attack, eps=0.03, accounting=accounting, batch_size=size)[1] for size in (1, 7, 64)]
@@ -93,7 +95,7 @@ def slow_attack(net, image, label, noise, attack, accounting):
         if step < attack.num_steps:
             loss = nn.functional.cross_entropy(logits, label[None])
             (gradient,) = torch.autograd.grad(loss, x)
-            adv = adv + attack.step_size * gradient[0].sign()
+            adv = adv + attack.step_size * gradient[0].sign()  # in pixel units here
             adv = torch.minimum(torch.maximum(adv, image - 0.03), image + 0.03).clamp(0, 1)
     return any(wrong) if accounting == "any_iterate" else wrong[-1]
 
@@ -107,6 +109,92 @@ def test_attack_equals_an_image_by_image_reference(accounting):
     triples = zip(images, labels, noise, strict=True)
     fallen = [slow_attack(net, *triple, attack, accounting) for triple in triples]
     assert outcome.robust.tolist() == [bool(c) and not f for c, f in zip(correct, fallen, strict=True)]
+
+
+def slow_targeted(net, image, label, noises, attack, accounting, *, eps=0.03):
+    """One image and all its targets, written out; which target was reached first, and how many gradients it took."""
+    ranked = [c for c in net(image[None])[0].argsort(descending=True).tolist() if c != label][: attack.targets]
+    spent = 0
+    for target, noise in zip(ranked, noises, strict=False):
+        adv, wrong = (image + noise).clamp(0, 1), []
+        for step in range(attack.num_steps + 1):
+            x = adv[None].clone().requires_grad_()
+            logits = net(x)
+            spent += step < attack.num_steps
+            wrong.append(bool(logits.argmax(1) != label))
+            if wrong[-1] and accounting == "any_iterate":
+                return target, spent
+            (gradient,) = torch.autograd.grad(logits[0, target] - logits[0, label], x)
+            length = eps if step < attack.num_steps / 2 else eps / 4
+            adv = adv + length * gradient[0].sign()
+            adv = torch.minimum(torch.maximum(adv, image - eps), image + eps).clamp(0, 1)
+        if wrong[-1]:
+            return target, spent
+    return None, spent
+
+
+@pytest.mark.parametrize("accounting", ["any_iterate", "last_iterate"])
+def test_a_targeted_attack_equals_a_plain_loop_over_images_and_targets(accounting):
+    net, images, labels = network_problem(30)
+    correct, outcome = attacked((net, images, labels), TARGETED, eps=0.03, accounting=accounting, batch_size=6)
+    noises = [torch.empty(images.shape).uniform_(-0.03, 0.03, generator=keyed_generator(0, turn, 1)) for turn in (0, 1)]
+    found = [
+        slow_targeted(net, image, label, [noise[place] for noise in noises], TARGETED, accounting)
+        for place, (image, label) in enumerate(zip(images, labels, strict=True))
+    ]
+    expected = [bool(c) and target is None for c, (target, _) in zip(correct, found, strict=True)]
+    assert outcome.robust.tolist() == expected
+    assert outcome.gradients == sum(spent for c, (_, spent) in zip(correct, found, strict=True) if c)
+    assert 0 < sum(expected) < int(correct.sum())
+    assert len({target for target, _ in found}) >= 3, "images became wrong towards fewer than two classes"
+
+
+def test_targets_are_the_wrong_classes_of_highest_logit():
+    logits = torch.tensor([[3.0, 1.0, 2.0, 0.0], [0.0, 1.0, 2.0, 3.0], [1.0, 5.0, 0.0, 2.0]])
+    images, labels, chosen = torch.zeros(3, 1, 1, 1), torch.tensor([0, 2, 3]), torch.tensor([True, False, True])
+    kept = iter(logits[chosen].split(1))
+    found = strongest_wrong(lambda _: next(kept), images, labels, chosen, 2, batch_size=1)
+    assert found.tolist() == [[2, 1], [0, 0], [1, 0]]
+    kept = iter([logits[chosen]])
+    assert strongest_wrong(lambda _: next(kept), images, labels, chosen, 9, batch_size=5).shape == (3, 3)
+    assert len(strongest_wrong(lambda _: None, images, labels, chosen & False, 2, batch_size=1)) == 3
+
+
+def test_a_targeted_attack_spends_nothing_on_images_that_fell_before(sets):
+    net, images, labels = network_problem()
+    first = attacked((net, images, labels), CE, eps=0.03)[1]
+    seen = []
+
+    def watch(batch):
+        seen.extend((batch[:, None] - images).abs().flatten(2).amax(2).argmin(1).tolist())
+        return net(batch)
+
+    options = {"eps": 0.03, "accounting": "any_iterate", "seed": 0, "batch_size": 64}
+    second = attack_images(watch, images, labels, first.robust, attack=TARGETED, **options)
+    assert set(seen) == set(first.robust.nonzero()[:, 0].tolist())
+    assert not (second.robust & ~first.robust).any()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_iterates_of_a_schedule_stay_in_the_ball_and_take_its_lengths(norm):
+    net, images, labels = network_problem(12)
+    eps, iterates = 0.2, []
+
+    def remember(batch):
+        iterates.append(batch.detach().clone())
+        return net(batch)
+
+    attack = Attack(objective="targeted", targets=1, num_steps=3, step_size=("eps/8", 0.01), start="zero")
+    correct = net(images).argmax(1) == labels
+    options = {"eps": eps, "norm": norm, "accounting": "last_iterate", "seed": 0, "batch_size": 64}
+    attack_images(remember, images, labels, correct, attack=attack, **options)
+    points = torch.stack(iterates[1:])  # the first pass ranks the targets
+    moved, order = (points[1:] - points[:-1]).flatten(2), {"linf": torch.inf, "l2": 2}[norm]
+    lengths = torch.linalg.vector_norm(moved, ord=order, dim=2)
+    wanted = torch.tensor([eps / 8, eps / 8, 0.01], dtype=lengths.dtype)[:, None]
+    assert (lengths <= wanted + 1e-9).all()
+    torch.testing.assert_close(lengths.amax(1, keepdim=True), wanted)  # clipping to the pixel range only shortens
+    assert torch.linalg.vector_norm((points - points[0]).flatten(2), ord=order, dim=2).max() <= eps + 1e-9
 
 
 class Doubting(nn.Module):
@@ -285,6 +373,33 @@ def test_second_measurement_comes_from_the_cache_without_a_forward(sets, tmp_pat
     assert 0 < second.net.seen < first.net.seen, "more than the missing attack was run"
 
 
+def test_a_targeted_attack_continues_with_what_the_attacks_before_it_left(sets, tmp_path):
+    arch = tiny_space().largest
+    first, second = meter(sets, tmp_path), meter(sets, tmp_path)
+    first.measure(arch, sets["val"], [CE])
+    found = first.measure(arch, sets["val"], [CE, TARGETED, CW])  # cross-entropy's comes from the cache
+    assert not (found["towards"]["robust"] & ~found["ce"]["robust"]).any()
+    (*_, worst) = first.rows(arch, sets["val"], [CE, TARGETED, CW], worst=True)
+    assert worst["robust_acc"] <= min(entry["robust"].mean() for entry in found.values())
+    assert worst["gradients"] == sum(entry["gradients"] for entry in found.values())
+    whole = measure(first.student(arch), sets["val"], [CE, TARGETED, CW], first.conditions)
+    assert all(np.array_equal(whole[name]["robust"], entry["robust"]) for name, entry in found.items())
+    assert {name: entry["gradients"] for name, entry in whole.items()} == {
+        name: entry["gradients"] for name, entry in found.items()
+    }
+    second.measure(arch, sets["val"], [CE, CW, TARGETED])  # after two attacks it is another measurement
+    assert second.net.seen > 0
+    again = meter(sets, tmp_path)
+    again.measure(arch, sets["val"], [CE, TARGETED])
+    assert not hasattr(again, "net")
+
+
+def test_a_schedule_stands_in_the_rows(sets):
+    rows = meter(sets, None).rows(tiny_space().smallest, sets["val"], [CE, TARGETED], worst=True)
+    shown = [(row.get("step_size"), row.get("last_step_size"), row.get("targets")) for row in rows]
+    assert shown == [(0.04, 0.04, None), (EPS, EPS / 4, 2), (None, None, None)]
+
+
 def test_renamed_attack_is_the_same_measurement(sets, tmp_path):
     arch = tiny_space().smallest
     meter(sets, tmp_path).rows(arch, sets["val"], [CE])
@@ -378,7 +493,7 @@ def test_rows_have_the_contract_s_columns_and_costs(sets):
     spec = tiny_space().spec(arch)
     assert [row["attack"] for row in rows] == ["ce", "cw", "worst"]
     for row in rows:
-        assert set(MEASURED) - set(row) <= {"step_size"}
+        assert set(MEASURED) - set(row) <= {"step_size", "last_step_size", "targets"}
         assert set(row) <= set(MEASURED)
         assert (row["macs"], row["params"], row["split"], row["num_images"]) == (spec.macs, spec.params, "val", 30)
         assert row["robust_acc"] <= row["clean_acc"]

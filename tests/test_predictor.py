@@ -10,7 +10,7 @@ from proard import artifacts, predictor
 from proard.artifacts import MEASURED, ArtifactError, Provenance
 from proard.config import PRESETS, FitPredictor, UserError, job_settings, load
 from proard.predictor.estimators import GaussianProcess
-from proard.predictor.quality import bootstrap_interval, spearman
+from proard.predictor.quality import bootstrap_interval, kendall_tau, noise_ceiling, spearman
 from proard.space import SearchSpace
 from proard.space.sampling import identity_columns, stratified_sample
 from proard.stages import fit_predictor
@@ -125,7 +125,7 @@ def test_split_and_folds_are_stratified():
 
 def test_noise_ceiling_falls_with_noise_and_quality_stays_beneath_its_truth():
     ceilings = []
-    for noise in (0.0, 0.02, 0.2):
+    for noise in (0.0, 0.02, 0.06):
         genotypes, targets, halves = labelled(80, noise=noise)
         settings = FitPredictor(models=("ridge",), held_out=30, folds=2, bootstraps=30)
         row = predictor.fit(genotypes, targets, SPACE, settings, seed=0, halves=halves).quality[1]
@@ -134,6 +134,18 @@ def test_noise_ceiling_falls_with_noise_and_quality_stays_beneath_its_truth():
         assert row["tau_over_ceiling"] == pytest.approx(row["kendall_tau"] / row["noise_ceiling"])
     assert ceilings[0] == pytest.approx(1)
     assert ceilings[0] > ceilings[1] > ceilings[2]
+
+
+def test_noise_ceiling_is_what_a_predictor_without_error_reaches():
+    rng = np.random.default_rng(1)
+    truth = rng.normal(0, 1, 20_000)
+    first, second = (truth + rng.normal(0, 1.5, len(truth)) for _ in range(2))
+    reached = kendall_tau(truth, (first + second) / 2)
+    assert noise_ceiling(first, second) == pytest.approx(reached, abs=0.01)
+    assert noise_ceiling(first, second) > kendall_tau(first, second) + 0.2  # two halves agree far less
+    assert noise_ceiling(truth, truth) == pytest.approx(1)
+    assert noise_ceiling(truth, -truth) == 0
+    assert np.isnan(noise_ceiling(truth, np.ones(len(truth))))
 
 
 def test_statistics_agree_with_scipy_and_their_definitions():

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
-from proard.config.fields import Count, Natural, PixelLength, Positive, Settings, in_pixel_units
+from proard.config.fields import (
+    NUMBER_SCHEMA,
+    Count,
+    Natural,
+    PixelLength,
+    Positive,
+    Settings,
+    in_pixel_units,
+    parse_number,
+)
 
 Dtype = Literal["float32", "bfloat16"]
-OBJECTIVE_WORDS = {"ce": "cross-entropy", "margin": "logit margin (CW)"}  # of attacks that measure
+OBJECTIVE_WORDS = {  # of attacks that measure
+    "ce": "cross-entropy",
+    "margin": "logit margin (CW)",
+    "targeted": "logit margin towards one wrong class at a time",
+}
+TARGETS = 5  # wrong classes of a targeted attack that names no number
 
 
 class Threat(Settings):
@@ -78,8 +94,47 @@ class TrainingAttack(Settings):
         return self
 
 
+def step_lengths(value: Any) -> Any:
+    """A length above 0 in pixel units, `eps` or `eps/N`, or a list of these as a tuple."""
+    if isinstance(value, (list, tuple)):
+        if not value:
+            raise PydanticCustomError("step", "a length such as 2/255 or eps/4, or a list of lengths")
+        return tuple(_step_length(part) for part in value)
+    return _step_length(value)
+
+
+def _step_length(value: Any) -> float | str:
+    """A number in pixel units, or `eps/N` without spaces."""
+    text = value.replace(" ", "") if isinstance(value, str) else ""
+    relative = re.fullmatch(r"eps(/[0-9.]+)?", text) is not None
+    try:
+        number = parse_number(text.replace("eps", "1") if relative else value)
+    except PydanticCustomError:
+        number = None
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or number <= 0:
+        raise PydanticCustomError("step", "a length above 0 such as 2/255 or eps/4, or a list of lengths")
+    return text if relative else in_pixel_units(float(number))
+
+
+STEP_SCHEMA: list[dict[str, Any]] = [*NUMBER_SCHEMA["anyOf"], {"type": "string", "pattern": "^ *eps *(/ *[0-9.]+ *)?$"}]
+StepSize = Annotated[
+    float | str | tuple[float | str, ...],
+    BeforeValidator(step_lengths),
+    WithJsonSchema({"anyOf": [*STEP_SCHEMA, {"type": "array", "items": {"anyOf": STEP_SCHEMA}, "minItems": 1}]}),
+]
+
+
 class Attack(Settings):
-    """An attack of a measurement: `objective` is `ce` (cross-entropy) or `margin` (Carlini and Wagner's logit margin).
+    """An attack of a measurement.
+
+    `objective`: `ce` (cross-entropy), `margin` (logit margin of Carlini and Wagner) or `targeted`.
+
+    `targeted` increases the logit of one wrong class over that of the true class. It attacks every image once for each
+    of its `targets` (5) wrong classes of highest clean logit, in that order. It attacks only images that all earlier
+    attacks of its list leave correctly classified. Its accuracy therefore counts the earlier attacks too.
+
+    `step_size` is a length in pixel units, or `eps` or `eps/N`, which follow the radius. In a list of lengths, each is
+    used for an equal part of `num_steps`.
 
     `start` is `uniform` in the ball, or `zero`: the unchanged image, as in FGSM with one step of eps.
     `dtype: bfloat16` computes gradients in bfloat16. It is faster and slightly weaker, and meant for the many labels of
@@ -87,9 +142,10 @@ class Attack(Settings):
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = "pgd20"
-    objective: Literal["ce", "margin"] = "ce"
+    objective: Literal["ce", "margin", "targeted"] = "ce"
+    targets: Count | None = None
     num_steps: Count = 20
-    step_size: PixelLength = 2 / 255
+    step_size: StepSize = "eps/4"
     restarts: Count = 1
     start: Literal["uniform", "zero"] = "uniform"
     dtype: Dtype = "float32"
@@ -100,3 +156,43 @@ class Attack(Settings):
         if self.start == "zero" and self.restarts > 1:
             raise ValueError(f"start zero makes all restarts equal; restarts is {self.restarts}")
         return self
+
+    @model_validator(mode="after")
+    def schedule_fits(self) -> Attack:
+        """Refuse a schedule of more parts than steps."""
+        if isinstance(self.step_size, tuple) and len(self.step_size) > self.num_steps:
+            raise ValueError(f"step_size has {len(self.step_size)} parts; num_steps is {self.num_steps}")
+        return self
+
+    @model_validator(mode="after")
+    def targets_are_attacked(self) -> Attack:
+        """Refuse a number of targets for an attack that has none."""
+        if self.targets is not None and self.objective != "targeted":
+            raise ValueError(f"targets is of objective targeted; objective is {self.objective}")
+        return self
+
+    @property
+    def num_targets(self) -> int | None:
+        """Wrong classes that a targeted attack attacks in turn; None for other objectives."""
+        return (self.targets or TARGETS) if self.objective == "targeted" else None
+
+    def step_lengths(self, eps: float) -> list[float]:
+        """The length of each of `num_steps` steps at this radius, in pixel units."""
+        parts = self.step_size if isinstance(self.step_size, tuple) else (self.step_size,)
+        lengths = [eps * parse_number(part.replace("eps", "1")) if isinstance(part, str) else part for part in parts]
+        return [lengths[step * len(parts) // self.num_steps] for step in range(self.num_steps)]
+
+    def scaled(self, factor: float) -> Attack:
+        """The attack for a ball whose radius is larger by a factor: lengths in pixel units grow with it."""
+        parts = self.step_size if isinstance(self.step_size, tuple) else (self.step_size,)
+        longer = tuple(part if isinstance(part, str) else part * factor for part in parts)
+        return self.model_copy(update={"step_size": longer if isinstance(self.step_size, tuple) else longer[0]})
+
+
+SCHEDULE = ("eps", "eps/4", "eps/16")
+LABEL = Attack(name="margin10", objective="margin", num_steps=10, step_size=SCHEDULE)  # docs/results/attacks
+STRONG = (
+    Attack(),
+    LABEL,
+    Attack(name="targeted5x2", objective="targeted", targets=5, restarts=2, num_steps=15, step_size=SCHEDULE),
+)

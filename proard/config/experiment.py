@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, model_validator
 
-from proard.config.attacks import Attack
+from proard.config.attacks import STRONG, Attack
 from proard.config.fields import ConfigError, Count, FolderName, Int, Natural, Positive, Settings, shown
 from proard.config.losses import merge
 from proard.config.settings import Phase, TrainPhase
@@ -88,10 +88,7 @@ class MeasureExperiment(Settings):
     num_val_images: Count | None = None
     val_attacks: tuple[Attack, ...] = ()
     num_test_images: Annotated[Int, Field(ge=2)] | None = None
-    attacks: Annotated[tuple[Attack, ...], Field(min_length=1)] = (
-        Attack(),
-        Attack(name="cw50x2", objective="margin", num_steps=50, restarts=2),
-    )
+    attacks: Annotated[tuple[Attack, ...], Field(min_length=1)] = STRONG
 
     @model_validator(mode="after")
     def names_differ(self) -> MeasureExperiment:

@@ -21,7 +21,6 @@ from proard.config.fields import (
     Natural,
     Positive,
     Settings,
-    parse_number,
     shown,
 )
 from proard.config.images import PrepareData
@@ -164,10 +163,12 @@ def load(config: Mapping[str, Any]) -> RunConfig:
     if baseline is not None and baseline not in supernets:
         raise ConfigError(unknown("supernet", f"experiment.baseline {baseline}", supernets, last=baseline))
     for key, attack in _measuring_attacks(run).items():
-        if run.threat.norm == "l2" and attack.num_steps * attack.step_size < run.threat.eps:
+        steps, eps = attack.step_lengths(run.threat.eps), run.threat.eps
+        if run.threat.norm == "l2" and sum(steps) < eps:
+            lengths = f"{len(steps)} steps of {' to '.join(f'{step:g}' for step in dict.fromkeys(steps))}"
             raise ConfigError(
-                f"{key}: {attack.num_steps} steps of {attack.step_size:g} cannot cross an l2 ball of radius "
-                f"{run.threat.eps:g}; raise step_size to {2.5 * run.threat.eps / attack.num_steps:.3g} or so"
+                f"{key}: {lengths} cannot cross an l2 ball of radius {eps:g}; "
+                f"raise step_size to {2.5 * eps / len(steps):.3g} or so"
             )
     return run
 
@@ -211,8 +212,8 @@ def explain(model: type[BaseModel], values: Any, error: Mapping[str, Any], where
     if error["type"] == "value_error":
         return f"{key}: {message}" if path else message
     if error["type"] == "pixel_units":
-        name, value = path[-1], float(parse_number(error["input"]))
-        return f"{key} is {error['input']}; {name} is in pixel units of [0, 1], write {value:g}/255"
+        value = error["ctx"]["text"]
+        return f"{key} is {error['input']}; {path[-1]} is in pixel units of [0, 1], write {value}/255"
     if error["type"] == "union_tag_not_found":
         return f"{key} needs a name: write {path[-1]}: NAME, or {path[-1]}: {{name: NAME, OPTION: VALUE}}"
     if error["type"] == "union_tag_invalid":

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from proard.config.attacks import Attack, Dtype, TrainingAttack
+from proard.config.attacks import LABEL, STRONG, Attack, Dtype, TrainingAttack
 from proard.config.budgets import Budgets
 from proard.config.fields import (
     Count,
@@ -71,6 +71,10 @@ class Validation(Settings):
     num_steps: Count = 10
     step_size: PixelLength = 2 / 255
     overfitting: Literal["warn", "stop", "off"] | None = None
+
+    def step_lengths(self, eps: float) -> list[float]:
+        """The length of each step, in pixel units; equal at every radius."""
+        return [self.step_size] * self.num_steps
 
     def watch(self, attack: TrainingAttack) -> Literal["warn", "stop", "off"]:
         """Action of the monitor of catastrophic overfitting in a training with this attack."""
@@ -286,7 +290,7 @@ class EvaluateArchs(Settings):
 
     archs_per_shard: Count = 50
     num_images: Annotated[Int, Field(ge=2)] = 1000
-    attack: Attack = Attack()
+    attack: Attack = LABEL
 
 
 class FitPredictor(Settings):
@@ -326,15 +330,14 @@ class SearchFront(Settings):
 
 
 class VerifyFront(Settings):
-    """Measurement of `num_archs` archs of each search on val and test, under each of `attacks` and their worst case."""
+    """Measurement of `num_archs` archs of each search on val and test, under each of `attacks` and their worst case.
+
+    The report compares predictions with the accuracy under the attack of `evaluate_archs`, which should be one of them.
+    """
 
     num_archs: Count = 8
     num_val_images: Count | None = None
-    attacks: Annotated[tuple[Attack, ...], Field(min_length=1)] = (
-        Attack(),
-        Attack(name="pgd50x2", num_steps=50, restarts=2),
-        Attack(name="cw50x2", objective="margin", num_steps=50, restarts=2),
-    )
+    attacks: Annotated[tuple[Attack, ...], Field(min_length=1)] = STRONG
 
     distinct: ClassVar[Any] = names_differ("attacks", "worst")
 
@@ -345,7 +348,7 @@ class SelectStudent(Settings):
     budgets: Budgets = ()
     candidates: Count = 5
     num_images: Count | None = None
-    attack: Attack = Attack()
+    attack: Attack = LABEL
 
 
 class ExportStudent(Settings):

@@ -50,28 +50,37 @@ def measure(
     images: ImageSet,
     attacks: Sequence[Attack],
     conditions: Conditions,
+    *,
+    known: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Measured:
-    """Run attacks on a folded network.
+    """Run attacks on a folded network, in their order.
+
+    `known` holds results of some of the attacks by name. These attacks are not run again.
 
     Returns
     -------
     dict of attack name to dict
-        `clean` and `robust`: bool arrays of shape (n,); `gradients` and `forwards`: how many of one image the
-        attack computed; `dtype`: type of these gradients; `seconds`: time, including the clean pass.
+        Of the attacks that were run. `clean` and `robust`: bool arrays of shape (n,); `gradients` and `forwards`: how
+        many of one image the attack computed; `dtype`: type of these gradients; `seconds`: time, including the clean
+        pass. A targeted attack continues with the images that are robust under all attacks before it.
     """
-    pixels, results = to_float(images.images), {}
+    pixels, results, known = to_float(images.images), {}, known or {}
     threat, measurement = conditions.threat, conditions.measurement
     attacks = [_as_computed(attack, pixels.device) for attack in attacks]
     started = time.monotonic()
     correct = clean_correct(net, pixels, images.labels, batch_size=measurement.batch_size)
     clean_seconds = time.monotonic() - started
+    left = correct
     for attack in attacks:
+        if attack.name in known:
+            left = left & torch.from_numpy(known[attack.name]["robust"]).to(left.device)
+            continue
         started = time.monotonic()
         outcome: Outcome = attack_images(
             net,
             pixels,
             images.labels,
-            correct,
+            left if attack.objective == "targeted" else correct,
             attack=attack,
             eps=threat.eps,
             norm=threat.norm,
@@ -79,6 +88,7 @@ def measure(
             seed=conditions.seed,
             batch_size=measurement.batch_size,
         )
+        left = left & outcome.robust.to(left.device)
         results[attack.name] = {
             "clean": correct.cpu().numpy(),
             "robust": outcome.robust.numpy(),
@@ -131,7 +141,14 @@ def rows_of(
     }
     rows = []
     for attack in attacks:
-        steps = {"step_size": attack.step_size, "num_steps": attack.num_steps, "restarts": attack.restarts}
+        lengths = attack.step_lengths(conditions.threat.eps)
+        steps = {
+            "step_size": lengths[0],
+            "last_step_size": lengths[-1],
+            "num_steps": attack.num_steps,
+            "targets": attack.num_targets,
+            "restarts": attack.restarts,
+        }
         rows.append({**common, "attack": attack.name, **steps, **_accuracies(measured[attack.name])})
     if worst:
         entries = [measured[attack.name] for attack in attacks]
@@ -209,14 +226,13 @@ class SubnetMeter:
     def measure(self, arch: Arch, images: ImageSet, attacks: Iterable[Attack]) -> Measured:
         """Measure one subnet; attacks whose results are in the cache are not run again."""
         attacks = [_as_computed(attack, self.supernet.mean.device) for attack in attacks]
-        paths = {attack.name: self._path(arch, images, attack) for attack in attacks}
+        paths = {attack.name: self._path(arch, images, attacks[: place + 1]) for place, attack in enumerate(attacks)}
         found = {name: entry for name, path in paths.items() if (entry := read_entry(path)) is not None}
-        missing = [attack for attack in attacks if attack.name not in found]
         macs = self.supernet.space.spec(arch).macs
         self.tally.cached += work_of(found.values(), macs)
         self.tally.cached_seconds += sum(entry["seconds"] for entry in found.values())
-        if missing:
-            fresh = measure(self.student(arch), images, missing, self.conditions)
+        if len(found) < len(attacks):
+            fresh = measure(self.student(arch), images, attacks, self.conditions, known=found)
             for name, entry in fresh.items():
                 write_entry(paths[name], entry)
             self.tally.spent += work_of(fresh.values(), macs)
@@ -243,10 +259,11 @@ class SubnetMeter:
             worst=worst,
         )
 
-    def _path(self, arch: Arch, images: ImageSet, attack: Attack) -> Path | None:
-        """Cache path of this measurement: a hash of everything it depends on."""
+    def _path(self, arch: Arch, images: ImageSet, attacks: Sequence[Attack]) -> Path | None:
+        """Cache path of the last attack's measurement: a hash of everything it depends on."""
         if self.cache is None:
             return None
+        *earlier, attack = attacks
         key = {
             "arch": arch.to_json(),
             "supernet": self.checksum,
@@ -258,6 +275,8 @@ class SubnetMeter:
             "attack": attack.model_dump(exclude={"name"}),
             "seed": self.conditions.seed,
         }
+        if attack.objective == "targeted":
+            key["after"] = [other.model_dump(exclude={"name"}) for other in earlier]
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         return self.cache / name[:2] / f"{name[2:34]}.json"
 

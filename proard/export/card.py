@@ -282,7 +282,10 @@ def _row(row: pd.Series, objectives: Mapping[str, str]) -> str:
     what = "worst case per image over the attacks of this split"
     if row["attack"] != "worst":
         restarts = f"{row['restarts']:.0f} restart" + ("s" if row["restarts"] > 1 else "")
-        what = f"{row['num_steps']:.0f} steps of {_eps(row['step_size'])}, {restarts}"
+        lengths = dict.fromkeys(_eps(row[name]) for name in ("step_size", "last_step_size") if pd.notna(row.get(name)))
+        what = f"{row['num_steps']:.0f} steps of {' to '.join(lengths)}, {restarts}"
+        if pd.notna(row.get("targets")):
+            what += f", {row['targets']:.0f} targets in turn, on the images that earlier attacks left"
         what = ", ".join(part for part in (objectives.get(row["attack"]), what) if part)
     cells = [row["split"], row["role"], row["attack"], what, f"{row['num_images']:,}"]
     return "| " + " | ".join([*cells, percent_interval(row, "clean_acc"), percent_interval(row, "robust_acc")]) + " |"

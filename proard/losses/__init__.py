@@ -18,7 +18,7 @@ from proard.losses.distillation import (
     trust,
 )
 from proard.losses.divergence import alpha_divergence, kl_to_teacher, mix_logits, softened_kl
-from proard.losses.inner import CrossEntropy, InnerObjective, KLBetweenNets, KLToTarget, Margin
+from proard.losses.inner import CrossEntropy, InnerObjective, KLBetweenNets, KLToTarget, Margin, TargetedMargin
 from proard.losses.mtard import balanced_share, mtard_loss
 from proard.losses.objectives import (
     INNER_OBJECTIVES,
@@ -45,6 +45,7 @@ __all__ = [
     "Margin",
     "Memory",
     "Objective",
+    "TargetedMargin",
     "absld_loss",
     "adaad_loss",
     "alpha_divergence",

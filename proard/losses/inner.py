@@ -82,6 +82,27 @@ class Margin:
         return gradient.scatter_(1, self.labels[:, None], -1.0)
 
 
+class TargetedMargin:
+    """Logit of one wrong class minus the true one: where positive, the image is misclassified.
+
+    Parameters
+    ----------
+    labels, targets : Tensor of shape (batch,)
+        True class and wrong class of every image.
+    """
+
+    def __init__(self, labels: Tensor, targets: Tensor) -> None:
+        self.labels, self.targets = labels[:, None], targets[:, None]
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Margin in logit units, of shape (batch,)."""
+        return (logits.gather(1, self.targets) - logits.gather(1, self.labels))[:, 0]
+
+    def logit_gradient(self, logits: Tensor) -> Tensor:
+        """+1 at the target, -1 at the true class."""
+        return torch.zeros_like(logits).scatter_(1, self.targets, 1.0).scatter_(1, self.labels, -1.0)
+
+
 class KLBetweenNets:
     """KL(softmax(teacher) || softmax(student)) with a teacher that moves with the image.
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from proard.config import FitPredictor, UserError
 from proard.predictor.model import TARGETS, Predictor, fit_pipeline, predict_features
-from proard.predictor.quality import bootstrap_interval, kendall_tau, r2, rmse, spearman, top_k_regret
+from proard.predictor.quality import bootstrap_interval, kendall_tau, noise_ceiling, r2, rmse, spearman, top_k_regret
 from proard.space import SearchSpace
 
 ROBUST = TARGETS.index("robust_acc")
@@ -173,9 +173,9 @@ def _ceilings(halves: np.ndarray, held_out: np.ndarray, draws: int, seed: int) -
         row = {}
         for name, rows in {"noise_ceiling": held_out, "noise_ceiling_all": np.arange(len(halves))}.items():
             first, second = halves[rows, column, 0], halves[rows, column, 1]
-            row[name] = kendall_tau(first, second)
+            row[name] = noise_ceiling(first, second)
             row[f"{name}_low"], row[f"{name}_high"] = bootstrap_interval(
-                kendall_tau, first, second, draws=draws, seed=seed
+                noise_ceiling, first, second, draws=draws, seed=seed
             )
         ceilings.append(row)
     return ceilings

@@ -73,9 +73,12 @@ def attack_words(row: Mapping[str, Any], objective: str | None = None) -> str:
         return "worst case per image over all attacks"
     parts = [f"PGD on {OBJECTIVE_WORDS.get(objective or '', objective)}" if objective else "PGD"]
     if not pd.isna(row.get("num_steps")):
-        step = row.get("step_size")
+        step, last = row.get("step_size"), row.get("last_step_size")
         length = "" if step is None or pd.isna(step) else f" of {pixels(step)}"
+        length += "" if last is None or pd.isna(last) or last == step else f" to {pixels(last)}"
         parts.append(f"{int(row['num_steps'])} steps{length}")
+    if not pd.isna(row.get("targets")):
+        parts.append(f"{plural(int(row['targets']), 'target')} in turn, on the images that earlier attacks left")
     if not pd.isna(row.get("restarts")):
         parts.append(plural(int(row["restarts"]), "restart"))
     return ", ".join(parts)

@@ -18,7 +18,8 @@ class Scale:
     best, worst : tuple of float
         Smallest and largest value of each objective.
     reference : float
-        Value of every objective at the reference point, after normalisation; above 1, so that a front's ends count.
+        Every objective of the reference point, after normalisation: 1.1 is 10 % of the span beyond the largest value,
+        so that the ends of a front count.
     """
 
     best: tuple[float, ...]
@@ -42,7 +43,12 @@ def non_dominated(objectives: np.ndarray) -> np.ndarray:
 
 
 def hypervolume(objectives: np.ndarray, scale: Scale) -> float:
-    """Volume that rows of shape (n, objectives) dominate, as a share of the box from best to the reference point."""
+    """Volume that rows of shape (n, objectives) dominate, as a share of a box.
+
+    The box reaches, in every objective, from the scale's smallest value to the reference point, which lies 10 % of the
+    span beyond its largest value. The share thus depends on the rows that span the scale; only shares of one scale
+    compare.
+    """
     if not len(objectives):
         return 0.0
     volume = HV(ref_point=np.full(objectives.shape[1], scale.reference))(scale.normalise(objectives))

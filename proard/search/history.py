@@ -18,7 +18,10 @@ HISTORY: dict[str, tuple[pa.DataType, str]] = {
     "generation": (INT, "number of generations; for random search, a cut at as many evaluations"),
     "evaluations": (INT, "different archs evaluated so far"),
     "front_size": (INT, "non-dominated archs among them"),
-    "hypervolume": (FLOAT, "of all evaluated so far, share of the box between best and reference point"),
+    "hypervolume": (
+        FLOAT,
+        "of all evaluated so far, share of the box from the best values to 10 % of their range beyond the worst",
+    ),
     "exhaustive_hypervolume": (FLOAT, "of the whole space within max_cost, same scale; empty where it is too large"),
     "relative_hypervolume": (FLOAT, "hypervolume / exhaustive_hypervolume; empty where the space is too large"),
     "cost": (TEXT, "cost column that was minimised"),

@@ -124,7 +124,7 @@ def outcome_rows(job: Job, measured: Measuring, *, role: str, **identity: Any) -
     for images, attacks, radii in splits(job):
         for eps in radii:
             threat = job.config.threat.model_copy(update={"eps": eps})
-            here = [at_radius(attack, eps / job.config.threat.eps) for attack in attacks]
+            here = [attack.scaled(eps / job.config.threat.eps) for attack in attacks]
             entries = measured(images, here, threat)
             described = {"conditions": conditions_of(job, threat), **identity}
             worst = images.split == "test" or len(here) > 1
@@ -203,11 +203,6 @@ def spread(archs: pd.DataFrame, number: int) -> list[str]:
     ordered = archs.sort_values(["macs", "arch"], ignore_index=True)
     ranks = np.unique(np.linspace(0, len(ordered) - 1, min(number, len(ordered))).round().astype(int))
     return ordered["arch"].iloc[ranks].tolist()
-
-
-def at_radius(attack: Attack, factor: float) -> Attack:
-    """An attack for a ball of another radius: its step in proportion."""
-    return attack.model_copy(update={"step_size": attack.step_size * factor})
 
 
 def words(row: dict[str, Any]) -> str:
