@@ -22,6 +22,7 @@ from proard import __version__, artifacts
 from proard.config import UserError
 from proard.doctor.command import add_doctor, doctor
 from proard.host import take_any_character
+from proard.latency.command import add_latency, latency
 
 SHORT_LISTS, SHORT_TEXT, FEW_INPUTS = 6, 28, 8
 PIPE_WIDTH = 2000  # characters of a line where no terminal sets a limit
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             fronts(arguments.first, arguments.second, console)
         elif arguments.command == "doctor":
             doctor(arguments, console)
+        elif arguments.command == "latency":
+            latency(arguments, console)
         else:
             students(arguments.run_folder, console)
     except UserError as error:
@@ -73,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         "first", metavar="results/RUN", help="a run, or result tables: a .parquet file or a quoted pattern"
     )
     both.add_argument("second", metavar="results/OTHER", help="the same of the other run")
+    add_latency(commands)
     add_doctor(commands)
     return parser
 

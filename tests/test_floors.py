@@ -27,6 +27,7 @@ FLOORS = {
     "search": 3,
     "doctor": 4,
     "export": 4,
+    "latency": 4,
     "report": 4,
     "cli": 5,
     "stages": 5,
@@ -39,7 +40,8 @@ ONLY = {  # rooms that know less than their floor allows
     "nets": {"config", "artifacts", "space", "progress", "kernels"},
     "predictor": {"config", "artifacts", "space", "progress"},
     "search": {"config", "artifacts", "space", "progress"},
-    "cli": {"config", "host", "artifacts", "report", "doctor"},
+    "cli": {"config", "host", "artifacts", "report", "doctor", "latency"},
+    "latency": {"config", "artifacts", "space"},
     "doctor": {"config", "space", "kernels", "nets", "attacks", "losses"},
 }
 WITHOUT_TORCH = ("config", "host", "progress", "space", "search", "cli")

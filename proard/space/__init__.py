@@ -3,6 +3,8 @@
 from proard.config.budgets import Budget, parse_budget
 from proard.space.arch import DIMS, Arch
 from proard.space.fixed import FixedArch, FixedSpace, read_space, space_of
+from proard.space.latency import LatencyTable, read_device
+from proard.space.parts import Part
 from proard.space.protocols import NetArch, NetSpace
 from proard.space.search_space import SearchSpace
 from proard.space.spec import Activation, BlockSpec, ConvSpec, FixedSpec, GateSpec, NetSpec, PoolSpec, Step
@@ -19,9 +21,11 @@ __all__ = [
     "FixedSpace",
     "FixedSpec",
     "GateSpec",
+    "LatencyTable",
     "NetArch",
     "NetSpace",
     "NetSpec",
+    "Part",
     "PoolSpec",
     "SearchSpace",
     "Step",
@@ -29,6 +33,7 @@ __all__ = [
     "Work",
     "one_pass",
     "parse_budget",
+    "read_device",
     "read_space",
     "space_of",
 ]
