@@ -5,6 +5,7 @@ from proard.artifacts.experiments import GAINS, GAPS, OUTCOMES, TRAINED
 from proard.artifacts.files import ArtifactError, atomic_path, sha256, write_json, write_text
 from proard.artifacts.tables import (
     COSTS,
+    FOOTPRINT,
     FRONT,
     HISTORY,
     MEASURED,
@@ -21,6 +22,7 @@ from proard.artifacts.tensors import load_tensors, read_header, save_tensors, te
 
 __all__ = [
     "COSTS",
+    "FOOTPRINT",
     "FRONT",
     "GAINS",
     "GAPS",

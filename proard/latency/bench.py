@@ -104,10 +104,10 @@ def measure(
                 times[file][number] += visit(files[file], threads=threads, seconds=seconds)
             if len(files) > 1:
                 print(f"pass {number + 1} of {PASSES}, round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
-    found = {
-        file: {**summary(sum(passes, [])), "passes": [summary(each) for each in passes]}
-        for file, passes in times.items()
-    }
+    found: dict[str, dict[str, Any]] = {}
+    for file, of_passes in times.items():
+        parts = [summary(each) for each in of_passes]
+        found[file] = {**summary([one for each in of_passes for one in each]), "passes": parts}
     pairs = [[each["median_ms"] for each in entry["passes"]] for entry in found.values()]
     spread = [2 * abs(first - second) / (first + second) for first, second in pairs]
     return {
@@ -153,13 +153,13 @@ def summary(times: list[float]) -> dict[str, float]:
 
 def describe(name: str | None) -> dict[str, Any]:
     """What the device is."""
-    fields = {}
+    fields: dict[str, str] = {}
     for line in read("/proc/cpuinfo").splitlines():
         key, _, value = line.partition(":")
         fields.setdefault(key.strip().lower(), value.strip())
     board = read("/proc/device-tree/model").strip("\0\n ")
-    processor = board or fields.get("model name") or platform.processor() or platform.machine()
-    flags = set(fields.get("flags", fields.get("features", "")).split())
+    processor = board or fields.get("model name", "") or platform.processor() or platform.machine()
+    flags = set((fields.get("flags") or fields.get("features") or "").split())
     return {
         "name": name or processor,
         "processor": processor,
@@ -173,7 +173,7 @@ def describe(name: str | None) -> dict[str, Any]:
 
 
 def state() -> dict[str, Any]:
-    """What changes while the device works: frequency governor, temperatures in degrees Celsius, load; None if unknown."""
+    """What changes while the device works: frequency governor, highest temperature in Celsius, load; or None."""
     heat = [read(path).strip() for path in sorted(glob.glob("/sys/class/thermal/thermal_zone*/temp"))]
     celsius = [int(text) / 1000 for text in heat if text.lstrip("-").isdigit()]
     governors = {read(path).strip() for path in glob.glob("/sys/devices/system/cpu/cpu*/cpufreq/scaling_governor")}

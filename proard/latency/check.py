@@ -114,8 +114,8 @@ def section(record: dict[str, Any]) -> str:
     return (
         f"{HEADING}\n\n| | |\n|---|---|\n"
         f"| Promised for {record['device']} | {record['promised_ms']:.4g} ms |\n"
-        f"| Measured on {record['processor']}{other} | {record['measured_ms']:.4g} ms, from {record['p10_ms']:.4g} (p10) to "
-        f"{record['p90_ms']:.4g} (p90), {record['runs']:,} calls |\n"
+        f"| Measured on {record['processor']}{other} | {record['measured_ms']:.4g} ms, "
+        f"from {record['p10_ms']:.4g} (p10) to {record['p90_ms']:.4g} (p90), {record['runs']:,} calls |\n"
         f"| Promise less measurement | {record['error']:+.1%}; two passes differ by {record['noise']:.1%} |\n"
         f"{budget}"
         f"| Runtime, threads | {record['runtime']}, {record['threads']} |\n"

@@ -84,8 +84,9 @@ def _print_fit(path: str, content: dict[str, Any], console: Console) -> None:
 def _print_check(record: dict[str, Any], console: Console) -> None:
     """Promise and measurement."""
     console.print(
-        f"promised {record['promised_ms']:.4g} ms for {escape(record['device'])}, measured {record['measured_ms']:.4g} ms "
-        f"({record['p10_ms']:.4g} to {record['p90_ms']:.4g}): {record['error']:+.1%}; noise {record['noise']:.1%}"
+        f"promised {record['promised_ms']:.4g} ms for {escape(record['device'])}, "
+        f"measured {record['measured_ms']:.4g} ms ({record['p10_ms']:.4g} to {record['p90_ms']:.4g}): "
+        f"{record['error']:+.1%}; noise {record['noise']:.1%}"
     )
     if record["met"] is not None:
         console.print(f"budget {record['budget_ms']:.4g} ms: {'met' if record['met'] else 'NOT met'}")

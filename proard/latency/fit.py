@@ -55,7 +55,7 @@ class Quality:
         errors = np.abs(predicted - measured) / measured
         shares = [float((errors <= bound).mean()) for bound in (0.05, 0.1)]
         tau = float(kendalltau(predicted, measured).statistic)
-        return cls(float(errors.mean()), float(np.percentile(errors, 90)), *shares, tau)
+        return cls(float(errors.mean()), float(np.percentile(errors, 90)), shares[0], shares[1], tau)
 
 
 def fit(folder: str | Path, *, out: str | Path = "latency", name: str | None = None) -> tuple[Path, dict[str, Any]]:
@@ -159,7 +159,7 @@ def read_bench(path: Path) -> dict[str, Any]:
 def block_sums(
     manifest: Mapping[str, Any], genotypes: list[list[int]], *, device: str, parts: Mapping[str, float]
 ) -> dict[str, Array]:
-    """Per subnet the sum of its blocks' times in ms (`table`) and its millions of MACs (`macs`), as the search adds them."""
+    """Per subnet the sum of its blocks' times in ms (`table`) and its millions of MACs, by the search's code."""
     plain = LatencyTable(device, "table", 0.0, 1.0, 0.0, parts, {})
     costs = SearchSpace(Space.model_validate(manifest["space"]), plain).costs(np.asarray(genotypes))
     return {"table": costs["latency"], "macs": costs["macs"] / MEGA}

@@ -1,6 +1,6 @@
 """Search spaces: archs, genotypes, features and exact costs. NumPy only."""
 
-from proard.config.budgets import Budget, parse_budget
+from proard.config.budgets import Budget, human_cost, parse_budget
 from proard.space.arch import DIMS, Arch
 from proard.space.fixed import FixedArch, FixedSpace, read_space, space_of
 from proard.space.latency import LatencyTable, read_device
@@ -31,6 +31,7 @@ __all__ = [
     "Step",
     "Tally",
     "Work",
+    "human_cost",
     "one_pass",
     "parse_budget",
     "read_device",

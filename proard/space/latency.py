@@ -73,9 +73,9 @@ def read_device(path: str | Path | None) -> LatencyTable | None:
         model = content["model"]
         if content["format"] != FORMAT:
             raise ValueError(content["format"])
-        numbers = [float(model[name]) for name in ("base_ms", "factor", "ms_per_mac")]
+        base, factor, slope = (float(model[name]) for name in ("base_ms", "factor", "ms_per_mac"))
         parts = {str(key): float(value) for key, value in content["parts_ms"].items()}
-        return LatencyTable(str(content["device"]), str(model["uses"]), *numbers, parts, content)
+        return LatencyTable(str(content["device"]), str(model["uses"]), base, factor, slope, parts, content)
     except OSError as error:
         raise UserError(f"device {path} cannot be read ({error.strerror}); proard latency fit writes it") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -16,6 +16,8 @@ from typing import Any
 from proard.space.spec import Activation, BlockSpec, ConvSpec, GateSpec, NetSpec, PoolSpec, Step
 
 BYTES = 4  # of a number, float32
+Map = tuple[str, tuple[int, ...]]  # name and shape of one image's map
+
 IN_PLACE = ("Relu", "Clip", "HardSwish", "HardSigmoid", "Mul", "Add")
 ACTIVATIONS: dict[Activation, tuple[str, dict[str, Any]]] = {
     "relu": ("Relu", {}),
@@ -168,7 +170,7 @@ class _Graph:
 
     def __init__(self, part: Part) -> None:
         self.nodes: list[Node] = []
-        maps = ("images", (part.channels, part.size, part.size))
+        maps: Map = ("images", (part.channels, part.size, part.size))
         if part.of_images:
             maps = self.add("Add", [self.add("Mul", [maps], maps[1])], maps[1])
         for block in part.blocks:
@@ -189,17 +191,17 @@ class _Graph:
     def add(
         self,
         kind: str,
-        reads: Sequence[tuple[str, tuple[int, ...]]],
+        reads: Sequence[Map],
         shape: tuple[int, ...],
         layer: ConvSpec | None = None,
         **attributes: Any,
-    ) -> tuple[str, tuple[int, ...]]:
+    ) -> Map:
         """Append an operator; its output's name and shape."""
         name = f"map{len(self.nodes)}"
         self.nodes.append(Node(kind, tuple(entry[0] for entry in reads), name, shape, attributes, layer))
         return name, shape
 
-    def steps(self, steps: Sequence[Step], maps: tuple[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...]]:
+    def steps(self, steps: Sequence[Step], maps: Map) -> Map:
         """Some steps in sequence."""
         for step in steps:
             if isinstance(step, ConvSpec):
@@ -212,14 +214,14 @@ class _Graph:
                 maps = self.pool(step, maps)
         return maps
 
-    def activation(self, name: Activation, maps: tuple[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...]]:
+    def activation(self, name: Activation, maps: Map) -> Map:
         """An activation, or nothing."""
         if name == "none":
             return maps
         kind, attributes = ACTIVATIONS[name]
         return self.add(kind, [maps], maps[1], **attributes)
 
-    def pool(self, step: PoolSpec, maps: tuple[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...]]:
+    def pool(self, step: PoolSpec, maps: Map) -> Map:
         """A pooling."""
         shape = (maps[1][0], step.out_size, step.out_size)
         if step.kind == "max":

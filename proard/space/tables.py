@@ -15,6 +15,9 @@ from proard.space.parts import Part
 if TYPE_CHECKING:
     from proard.space.search_space import SearchSpace
 
+# The cheapest beginning of a network that ends in one width: cost, genes of depth, of width, of every block.
+Reached = tuple[float, tuple[int, ...], tuple[int, ...], tuple[tuple[int, ...], ...]]
+
 
 class CostTables:
     """Parts and costs of every stem, block and tail of a space, indexed by genes.
@@ -86,12 +89,13 @@ class CostTables:
         def joined(*costs: float) -> float:
             return max(costs) if column == "sram" else sum(costs)
 
-        deep, best = int(space.deep_stem), {}  # by width gene: cost, genes of depth, of width, of every block
+        deep = int(space.deep_stem)
+        best: dict[int, Reached] = {}
         stems = self.stems[..., index]
         for genes in sorted(np.ndindex(stems.shape), key=lambda genes: -stems[genes]):  # the cheapest comes last
             best[genes[-1]] = (float(stems[genes]), genes[:deep], genes[deep:], ())
         for unit, (first, others) in enumerate(self.units):
-            reached: dict[int, tuple[float, tuple[int, ...], tuple[int, ...], tuple[tuple[int, ...], ...]]] = {}
+            reached: dict[int, Reached] = {}
             counts = [space.settings.units[unit].blocks + extra for extra in space.depths[deep + unit]]
             for own, (before, (cost, depths, widths, blocks)) in product(range(len(others)), best.items()):
                 entry, later = first[before, own, ..., index], others[own, ..., index]
@@ -104,8 +108,8 @@ class CostTables:
             best = reached
         end = min(best, key=lambda own: joined(best[own][0], float(self.tails[own, index])))
         _, depths, widths, blocks = best[end]
-        genes = [*depths, *widths, *(gene for dim in zip(*blocks, strict=True) for gene in dim)]
-        return space.canonical(np.asarray([genes]))[0]
+        genotype = [*depths, *widths, *(gene for dim in zip(*blocks, strict=True) for gene in dim)]
+        return space.canonical(np.asarray([genotype]))[0]
 
     def _values(self, parts: np.ndarray) -> np.ndarray:
         """The costs of an array of parts, float64, exact below 9e15; in a new last axis."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from proard.artifacts import (
+    FOOTPRINT,
     GAINS,
     GAPS,
     OUTCOMES,
@@ -49,7 +50,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = [read_table(path, columns=OUTCOMES) for path in files.outcomes]
     outcomes = pd.concat([part.astype(object) for part in parts], ignore_index=True).infer_objects() if parts else None
     tables = [] if outcomes is None else [outcomes[list(TRAINED)]]
-    tables += [of_budget(read_table(path, columns=STUDENT)) for path in files.budgets]
+    tables += [
+        of_budget(read_table(path, columns=[name for name in STUDENT if name not in FOOTPRINT]))
+        for path in files.budgets
+    ]
     table = pd.concat(tables, ignore_index=True).infer_objects() if tables else pd.DataFrame(columns=list(TRAINED))
     if outcomes is not None:
         check_equal_effort(outcomes)

@@ -19,7 +19,7 @@ if found is not None and found.origin is None:
 try:
     import proard.config
     from proard.config.fingerprint import image_fingerprint
-    from proard.space import SearchSpace, parse_budget
+    from proard.space import SearchSpace, parse_budget, read_device
     from proard.space.cost import check_budget
     from proard.space.sampling import shard_names
     from proard.space.twins import with_twins
@@ -34,6 +34,7 @@ try:
     for file in workflow.configfiles:  # Snakemake keeps the last of two equal keys in silence
         proard.config.read_file(file)
     run = with_twins(proard.config.load(config))
+    SPACE = SearchSpace(run.space, read_device(run.device))  # with the costs that budgets limit
 except proard.config.UserError as error:
     sys.exit(f"error: config: {error}")
 
@@ -41,6 +42,7 @@ except proard.config.UserError as error:
 os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()]))
 
 PHASES = [phase.name for phase in run.train_phase.phases]
+DEVICE = [run.device] if run.device else []
 BUDGETS = list(run.select_student.budgets)
 TRAININGS = {training.name: training for training in run.experiment.trainings}
 ALONE = [name for name, training in TRAININGS.items() if training.trains != "supernet"]
@@ -62,7 +64,7 @@ NOTES = set()  # what was printed about budgets, each once
 def archive_to_choose_from(wildcards):
     """The searched archs; a budget that no subnet can meet stops here, before the first job."""
     try:
-        note = check_budget(wildcards.budget, SearchSpace(run.space))
+        note = check_budget(wildcards.budget, SPACE)
         spelling = parse_budget(wildcards.budget).text
     except proard.config.ConfigError as error:
         sys.exit(f"error: {error}")

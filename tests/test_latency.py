@@ -1,0 +1,274 @@
+"""The latency kit: the files are the exported networks, the timing program runs alone, the fit is honest."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from helpers import SMALL_SPACES, TINY, random_images, random_supernet, tiny_space
+
+from proard.artifacts import write_json
+from proard.cli import main
+from proard.config import UserError
+from proard.export import export_program
+from proard.latency.bench import main as bench
+from proard.latency.bench import measure
+from proard.latency.fit import MODELS, Quality, fit, left_out_error, solve
+from proard.latency.graphs import onnx_file
+from proard.latency.plan import halves, plan, read_plan
+from proard.nets import extract, fold
+from proard.space import LatencyTable, Part, SearchSpace, read_device
+from proard.space.tables import parts_of
+
+CONFIG = """
+run: timed
+space: resnet_digits
+"""
+
+
+def run_file(data: bytes, images: np.ndarray) -> np.ndarray:
+    """Outputs of an ONNX file in memory."""
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    return session.run(["logits"], {"images": images})[0]
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for a device."""
+    folder = tmp_path_factory.mktemp("kit")
+    (folder / "my.yaml").write_text(CONFIG)
+    plan(folder / "my.yaml", folder / "kit")
+    return folder / "kit"
+
+
+def invented_times(folder: Path, *, macs: float = 0.0, passes: tuple[float, float] = (1.0, 1.0)) -> dict:
+    """What a device would measure whose latency is exactly additive over blocks, or over MACs."""
+    manifest, checksum = read_plan(folder)
+    rng = np.random.default_rng(1)
+    parts = {entry["key"]: float(rng.uniform(1, 3)) for entry in manifest["files"].values() if entry["kind"] == "part"}
+    table = LatencyTable("invented", "table", 0.5, 1.0 - bool(macs), macs, parts, {})
+    space = SearchSpace(tiny_digits(), table)
+    times = {}
+    for file, entry in manifest["files"].items():
+        if entry["kind"] == "call":
+            times[file] = 0.25
+        elif entry["kind"] == "part":
+            times[file] = parts[entry["key"]] + 0.25
+        else:
+            times[file] = float(space.costs(np.asarray([entry["genotype"]]))["latency"][0])
+    files = {
+        file: {"median_ms": time, "passes": [{"median_ms": time * factor} for factor in passes]}
+        for file, time in times.items()
+    }
+    result = measure({"call.onnx": folder / "call.onnx"}, name="An Invented (Device)", rounds=1, seconds=0.001)
+    return {**result, "files": files, "manifest_sha256": checksum}
+
+
+def tiny_digits():
+    from proard.config import PRESETS
+
+    return PRESETS["resnet_digits"]
+
+
+@pytest.mark.parametrize("settings", SMALL_SPACES, ids=lambda entry: entry["name"])
+def test_the_file_of_a_network_is_the_exported_one(settings):
+    space = tiny_space(settings)
+    for arch in (space.smallest, space.largest):
+        net = fold(extract(random_supernet(space).eval(), arch)).float().eval()
+        state = net.state_dict()
+
+        def weights(name, shape, state=state):
+            found = state[name].numpy()
+            assert found.shape == shape
+            return found
+
+        data = onnx_file(Part.whole(space.spec(arch)), weights)
+        images = random_images(space, 3).float()
+        with torch.no_grad():
+            np.testing.assert_allclose(run_file(data, images.numpy()), net(images).numpy(), rtol=1e-4, atol=1e-4)
+        program = torch.onnx.export(export_program(net), opset_version=20, dynamo=True, verbose=False)
+        exported = [node.op_type for node in program.model_proto.graph.node]
+        assert [node.op_type for node in onnx.load_from_string(data).graph.node] == exported
+
+
+@pytest.mark.parametrize("settings", SMALL_SPACES, ids=lambda entry: entry["name"])
+def test_every_subnet_is_made_of_the_parts_that_are_timed(settings):
+    space = tiny_space(settings)
+    parts = {part.key: part for part in parts_of(space)}
+    rng = np.random.default_rng(0)
+    times = {key: float(value) for key, value in zip(parts, rng.uniform(1, 2, len(parts)), strict=True)}
+    timed = SearchSpace(space.settings, LatencyTable("a", "table", 0.5, 2.0, 0.0, times, {}))
+    for genotype in space.sample(10, rng):
+        spec = space.spec(space.arch(genotype))
+        total = 0.5
+        stem = len(spec.blocks) - sum(
+            block.convs[0].name.startswith(("unit", "final")) for block in spec.blocks if block.convs
+        )
+        channels, size = spec.image_channels, spec.image_size
+        of_units = [block for block in spec.blocks[stem:] if block.convs[0].name.startswith("unit")]
+        total += 2 * times[Part(spec.blocks[:stem], channels, size, of_images=True).key]
+        size = spec.blocks[stem - 1].out_size
+        for block in of_units:
+            total += 2 * times[Part((block,), block.convs[0].in_channels, size).key]
+            size = block.out_size
+        rest = spec.blocks[stem + len(of_units) :]
+        channels = of_units[-1].convs[-1].out_channels if of_units[-1].shortcut is None else None
+        channels = (
+            channels
+            or [conv for conv in of_units[-1].convs if conv.name.endswith(("conv2", "conv3", "project"))][
+                -1
+            ].out_channels
+        )
+        end = Part(rest, channels, size, classes=spec.classes, features=spec.features, mixer=spec.mixer)
+        total += 2 * times[end.key]
+        assert timed.costs(genotype[None])["latency"][0] == pytest.approx(total)
+
+
+def test_parts_of_equal_layers_have_one_key_whatever_their_names():
+    space = tiny_space(TINY)
+    first, second = (part for part in list(parts_of(space))[:2])
+    assert first.key != second.key
+    renamed = json.loads(json.dumps(first.key))
+    assert renamed == first.key
+    assert len({part.key for part in parts_of(space)}) < len(list(parts_of(space)))
+
+
+def test_a_plan_holds_a_file_for_every_part_and_the_subnets_in_two_halves(planned: Path):
+    manifest, _ = read_plan(planned)
+    kinds = [entry["kind"] for entry in manifest["files"].values()]
+    space = SearchSpace(tiny_digits())
+    assert kinds.count("part") == len({part.key for part in parts_of(space)})
+    subnets = [entry for entry in manifest["files"].values() if entry["kind"] == "subnet"]
+    assert len(subnets) == 40
+    assert sum(entry["fitted"] for entry in subnets) == 20
+    assert [entry["macs"] for entry in subnets] == sorted(entry["macs"] for entry in subnets)
+    assert len({entry["arch_id"] for entry in subnets}) == 40
+    for name, entry in manifest["files"].items():
+        assert (planned / name).stat().st_size, entry
+    (planned.parent / "my.yaml").write_text(CONFIG)
+    with pytest.raises(UserError, match="is not empty"):
+        plan(planned.parent / "my.yaml", planned)
+
+
+@pytest.mark.parametrize("count", [12, 13, 40])
+def test_half_of_the_subnets_are_fitted_with_both_ends(count):
+    fitted = halves(count, 0)
+    assert fitted[0]
+    assert fitted[-1]
+    assert abs(fitted.sum() - count // 2) <= 1
+
+
+def test_the_timing_program_runs_alone_with_numpy_and_onnxruntime(planned: Path, tmp_path: Path):
+    words = ["--rounds", "1", "--seconds", "0.001", "--name", "here", "--out", str(tmp_path / "bench.json")]
+    blocked = "import sys\nfor name in ('proard', 'torch', 'onnx', 'scipy', 'pandas'): sys.modules[name] = None\n"
+    start = (
+        f"{blocked}sys.argv = ['bench.py', *{words!r}]\nimport runpy\nrunpy.run_path('bench.py', run_name='__main__')"
+    )
+    subprocess.run([sys.executable, "-c", start], cwd=planned, check=True, capture_output=True)
+    found = json.loads((tmp_path / "bench.json").read_text())
+    manifest, checksum = read_plan(planned)
+    assert set(found["files"]) == set(manifest["files"])
+    assert found["manifest_sha256"] == checksum
+    assert found["device"]["name"] == "here"
+    for entry in found["files"].values():
+        assert len(entry["passes"]) == 2
+        assert 0 < entry["p10_ms"] <= entry["median_ms"] <= entry["p90_ms"]
+    assert {"governor", "temperature", "load"} <= set(found["before"])
+
+
+@pytest.mark.parametrize(("macs", "uses"), [(0.0, "table"), (1e-5, "macs")])
+def test_the_fit_finds_an_exact_law_and_uses_it(planned: Path, tmp_path: Path, macs: float, uses: str):
+    write_json(planned / "bench.json", invented_times(planned, macs=macs))
+    path, content = fit(planned, out=tmp_path)
+    assert path.name == "an-invented-device.json"
+    assert content["quality"][uses]["mean_error"] < 1e-6
+    assert content["quality"][uses]["within_5"] == 1.0
+    assert content["quality"][uses]["kendall"] == pytest.approx(1.0)
+    other = "macs" if uses == "table" else "table"
+    assert content["quality"][other]["mean_error"] > 0.01
+    assert content["model"]["uses"] in (uses, "both")
+    assert (content["num_fitted"], content["num_unseen"]) == (20, 20)
+    device = read_device(path)
+    assert device is not None
+    manifest, _ = read_plan(planned)
+    subnets = {file: entry for file, entry in manifest["files"].items() if entry["kind"] == "subnet"}
+    times = json.loads((planned / "bench.json").read_text())["files"]
+    predicted = SearchSpace(tiny_digits(), device).costs(np.asarray([entry["genotype"] for entry in subnets.values()]))
+    np.testing.assert_allclose(predicted["latency"], [times[file]["median_ms"] for file in subnets], rtol=1e-6)
+
+
+def test_unseen_subnets_choose_nothing_and_noise_is_that_of_the_passes(planned: Path, tmp_path: Path):
+    times = invented_times(planned, passes=(1.1, 1.0))
+    manifest, _ = read_plan(planned)
+    for file, entry in manifest["files"].items():
+        if entry["kind"] == "subnet" and not entry["fitted"]:
+            times["files"][file]["median_ms"] *= 3
+    write_json(planned / "bench.json", times)
+    _, content = fit(planned, out=tmp_path)
+    assert content["model"]["uses"] in ("table", "both")
+    assert content["quality"]["table"]["mean_error"] == pytest.approx(2 / 3, abs=1e-3)
+    assert content["quality"]["noise"]["mean_error"] == pytest.approx(0.1)
+
+
+def test_a_fit_of_other_files_or_without_times_is_one_error(planned: Path, tmp_path: Path):
+    (planned / "bench.json").unlink(missing_ok=True)
+    with pytest.raises(UserError, match=r"bench.json cannot be read .* run bench.py on the device"):
+        fit(planned, out=tmp_path)
+    write_json(planned / "bench.json", {**invented_times(planned), "manifest_sha256": "0"})
+    with pytest.raises(UserError, match="is of another plan"):
+        fit(planned, out=tmp_path)
+    with pytest.raises(UserError, match="proard latency plan writes it"):
+        fit(tmp_path / "none", out=tmp_path)
+    (tmp_path / "wrong.json").write_text("{}")
+    with pytest.raises(UserError, match="is no latency table"):
+        read_device(tmp_path / "wrong.json")
+
+
+def test_a_table_of_another_space_names_the_way_out(planned: Path, tmp_path: Path):
+    write_json(planned / "bench.json", invented_times(planned))
+    path, _ = fit(planned, out=tmp_path)
+    with pytest.raises(UserError, match="lacks blocks of this space"):
+        SearchSpace(tiny_space(TINY).settings, read_device(path)).costs(np.zeros((1, 1), dtype=int))
+
+
+def test_least_squares_of_relative_errors_have_no_negative_weight():
+    rng = np.random.default_rng(0)
+    features = np.column_stack([np.ones(20), rng.uniform(1, 5, 20), rng.uniform(1, 5, 20)])
+    measured = features @ np.asarray([0.3, 2.0, 0.0])
+    weights = solve(features, measured)
+    np.testing.assert_allclose(weights, [0.3, 2.0, 0.0], atol=1e-8)
+    assert left_out_error(features, measured) < 1e-8
+    assert left_out_error(features[:, :1], measured) > 0.1
+    assert set(MODELS) == {"table", "macs", "both"}
+
+
+def test_quality_counts_shares_and_order():
+    found = Quality.of(np.asarray([1.0, 2.12, 3.3, 4.0]), np.asarray([1.0, 2.0, 3.0, 5.0]))
+    assert found.within_5 == 0.25
+    assert found.within_10 == 0.75 - 0.25 * (0.3 / 3.0 > 0.1)
+    assert found.kendall == 1.0
+    assert found.mean_error == pytest.approx((0 + 0.06 + 0.1 + 0.2) / 4)
+
+
+def test_the_command_plans_fits_and_says_which_model_it_uses(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "my.yaml").write_text(CONFIG)
+    main(["latency", "plan", str(tmp_path / "my.yaml"), "--out", str(tmp_path / "kit")])
+    assert "50 blocks and 40 subnets of space resnet_digits" in capsys.readouterr().out
+    bench_file = tmp_path / "kit" / "subnets" / "00.onnx"
+    bench([str(bench_file), "--rounds", "1", "--seconds", "0.001"])
+    assert json.loads(bench_file.with_suffix(".bench.json").read_text())["files"]["00.onnx"]["runs"] >= 6
+    write_json(tmp_path / "kit" / "bench.json", invented_times(tmp_path / "kit"))
+    capsys.readouterr()
+    main(["latency", "fit", str(tmp_path / "kit"), "--out", str(tmp_path / "latency"), "--name", "board"])
+    text = capsys.readouterr().out
+    assert "20 subnets fitted; on 20 others" in text
+    assert "<- used" in text
+    assert "MACs alone" in text
+    assert f"device: {tmp_path / 'latency' / 'board.json'}" in text
