@@ -68,6 +68,8 @@ def onnx_file(part: Part, weights: Weights, *, opset: int = OPSET) -> bytes:
         elif node.kind == "ReduceMean":
             reads.append(constant(f"axes{index}", [2, 3], np.int64))
             attributes = {"keepdims": int(attributes["keepdims"])}
+        elif node.kind == "Unsqueeze":
+            reads.append(constant(f"axes{index}", [2, 3], np.int64))
         elif node.kind == "Clip":
             reads += [constant(f"low{index}", 0.0, np.float32), constant(f"high{index}", 6.0, np.float32)]
         elif part.of_images and index < 2:

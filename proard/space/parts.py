@@ -18,7 +18,7 @@ from proard.space.spec import Activation, BlockSpec, ConvSpec, GateSpec, NetSpec
 BYTES = 4  # of a number, float32
 Map = tuple[str, tuple[int, ...]]  # name and shape of one image's map
 
-IN_PLACE = ("Relu", "Clip", "HardSwish", "HardSigmoid", "Mul", "Add")
+IN_PLACE = ("Relu", "Clip", "HardSwish", "HardSigmoid", "Mul", "Add", "Unsqueeze", "Flatten")
 ACTIVATIONS: dict[Activation, tuple[str, dict[str, Any]]] = {
     "relu": ("Relu", {}),
     "relu6": ("Clip", {}),
@@ -179,11 +179,9 @@ class _Graph:
                 out = self.add("Add", [out, self.steps(block.shortcut, maps)], out[1])
             maps = self.activation(block.activation, out)
         if part.classes:
-            channels = maps[1][0]
-            maps = self.add(
-                "ReduceMean", [maps], (channels, 1, 1) if part.mixer else (channels,), keepdims=part.mixer != ()
-            )
+            maps = self.add("ReduceMean", [maps], maps[1][:1], keepdims=False)
             if part.mixer:
+                maps = self.add("Unsqueeze", [maps], (*maps[1], 1, 1))
                 maps = self.steps(part.mixer, maps)
                 maps = self.add("Flatten", [maps], maps[1][:1])
             self.add("Gemm", [maps], (part.classes,))
