@@ -11,24 +11,29 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
+import pandas as pd
 import pytest
 import torch
 from helpers import SMALL_SPACES, TINY, random_images, random_supernet, tiny_space
 
-from proard.artifacts import write_json
+from proard.artifacts import Provenance, sha256, write_json
 from proard.cli import main
-from proard.config import PRESETS, UserError
-from proard.export import export_program
+from proard.config import PRESETS, Threat, UserError
+from proard.export import StudentFacts, export_program, save_student
+from proard.latency.bench import describe, measure
 from proard.latency.bench import main as bench
-from proard.latency.bench import measure
+from proard.latency.check import check
 from proard.latency.fit import MODELS, Quality, fit, left_out_error, solve
 from proard.latency.graphs import onnx_file, random_weights
 from proard.latency.plan import halves, plan, read_plan
 from proard.nets import extract, fold
-from proard.space import LatencyTable, Part, SearchSpace, read_device
+from proard.space import LatencyTable, Part, SearchSpace, parse_budget, read_device
+from proard.space.cost import check_budget
+from proard.space.latency import FORMAT
 from proard.space.parts import Node, peak
-from proard.space.sampling import enumerate_genotypes
+from proard.space.sampling import enumerate_genotypes, identity_columns
 from proard.space.tables import parts_of
+from proard.stages.select_student import under_budget, with_costs
 
 CONFIG = """
 run: timed
@@ -252,6 +257,99 @@ def test_the_command_plans_fits_and_says_which_model_it_uses(tmp_path: Path, cap
     assert "<- used" in text
     assert "MACs alone" in text
     assert f"device: {tmp_path / 'latency' / 'board.json'}" in text
+
+
+def archive_of(space: SearchSpace, count: int) -> pd.DataFrame:
+    """An archive that an earlier version wrote: without the columns of the other costs."""
+    genotypes = np.concatenate([space.sample(count, np.random.default_rng(0)), [space.genotype(space.smallest)]])
+    columns = identity_columns(space, genotypes)
+    order = np.random.default_rng(1).permutation(len(genotypes)) / len(genotypes)
+    return pd.DataFrame({**columns, "predicted_clean_acc": order, "predicted_robust_acc": order})
+
+
+def test_a_student_is_within_every_limit_and_the_best_of_these():
+    space = tiny_space(TINY)
+    times = {part.key: 1e-3 * part.macs**0.5 for part in parts_of(space)}
+    timed = SearchSpace(space.settings, LatencyTable("a", "table", 0.0, 1.0, 0.0, times, {}))
+    archive = with_costs(archive_of(timed, 60), timed)
+    limits = {name: float(archive[name].median()) for name in ("latency", "sram")}
+    text = f"latency={limits['latency']:.6f}ms,sram={limits['sram']:.0f}"
+    chosen = under_budget(archive, parse_budget(text), 3)
+    within = (archive["latency"] <= float(f"{limits['latency']:.6f}")) & (archive["sram"] <= int(limits["sram"]))
+    expected = archive[within].drop_duplicates("arch").sort_values("predicted_robust_acc", ascending=False)
+    assert chosen["arch"].tolist() == expected["arch"].tolist()[:3]
+    assert not within.all()
+    assert check_budget(text, timed) == ""
+
+
+def test_limits_that_no_subnet_keeps_together_name_the_smallest_cost_beside_the_others():
+    space = tiny_space(TINY)
+    archive = with_costs(archive_of(space, 20), space)
+    archive = archive[archive["macs"].isin([archive["macs"].min(), archive["macs"].max()])].drop_duplicates("macs")
+    few, many = sorted(archive["macs"])
+    archive.loc[archive["macs"] == few, "sram"], archive.loc[archive["macs"] == many, "sram"] = 9000, 10
+    with pytest.raises(UserError, match=rf"beside the other limits is sram=9000 .* or macs={many} "):
+        under_budget(archive, parse_budget(f"macs={few},sram=10"), 1)
+
+
+@pytest.fixture
+def student(tmp_path: Path) -> Path:
+    """An exported student that was selected with the device `board.json`."""
+    space = SearchSpace(PRESETS["resnet_digits"])
+    arch = space.largest
+    net = fold(extract(random_supernet(space).eval(), arch)).float().eval()
+    table = {"format": FORMAT, "device": "board", "parts_ms": {}, "threads": 1, "runtime": "another"}
+    table |= {
+        "model": {"uses": "macs", "base_ms": 1.0, "factor": 0.0, "ms_per_mac": 1e-6},
+        "machine": describe("board"),
+    }
+    write_json(tmp_path / "board.json", table)
+    facts = StudentFacts(
+        name="tiny",
+        budget="latency=1us",
+        space=space,
+        arch=arch,
+        classes=tuple("0123456789"),
+        threat=Threat(),
+        dataset="digits",
+        license="unspecified",
+        provenance=Provenance("tiny", "export_student"),
+        footprint={"latency": 2.5},
+        device=str(tmp_path / "board.json"),
+    )
+    folder = tmp_path / "student"
+    folder.mkdir()
+    save_student(folder / "student.safetensors", net, facts)
+    (folder / "student.onnx").write_bytes(onnx_file(Part.whole(space.spec(arch)), random_weights(0)))
+    (folder / "card.md").write_text("# A student\n\n## Limits\n\n- one\n")
+    (folder / "SHA256SUMS").write_text(f"{sha256(folder / 'card.md')}  card.md\n")
+    return folder
+
+
+def test_a_checked_student_has_promise_and_measurement_on_its_card_once(student: Path):
+    macs = SearchSpace(PRESETS["resnet_digits"]).spec(SearchSpace(PRESETS["resnet_digits"]).largest).macs
+    for _ in range(2):
+        record = check(student, seconds=0.002)
+    assert record == json.loads((student / "latency.json").read_text())
+    assert record["promised_ms"] == pytest.approx(1 + 1e-6 * macs)
+    assert record["error"] == pytest.approx(record["promised_ms"] / record["measured_ms"] - 1)
+    assert record["met"] is False  # no network takes a microsecond
+    assert record["is_the_device"] is False  # the table is of another runtime
+    card = (student / "card.md").read_text()
+    assert card.startswith("# A student\n\n## Limits\n\n- one\n")
+    assert card.count("## Latency, promised and measured") == 1
+    assert "NOT met" in card
+    sums = dict(reversed(line.split()) for line in (student / "SHA256SUMS").read_text().splitlines())
+    assert sums == {name: sha256(student / name) for name in ("card.md", "latency.json")}
+
+
+def test_a_student_is_checked_by_what_was_measured_on_the_device(student: Path, tmp_path: Path):
+    bench([str(student / "student.onnx"), "--rounds", "1", "--seconds", "0.001", "--out", str(tmp_path / "b.json")])
+    times = json.loads((tmp_path / "b.json").read_text())
+    assert check(student, measured=tmp_path / "b.json")["measured_ms"] == times["files"]["student.onnx"]["median_ms"]
+    write_json(tmp_path / "b.json", {**times, "threads": 2})
+    with pytest.raises(UserError, match="is not of student.onnx on 1 threads"):
+        check(student, measured=tmp_path / "b.json")
 
 
 ARENA = """
