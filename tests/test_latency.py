@@ -348,7 +348,7 @@ def test_a_student_is_checked_by_what_was_measured_on_the_device(student: Path, 
     times = json.loads((tmp_path / "b.json").read_text())
     assert check(student, measured=tmp_path / "b.json")["measured_ms"] == times["files"]["student.onnx"]["median_ms"]
     write_json(tmp_path / "b.json", {**times, "threads": 2})
-    with pytest.raises(UserError, match="is not of student.onnx on 1 threads"):
+    with pytest.raises(UserError, match=r"is not of student\.onnx on 1 threads"):
         check(student, measured=tmp_path / "b.json")
 
 
