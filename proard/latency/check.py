@@ -40,7 +40,8 @@ def check(
     -------
     dict
         Contents of `latency.json`: `promised_ms`, `measured_ms`, `error` of the promise relative to the measurement,
-        the noise, whether the budget is met, and whether the machine is the table's.
+        the noise (the larger of the two passes' difference here and when the table was made: two passes of a second
+        do not see a slow drift of the machine), whether the budget is met, and whether the machine is the table's.
 
     Raises
     ------
@@ -77,7 +78,7 @@ def check(
         "p90_ms": times["p90_ms"],
         "runs": times["runs"],
         "error": promised / times["median_ms"] - 1,
-        "noise": found["noise"]["mean"],
+        "noise": max(found["noise"]["mean"], table.facts.get("noise", {}).get("mean", 0.0)),
         "budget_ms": limit,
         "met": None if limit is None else times["median_ms"] <= limit,
         "before": found["before"],
@@ -116,7 +117,7 @@ def section(record: dict[str, Any]) -> str:
         f"| Promised for {record['device']} | {record['promised_ms']:.4g} ms |\n"
         f"| Measured on {record['processor']}{other} | {record['measured_ms']:.4g} ms, "
         f"from {record['p10_ms']:.4g} (p10) to {record['p90_ms']:.4g} (p90), {record['runs']:,} calls |\n"
-        f"| Promise less measurement | {record['error']:+.1%}; two passes differ by {record['noise']:.1%} |\n"
+        f"| Promise less measurement | {record['error']:+.1%}; noise {record['noise']:.1%} |\n"
         f"{budget}"
         f"| Runtime, threads | {record['runtime']}, {record['threads']} |\n"
     )
