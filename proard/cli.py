@@ -22,6 +22,7 @@ from proard import __version__, artifacts
 from proard.config import UserError
 from proard.doctor.command import add_doctor
 from proard.host import take_any_character
+from proard.latency.command import add_latency, latency
 from proard.runs.command import add_runs
 
 SHORT_LISTS, SHORT_TEXT, FEW_INPUTS = 6, 28, 8
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             from proard.export.robustbench import submit
 
             submit(arguments, console)
+        elif arguments.command == "latency":
+            latency(arguments, console)
         elif "call" in arguments:
             arguments.call(arguments, console)
         else:
@@ -88,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("title", "link", "authors", "venue"):
         listed.add_argument(f"--{name}", help="of the paper, for the leaderboard")
     listed.add_argument("--additional-data", choices=("yes", "no"), help="whether more training images were used")
+    add_latency(commands)
     add_doctor(commands)
     add_runs(commands)
     return parser

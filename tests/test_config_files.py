@@ -112,11 +112,16 @@ def test_a_name_that_yaml_does_not_read_as_text_is_to_be_quoted(written):
         (["macs=1.2G", "macs=1200M"], "macs=1.2G"),
         (["macs=29264", "macs=29.264K"], "macs=29264"),
         (["macs=1500"], "macs=1.5K"),
+        (["latency=5ms", "latency=5000us", "latency=0.005s", "latency=5e-3s"], "latency=5ms"),
+        (["latency=250us", "latency=0.25ms"], "latency=250us"),
+        (["sram=256K,latency=5ms", "latency=5ms,sram=256k", "latency=0.005s,sram=0.256M"], "latency=5ms,sram=256K"),
+        (["params=1M,macs=2M,flash=1e6"], "flash=1M,macs=2M,params=1M"),
     ],
 )
 def test_a_budget_in_several_spellings_is_one_student(texts, spelling):
-    assert load({"run": "a", "select_student": {"budgets": texts}}).select_student.budgets == (spelling,)
-    assert {parse_budget(text).limit for text in texts} == {parse_budget(spelling).limit}
+    config = {"run": "a", "device": "latency/board.json", "select_student": {"budgets": texts}}
+    assert load(config).select_student.budgets == (spelling,)
+    assert [parse_budget(text) for text in texts] == [parse_budget(spelling)] * len(texts)
     network = {"name": "a", "budget": texts[-1]}
     assert load({"run": "a", "diagnose": {"networks": [network]}}).diagnose.networks[0].budget == spelling
 
@@ -130,6 +135,34 @@ def test_budgets_that_are_none_are_explained(budgets):
     assert "write a cost column, a number and K, M or G, as in macs=150M" in refusal(
         select_student={"budgets": budgets}
     )
+
+
+def test_a_budget_by_latency_needs_a_device():
+    assert "device is missing: latency=5ms is the latency on a device" in refusal(
+        select_student={"budgets": "latency=5ms"}
+    )
+    assert "device is missing: search_front.cost: latency" in refusal(search_front={"cost": "latency"})
+    assert "max_cost limits macs, params or flash; cost is sram" in refusal(
+        search_front={"cost": "sram", "max_cost": 1000}
+    )
+    with pytest.raises(ConfigError, match="budget latency=5ms,macs=1M needs a device"):
+        check_budget("macs=1M,latency=5ms", SearchSpace(load({"run": "a"}).space))
+
+
+@pytest.mark.parametrize(
+    ("budget", "smallest"),
+    [
+        ("sram=1K", "sram=3072"),
+        ("flash=3K", "flash=3728"),
+        ("macs=1M,sram=2K", "sram=3072"),
+        ("params=9", "params=966"),
+    ],
+)
+def test_a_budget_below_every_subnet_names_the_smallest_feasible_cost(budget, smallest):
+    space = SearchSpace(load({"run": "a"}).space)
+    with pytest.raises(ConfigError, match=f"smallest feasible cost is {smallest} "):
+        check_budget(budget, space)
+    assert check_budget(smallest, space) == ""
 
 
 def test_a_budget_is_compared_with_the_smallest_and_the_largest_subnet():

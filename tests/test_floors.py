@@ -27,6 +27,7 @@ FLOORS = {
     "search": 3,
     "doctor": 4,
     "export": 4,
+    "latency": 4,
     "report": 4,
     "runs": 4,
     "cli": 5,
@@ -40,8 +41,9 @@ ONLY = {  # rooms that may import less than their floor allows
     "nets": {"config", "artifacts", "space", "progress", "kernels"},
     "predictor": {"config", "artifacts", "space", "progress"},
     "search": {"config", "artifacts", "space", "progress"},
-    "cli": {"config", "host", "artifacts", "export", "report", "doctor", "runs"},
+    "cli": {"config", "host", "artifacts", "export", "report", "doctor", "latency", "runs"},
     "runs": {"config"},
+    "latency": {"config", "artifacts", "space"},
     "doctor": {"config", "space", "kernels", "nets", "attacks", "losses"},
 }
 WITHOUT_TORCH = ("config", "host", "progress", "space", "search", "runs", "cli")

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from proard.config import PRESETS, ConfigError
 from proard.nets import extract
-from proard.space import Arch, SearchSpace, parse_budget
+from proard.space import Arch, Part, SearchSpace, parse_budget
 
 
 def preset(name, **changes):
@@ -59,6 +59,8 @@ def test_cost_table_equals_the_spelled_out_network(settings, changes):
     for row, genotype in enumerate(genotypes):
         spec = space.spec(space.arch(genotype))
         assert (costs["macs"][row], costs["params"][row]) == (spec.macs, spec.params)
+        whole = Part.whole(spec)
+        assert (costs["flash"][row], costs["sram"][row]) == (whole.flash, whole.sram)
 
 
 def test_cost_table_of_the_presets_equals_the_spelled_out_network():
@@ -170,8 +172,25 @@ def test_foreign_arch_is_refused():
 
 
 def test_budgets_are_read_and_nonsense_is_refused():
-    assert (parse_budget("macs=150M").column, parse_budget("macs=150M").limit) == ("macs", 150e6)
-    assert parse_budget("params=2.5K").limit == 2500
-    for text in ("flops=1M", "macs=M", "macs=1.M", "macs=-1M", "macs=1m2", "macs=0", "1e6", "macs=1e99", "macs=1M "):
+    assert parse_budget("macs=150M").limits == {"macs": 150e6}
+    assert parse_budget("params=2.5K").limits == {"params": 2500}
+    assert parse_budget("flash=1M,latency=0.25s").limits == {"latency": 250, "flash": 1e6}
+    for text in (
+        "flops=1M",
+        "macs=M",
+        "macs=1.M",
+        "macs=-1M",
+        "macs=1m2",
+        "macs=0",
+        "1e6",
+        "macs=1e99",
+        "macs=1M ",
+        "latency=5",
+        "latency=5M",
+        "sram=5ms",
+        "macs=1M,",
+        "macs=1M,macs=2M",
+        "latency=1ks",
+    ):
         with pytest.raises(ConfigError, match="macs=150M or params=2M"):
             parse_budget(text)

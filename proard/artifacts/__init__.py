@@ -6,6 +6,7 @@ from proard.artifacts.files import ArtifactError, atomic_path, sha256, write_jso
 from proard.artifacts.quantised import QUANTISED
 from proard.artifacts.tables import (
     COSTS,
+    FOOTPRINT,
     FRONT,
     HISTORY,
     MEASURED,
@@ -26,6 +27,7 @@ __all__ = [
     "AUTOATTACK",
     "CHECKS",
     "COSTS",
+    "FOOTPRINT",
     "FRONT",
     "GAINS",
     "GAPS",

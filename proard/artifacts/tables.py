@@ -27,6 +27,11 @@ IDENTITY: dict[str, tuple[pa.DataType, str]] = {
     "macs": (INT, "multiply-accumulates of one image"),
     "params": (INT, "trained parameters"),
 }
+FOOTPRINT: dict[str, tuple[pa.DataType, str]] = {
+    "flash": (INT, "bytes of the exported weights, float32"),
+    "sram": (INT, "bytes, peak of the activations of one image, float32"),
+    "latency": (FLOAT, "milliseconds of one image, predicted for the device that the run names"),
+}
 MEASURED: dict[str, tuple[pa.DataType, str]] = {
     **IDENTITY,
     "split": (TEXT, "train, val or test"),
@@ -65,6 +70,7 @@ OUTCOME: dict[str, tuple[pa.DataType, str]] = {
 }
 PREDICTED: dict[str, tuple[pa.DataType, str]] = {
     **IDENTITY,
+    **FOOTPRINT,
     "predicted_clean_acc": (FLOAT, "fraction, predicted"),
     "predicted_robust_acc": (FLOAT, "fraction, predicted"),
     "found_by": (TEXT, "search that evaluated the arch: nsga2, random, exhaustive or anchor"),
@@ -72,6 +78,7 @@ PREDICTED: dict[str, tuple[pa.DataType, str]] = {
 }
 FRONT: dict[str, tuple[pa.DataType, str]] = {
     **MEASURED,
+    **FOOTPRINT,
     "predicted_clean_acc": (FLOAT, "fraction, predicted"),
     "predicted_robust_acc": (FLOAT, "fraction, predicted"),
     "found_by": (TEXT, "search that found the arch: nsga2, random, exhaustive or anchor"),

@@ -1,50 +1,98 @@
-"""Budgets: a cost column and a limit, as in `macs=150M`."""
+"""Budgets: limits on cost columns, as in `macs=150M` or `latency=5ms,sram=256K`."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from proard.config.fields import ConfigError
 
+Cost = Literal["macs", "params", "latency", "sram", "flash"]
+
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
-FORM = r"(macs|params)=([0-9]+(?:\.[0-9]+)?)([eE][+-]?[0-9]{1,2})?([KMGkmg]?)"
+SECONDS = {"us": Decimal("0.001"), "ms": Decimal(1), "s": Decimal(1000)}  # in milliseconds, the unit of the column
+COUNTED = ("macs", "params", "sram", "flash")
+ORDER = ("latency", "sram", "flash", "macs", "params")  # of the limits in the name of a folder
+NUMBER = r"[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2})?"
+ONE = rf"(?:(?:{'|'.join(COUNTED)})={NUMBER}[KMGkmg]?|latency={NUMBER}(?:us|ms|s))"
+FORM = f"{ONE}(?:,{ONE})*"
+EXPECTED = (
+    "write a cost column, a number and K, M or G, as in macs=150M or params=2M; latency in us, ms or s; "
+    "several joined by commas: latency=5ms,sram=256K"
+)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """A limit on one cost column; `text` is its canonical form, which names the student's folder."""
+    """Upper limits on cost columns, at least one.
 
-    column: str
-    limit: float
+    Attributes
+    ----------
+    limits : mapping of str to float
+        By column; latency in milliseconds, `sram` and `flash` in bytes.
+    text : str
+        The canonical form, which names the student's folder.
+    """
+
+    limits: Mapping[str, float]
     text: str
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """By column, the canonical text of that limit alone."""
+        return dict(zip(self.limits, self.text.split(","), strict=True))
 
 
 def parse_budget(text: Any) -> Budget:
-    """Read `macs=150M` or `params=2M`; `macs=300k`, `macs=0.3M` and `macs=3e5` all become `macs=300K`.
+    """Read `macs=150M` or `latency=5ms,sram=256K`.
+
+    Other spellings of a number become one: `macs=300k`, `macs=0.3M` and `macs=3e5` are `macs=300K`, `latency=5000us` is
+    `latency=5ms`. Several limits are ordered as in `ORDER`. K, M and G are powers of 1,000 for bytes too.
 
     Raises
     ------
     ConfigError
-        The text has another form; the message shows the expected one.
+        The text has another form, or limits a column twice; the message shows the expected form.
     """
-    match = re.fullmatch(FORM, text) if isinstance(text, str) else None
-    limit = Decimal(match[2] + (match[3] or "")) * SUFFIXES[match[4].upper()] if match else Decimal(0)
-    if match is None or not 0 < limit < 10**18:
-        raise ConfigError(
-            f"budget {text!r} is not valid: write a cost column, a number and K, M or G, as in macs=150M or params=2M"
-        )
-    return Budget(match[1], float(limit), f"{match[1]}={_spelling(limit)}")
+    found: dict[str, tuple[float, str]] = {}
+    for part in text.split(",") if isinstance(text, str) else [""]:
+        column, _, value = part.partition("=")
+        units = SECONDS if column == "latency" else SUFFIXES
+        number = re.match(NUMBER, value) if re.fullmatch(ONE, part) else None
+        limit = Decimal(number[0]) * units[_unit(value[number.end() :], units)] if number else Decimal(0)
+        if not 0 < limit < 10**18:
+            raise ConfigError(f"budget {text!r} is not valid: {EXPECTED}")
+        if column in found:
+            raise ConfigError(f"budget {text!r} limits {column} twice: {EXPECTED}")
+        found[column] = (float(limit), f"{column}={_spelling(limit, units)}")
+    ordered = [column for column in ORDER if column in found]
+    return Budget({column: found[column][0] for column in ordered}, ",".join(found[column][1] for column in ordered))
 
 
-def _spelling(limit: Decimal) -> str:
-    """The shortest exact text of a limit; of equally short ones, the one with the largest suffix: 300K, 2.5M."""
-    factors = {suffix: factor for suffix, factor in SUFFIXES.items() if factor == 1 or limit >= factor}
-    texts = [f"{(limit / factor).normalize():f}{suffix}" for suffix, factor in factors.items()]
+def human_cost(column: str, value: float) -> str:
+    """A cost in its usual notation: 150M, 2.36G, 4.2ms."""
+    if column == "latency":
+        unit, factor = next(((u, f) for u, f in reversed(SECONDS.items()) if value >= f), ("us", SECONDS["us"]))
+        return f"{value / float(factor):.4g}{unit}"
+    suffix = next((s for s in ("G", "M", "K") if value >= SUFFIXES[s]), "")
+    return f"{value / SUFFIXES[suffix]:.4g}{suffix}"
+
+
+def _unit(text: str, units: Mapping[str, Any]) -> str:
+    """The unit as it is listed: `k` is `K`."""
+    return text if text in units else text.upper()
+
+
+def _spelling(limit: Decimal, units: Mapping[str, int | Decimal]) -> str:
+    """The shortest exact text of a limit; of equally short ones, the one with the largest unit: 300K, 2.5M, 5ms."""
+    smallest = min(units.values())
+    factors = {unit: factor for unit, factor in units.items() if factor == smallest or limit >= factor}
+    texts = [f"{(limit / factor).normalize():f}{unit}" for unit, factor in factors.items()]
     return min(reversed(texts), key=len)
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from proard.config import settings as s
 from proard.config.attacks import Threat
+from proard.config.budgets import parse_budget
 from proard.config.diagnosis import Diagnose
 from proard.config.experiment import Experiment, SupernetTraining, group_of, write_out
 from proard.config.fields import (
@@ -49,13 +50,13 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "train_experiment": ("run", "space", "threat", "validation", "experiment"),
     "measure_experiment": ("run", "space", "threat", "measurement", "experiment"),
     "compare_experiment": ("run", "threat", "experiment"),
-    "sample_archs": ("run", "space", "sample_archs"),
+    "sample_archs": ("run", "space", "device", "sample_archs"),
     "evaluate_archs": ("run", "space", "threat", "measurement", "evaluate_archs"),
     "merge_table": ("run",),
     "fit_predictor": ("run", "space", "fit_predictor"),
-    "search_front": ("run", "space", "search_front"),
+    "search_front": ("run", "space", "device", "search_front"),
     "verify_front": ("run", "space", "threat", "measurement", "verify_front"),
-    "select_student": ("run", "space", "threat", "measurement", "verify_front", "select_student"),
+    "select_student": ("run", "space", "device", "threat", "measurement", "verify_front", "select_student"),
     "export_student": ("run", "space", "threat", "measurement", "export_student"),
     "autoattack_student": ("run", "threat", "measurement", "autoattack_student"),
     "check_student": ("run", "space", "threat", "measurement", "check_student"),
@@ -78,6 +79,10 @@ class RunConfig(Settings):
     run: Annotated[FolderName, Field(description="Name of the run and of its folders.")]
     seed: Natural = 0
     space: Space = PRESETS["resnet_digits"]
+    device: Annotated[
+        str | None,
+        Field(description="Latency table of the device (docs/latency.md); budgets and costs by latency need it."),
+    ] = None
     threat: Threat = Threat()
     measurement: s.Measurement = s.Measurement()
     validation: s.Validation = s.Validation()
@@ -157,6 +162,13 @@ def load(config: Mapping[str, Any]) -> RunConfig:
             f"fit_predictor.held_out is {fitted.held_out}, with folds {fitted.folds}; expected: at least "
             f"{fitted.least_archs} archs (3 per fold beside those held out), but sample_archs.num_archs is {sampled}: "
             "raise it, or lower them"
+        )
+    by_latency = [text for text in run.select_student.budgets if "latency" in parse_budget(text).limits]
+    by_latency += ["search_front.cost: latency"] if run.search_front.cost == "latency" else []
+    if by_latency and run.device is None:
+        raise ConfigError(
+            f"device is missing: {by_latency[0]} is the latency on a device; make its table with proard latency plan "
+            "and proard latency fit, then write device: latency/DEVICE.json"
         )
     supernets = [group_of(each.name) for each in run.experiment.trainings if isinstance(each, SupernetTraining)]
     baseline = run.experiment.baseline

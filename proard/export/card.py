@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -41,7 +42,7 @@ An image classifier for small devices that was trained to withstand adversarial 
 {asked}
 | Multiply-accumulates of one image | {macs:,} (tools that count FLOPs often say twice that) |
 | Parameters (before batch norm is folded) | {params:,} |
-| Clean accuracy, test | {clean_acc} |
+{footprint}| Clean accuracy, test | {clean_acc} |
 {robust}
 | Threat model | {norm}, eps {eps}, white box |
 | Classes | {num_classes} |
@@ -137,6 +138,11 @@ Sizes: {sizes}. One image on one CPU thread ({runtime}; {machine}): median {medi
 - The numbers are for float32. A quantised or otherwise changed network must be measured again.
 """
 
+FOOTPRINT_WORDS = {
+    "flash": ("Weights, float32", " bytes"),
+    "sram": ("Peak of the activations of one image, float32, without scratch memory of a runtime", " bytes"),
+    "latency": ("Latency predicted for DEVICE", " ms"),
+}
 FROM_SUPERNET = {
     "asked": "| Budget asked for | `{budget}` |",
     "rows_from": """\
@@ -233,6 +239,11 @@ def model_card(
         "versions": f"proard {__version__}, torch {torch.__version__}, onnx {onnx.__version__}, "
         f"onnxruntime {onnxruntime.__version__}",
     }
+    values["footprint"] = "".join(
+        f"| {words} | {header[name]:,.4g}{unit} |\n" if name == "latency" else f"| {words} | {header[name]:,}{unit} |\n"
+        for name, (words, unit) in FOOTPRINT_WORDS.items()
+        if name in header
+    ).replace("DEVICE", Path(facts.device or "").stem)
     values |= {name: sentence.format(**values) for name, sentence in origin.items()}
     return _front_matter(facts, worst, trust) + TEXT.format(**values)
 

@@ -8,8 +8,8 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,10 @@ class StudentFacts:
         Source of the training images (`prepare_data.source`).
     provenance : Provenance
         Of the export.
+    footprint : mapping of str to float
+        Other costs where they are known: `flash` and `sram` in bytes, `latency` in predicted milliseconds.
+    device : str, optional
+        Latency table that the latency was predicted with.
     """
 
     name: str
@@ -54,6 +58,8 @@ class StudentFacts:
     dataset: str
     license: str
     provenance: Provenance
+    footprint: Mapping[str, float] = field(default_factory=dict)
+    device: str | None = None
 
     @property
     def settings_hash(self) -> str:
@@ -77,6 +83,8 @@ class StudentFacts:
             "arch": self.arch.to_json(),
             "macs": spec.macs,
             "params": spec.params,
+            **self.footprint,
+            **({"device": self.device} if self.device else {}),
             "classes": list(self.classes),
             "input": f"{INPUT}: float32 (batch, {spec.image_channels}, {side}, {side}), {self.channel_order}",
             "input_range": [0.0, 1.0],

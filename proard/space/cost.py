@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from proard.config import ConfigError
-from proard.config.budgets import SUFFIXES, parse_budget
+from proard.config.budgets import human_cost, parse_budget
 
 if TYPE_CHECKING:
     from proard.space.search_space import SearchSpace
+
+RISING = ("macs", "params")  # costs of which the largest subnet has the most
 
 
 def check_budget(text: str, space: SearchSpace) -> str:
@@ -17,24 +20,36 @@ def check_budget(text: str, space: SearchSpace) -> str:
     Raises
     ------
     ConfigError
-        The budget is not valid, or below the smallest subnet; the message names the smallest feasible cost.
+        The budget is not valid, names latency while the space has no device, or has a limit below the subnet that costs
+        least; the message names the smallest feasible cost.
     """
     budget = parse_budget(text)
-    smallest, largest = (getattr(space.spec(arch), budget.column) for arch in (space.smallest, space.largest))
-    if smallest > budget.limit:
+    if "latency" in budget.limits and space.device is None:
         raise ConfigError(
-            f"budget {budget.text} is below the smallest subnet of space {space.settings.name}: "
-            f"the smallest feasible cost is {budget.column}={smallest} ({human(smallest)})"
+            f"budget {budget.text} needs a device: make its table with proard latency plan and proard latency fit, "
+            "then write device: latency/DEVICE.json in the config"
         )
-    if largest < budget.limit:
-        cost = f"{budget.column}={largest} ({human(largest)})"
-        return f"budget {budget.text} is above the largest subnet, {cost}: every subnet is within it"
+    for column, limit in budget.limits.items():
+        smallest = space.costs(space.tables.cheapest(column)[None])[column][0]
+        if smallest > limit:
+            raise ConfigError(
+                f"budget {budget.text} is below the smallest subnet of space {space.settings.name}: "
+                f"the smallest feasible cost is {exactly(column, smallest)}"
+            )
+    largest = {column: getattr(space.spec(space.largest), column) for column in budget.limits if column in RISING}
+    if all(largest.get(column, math.inf) < limit for column, limit in budget.limits.items()):
+        costs = ", ".join(exactly(column, cost) for column, cost in largest.items())
+        return f"budget {budget.text} is above the largest subnet, {costs}: every subnet is within it"
     return ""
 
 
+def exactly(column: str, cost: float) -> str:
+    """A cost as a budget that allows it, and in its usual notation if that differs."""
+    if column == "latency":
+        return f"latency={math.ceil(cost * 1e5) / 1e5:g}ms"
+    return f"{column}={cost} ({human(cost)})"
+
+
 def human(count: float) -> str:
-    """A cost in its usual notation: 150M, 2.36G."""
-    for suffix in ("G", "M", "K"):
-        if count >= SUFFIXES[suffix]:
-            return f"{count / SUFFIXES[suffix]:.4g}{suffix}"
-    return f"{count:.4g}"
+    """A count in its usual notation: 150M, 2.36G."""
+    return human_cost("macs", count)

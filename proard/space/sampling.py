@@ -172,6 +172,13 @@ def identity_columns(space: SearchSpace, genotypes: np.ndarray) -> dict[str, lis
     }
 
 
+def footprint_columns(space: SearchSpace, genotypes: np.ndarray) -> dict[str, list[Any]]:
+    """Columns of the other costs: `flash`, `sram`, and `latency`, which is None without a device."""
+    costs = space.costs(space.canonical(genotypes))
+    unknown = [None] * len(genotypes)
+    return {name: costs[name].tolist() if name in costs else unknown for name in ("flash", "sram", "latency")}
+
+
 def _draw(space: SearchSpace, count: int, rng: np.random.Generator) -> np.ndarray:
     """`count` uniform genotypes, then `count` genotypes with a common random scale per dim."""
     uniform = space.sample(count, rng)

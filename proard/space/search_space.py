@@ -18,8 +18,10 @@ import numpy as np
 
 from proard.config import Space
 from proard.space.arch import DIMS, Arch
-from proard.space.blocks import shrunk, stem_blocks, tail, unit_block, unit_width
-from proard.space.spec import BlockSpec, NetSpec
+from proard.space.blocks import stem_blocks, tail, unit_block, unit_width
+from proard.space.latency import LatencyTable
+from proard.space.spec import NetSpec
+from proard.space.tables import CostTables
 
 Choices = TypeVar("Choices", bound=tuple[float, ...])
 
@@ -31,6 +33,8 @@ class SearchSpace:
     ----------
     settings : Space
         Stem, units and choice lists, for images of the given size and number of classes.
+    device : LatencyTable, optional
+        The device whose latency is among the costs.
 
     Attributes
     ----------
@@ -38,8 +42,8 @@ class SearchSpace:
         Per elastic dim, the choices of each of its genes.
     """
 
-    def __init__(self, settings: Space) -> None:
-        self.settings = settings
+    def __init__(self, settings: Space, device: LatencyTable | None = None) -> None:
+        self.settings, self.device = settings, device
         self.deep_stem = settings.stem.kind == "deep"
         units = settings.units
         depths = [unit.depth or settings.depth for unit in units]
@@ -252,65 +256,18 @@ class SearchSpace:
         return features
 
     def costs(self, genotypes: np.ndarray) -> dict[str, np.ndarray]:
-        """`macs` and `params` of every genotype, each of shape (n,), int64; exact, from one table per block."""
+        """`macs`, `params`, `flash`, `sram` of every genotype, each of shape (n,), int64, exact; `latency` of a device.
+
+        `flash`: bytes of the exported weights. `sram`: peak bytes of the activations of one image. `latency`: predicted
+        milliseconds, float64.
+        """
         genotypes = np.asarray(genotypes)
-        active = self._active(genotypes)
-        stems, units, tails = self._cost_tables
-        depths, widths, expands, *kernels = (genotypes[:, part] for part in self.sections)
-        stem_genes = tuple(depths[:, :1].T) if self.deep_stem else ()
-        first_unit = widths.shape[1] - len(units)
-        total = stems[(*stem_genes, *widths[:, :first_unit].T)].copy()  # (n, 2)
-        slot = 0
-        for unit, (first, others) in enumerate(units):
-            own, before = widths[:, first_unit + unit], widths[:, first_unit + unit - 1]
-            total += first[(before, own, *(genes[:, slot] for genes in (expands, *kernels)))] * active[:, slot, None]
-            inner = slice(slot + 1, slot + self.slots[unit])
-            inside = (genes[:, inner] for genes in (expands, *kernels))
-            total += (others[(own[:, None], *inside)] * active[:, inner, None]).sum(axis=1)
-            slot += self.slots[unit]
-        total += tails[widths[:, -1]]
-        return {"macs": total[:, 0], "params": total[:, 1]}
+        return self.tables.costs(genotypes, self._active(genotypes))
 
     @cached_property
-    def _cost_tables(self) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
-        """(macs, params) of every stem; per unit, of every first and every later block; of the layers after them."""
-        s, widths = self.settings, self.settings.width
-        kept = [value == s.depth[-1] for value in self.options["depth"][0]] if self.deep_stem else [False]
-        stems = [
-            [_cost(stem_blocks(s, genes, residual=residual)) for genes in product(widths, repeat=1 + self.deep_stem)]
-            for residual in kept
-        ]
-        shape = (*([len(kept)] if self.deep_stem else []), *[len(widths)] * (1 + self.deep_stem), 2)
-        size = stem_blocks(s, widths[-1:] * 2, residual=False)[-1].out_size
-        units, slot = [], 0
-        for unit, settings in enumerate(s.units):
-            expands = self.options["expand"][slot]
-            kernels = self.kernels[slot] if "kernel" in self.options else (3,)
-            inside = (len(expands), *([len(kernels)] if "kernel" in self.options else []), 2)
-            after = shrunk(size, settings.stride)
-
-            def table(index: int, entries: Sequence[tuple[int, float]], side: int) -> list[tuple[int, int]]:
-                return [
-                    _cost([unit_block(s, unit, index, channels, width=own, expand=e, kernel=k, size=side)])  # noqa: B023
-                    for channels, own in entries
-                    for e, k in product(expands, kernels)  # noqa: B023
-                ]
-
-            first = table(0, [(unit_width(s, unit - 1, before), own) for before in widths for own in widths], size)
-            others = table(1, [(unit_width(s, unit, own), own) for own in widths], after)
-            units.append(
-                (
-                    np.asarray(first).reshape(len(widths), len(widths), *inside),
-                    np.asarray(others).reshape(len(widths), *inside),
-                )
-            )
-            size, slot = after, slot + self.slots[unit]
-        tails = []
-        for width in widths:
-            blocks, mixer, features = tail(s, unit_width(s, len(s.units) - 1, width), size)
-            rest = NetSpec(tuple(blocks), features, s.classes, s.image_channels, s.image_size, mixer)
-            tails.append((rest.macs, rest.params))
-        return np.asarray(stems).reshape(shape), units, np.asarray(tails)
+    def tables(self) -> CostTables:
+        """The costs of every block."""
+        return CostTables(self, self.device)
 
     # --- the layers of a network -------------------------------------------------------------------------------
 
@@ -340,9 +297,3 @@ class SearchSpace:
             slot += self.slots[unit]
         after, mixer, features = tail(s, channels, size)
         return NetSpec((*blocks, *after), features, s.classes, s.image_channels, s.image_size, mixer)
-
-
-def _cost(blocks: Sequence[BlockSpec]) -> tuple[int, int]:
-    """(macs, params) of a list of blocks."""
-    convs = [conv for block in blocks for conv in block.convs]
-    return sum(conv.macs for conv in convs), sum(conv.params for conv in convs)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from proard.artifacts import (
+    FOOTPRINT,
     GAINS,
     GAPS,
     OUTCOME,
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = [read_table(path, columns=OUTCOMES) for path in files.outcomes]
     outcomes = pd.concat([part.astype(object) for part in parts], ignore_index=True).infer_objects() if parts else None
     tables = [] if outcomes is None else [outcomes[list(TRAINED)]]
-    needed = [name for name in STUDENT if name not in OUTCOME]  # which older tables lack
+    needed = [name for name in STUDENT if name not in {*OUTCOME, *FOOTPRINT}]  # which older tables lack
     tables += [of_budget(read_table(path, columns=needed)) for path in files.budgets]
     table = pd.concat(tables, ignore_index=True).infer_objects() if tables else pd.DataFrame(columns=list(TRAINED))
     if outcomes is not None:

@@ -30,11 +30,12 @@ from proard.export import (
 )
 from proard.export.usage import hub_config, labels_text
 from proard.nets import FixedNet, FoldedNet
-from proard.space import Arch, NetArch, NetSpace, one_pass, parse_budget
+from proard.space import Arch, NetArch, NetSpace, Part, one_pass, parse_budget
 from proard.stages.common import Job, parse_arguments, run
 from proard.stages.measuring import load_images, subnet_meter, trained_network
 
 WRITES = ("weights", "onnx", "pt2", "config", "labels", "card", "parity", "checksums")
+IN_PARITY = ("budget", "arch_id", "arch", "macs", "params", "flash", "sram", "latency", "device")
 COLUMNS = ("arch", "arch_id", "macs", "split", "attack", "num_images", "clean_acc", "budget", "role", "chosen")
 
 
@@ -61,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         dataset=manifest["source"],
         license=job.config.export_student.license,
         provenance=job.provenance(*(path for path in read if path)),
+        footprint=footprint_of(found),
+        device=None if files.trained else read_metadata(files.student).get("settings", {}).get("device"),
     )
     counts = {split: entry["count"] for split, entry in manifest["splits"].items()}
     paths = {name: Path(getattr(files, name)) for name in WRITES}
@@ -98,6 +101,16 @@ def of_budget(job: Job, manifest: dict[str, Any]) -> Measured:
     arch = Arch.from_json(rows["arch"].iloc[0])
     describe = describe_budget(files.student, files.supernet)
     return Measured(meter.student(arch), meter.supernet.space, arch, rows, test, describe)
+
+
+def footprint_of(found: Measured) -> dict[str, float]:
+    """Bytes of weights and of peak activations, and the predicted latency if the student was selected with a device."""
+    if not isinstance(found.net, FoldedNet):
+        return {}
+    whole = Part.whole(found.net.spec)
+    promised = found.rows.get("latency", pd.Series(dtype=float)).dropna()
+    latency = {} if promised.empty else {"latency": float(promised.iloc[0])}
+    return {"flash": whole.flash, "sram": whole.sram, **latency}
 
 
 def of_training(job: Job) -> Measured:
@@ -188,7 +201,7 @@ def write_files(
         raise
     passes = len(test) + checked["image_passes"]
     job.ledger.tally.spent += passes * one_pass(measured.spec.macs)
-    identity = {key: facts.to_header()[key] for key in ("budget", "arch_id", "arch", "macs", "params")}
+    identity = {key: facts.to_header()[key] for key in IN_PARITY if key in facts.to_header()}
     artifacts.write_json(paths["parity"], {**identity, **checked, "provenance": json.loads(facts.provenance.to_json())})
     artifacts.write_text(paths["card"], model_card(facts, rows, parity=checked, opset=settings.opset, **describe))
     artifacts.write_json(paths["config"], hub_config(facts))
@@ -222,9 +235,11 @@ def chosen_rows(path: str | Path, budget: str) -> pd.DataFrame:
             f"{path} holds {archs} chosen archs and {int(on_test.sum())} measurements of the choice on test; "
             "expected one arch with at least one; rerun select_student"
         )
-    cost = int(rows[limit.column].iloc[0])
-    if cost > limit.limit:
-        raise UserError(f"{path}: the chosen student has {limit.column} {cost:,}, above budget {budget}")
+    for column, most in limit.limits.items():
+        cost = float(rows[column].iloc[0])
+        if cost > most:
+            found_cost = f"{cost:,.0f}" if column != "latency" else f"{cost:.4g} ms"
+            raise UserError(f"{path}: the chosen student has {column} {found_cost}, above budget {budget}")
     return rows
 
 

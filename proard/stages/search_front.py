@@ -13,9 +13,8 @@ from proard.config import SearchFront
 from proard.predictor import Predictor
 from proard.progress import Progress
 from proard.search import HISTORY, Archive, Exhaustive, non_dominated
-from proard.space import SearchSpace
-from proard.space.cost import human
-from proard.space.sampling import anchor_archs, identity_columns
+from proard.space import SearchSpace, human_cost, read_device
+from proard.space.sampling import anchor_archs, footprint_columns, identity_columns
 from proard.stages.common import parse_arguments, run
 
 
@@ -24,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     job = parse_arguments(
         __doc__, argv, stage="search_front", reads=["predictor", "table"], writes=["archive", "front", "history"]
     )
-    settings, space = job.config.search_front, SearchSpace(job.config.space)
+    settings, space = job.config.search_front, SearchSpace(job.config.space, read_device(job.config.device))
     model = read_predictor(job.files.predictor, job.files.table, space)
 
     def cost(genotypes: np.ndarray) -> np.ndarray:
@@ -46,14 +45,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     fronts = {name: take(archive, non_dominated(archive.objectives)) for name, archive in archives.items()}
     exact = {} if whole is None else {"exhaustive": take(whole.front, np.arange(len(whole.front)))}
-    anchors = np.asarray([space.genotype(arch) for arch in anchor_archs(space)])
+    cheapest = [space.tables.cheapest(column) for column in space.tables.columns]  # every budget that can be met is met
+    anchors = np.unique([*(space.genotype(arch) for arch in anchor_archs(space)), *cheapest], axis=0)
     anchor = Archive(anchors, model.predict(anchors), cost(anchors), np.zeros(len(anchors), dtype=np.int64))
-    provenance = job.provenance(job.files.predictor, job.files.table)
+    device = [job.config.device] if job.config.device else []
+    provenance = job.provenance(job.files.predictor, job.files.table, *device)
     archive_rows = predicted_rows({**archives, **exact, "anchor": anchor}, space, job.seed)
     artifacts.write_table(job.files.archive, archive_rows, PREDICTED, provenance)
     artifacts.write_table(job.files.front, predicted_rows({**fronts, **exact}, space, job.seed), PREDICTED, provenance)
     artifacts.write_table(job.files.history, history, HISTORY, provenance)
-    print(summary(history, fronts, whole))
+    print(summary(history, fronts, whole, settings.cost))
     job.record_costs()
 
 
@@ -101,14 +102,17 @@ def predicted_rows(archives: dict[str, Archive], space: SearchSpace, seed: int) 
     """Rows of `PREDICTED`, one per arch and search that evaluated it."""
     rows = []
     for name, archive in archives.items():
-        columns = identity_columns(space, archive.genotypes)
+        columns = {
+            **identity_columns(space, archive.genotypes),
+            **footprint_columns(space, archive.genotypes),
+        }
         columns["predicted_clean_acc"], columns["predicted_robust_acc"] = archive.accuracies.T.tolist()
         for values in zip(*columns.values(), strict=True):
             rows.append({**dict(zip(columns, values, strict=True)), "found_by": name, "seed": seed})
     return rows
 
 
-def summary(history: Sequence[dict[str, Any]], fronts: dict[str, Archive], whole: Exhaustive | None) -> str:
+def summary(history: Sequence[dict[str, Any]], fronts: dict[str, Archive], whole: Exhaustive | None, cost: str) -> str:
     """What the searches reached, as text for a terminal."""
     lines = [f"  {'search':10}{'archs':>9}{'front':>8}{'hypervolume':>13}   {'cost':20}best predicted robust_acc"]
     last = {row["search"]: row for row in history}
@@ -116,7 +120,7 @@ def summary(history: Sequence[dict[str, Any]], fronts: dict[str, Archive], whole
     if whole is not None:
         found["exact"] = (whole.size, last["nsga2"]["exhaustive_hypervolume"], whole.front)
     for name, (archs, volume, front) in found.items():
-        costs = f"{human(front.costs.min())} to {human(front.costs.max())}"
+        costs = " to ".join(human_cost(cost, float(end)) for end in (front.costs.min(), front.costs.max()))
         best = f"{100 * front.accuracies[:, 1].max():.1f} %"
         lines.append(f"  {name:10}{archs:9}{len(front):8}{volume:13.4f}   {costs:20}{best}")
     if whole is not None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from proard.artifacts import STUDENT, read_table, write_table
+from proard.artifacts import FOOTPRINT, STUDENT, read_table, write_table
 from proard.config import UserError
 from proard.progress import Progress
-from proard.space import Arch, Budget, SearchSpace, parse_budget
-from proard.space.cost import check_budget, human
+from proard.space import Arch, Budget, SearchSpace, parse_budget, read_device
+from proard.space.cost import check_budget, exactly, human
 from proard.stages.common import parse_arguments, run
 from proard.stages.measuring import load_images, outcomes_of, subnet_meter
 
@@ -28,9 +29,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     files, settings = job.files, job.config.select_student
     budget = parse_budget(files.budget)
-    archive = read_table(files.archive, columns=["arch", "macs", "params", "predicted_robust_acc"])
+    space = SearchSpace(job.config.space, read_device(job.config.device))
+    note = check_budget(files.budget, space)
+    archive = with_costs(read_table(files.archive, columns=["arch", "predicted_robust_acc"]), space)
     candidates = under_budget(archive, budget, settings.candidates)
-    note = check_budget(files.budget, SearchSpace(job.config.space))
     if note:
         print(f"note: {note}")
     meter = subnet_meter(job, cache=files.cache)
@@ -54,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         chosen = {**_facts(choice, budget), "role": "choice", "chosen": True}
         rows += [{**row, **chosen, **outcomes_of(entries, row["attack"])} for row in measured]
     inputs = [files.archive, files.supernet, files.train, files.val, files.test]
+    inputs += [job.config.device] if job.config.device else []
     write_table(files.student, rows, STUDENT, job.provenance(*inputs))
     worst = rows[-1]
     print(
@@ -61,6 +64,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{worst['clean_acc']:.1%}, robust {worst['robust_acc']:.1%} (worst case of all attacks)"
     )
     job.record_costs()
+
+
+def with_costs(archive: pd.DataFrame, space: SearchSpace) -> pd.DataFrame:
+    """The archive with every cost as this space and its device have it now."""
+    genotypes = np.asarray([space.genotype(space.read_arch(arch)) for arch in archive["arch"]])
+    return archive.assign(**space.costs(genotypes))
 
 
 def under_budget(archive: pd.DataFrame, budget: Budget, number: int) -> pd.DataFrame:
@@ -71,21 +80,25 @@ def under_budget(archive: pd.DataFrame, budget: Budget, number: int) -> pd.DataF
     UserError
         No arch is that small; the smallest feasible cost is named.
     """
-    distinct = archive.drop_duplicates("arch")
-    feasible = distinct[distinct[budget.column] <= budget.limit]
+    within = pd.DataFrame({column: archive[column] <= limit for column, limit in budget.limits.items()})
+    feasible = archive[within.all(axis=1)].drop_duplicates("arch")
     if feasible.empty:
-        smallest = int(distinct[budget.column].min())
+        smallest = {
+            column: archive.loc[within.drop(columns=column).all(axis=1), column].min() for column in budget.limits
+        }
+        named = [exactly(column, cost) for column, cost in smallest.items() if not pd.isna(cost)]
+        beside = " beside the other limits" if len(budget.limits) > 1 else ""
         raise UserError(
-            f"budget {budget.text} is below the smallest subnet: the smallest feasible cost is "
-            f"{budget.column}={smallest}"
+            f"budget {budget.text} allows none of the searched subnets; the smallest feasible cost{beside} is "
+            f"{' or '.join(named) or 'none: relax each limit'}"
         )
     return feasible.sort_values(["predicted_robust_acc", "predicted_clean_acc"], ascending=False).head(number)
 
 
 def _facts(candidate: pd.Series, budget: Budget) -> dict[str, object]:
     """Columns of a row beside its measurement."""
-    names = ("predicted_clean_acc", "predicted_robust_acc", "found_by")
-    return {**{name: candidate[name] for name in names}, "budget": budget.text}
+    names = ("predicted_clean_acc", "predicted_robust_acc", "found_by", *FOOTPRINT)
+    return {**{name: candidate[name] for name in names if name in candidate}, "budget": budget.text}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from proard.artifacts import FRONT, read_table, write_table
+from proard.artifacts import FOOTPRINT, FRONT, read_table, write_table
 from proard.progress import Progress
 from proard.space import Arch
 from proard.space.cost import human
@@ -15,6 +15,7 @@ from proard.stages.common import parse_arguments, run
 from proard.stages.measuring import load_images, subnet_meter
 
 SEARCHES = ("nsga2", "random")
+PREDICTIONS = ("predicted_clean_acc", "predicted_robust_acc", *FOOTPRINT)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for _, candidate in chosen.iterrows():
         for images in splits:
             measured = meter.rows(Arch.from_json(candidate["arch"]), images, settings.attacks, worst=True)
-            predicted = {name: candidate[name] for name in ("predicted_clean_acc", "predicted_robust_acc")}
+            predicted = {name: candidate[name] for name in PREDICTIONS if name in candidate}
             rows += [{**row, **predicted, "found_by": candidate["found_by"]} for row in measured]
             newest = rows[-1]
             progress.advance(

@@ -21,7 +21,7 @@ if found is not None and found.origin is None:
 try:
     import proard.config
     from proard.config.fingerprint import image_fingerprint
-    from proard.space import SearchSpace, parse_budget
+    from proard.space import SearchSpace, parse_budget, read_device
     from proard.space.cost import check_budget
     from proard.space.sampling import shard_names
     from proard.space.twins import with_twins
@@ -36,6 +36,7 @@ try:
     for file in workflow.configfiles:  # Snakemake keeps the last of two equal keys without a warning
         proard.config.read_file(file)
     run = with_twins(proard.config.load(config))
+    SPACE = SearchSpace(run.space, read_device(run.device))  # with the costs that budgets limit
 except proard.config.UserError as error:
     sys.exit(f"error: config: {error}")
 
@@ -43,6 +44,7 @@ except proard.config.UserError as error:
 os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()]))
 
 PHASES = [phase.name for phase in run.train_phase.phases]
+DEVICE = [run.device] if run.device else []
 BUDGETS = list(run.select_student.budgets)
 ATTACKABLE = run.space.classes >= proard.config.LEAST_CLASSES
 AUTOATTACKED = BUDGETS if run.autoattack_student.run and ATTACKABLE else []
@@ -70,7 +72,7 @@ NOTES = set()  # printed notes about budgets, to print each once
 def searched_archive(wildcards):
     """The searched archs; a budget below every subnet's cost stops the run here, before the first job."""
     try:
-        note = check_budget(wildcards.budget, SearchSpace(run.space))
+        note = check_budget(wildcards.budget, SPACE)
         spelling = parse_budget(wildcards.budget).text
     except proard.config.ConfigError as error:
         sys.exit(f"error: {error}")

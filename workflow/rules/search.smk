@@ -2,6 +2,7 @@ rule search_front:
     input:
         predictor=rules.fit_predictor.output.predictor,
         table=rules.merge_table.output.table,
+        device=DEVICE,
     output:
         archive="<results>/search_front/archive.parquet",
         front="<results>/search_front/front.parquet",
@@ -60,6 +61,7 @@ rule verify_front:
 rule select_student:
     input:
         archive=searched_archive,
+        device=DEVICE,
         supernet=SUPERNET,
         train=rules.prepare_data.output.train,
         val=rules.prepare_data.output.val,

@@ -1,4 +1,6 @@
 rule sample_archs:
+    input:
+        device=DEVICE,
     output:
         archs="<results>/sample_archs/archs.parquet",
     log:
