@@ -1,225 +1,21 @@
-"""The command `proard`: show a run's tables and costs in the terminal; check the machine before a run."""
+"""Students, costs and fronts of a run, printed in the terminal."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from glob import glob
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
-from proard import __version__, artifacts
+from proard import artifacts
+from proard.cli.show import format_value
 from proard.config import UserError
-from proard.doctor.command import add_doctor
-from proard.host import take_any_character
-from proard.latency.command import add_latency, latency
-from proard.runs.command import add_runs
-
-SHORT_LISTS, SHORT_TEXT, FEW_INPUTS = 6, 28, 8
-PIPE_WIDTH = 2000  # characters of a line where no terminal sets a limit
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; an error that the user can fix is printed in one line, with exit status 1."""
-    take_any_character()
-    arguments = _parser().parse_args(argv)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
-    try:
-        if arguments.command == "show":
-            columns = arguments.columns.split(",") if arguments.columns else None
-            show(arguments.file, console, rows=arguments.rows, columns=columns)
-        elif arguments.command == "cost":
-            cost(arguments.run_folder, console, numbers=arguments.students, country=arguments.country)
-        elif arguments.command == "fronts":
-            fronts(arguments.first, arguments.second, console)
-        elif arguments.command == "predict":
-            from proard.export.usage import print_classes
-
-            print_classes(arguments.student, arguments.images)
-        elif arguments.command == "robustbench":
-            from proard.export.robustbench import submit
-
-            submit(arguments, console)
-        elif arguments.command == "latency":
-            latency(arguments, console)
-        elif "call" in arguments:
-            arguments.call(arguments, console)
-        else:
-            students(arguments.run_folder, console)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader (such as `head`) closed the pipe
-
-
-def _parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
-    parser = argparse.ArgumentParser(prog="proard", description="Show a run's results; check a machine.")
-    parser.add_argument("--version", action="version", version=f"proard {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    table = commands.add_parser("show", help="a result table with its units and provenance")
-    table.add_argument("file", metavar="FILE.parquet")
-    table.add_argument("--rows", type=_row_count, default=20, metavar="N", help="rows to print (default 20; 0: all)")
-    table.add_argument("--columns", metavar="A,B", help="only these columns")
-    run = commands.add_parser("students", help="the exported students of a run")
-    run.add_argument("run_folder", metavar="results/RUN")
-    use = commands.add_parser("predict", help="classes that an exported student gives to image files")
-    use.add_argument("student", metavar="FOLDER", help="of the export, or an ONNX file")
-    use.add_argument("images", nargs="+", metavar="IMAGE")
-    spent = commands.add_parser("cost", help="the costs of a run, compared with students trained one by one")
-    spent.add_argument("run_folder", metavar="results/RUN")
-    spent.add_argument("--students", type=_numbers, default=(1, 5, 20, 100), metavar="N,N", help="numbers of students")
-    spent.add_argument("--country", default="USA", metavar="ABC", help="ISO 3166 code for CO2 equivalents (USA)")
-    both = commands.add_parser("fronts", help="the measured fronts of two runs: hypervolumes and their difference")
-    both.add_argument(
-        "first", metavar="results/RUN", help="a run, or result tables: a .parquet file or a quoted pattern"
-    )
-    both.add_argument("second", metavar="results/OTHER", help="the same for the other run")
-    listed = commands.add_parser("robustbench", help="the leaderboard's JSON and submission text of a student")
-    listed.add_argument("folder", metavar="results/RUN/export_student/BUDGET")
-    for name in ("title", "link", "authors", "venue"):
-        listed.add_argument(f"--{name}", help="of the paper, for the leaderboard")
-    listed.add_argument("--additional-data", choices=("yes", "no"), help="whether more training images were used")
-    add_latency(commands)
-    add_doctor(commands)
-    add_runs(commands)
-    return parser
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    """Numbers of students."""
-    if not all(part.isdigit() and int(part) for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers; write 1 or more, as in 1,5,20")
-    return tuple(int(part) for part in text.split(","))
-
-
-def _row_count(text: str) -> int:
-    """A number of rows."""
-    if text.isdigit():
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no number of rows; write 0 or more")
-
-
-def show(path: str | Path, console: Console, *, rows: int = 20, columns: Sequence[str] | None = None) -> None:
-    """Print a table: provenance, columns with one value, the rows, and the unit of every printed column.
-
-    Parameters
-    ----------
-    rows : int
-        Rows to print; 0 prints all.
-    columns : sequence of str, optional
-        Columns to print; by default all that differ between rows and are not empty.
-
-    Raises
-    ------
-    UserError
-        The file is no table of a run, or has no such column.
-    """
-    if Path(path).is_dir():
-        raise UserError(f"{path} is a folder; name a .parquet file in it")
-    frame, metadata = artifacts.read_table(path), artifacts.read_metadata(path)
-    unknown = [name for name in columns or () if name not in frame]
-    if unknown:
-        raise UserError(f"{path} has no column {', '.join(unknown)}; it has {', '.join(frame.columns)}")
-    units = metadata["units"]
-    console.print(f"[bold]{escape(str(path))}[/]  {len(frame):,} rows, {len(frame.columns)} columns")
-    _print_provenance(metadata, console)
-    if frame.empty:
-        console.print("no rows")
-        return
-    text = {name: [format_value(value, units.get(name, "")) for value in frame[name]] for name in columns or frame}
-    if columns is None:
-        text = {name: cells for name, cells in text.items() if any(cells)}
-    shared = {name: cells[0] for name, cells in text.items() if columns is None and len(set(cells)) == 1}
-    varying = [name for name in text if name not in shared]
-    if shared:
-        console.print("\n[bold]the same in every row[/]" if len(frame) > 1 else "")
-        _print_shared(shared, units, console)
-    if varying:
-        shown = len(frame) if rows == 0 else min(rows, len(frame))
-        _print_rows({name: text[name][:shown] for name in varying}, frame[varying], console)
-        if shown < len(frame):
-            console.print(f"[dim]{len(frame) - shown:,} more rows; --rows 0 prints all[/]")
-        console.print()
-        for name in varying:
-            console.print(f"[dim]{name:<22} {escape(units.get(name, ''))}[/]")
-
-
-def _print_provenance(metadata: Mapping[str, Any], console: Console) -> None:
-    """Print which job wrote the table, from which inputs."""
-    if "run" not in metadata:
-        console.print("[dim]no provenance: not written by this package[/]")
-        return
-    parts = (f"{key} {metadata.get(key)}" for key in ("run", "stage", "seed"))
-    console.print(escape(" · ".join([*parts, f"proard {metadata.get('version')}"])))
-    inputs = metadata.get("inputs", {})
-    for name, checksum in islice(inputs.items(), FEW_INPUTS):
-        console.print(f"[dim]input {escape(name)} sha256 {checksum[:12]}[/]")
-    if len(inputs) > FEW_INPUTS:
-        console.print(f"[dim]and {len(inputs) - FEW_INPUTS:,} more inputs[/]")
-
-
-def _print_shared(shared: Mapping[str, str], units: Mapping[str, str], console: Console) -> None:
-    """Print columns with one value, each on a line."""
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    for name, value in shared.items():
-        table.add_row(name, Text(value, "bold"), Text(units.get(name, ""), "dim"))
-    console.print(table)
-
-
-def _print_rows(text: Mapping[str, Sequence[str]], frame: pd.DataFrame, console: Console) -> None:
-    """Print rows in as many blocks of columns as the width needs; each block starts with the first column."""
-    widths = {name: max(len(name), *map(len, cells)) + 2 for name, cells in text.items()}
-    first, *others = text
-    blocks: list[list[str]] = [[first]]
-    for name in others:
-        full = sum(widths[entry] for entry in blocks[-1]) + widths[name] > console.width
-        if full and len(blocks[-1]) > 1:
-            blocks.append([first])
-        blocks[-1].append(name)
-    for block in blocks:
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-        for name in block:
-            numeric = pd.api.types.is_numeric_dtype(frame[name])
-            table.add_column(name, justify="right" if numeric else "left", no_wrap=True)
-        for cells in zip(*(text[name] for name in block), strict=True):
-            table.add_row(*map(Text, cells))
-        console.print()
-        console.print(table)
-
-
-def format_value(value: Any, unit: str) -> str:
-    """Text of a cell: fractions with four decimals, pixel lengths as n/255, long texts and lists shortened."""
-    from proard.report.text import pixels
-
-    if isinstance(value, (list, tuple, np.ndarray)):
-        items = " ".join(str(item) for item in list(value)[:SHORT_LISTS])
-        return f"{items} …" if len(value) > SHORT_LISTS else items
-    if value is None or pd.isna(value):
-        return ""
-    if isinstance(value, (bool, np.bool_)):
-        return "yes" if value else "no"
-    if isinstance(value, (int, np.integer)):
-        return str(value) if unit.startswith("seed") else f"{value:,}"
-    if isinstance(value, (float, np.floating)):
-        if unit.startswith("pixel"):
-            return pixels(float(value))
-        if unit.startswith("fraction"):
-            return f"{value:.4f}"
-        return f"{value:,.0f}" if float(value).is_integer() and abs(float(value)) < 1e15 else f"{value:.4g}"
-    text = str(value)
-    return f"{text[: SHORT_TEXT - 1]}…" if len(text) > SHORT_TEXT else text
 
 
 def students(run_folder: str | Path, console: Console) -> None:
@@ -408,7 +204,3 @@ def _print_comparison(found: Any, numbers: Sequence[int], console: Console) -> N
         f"image passes {found.own:g} times through the student and {found.others:g} times through the teacher; "
         "what is counted: docs/costs.md[/]"
     )
-
-
-if __name__ == "__main__":
-    main()

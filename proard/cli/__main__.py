@@ -1,0 +1,5 @@
+"""`python -m proard.cli` is the command `proard`."""
+
+from proard.cli import main
+
+main()
