@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Mapping, Sequence
-from glob import glob
-from itertools import islice
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-import numpy as np
-import pandas as pd
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
 
-from proard import __version__, artifacts
+from proard import __version__
 from proard.cli.results import cost, fronts, students
 from proard.cli.show import show
 from proard.config import UserError
