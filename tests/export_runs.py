@@ -14,7 +14,7 @@ WRITTEN = {
     "weights": "student.safetensors",
     "onnx": "student.onnx",
     "pt2": "student.pt2",
-    "config": "config.json",
+    "hub": "config.json",
     "labels": "labels.txt",
     "card": "card.md",
     "parity": "parity.json",

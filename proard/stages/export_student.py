@@ -34,7 +34,7 @@ from proard.space import Arch, NetArch, NetSpace, Part, one_pass, parse_budget
 from proard.stages.common import Job, parse_arguments, run
 from proard.stages.measuring import load_images, subnet_meter, trained_network
 
-WRITES = ("weights", "onnx", "pt2", "config", "labels", "card", "parity", "checksums")
+WRITES = ("weights", "onnx", "pt2", "hub", "labels", "card", "parity", "checksums")
 IN_PARITY = ("budget", "arch_id", "arch", "macs", "params", "flash", "sram", "latency", "device")
 COLUMNS = ("arch", "arch_id", "macs", "split", "attack", "num_images", "clean_acc", "budget", "role", "chosen")
 
@@ -204,7 +204,7 @@ def write_files(
     identity = {key: facts.to_header()[key] for key in IN_PARITY if key in facts.to_header()}
     artifacts.write_json(paths["parity"], {**identity, **checked, "provenance": json.loads(facts.provenance.to_json())})
     artifacts.write_text(paths["card"], model_card(facts, rows, parity=checked, opset=settings.opset, **describe))
-    artifacts.write_json(paths["config"], hub_config(facts))
+    artifacts.write_json(paths["hub"], hub_config(facts))
     artifacts.write_text(paths["labels"], labels_text(facts))
     artifacts.write_text(paths["checksums"], checksum_list(paths))
     print(_summary(facts, checked, paths))

@@ -109,7 +109,7 @@ rule export_student:
         weights="<results>/export_student/{budget}/student.safetensors",
         onnx="<results>/export_student/{budget}/student.onnx",
         pt2="<results>/export_student/{budget}/student.pt2",
-        config="<results>/export_student/{budget}/config.json",
+        hub="<results>/export_student/{budget}/config.json",
         labels="<results>/export_student/{budget}/labels.txt",
         card=report(
             "<results>/export_student/{budget}/card.md",
@@ -138,7 +138,7 @@ rule export_student:
         "python -m proard.stages.export_student --settings {params.settings:q} --seed {params.seed}"
         " --threads {threads} --device auto --student {input.student:q} {params.network}"
         " --test {input.test:q} --manifest {input.manifest:q} --budget {wildcards.budget:q}"
-        " --weights {output.weights:q} --onnx {output.onnx:q} --pt2 {output.pt2:q} --config {output.config:q}"
+        " --weights {output.weights:q} --onnx {output.onnx:q} --pt2 {output.pt2:q} --hub {output.hub:q}"
         " --labels {output.labels:q} --card {output.card:q}"
         " --parity {output.parity:q} --checksums {output.checksums:q} 2>&1 | tee {log:q}"
 
