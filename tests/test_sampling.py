@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from proard import artifacts
-from proard.artifacts import MEASURED, ArtifactError, Provenance
+from proard.artifacts import FOOTPRINT, MEASURED, ArtifactError, Provenance
 from proard.config import PRESETS, UserError, job_settings, load
 from proard.space import SearchSpace
 from proard.space.sampling import (
@@ -99,6 +99,8 @@ def test_stage_writes_archs_with_identity(tmp_path):
     costs = SPACE.costs(np.stack(archs["genotype"]))
     np.testing.assert_array_equal(archs["macs"], costs["macs"])
     np.testing.assert_array_equal(archs["params"], costs["params"])
+    assert archs[["flash", "sram"]].to_dict("list") == {name: costs[name].tolist() for name in ("flash", "sram")}
+    assert archs["latency"].isna().all()  # no device is named
     assert artifacts.read_metadata(tmp_path / "archs.parquet")["stage"] == "sample_archs"
 
 
@@ -162,7 +164,7 @@ def run_sample(folder):
 
 def measured(archs):
     """Rows as `evaluate_archs` writes them, with accuracies that do not matter."""
-    rows = archs.drop(columns=["stratum"])
+    rows = archs.drop(columns=["stratum", *FOOTPRINT])
     return rows.assign(split="val", attack="pgd20", norm="linf", eps=8 / 255, clean_acc=0.5, robust_acc=0.25)
 
 
