@@ -399,7 +399,7 @@ def test_logits_that_a_loss_does_not_read_are_not_kept(train_set, tmp_path, loss
         ({"phase__attack": {"num_steps": 2, "first_steps": 3}}, "first_steps is 3; expected: at most"),
         ({"phase__teacher": "dynamic", "phase__teacher_logits": "float32"}, "teacher_logits stores logits of a frozen"),
         ({"threat": {"norm": "linf", "eps": 1.5}}, r"threat.eps is 1.5; .* write 1.5/255"),
-        ({"threat": {"norm": "l2", "eps": 1.5}}, r"train_teacher.validation: 2 steps .* cannot cross an l2 ball"),
+        ({"threat": {"norm": "l2", "eps": 1.5}}, r"validation: 2 steps .* cannot cross an l2 ball"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(changes, message):

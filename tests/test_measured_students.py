@@ -123,6 +123,7 @@ def test_the_exported_student_is_the_measured_one(files, tmp_path, net):
     manifest = {"source": "digits", "classes": ["left", "right", "low"], "splits": counts}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     names = {"weights": "out.safetensors", "onnx": "a.onnx", "pt2": "a.pt2", "card": "card.md", "parity": "p.json"}
+    names |= {"hub": "config.json", "labels": "labels.txt"}
     flags = {name: tmp_path / path for name, path in {**names, "checksums": "SHA256SUMS"}.items()}
     flags |= {"trained": written["weights"], "student": written["outcomes"], "test": files["test"]}
     argv = ["--settings", job_settings(config_of(student), "export_student"), "--threads", "1", "--device", "cpu"]

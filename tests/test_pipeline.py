@@ -83,7 +83,7 @@ def test_the_ledger_compares_the_run_with_students_trained_one_by_one(finished: 
     printed = capsys.readouterr().out
     assert "break-even" in printed
     assert "K=100" in printed
-    assert "12 passes of each image through itself, 1 through the teacher" in " ".join(printed.split())
+    assert "each image passes 12 times through the student and 1 times through the teacher" in " ".join(printed.split())
 
 
 def test_a_second_run_does_nothing(finished: Run):

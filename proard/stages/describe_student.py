@@ -1,14 +1,16 @@
-"""Write a student's card with the results of AutoAttack and of the checks, also beside the exported files."""
+"""Write a student's card with the results of AutoAttack, of the checks and in int8, also beside the exported files."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from proard.artifacts import (
     AUTOATTACK,
     CHECKS,
+    QUANTISED,
     ArtifactError,
     Provenance,
     read_header,
@@ -19,6 +21,7 @@ from proard.artifacts import (
 )
 from proard.config import Threat
 from proard.export import StudentFacts, Trust, model_card
+from proard.export.int8_card import int8_block
 from proard.space import read_space
 from proard.stages.common import Job, parse_arguments, run
 from proard.stages.export_student import (
@@ -30,8 +33,16 @@ from proard.stages.export_student import (
     trained_rows,
 )
 
-EXPORTED = ("weights", "onnx", "pt2", "card", "parity", "checksums")
-NAMES = ("student.safetensors", "student.onnx", "student.pt2", "card.md", "parity.json", "SHA256SUMS")
+EXPORTED = {
+    "weights": "student.safetensors",
+    "onnx": "student.onnx",
+    "pt2": "student.pt2",
+    "hub": "config.json",
+    "labels": "labels.txt",
+    "card": "card.md",
+    "parity": "parity.json",
+    "checksums": "SHA256SUMS",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -42,16 +53,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         stage="describe_student",
         reads=["weights", "student", "manifest", "budget"],
         writes=["card"],
-        optional=["supernet", "trained", "autoattack", "checks"],
+        optional=["supernet", "trained", "autoattack", "checks", "quantised"],
     )
     files = job.files
     folder = Path(files.weights).parent
-    exported = dict(zip(EXPORTED, (folder / name for name in NAMES), strict=True))
+    exported = {name: folder / file for name, file in EXPORTED.items()}
     trust = Trust(
         read_table(files.autoattack, columns=AUTOATTACK) if files.autoattack else None,
         read_table(files.checks, columns=CHECKS) if files.checks else None,
     )
     text = card_of(job, json.loads(exported["parity"].read_text(encoding="utf-8")), trust)
+    if files.quantised:
+        text = f"{text.rstrip()}\n\n{int8_block(read_table(files.quantised, columns=QUANTISED))}"
     write_text(files.card, text)
     write_text(exported["card"], text)  # the folder that is passed on says the same
     write_text(exported["checksums"], checksum_list(exported))
@@ -59,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     job.record_costs()
 
 
-def card_of(job: Job, parity: dict[str, object], trust: Trust) -> str:
+def card_of(job: Job, parity: dict[str, Any], trust: Trust) -> str:
     """Text of the card, from what the exported weights and their tables say.
 
     Raises
@@ -82,6 +95,8 @@ def card_of(job: Job, parity: dict[str, object], trust: Trust) -> str:
         threat=threat,
         dataset=header["dataset"],
         license=header["license"],
+        footprint={key: parity[key] for key in ("flash", "sram", "latency") if parity.get(key) is not None},
+        device=parity.get("device"),
         provenance=Provenance(**header["provenance"]),
     )
     if files.trained:

@@ -212,6 +212,11 @@ def table_of_checks(wildcards):
     return [f"<results>/check_student/{wildcards.budget}/checks.parquet"] if run.check_student.run else []
 
 
+def table_of_int8(wildcards):
+    """The measurement of a budget's student in int8; networks of an experiment have none."""
+    return [] if is_of_training(wildcards.budget) else [f"<results>/quantize_student/{wildcards.budget}/table.parquet"]
+
+
 def teacher_to_transfer_from(wildcards):
     """The run's teacher, where the student was trained with it: attacks are transferred from it."""
     training = TRAININGS.get(wildcards.budget)

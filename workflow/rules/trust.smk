@@ -84,6 +84,7 @@ rule describe_student:
         manifest=rules.prepare_data.output.manifest,
         autoattack=table_of_autoattack,
         checks=table_of_checks,
+        quantised=table_of_int8,
     output:
         card="<results>/describe_student/{budget}/card.md",
     log:
@@ -98,7 +99,7 @@ rule describe_student:
     params:
         settings=settings("describe_student"),
         seed=run.seed,
-        others=lambda wildcards, input: flags_of(input, "supernet", "trained", "autoattack", "checks"),
+        others=lambda wildcards, input: flags_of(input, "supernet", "trained", "autoattack", "checks", "quantised"),
     shell:
         "python -m proard.stages.describe_student --settings {params.settings:q} --seed {params.seed}"
         " --threads {threads} --device cpu --weights {input.weights:q} --student {input.student:q}"
