@@ -95,8 +95,8 @@ def card_of(job: Job, parity: dict[str, Any], trust: Trust) -> str:
         threat=threat,
         dataset=header["dataset"],
         license=header["license"],
-        footprint={key: parity[key] for key in ("flash", "sram", "latency") if parity.get(key) is not None},
-        device=parity.get("device"),
+        footprint={key: header[key] for key in ("flash", "sram", "latency") if header.get(key) is not None},
+        device=header.get("device"),
         provenance=Provenance(**header["provenance"]),
     )
     if files.trained:

@@ -35,7 +35,7 @@ from proard.stages.common import Job, parse_arguments, run
 from proard.stages.measuring import load_images, subnet_meter, trained_network
 
 WRITES = ("weights", "onnx", "pt2", "hub", "labels", "card", "parity", "checksums")
-IN_PARITY = ("budget", "arch_id", "arch", "macs", "params", "flash", "sram", "latency", "device")
+IN_PARITY = ("budget", "arch_id", "arch", "macs", "params", "flash", "sram", "device")
 COLUMNS = ("arch", "arch_id", "macs", "split", "attack", "num_images", "clean_acc", "budget", "role", "chosen")
 
 
@@ -201,7 +201,10 @@ def write_files(
         raise
     passes = len(test) + checked["image_passes"]
     job.ledger.tally.spent += passes * one_pass(measured.spec.macs)
-    identity = {key: facts.to_header()[key] for key in IN_PARITY if key in facts.to_header()}
+    header = facts.to_header()
+    identity = {key: header[key] for key in IN_PARITY if key in header}
+    if "latency" in header:
+        identity["predicted_latency"] = header["latency"]
     artifacts.write_json(paths["parity"], {**identity, **checked, "provenance": json.loads(facts.provenance.to_json())})
     artifacts.write_text(paths["card"], model_card(facts, rows, parity=checked, opset=settings.opset, **describe))
     artifacts.write_json(paths["hub"], hub_config(facts))
