@@ -13,7 +13,7 @@ USER := $(or $(USER),user)
 export USER
 endif
 
-.PHONY: help quickstart test test-package test-cluster bench bench-gpu
+.PHONY: help quickstart test bench bench-gpu
 help:
 	@echo "make quickstart   install into .venv, run the whole pipeline on the bundled digits, print the students"
 	@echo "make test         install the test tools, run the linters, mypy and all tests"
@@ -38,15 +38,10 @@ test: .venv/installed-test
 	$(BIN)/snakefmt --check workflow proard/runs/Snakefile
 	$(BIN)/python -m mypy
 	$(BIN)/snakemake --lint --configfile config/quickstart.yaml
-	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-package test-cluster
+	$(BIN)/python -m pytest -n 2 --durations=8 -m "not cluster"
 	$(NARROW) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(NUMERIC) $(DAG)
 	$(NARROW) OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -n 1 $(NUMERIC) $(DAG)
-
-test-package: .venv/installed-test
-	$(BIN)/python -m pytest -n 2 --durations=8 -m "not cluster"
-
-test-cluster: .venv/installed-test # these mostly wait, beside the others
-	$(BIN)/python -m pytest -n 4 --dist worksteal -m cluster
+	$(BIN)/python -m pytest -n 4 --dist worksteal -m cluster # they mostly wait
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/run_all.py $(BENCH)
