@@ -56,7 +56,7 @@ def run(undisturbed: Run, slurm: Slurm, tmp_path: Path) -> Iterator[Run]:
 def test_the_quick_start(slurm: Slurm, tmp_path: Path):
     run = Run(tmp_path / "run", slurm, config=None)
     run.end(run.start(), seconds=1800)
-    assert len(run.parity()) == 6
+    assert len(run.parity()) == 4
     assert all(run.parity())
     assert (run.results / "report" / "report.html").exists()
     assert set(run.states("")) == {"COMPLETED"}

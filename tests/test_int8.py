@@ -86,6 +86,14 @@ def test_the_twin_gives_the_runtimes_logits(student, recipe, tmp_path):
     assert float(gradient.flatten(1).abs().amax(1).min()) > 0
 
 
+@pytest.mark.parametrize("count", [64, 70, 67])
+def test_any_number_of_images_calibrates_by_percentile(count, tmp_path):
+    path, _ = exported(tmp_path)
+    images = random_images(tiny_space(TINY), count, dtype=torch.float32).contiguous().numpy()
+    quantise(fold_normalisation(onnx.load(path)), tmp_path / "int8.onnx", images, OTHER_RANGES[0])
+    assert (tmp_path / "int8.onnx").stat().st_size > 0
+
+
 def test_the_twin_equals_integer_kernels_bit_for_bit(tmp_path):
     path, _ = exported(tmp_path)
     images = random_images(tiny_space(), 200, dtype=torch.float32)

@@ -28,6 +28,7 @@ from proard.export.formats import INPUT
 INT16_MAX = 2**15 - 1
 PADDED = f"{INPUT}_and_ones"
 AFFINE = {"Mul": np.multiply, "Div": np.divide, "Add": np.add, "Sub": np.subtract}
+BATCH = 64  # calibration images at a time, at most
 
 
 @dataclass(frozen=True)
@@ -220,10 +221,12 @@ def quantise(model: onnx.ModelProto, path: str | Path, images: NDArray[np.float3
 
 
 class _Reader:
-    """Calibration images in the form that onnxruntime asks for."""
+    """Calibration images as onnxruntime reads them: batches of one size, because it stacks their activations."""
 
     def __init__(self, images: NDArray[np.float32]) -> None:
-        self.batches = iter([np.ascontiguousarray(images[first : first + 64]) for first in range(0, len(images), 64)])
+        size = max(size for size in range(1, BATCH + 1) if len(images) % size == 0)
+        starts = range(0, len(images), size)
+        self.batches = iter([np.ascontiguousarray(images[first : first + size]) for first in starts])
 
     def get_next(self) -> dict[str, NDArray[np.float32]] | None:
         """The next batch, or None."""
