@@ -10,16 +10,6 @@ from proard.export import StudentFacts
 from proard.export.parity import open_session
 
 BUDGET = "macs=60K"
-WRITTEN = {
-    "weights": "student.safetensors",
-    "onnx": "student.onnx",
-    "pt2": "student.pt2",
-    "hub": "config.json",
-    "labels": "labels.txt",
-    "card": "card.md",
-    "parity": "parity.json",
-    "checksums": "SHA256SUMS",
-}
 
 
 def arguments(stage, config, **flags):

@@ -22,7 +22,7 @@ from proard.space import Arch, SearchSpace
 from proard.space.sampling import spread_archs
 from proard.space.twins import with_twins
 from proard.stages import compare_experiment, export_student, measure_experiment, train_experiment
-from proard.stages.export_student import WRITES
+from proard.stages.export_student import EXPORTED
 
 TWINS = {"trains": "twins", "archs": 2, "seeds": [0, 1]}
 
@@ -208,7 +208,7 @@ def test_twins_are_trained_measured_and_compared(tmp_path):
     files["manifest"].write_text(
         json.dumps({"source": "digits", "classes": ["left", "right", "low"], "splits": splits})
     )
-    written = {name: tmp_path / "export" / name for name in WRITES}
+    written = {name: tmp_path / "export" / name for name in EXPORTED}
     del files["val"]
     stage(export_student.main, job_settings(run, "export_student"), 0, **files, **written)
     parity = json.loads(written["parity"].read_text())

@@ -25,6 +25,7 @@ from proard.export.int8_card import int8_block
 from proard.space import read_space
 from proard.stages.common import Job, parse_arguments, run
 from proard.stages.export_student import (
+    EXPORTED,
     checksum_list,
     chosen_rows,
     describe_budget,
@@ -32,17 +33,6 @@ from proard.stages.export_student import (
     read_manifest,
     trained_rows,
 )
-
-EXPORTED = {
-    "weights": "student.safetensors",
-    "onnx": "student.onnx",
-    "pt2": "student.pt2",
-    "hub": "config.json",
-    "labels": "labels.txt",
-    "card": "card.md",
-    "parity": "parity.json",
-    "checksums": "SHA256SUMS",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -34,7 +34,16 @@ from proard.space import Arch, NetArch, NetSpace, Part, one_pass, parse_budget
 from proard.stages.common import Job, parse_arguments, run
 from proard.stages.measuring import load_images, subnet_meter, trained_network
 
-WRITES = ("weights", "onnx", "pt2", "hub", "labels", "card", "parity", "checksums")
+EXPORTED = {  # files of the folder that is passed on, by flag
+    "weights": "student.safetensors",
+    "onnx": "student.onnx",
+    "pt2": "student.pt2",
+    "hub": "config.json",
+    "labels": "labels.txt",
+    "card": "card.md",
+    "parity": "parity.json",
+    "checksums": "SHA256SUMS",
+}
 IN_PARITY = ("budget", "arch_id", "arch", "macs", "params", "flash", "sram", "device")
 COLUMNS = ("arch", "arch_id", "macs", "split", "attack", "num_images", "clean_acc", "budget", "role", "chosen")
 
@@ -46,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv,
         stage="export_student",
         reads=["student", "test", "manifest", "budget"],
-        writes=WRITES,
+        writes=tuple(EXPORTED),
         optional=["supernet", "train", "trained"],
     )
     files, manifest = job.files, read_manifest(job.files.manifest)
@@ -66,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         device=None if files.trained else read_metadata(files.student).get("settings", {}).get("device"),
     )
     counts = {split: entry["count"] for split, entry in manifest["splits"].items()}
-    paths = {name: Path(getattr(files, name)) for name in WRITES}
+    paths = {name: Path(getattr(files, name)) for name in EXPORTED}
     describe = {**found.describe, "counts": counts}
     write_files(job, paths, found.net, facts, found.rows, test=found.test, describe=describe)
     job.record_costs()
