@@ -17,7 +17,7 @@ import onnx
 import pytest
 import torch
 import yaml
-from export_runs import BUDGET, WRITTEN, arguments, facts_of, onnx_logits
+from export_runs import BUDGET, arguments, facts_of, onnx_logits
 from foreign import transparent, turned
 from helpers import (
     TINY_DEEP,
@@ -46,6 +46,7 @@ from proard.nets import extract, fold, load_supernet, save_supernet
 from proard.space import Arch
 from proard.space.sampling import identity_columns
 from proard.stages import export_student, select_student
+from proard.stages.export_student import EXPORTED
 
 SIDE = 16  # of the example's images in colour
 ATTACKS = (
@@ -95,7 +96,7 @@ def exported(inputs, tmp_path_factory) -> Path:
 
 def export(inputs, folder, *, config=CONFIG, **changed):
     flags = {name: inputs[name] for name in ("student", "supernet", "train", "test", "manifest")}
-    flags |= {"budget": BUDGET, **{name: folder / file for name, file in WRITTEN.items()}, **changed}
+    flags |= {"budget": BUDGET, **{name: folder / file for name, file in EXPORTED.items()}, **changed}
     export_student.main(arguments("export_student", config, **flags))
 
 
@@ -121,7 +122,7 @@ def pixels_of(images: ImageSet) -> torch.Tensor:
 
 
 def test_the_folder_holds_its_files_and_no_external_weights(exported):
-    assert sorted(path.name for path in exported.iterdir()) == sorted([*WRITTEN.values(), "costs.parquet"])
+    assert sorted(path.name for path in exported.iterdir()) == sorted([*EXPORTED.values(), "costs.parquet"])
 
 
 def test_the_weights_alone_give_exactly_the_measured_logits(inputs, exported):
@@ -225,13 +226,13 @@ def test_parity_record_says_what_was_compared(inputs, exported):
     assert 0 < parity["onnx_max_softmax_difference"] <= parity["tolerance"]
     assert parity["adversarial"]["num_images"] == 130
     assert (parity["budget"], parity["arch_id"], parity["macs"]) == (BUDGET, selected["arch_id"], selected["macs"])
-    assert parity["bytes"] == {name: (exported / name).stat().st_size for name in list(WRITTEN.values())[:3]}
+    assert parity["bytes"] == {name: (exported / name).stat().st_size for name in list(EXPORTED.values())[:3]}
     assert 0 < parity["latency"]["median_ms"] <= parity["latency"]["p95_ms"]
 
 
 def test_checksums_cover_every_other_file(exported):
     lines = [line.split("  ") for line in (exported / "SHA256SUMS").read_text().splitlines()]
-    assert {name for _, name in lines} == set(WRITTEN.values()) - {"SHA256SUMS"}
+    assert {name for _, name in lines} == set(EXPORTED.values()) - {"SHA256SUMS"}
     for digest, name in lines:
         assert hashlib.sha256((exported / name).read_bytes()).hexdigest() == digest
     if shutil.which("sha256sum"):

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from export_runs import WRITTEN, arguments, onnx_logits
+from export_runs import arguments, onnx_logits
 
 from proard.artifacts import Provenance, read_header, read_table, write_table
 from proard.artifacts.tables import PREDICTED
@@ -18,6 +18,7 @@ from proard.export import load_student
 from proard.space import SearchSpace
 from proard.space.sampling import identity_columns
 from proard.stages import export_student, prepare_data, select_student, train_phase, train_teacher
+from proard.stages.export_student import EXPORTED
 
 NAMES = [f"thing {index}" for index in range(100)]
 QUICK = {"epochs": 1, "batch_size": 64, "attack": {"num_steps": 1}}
@@ -74,7 +75,7 @@ def folder(tmp_path_factory):
     write_table(archive, [{**row, **scores}], PREDICTED, Provenance("hundred", "search_front"))
     chosen = {"budget": "macs=1M", "student": folder / "student.parquet", "supernet": supernet}
     select_student.main(arguments("select_student", CONFIG, archive=archive, **images, **chosen))
-    outputs = {name: folder / path for name, path in WRITTEN.items()}
+    outputs = {name: folder / path for name, path in EXPORTED.items()}
     images.pop("val")
     manifest = {"manifest": folder / "manifest.json"}
     export_student.main(arguments("export_student", CONFIG, **chosen, **images, **manifest, **outputs))

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from export_runs import WRITTEN, arguments, facts_of, onnx_logits
+from export_runs import arguments, facts_of, onnx_logits
 from helpers import TINY_MOBILE, random_images, save_stripes, tiny_config
 
 from proard.artifacts import read_header, read_table, write_json
@@ -27,6 +27,7 @@ from proard.stages import (
     train_phase,
     train_teacher,
 )
+from proard.stages.export_student import EXPORTED
 
 ATTACK = {"num_steps": 2, "step_size": 0.05}
 SPACE = {**TINY_MOBILE, "width": [0.5, 0.75, 1]}
@@ -78,7 +79,7 @@ def folder(tmp_path_factory):
     run(search_front, "search_front", **search, history=folder / "search.parquet")
     chosen = {"budget": BUDGET, "student": folder / "student.parquet", **net}
     run(select_student, "select_student", archive=file["archive"], **images, **chosen)
-    outputs = {name: folder / path for name, path in WRITTEN.items()}
+    outputs = {name: folder / path for name, path in EXPORTED.items()}
     splits = {name: images[name] for name in ("train", "test")}
     run(export_student, "export_student", **chosen, **splits, manifest=folder / "manifest.json", **outputs)
     return folder

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from export_runs import BUDGET, WRITTEN, arguments
+from export_runs import BUDGET, arguments
 from helpers import random_supernet, save_stripes, tiny_config, tiny_space
 from torch import nn
 
@@ -30,6 +30,7 @@ from proard.export.robustbench import Publication, broken_rules, entry, submissi
 from proard.nets import save_supernet
 from proard.space.sampling import identity_columns
 from proard.stages import autoattack_student, check_student, describe_student, export_student, select_student
+from proard.stages.export_student import EXPORTED
 
 NAMES = ("left", "right", "low", "none", "other")
 EPS = 0.02
@@ -147,9 +148,9 @@ def inputs(tmp_path_factory) -> dict[str, Path]:
     select_student.main(arguments("select_student", CONFIG, budget=BUDGET, **flags))
     exported = folder / "results" / "tiny" / "export_student" / BUDGET
     flags = {name: files[name] for name in ("student", "supernet", "train", "test", "manifest")}
-    flags |= {"budget": BUDGET, **{name: exported / file for name, file in WRITTEN.items()}}
+    flags |= {"budget": BUDGET, **{name: exported / file for name, file in EXPORTED.items()}}
     export_student.main(arguments("export_student", CONFIG, **flags))
-    return files | {name: exported / file for name, file in WRITTEN.items()}
+    return files | {name: exported / file for name, file in EXPORTED.items()}
 
 
 def attack_flags(inputs, folder, *, config=CONFIG):
@@ -328,7 +329,7 @@ def test_the_folder_that_is_passed_on_has_the_same_card_and_right_checksums(inpu
     folder = inputs["weights"].parent
     assert (folder / "card.md").read_text("utf-8") == described.read_text("utf-8")
     lines = dict(reversed(line.split("  ")) for line in (folder / "SHA256SUMS").read_text().splitlines())
-    assert set(lines) == set(WRITTEN.values()) - {"SHA256SUMS"}
+    assert set(lines) == set(EXPORTED.values()) - {"SHA256SUMS"}
     assert all(sha256(folder / name) == digest for name, digest in lines.items())
 
 
