@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two per worker on two cores would fight over both
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -22,3 +23,12 @@ def own_threads():
     torch.set_num_threads(THREADS)
     yield
     torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(autouse=True)
+def _no_stage_outlives_its_test():
+    """Kill the stages that a test has started by `stage_runs`, where it imports that module."""
+    yield
+    started = getattr(sys.modules.get("stage_runs"), "STARTED", [])
+    while started:
+        started.pop().kill()

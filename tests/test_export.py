@@ -17,7 +17,7 @@ import onnx
 import pytest
 import torch
 import yaml
-from export_runs import BUDGET, arguments, facts_of, onnx_logits
+from export_runs import BUDGET, arguments, facts_of, onnx_logits, selected_student
 from foreign import transparent, turned
 from helpers import (
     TINY_DEEP,
@@ -25,7 +25,6 @@ from helpers import (
     TINY_POOL,
     random_images,
     random_supernet,
-    save_stripes,
     tiny_config,
     tiny_space,
 )
@@ -33,8 +32,8 @@ from PIL import Image
 
 import proard
 from proard import cli
-from proard.artifacts import ArtifactError, Provenance, read_header, read_table, sha256, write_json, write_table
-from proard.artifacts.tables import PREDICTED, STUDENT
+from proard.artifacts import ArtifactError, Provenance, read_header, read_table, sha256, write_table
+from proard.artifacts.tables import STUDENT
 from proard.config import UserError
 from proard.data import ImageSet, load_split, preprocess, to_float
 from proard.data.decode import decode_image
@@ -44,8 +43,7 @@ from proard.export.formats import OLDEST_RUNTIME
 from proard.export.parity import check_parity, difference
 from proard.nets import extract, fold, load_supernet, save_supernet
 from proard.space import Arch
-from proard.space.sampling import identity_columns
-from proard.stages import export_student, select_student
+from proard.stages import export_student
 from proard.stages.export_student import EXPORTED
 
 SIDE = 16  # of the example's images in colour
@@ -63,27 +61,7 @@ CONFIG = tiny_config(
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> dict[str, Path]:
     """A random supernet, images, and a student selected from all of its subnets."""
-    folder = tmp_path_factory.mktemp("inputs")
-    made_by = Provenance("tiny", "train_phase")
-    files = {"supernet": folder / "supernet.safetensors", "archive": folder / "archive.parquet"}
-    files |= save_stripes(folder, val=130)
-    space = tiny_space()
-    save_supernet(files["supernet"], random_supernet(space, dtype=torch.float32), made_by)
-    genotypes = space.sample(50, np.random.default_rng(0))
-    scores = np.linspace(0, 1, len(genotypes))
-    archive = {**identity_columns(space, genotypes), "predicted_clean_acc": scores, "predicted_robust_acc": scores}
-    rows = [dict(zip(archive, values, strict=True)) for values in zip(*archive.values(), strict=True)]
-    write_table(files["archive"], rows, PREDICTED, made_by)
-    splits = {
-        name: {"count": len(load_split(files[name])), "checksum": read_header(files[name])["checksum"]}
-        for name in ("train", "val", "test")
-    }
-    files["manifest"] = folder / "manifest.json"
-    write_json(files["manifest"], {"source": "digits", "classes": ["left", "right", "low"], "splits": splits})
-    files["student"] = folder / "student.parquet"
-    flags = {name: files[name] for name in ("archive", "supernet", "train", "val", "test", "student")}
-    select_student.main(arguments("select_student", CONFIG, budget=BUDGET, **flags))
-    return files
+    return selected_student(tmp_path_factory.mktemp("inputs"), CONFIG, val=130, number=50)
 
 
 @pytest.fixture(scope="module")

@@ -8,19 +8,12 @@ import time
 
 import pytest
 from helpers import CONFIG, SMALL_SPACES, random_supernet, save_stripes, tiny_config, tiny_space
-from stage_runs import LONG, OUTPUTS, STARTED, Stage
+from stage_runs import LONG, OUTPUTS, Stage
 
 from proard.artifacts import ArtifactError, Provenance, read_header, read_metadata, read_table
 from proard.config import ConfigError, UserError, job_settings
 from proard.nets import extract, load_static, load_supernet, save_static, save_supernet
 from proard.stages import train_control, train_teacher
-
-
-@pytest.fixture(autouse=True)
-def _no_process_outlives_its_test():
-    yield
-    while STARTED:
-        STARTED.pop().kill()
 
 
 @pytest.fixture(scope="module")

@@ -9,19 +9,12 @@ import time
 
 import pytest
 from helpers import save_stripes, tiny_config
-from stage_runs import LONG, STARTED, Stage
+from stage_runs import LONG, Stage
 
 from proard.artifacts import read_header
 from proard.config import UserError, job_settings
 from proard.training import ResumeState
 from proard.training.time_limit import TimeLimit, end_of_job
-
-
-@pytest.fixture(autouse=True)
-def _no_process_outlives_its_test():
-    yield
-    while STARTED:
-        STARTED.pop().kill()
 
 
 @pytest.fixture(scope="module")

@@ -15,21 +15,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from export_runs import BUDGET, arguments
-from helpers import random_supernet, save_stripes, tiny_config, tiny_space
+from export_runs import BUDGET, arguments, selected_student
+from helpers import tiny_config
 from torch import nn
 
 from proard import cli
-from proard.artifacts import ArtifactError, Provenance, read_header, read_table, sha256, write_json, write_table
-from proard.artifacts.tables import PREDICTED
+from proard.artifacts import ArtifactError, read_header, read_table, sha256
 from proard.config import Threat, UserError
 from proard.data import load_split, to_float
 from proard.evaluation.autoattack import ATTACKS, autoattack, check_classes, run_attack
 from proard.evaluation.masking import CHECKS, Evidence, Examination
 from proard.export.robustbench import Publication, broken_rules, entry, submission
-from proard.nets import save_supernet
-from proard.space.sampling import identity_columns
-from proard.stages import autoattack_student, check_student, describe_student, export_student, select_student
+from proard.stages import autoattack_student, check_student, describe_student, export_student
 from proard.stages.export_student import EXPORTED
 
 NAMES = ("left", "right", "low", "none", "other")
@@ -127,25 +124,7 @@ def test_too_few_classes_are_one_clear_error():
 def inputs(tmp_path_factory) -> dict[str, Path]:
     """A random supernet, a student chosen from it and exported."""
     folder = tmp_path_factory.mktemp("run")
-    made_by = Provenance("tiny", "train_phase")
-    files = {"supernet": folder / "supernet.safetensors", "archive": folder / "archive.parquet"}
-    files |= save_stripes(folder, val=60, classes=NAMES)
-    space = tiny_space(classes=len(NAMES))
-    save_supernet(files["supernet"], random_supernet(space, dtype=torch.float32), made_by)
-    genotypes = space.sample(20, np.random.default_rng(0))
-    scores = np.linspace(0, 1, len(genotypes))
-    archive = {**identity_columns(space, genotypes), "predicted_clean_acc": scores, "predicted_robust_acc": scores}
-    rows = [dict(zip(archive, values, strict=True)) for values in zip(*archive.values(), strict=True)]
-    write_table(files["archive"], rows, PREDICTED, made_by)
-    splits = {
-        name: {"count": len(load_split(files[name])), "checksum": read_header(files[name])["checksum"]}
-        for name in ("train", "val", "test")
-    }
-    files["manifest"] = folder / "manifest.json"
-    write_json(files["manifest"], {"source": "digits", "classes": list(NAMES), "splits": splits})
-    files["student"] = folder / "student.parquet"
-    flags = {name: files[name] for name in ("archive", "supernet", "train", "val", "test", "student")}
-    select_student.main(arguments("select_student", CONFIG, budget=BUDGET, **flags))
+    files = selected_student(folder, CONFIG, val=60, number=20, classes=NAMES)
     exported = folder / "results" / "tiny" / "export_student" / BUDGET
     flags = {name: files[name] for name in ("student", "supernet", "train", "test", "manifest")}
     flags |= {"budget": BUDGET, **{name: exported / file for name, file in EXPORTED.items()}}
