@@ -38,7 +38,7 @@ def autoattack(view: View) -> Section | None:
 
 
 def _gap(row: pd.Series) -> float | None:
-    """Robust accuracy under own attacks less that under AutoAttack, on the same images."""
+    """Robust accuracy under own attacks minus that under AutoAttack, on the same images."""
     return None if pd.isna(row["own_robust_acc"]) else float(row["own_robust_acc"] - row["robust_acc"])
 
 

@@ -113,6 +113,7 @@ def handle_ctrl_c():
     signal.signal(signal.SIGINT, stop)
 
 
-if workflow.modifier.is_main_snakefile():  # a Snakefile that uses this workflow as a module calls it below its own rules
+# A Snakefile that uses this workflow as a module calls check_targets below its own rules.
+if workflow.modifier.is_main_snakefile():
     check_targets()
 print_lock_holder()
