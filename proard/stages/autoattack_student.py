@@ -112,7 +112,7 @@ def summary(budget: str, found: Attacked, own_acc: float | None) -> str:
     after = ", ".join(f"{name} {entry['robust'].mean():.1%}" for name, entry in found.entries.items())
     lines = [f"{budget}: clean {found.clean.mean():.1%}, robust after {after} ({len(found.clean):,} test images)"]
     if found.left_out:
-        lines.append(f"  {found.left_out} of them are misclassified under the run's own attacks and are not attacked again")
+        lines.append(f"  {found.left_out} are misclassified under the run's own attacks and are not attacked again")
     if own_acc is not None:
         difference = 100 * (own_acc - found.entries[ATTACKS[-1]]["robust"].mean())
         lines.append(f"  under the run's own attacks {own_acc:.1%}: {difference:+.1f} points more")
