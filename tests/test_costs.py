@@ -20,7 +20,7 @@ from proard.config.losses import AdaAd, Rslad
 from proard.evaluation import Conditions, SubnetMeter
 from proard.progress import duration
 from proard.report.cost_page import cost_figure
-from proard.report.costs import Comparison, by_stage, emissions, read_ledgers
+from proard.report.costs import CostComparison, by_stage, emissions, read_ledgers
 from proard.report.svg import to_svg
 from proard.space import Tally, Work, one_pass
 from proard.stages import report
@@ -229,7 +229,7 @@ def comparison(**changes):
         "own": 10,
         "others": 1,
     }
-    return Comparison(**{**facts, "teacher_macs": 4, "students": {"macs=2": 2}, "mean_macs": 1, **changes})
+    return CostComparison(**{**facts, "teacher_macs": 4, "students": {"macs=2": 2}, "mean_macs": 1, **changes})
 
 
 def test_ratio_and_break_even_by_hand():

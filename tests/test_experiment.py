@@ -18,7 +18,7 @@ from helpers import save_stripes, tiny_config
 from test_workflow import CONFIG as WORKFLOW
 from test_workflow import FakeRun
 
-from proard.artifacts import GAINS, OUTCOMES, TRAINED, ArtifactError, read_header, read_table
+from proard.artifacts import GAINS, OUTCOMES, TRAININGS, ArtifactError, read_header, read_table
 from proard.config import ConfigError, UserError, job_settings, load
 from proard.config.losses import Ard
 from proard.evaluation.comparison import accuracy_of, check_equal_effort, estimate, gain_over, image_weights
@@ -28,14 +28,14 @@ from proard.stages.measure_experiment import spread
 ATTACK = {"num_steps": 2, "step_size": 0.05}
 PHASE = {**TINY["train_phase"]["phases"][0], "forward_equivalents": 3000}
 HALVES = [{**PHASE, "name": "wide", "depth": [1]}, {**PHASE, "name": "all"}]
-TRAININGS = [
+LISTED = [
     {"name": "drawn", "sampling": "uniform"},
     {"name": "phases", "phases": [{**half, "sampling": "per_pass", "forward_equivalents": 1500} for half in HALVES]},
 ]
 SECTIONS = {
     "experiment": {
         "defaults": {"trains": "supernet", "seeds": [0, 5], "effort": {"forward_equivalents": 3000, "tolerance": 0.2}},
-        "trainings": TRAININGS,
+        "trainings": LISTED,
         "bootstraps": 50,
         "measure": {
             "num_archs": 4,
@@ -310,7 +310,7 @@ def test_the_gains_say_what_was_measured_and_what_it_took(files, tmp_path, capsy
     assert set(GAINS) == set(table.columns)
     assert len(table) == 2 * (1 + 2 * 3) * 4  # groups, attacks on val and at both radii on test, subnets
     assert set(table["baseline"]) == {"drawn"}
-    assert list(read_table(tmp_path / "table.parquet").columns) == list(TRAINED)
+    assert list(read_table(tmp_path / "table.parquet").columns) == list(TRAININGS)
     for name in ("drawn", "phases"):
         rows = table[(table["group"] == name) & (table["split"] == "test") & (table["attack"] == "cw2")]
         rows = rows[rows["eps"] == 0.1]

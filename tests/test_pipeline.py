@@ -16,7 +16,7 @@ from pipeline_runs import Run
 
 from proard import cli
 from proard.artifacts import read_header, read_table
-from proard.report.costs import Comparison, compare, read_ledgers
+from proard.report.costs import CostComparison, compare, read_ledgers
 
 TRAININGS = ("train_teacher", "train_phase/depth", "train_phase/all")
 
@@ -62,7 +62,7 @@ def test_the_ledger_compares_the_run_with_students_trained_one_by_one(finished: 
     """The teacher was killed once and resumed: repeated overhead is counted twice, training steps only once."""
     folder, ledgers = finished.results, read_ledgers(finished.results)
     found = compare(folder, ledgers)
-    assert isinstance(found, Comparison), found
+    assert isinstance(found, CostComparison), found
     images = {name: read_table(folder / name / "history.parquet")["images"].iloc[-1] for name in TRAININGS}
     steps = images["train_phase/depth"] + images["train_phase/all"]
     assert found.images == {"steps": steps, "path": steps + images["train_teacher"]}

@@ -312,7 +312,7 @@ def test_autoattack_and_checks_have_a_section_each(tmp_path: Path):
     assert f">{percent(final['robust_acc'] - 0.02)}<" in line
     assert ">2.0<" in line
     assert f"{BUDGETS[0]} has 2.0 points\nless" in section
-    assert "15 outcomes were lost" in section
+    assert "15 times an image was already misclassified" in section
     found = text.split('<section id="checks">')[1].split("</section>")[0]
     assert found.count("✗") == 1
     assert found.count("✓") == 2 * len(BUDGETS) - 1

@@ -1,7 +1,7 @@
 """Files of a run: atomic writes, checked reads, table columns and provenance."""
 
 from proard.artifacts.checkpoints import check_finite, read_state_dict
-from proard.artifacts.experiments import GAINS, GAPS, OUTCOMES, TRAINED
+from proard.artifacts.experiments import GAINS, GAPS, OUTCOMES, TRAININGS
 from proard.artifacts.files import ArtifactError, atomic_path, sha256, write_json, write_text
 from proard.artifacts.quantised import QUANTISED
 from proard.artifacts.tables import (
@@ -38,7 +38,7 @@ __all__ = [
     "PREDICTED",
     "QUANTISED",
     "STUDENT",
-    "TRAINED",
+    "TRAININGS",
     "ArtifactError",
     "Provenance",
     "atomic_path",

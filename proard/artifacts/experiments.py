@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from proard.artifacts.tables import FLOAT, IDENTITY, INT, MEASURED, OUTCOME, TEXT
 
-TRAINED: dict[str, tuple[pa.DataType, str]] = {
+TRAININGS: dict[str, tuple[pa.DataType, str]] = {
     **MEASURED,
     "training": (TEXT, "name of the training with grid and seed; for a selected student its budget"),
     "group": (TEXT, "name without the seed"),
@@ -37,7 +37,7 @@ TRAINED: dict[str, tuple[pa.DataType, str]] = {
     "peak_device_memory": (INT, "largest memory on the accelerator, bytes; empty on a CPU"),
 }
 OUTCOMES: dict[str, tuple[pa.DataType, str]] = {
-    **TRAINED,
+    **TRAININGS,
     **OUTCOME,
 }
 INTERVAL = "fraction, 95 % over seeds and images"

@@ -1,14 +1,14 @@
 """Turns the tables of a run into one offline page, its figures, and the summary in the terminal."""
 
-from proard.report.facts import Comparison, Duration, Student, compare_searches, durations, exported_students
+from proard.report.facts import Duration, SearchComparison, Student, compare_searches, durations, exported_students
 from proard.report.inputs import Card, Results, load_results
 from proard.report.page import render
 
 __all__ = [
     "Card",
-    "Comparison",
     "Duration",
     "Results",
+    "SearchComparison",
     "Student",
     "compare_searches",
     "durations",

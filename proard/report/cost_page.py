@@ -8,9 +8,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from proard.report.costs import Comparison, by_stage, emissions
+from proard.report.context import Context, Section, section
+from proard.report.costs import CostComparison, by_stage, emissions
 from proard.report.svg import COLOURS, STYLE
-from proard.report.view import Section, View, section
 
 BUDGET_WORDS = {
     "steps": "as many optimizer steps as all phases",
@@ -20,7 +20,7 @@ NUMBERS = (1, 2, 5, 10, 20, 50, 100)
 CLAIM = 60  # the paper's "up to 60x"
 
 
-def cost_figure(comparison: Comparison) -> Figure:
+def cost_figure(comparison: CostComparison) -> Figure:
     """Cost of students trained one by one divided by that of the supernet, against their number."""
     looks = {"mean of the exported students": COLOURS["blue"], "mean of the sampled subnets": COLOURS["orange"]}
     styles = {"steps": "-", "path": (0, (4, 2))}
@@ -47,9 +47,9 @@ def cost_figure(comparison: Comparison) -> Figure:
     return figure
 
 
-def costs(view: View) -> Section | None:
+def costs(context: Context) -> Section | None:
     """The costs of each stage, and the comparison if it is possible."""
-    ledgers = view.ledgers
+    ledgers = context.ledgers
     if ledgers is None or ledgers.empty:
         return None
     metered = ledgers.get("energy_wh", pd.Series(dtype=float)).dropna()
@@ -58,13 +58,13 @@ def costs(view: View) -> Section | None:
         "costs",
         "Costs",
         "What it cost",
-        view=view,
+        context=context,
         stages=by_stage(ledgers).to_dict("records"),
         energy=energy,
-        grams=None if energy is None else emissions(energy, view.country),
+        grams=None if energy is None else emissions(energy, context.country),
         methods=[] if energy is None else sorted(set(ledgers["energy_method"].dropna())),
         others=sorted(set(ledgers["counted"]) - {"ledger"}),
-        found=view.cost_comparison,
+        found=context.cost_comparison,
         numbers=NUMBERS,
         budget_words=BUDGET_WORDS,
         gib=lambda size: f"{size / 2**30:.1f}",

@@ -164,7 +164,7 @@ def _in_order(histories: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class CostComparison:
     """A supernet run compared with as many students trained one by one, in multiply-accumulates.
 
     Attributes
@@ -226,7 +226,7 @@ class Comparison:
         return sizes
 
 
-def compare(folder: str | Path, ledgers: pd.DataFrame) -> Comparison | str:
+def compare(folder: str | Path, ledgers: pd.DataFrame) -> CostComparison | str:
     """Compare a run with students trained one by one on the loss of its last phase, or name what is missing for that.
 
     `steps` gives each student as many optimizer steps, and images, as all phases made. `path`, if the supernet was
@@ -260,7 +260,7 @@ def compare(folder: str | Path, ledgers: pd.DataFrame) -> Comparison | str:
     choices = [table[table["chosen"].eq(True)].iloc[0] for table in tables]
     chosen = {str(choice["budget"]): int(choice["macs"]) for choice in choices}
     jobs = max(ledgers.loc[ledgers["stage"] == "select_student", "job"].nunique(), 1)
-    return Comparison(
+    return CostComparison(
         shared=float(spent([*BOTH_NEED, *(["train_control"] if last.needs_control else [])]).sum()),
         training=float(ledgers.loc[ledgers["stage"] == "train_phase", "train_macs"].sum()),
         once=float(spent(SUPERNET).sum()),

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from proard.config import TEACHER
+from proard.report.context import Context, Section, section
 from proard.report.svg import COLOURS, STYLE
 from proard.report.text import NORMS, pixels
-from proard.report.view import Section, View, section
 
 TERMS = {
     "loss_gap": ("|l_S − l_T| at the image", COLOURS["navy"]),
@@ -131,9 +131,9 @@ def _looks(names: list[str]) -> dict[str, dict[str, object]]:
     return {TEACHER: {"color": COLOURS["green"], "linewidth": 1.5}, **looks}
 
 
-def diagnosis(view: View) -> Section | None:
+def diagnosis(context: Context) -> Section | None:
     """Terms of the bound, radii and pairs of networks."""
-    summary = view.results.get("diagnosis_summary")
+    summary = context.results.get("diagnosis_summary")
     if summary is None:
         return None
     eps = summary["eps"].max()
@@ -144,12 +144,12 @@ def diagnosis(view: View) -> Section | None:
     for name, rows in whole.groupby("network", sort=False):
         values = rows[rows["sigma"].isna()].set_index("quantity")["value"]
         networks.append((name, rows["macs"].iloc[0], values, [_radius_value(rows, *kind) for kind in kinds]))
-    pairs = view.results.get("diagnosis_pairs")
+    pairs = context.results.get("diagnosis_pairs")
     return section(
         "diagnosis",
         "Diagnosis",
         "Students and their teacher",
-        view=view,
+        context=context,
         terms=[label for label, _ in TERMS.values()],
         sizes=[*TERMS, "right", "left", "cosine"],
         kinds=[_radius_words(*kind) for kind in kinds],

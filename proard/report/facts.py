@@ -128,7 +128,7 @@ def chosen_quality(results: Results, target: str) -> pd.Series | None:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class SearchComparison:
     """Hypervolume of two searches' measured archs, and the interval of their difference."""
 
     split: str
@@ -150,7 +150,7 @@ class Comparison:
 
 def compare_searches(
     verified: pd.DataFrame, *, cost: str = "macs", bootstraps: int = 1000, seed: int = 0
-) -> Comparison | None:
+) -> SearchComparison | None:
     """Hypervolume of NSGA-II's measured archs against random search's.
 
     Objectives are clean accuracy, robust accuracy and cost, each scaled to the range of all archs compared, with the
@@ -166,7 +166,7 @@ def compare_searches(
 
     Returns
     -------
-    Comparison or None
+    SearchComparison or None
         None if one of the searches has no measured arch.
     """
     split = "test" if (verified["split"] == "test").any() else "val"
@@ -186,7 +186,7 @@ def compare_searches(
     ]
     low, high = np.percentile(differences, [2.5, 97.5]).tolist()
     volumes = hypervolume(nsga2, scale), hypervolume(random, scale)
-    return Comparison(split, str(attack), cost, len(nsga2), len(random), *volumes, low, high, bootstraps)
+    return SearchComparison(split, str(attack), cost, len(nsga2), len(random), *volumes, low, high, bootstraps)
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,15 @@ from matplotlib.figure import Figure
 
 from proard import __version__
 from proard.report import sections, text
+from proard.report.context import Context, fill
 from proard.report.cost_page import cost_figure
-from proard.report.costs import Comparison, compare
+from proard.report.costs import CostComparison, compare
 from proard.report.diagnosis import bound_figure, radius_figure
 from proard.report.facts import compare_searches, durations, exported_students
 from proard.report.figures import front_figure, predictor_figure, search_figure, training_figure
 from proard.report.inputs import Results
 from proard.report.students import accuracy_figure, nearest, networks_of, summary_of
 from proard.report.svg import to_svg
-from proard.report.view import View, fill
 
 FIGURES = ("front", "training", "predictor", "search", "costs")
 
@@ -63,9 +63,9 @@ def render(
         comparison = compare_searches(verified, cost=cost, bootstraps=bootstraps, seed=results.seed)
     figures = _figures(results, students, eps)
     costs = "" if results.ledgers is None or results.folder is None else compare(results.folder, results.ledgers)
-    if isinstance(costs, Comparison):
+    if isinstance(costs, CostComparison):
         figures["costs"] = to_svg(cost_figure(costs), "Cost of students one by one divided by that of the supernet")
-    view = View(
+    context = Context(
         results=results,
         students=students,
         comparison=comparison,
@@ -78,8 +78,10 @@ def render(
         cost_comparison=costs,
         country=country,
     )
-    found = [section for build in sections.ORDER if (section := build(view)) is not None]
-    page = fill("page", view=view, title=title, sections=found, version=__version__, threat_words=text.threat_words)
+    found = [section for build in sections.ORDER if (section := build(context)) is not None]
+    page = fill(
+        "page", context=context, title=title, sections=found, version=__version__, threat_words=text.threat_words
+    )
     return Report(page, figures)
 
 

@@ -6,16 +6,16 @@ from typing import Any
 
 import pandas as pd
 
-from proard.report.view import Section, View, section
+from proard.report.context import Context, Section, section
 
 
-def quantised(view: View) -> Section | None:
+def quantised(context: Context) -> Section | None:
     """One row per student: float32 and int8 on the same test images."""
-    if not view.results.quantised:
+    if not context.results.quantised:
         return None
-    pairs = sorted((_pair(frame) for frame in view.results.quantised), key=lambda pair: pair["int8"]["macs"])
+    pairs = sorted((_pair(frame) for frame in context.results.quantised), key=lambda pair: pair["int8"]["macs"])
     first = pairs[0]["int8"]
-    return section("quantised", "int8", "The students in int8", view=view, pairs=pairs, first=first)
+    return section("quantised", "int8", "The students in int8", context=context, pairs=pairs, first=first)
 
 
 def _pair(frame: pd.DataFrame) -> dict[str, Any]:

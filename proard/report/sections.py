@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pandas as pd
 
+from proard.report.context import Context, Section, section
 from proard.report.cost_page import costs
 from proard.report.diagnosis import diagnosis
 from proard.report.facts import rows_by_attack
@@ -14,7 +15,6 @@ from proard.report.setup import provenance, setup, time
 from proard.report.students import trained_students
 from proard.report.text import SEARCH_NAMES
 from proard.report.trust import autoattack, checks
-from proard.report.view import Section, View, section
 
 FILES = (("student.onnx", "onnx"), ("student.pt2", "pt2"), ("student.safetensors", "weights"), ("card.md", "card"))
 QUALITY = {
@@ -28,92 +28,94 @@ QUALITY = {
 }
 
 
-def students(view: View) -> Section | None:
+def students(context: Context) -> Section | None:
     """The table of exported students."""
-    if not view.students:
+    if not context.students:
         return None
-    first, label = view.students[0], view.results.label_attack
-    control = view.results.get("control_table")
+    first, label = context.students[0], context.results.label_attack
+    control = context.results.get("control_table")
     return section(
         "students",
         "Students",
         "The students",
-        view=view,
-        attacks=[name for name in first.test if name != view.best.final["attack"]],
+        context=context,
+        attacks=[name for name in first.test if name != context.best.final["attack"]],
         val_attack=label
         if label in first.val
         else next(iter(first.val), None),  # the attack of the predictor's training data
         files=FILES,
         parity_images=min(
-            (card.parity["num_images"] for card in view.results.cards if "num_images" in card.parity), default=0
+            (card.parity["num_images"] for card in context.results.cards if "num_images" in card.parity), default=0
         ),
         control_by_attack={} if control is None else rows_by_attack(control, "test"),
     )
 
 
-def tradeoff(view: View) -> Section | None:
+def tradeoff(context: Context) -> Section | None:
     """The figure of accuracy over cost."""
-    table, verified = view.results.get("table"), view.results.get("verified")
-    if table is None or "front" not in view.figures:
+    table, verified = context.results.get("table"), context.results.get("verified")
+    if table is None or "front" not in context.figures:
         return None
     found, images = [], 0
     if verified is not None:
-        rows = verified[(verified["split"] == "val") & (verified["attack"] == view.results.label_attack)]
+        rows = verified[(verified["split"] == "val") & (verified["attack"] == context.results.label_attack)]
         numbers = {words: int((rows["found_by"] == name).sum()) for name, words in SEARCH_NAMES.items()}
         found = [f"{number} of {words}" for words, number in numbers.items() if number]
         images = int(rows["num_images"].max()) if len(rows) else 0
-    values = {"table": table, "row": table.iloc[0], "found": found, "images": images, "lines": _lines(view)}
-    return section("tradeoff", "Accuracy over cost", "Accuracy over cost", view=view, **values)
+    values = {"table": table, "row": table.iloc[0], "found": found, "images": images, "lines": _lines(context)}
+    return section("tradeoff", "Accuracy over cost", "Accuracy over cost", context=context, **values)
 
 
-def _lines(view: View) -> list[str]:
+def _lines(context: Context) -> list[str]:
     """How the horizontal lines were measured."""
     lines = []
-    history = view.results.get("teacher_history")
+    history = context.results.get("teacher_history")
     if history is not None and history["val_robust_acc"].notna().any():
-        settings = view.results.settings.get("validation", {})
+        settings = context.results.settings.get("validation", {})
         steps = f"PGD with {settings['num_steps']} steps" if "num_steps" in settings else "the validation's PGD"
         images = history.get("val_num_images")
         on = "" if images is None or images.isna().all() else f" on {int(images.max()):,} val images"
         lines.append(f"teacher under {steps}{on}")
-    if view.results.get("control_table") is not None:
+    if context.results.get("control_table") is not None:
         lines.append("control on val, under the dots' attack if measured with it")
     return lines
 
 
-def search(view: View) -> Section | None:
+def search(context: Context) -> Section | None:
     """NSGA-II against random search: predicted while searching, measured afterwards."""
-    if "search" not in view.figures and view.comparison is None:
+    if "search" not in context.figures and context.comparison is None:
         return None
-    history = view.results.get("search_history")
+    history = context.results.get("search_history")
     spent = 0 if history is None else history.loc[history["search"] == "nsga2", "evaluations"].max()
-    values = {"view": view, "found": view.comparison, "spent": spent}
+    values = {"context": context, "found": context.comparison, "spent": spent}
     return section("search", "Search", "NSGA-II against random search", **values)
 
 
-def predictor(view: View) -> Section | None:
+def predictor(context: Context) -> Section | None:
     """Predicted against measured on held-out archs, and the ceiling from label noise."""
-    quality = view.results.get("quality")
-    if quality is None and "predictor" not in view.figures:
+    quality = context.results.get("quality")
+    if quality is None and "predictor" not in context.figures:
         return None
     rows, columns = [], {}
     if quality is not None:
         ordered = quality.sort_values(["target", "chosen"], ascending=[False, False], kind="stable")
         rows = ordered.to_dict("records")
         columns = {column: label for column, label in QUALITY.items() if column in quality}
-    return section("predictor", "Predictor", "Does the predictor rank subnets?", view=view, rows=rows, columns=columns)
+    return section(
+        "predictor", "Predictor", "Does the predictor rank subnets?", context=context, rows=rows, columns=columns
+    )
 
 
-def training(view: View) -> Section | None:
+def training(context: Context) -> Section | None:
     """Curves of every training."""
-    if "training" not in view.figures:
+    if "training" not in context.figures:
         return None
-    counts = [frame["val_num_images"].max() for frame in view.results.histories if "val_num_images" in frame]
+    counts = [frame["val_num_images"].max() for frame in context.results.histories if "val_num_images" in frame]
     images = [number for number in counts if not pd.isna(number)]
-    return section("training", "Training", "Training, phase by phase", view=view, images=images)
+    return section("training", "Training", "Training, phase by phase", context=context, images=images)
 
 
-ORDER: tuple[Callable[[View], Section | None], ...] = (
+ORDER: tuple[Callable[[Context], Section | None], ...] = (
     students,
     autoattack,
     checks,

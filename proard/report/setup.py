@@ -11,19 +11,19 @@ import pandas as pd
 from markupsafe import Markup
 
 from proard import __version__
+from proard.report.context import Context, Section, section
 from proard.report.facts import machine, packages
 from proard.report.text import count, plural, threat_words
-from proard.report.view import Section, View, section
 
 
-def setup(view: View) -> Section | None:
+def setup(context: Context) -> Section | None:
     """Data, settings and machine of the run."""
-    settings, table = view.results.settings, view.results.get("table")
+    settings, table = context.results.settings, context.results.get("table")
     entries = [
-        ("Data", _data_words(view)),
-        ("Images per split", _split_words(view.results.manifest)),
-        ("Threat model", f"{threat_words(view.norm, view.eps)}, in pixel units of [0, 1]"),
-        ("Attacks", _attack_words(view)),
+        ("Data", _data_words(context)),
+        ("Images per split", _split_words(context.results.manifest)),
+        ("Threat model", f"{threat_words(context.norm, context.eps)}, in pixel units of [0, 1]"),
+        ("Attacks", _attack_words(context)),
         ("Search space", _space_words(settings.get("space"))),
     ]
     if table is not None:
@@ -43,9 +43,9 @@ def setup(view: View) -> Section | None:
     return section("setup", "What was run", "Data and settings of the run", entries=entries)
 
 
-def _data_words(view: View) -> str:
+def _data_words(context: Context) -> str:
     """Source, image size and classes."""
-    manifest = view.results.manifest
+    manifest = context.results.manifest
     if not manifest:
         return ""
     classes = [str(name) for name in manifest["classes"]]
@@ -61,12 +61,12 @@ def _split_words(manifest: Mapping[str, Any]) -> str:
     return f"{' · '.join(counts)}. Choices are made on val; test is only reported" if counts else ""
 
 
-def _attack_words(view: View) -> str:
+def _attack_words(context: Context) -> str:
     """Every attack of the tables, once."""
-    frames = [view.results.get("verified"), view.results.get("control_table"), view.results.get("table")]
+    frames = [context.results.get("verified"), context.results.get("control_table"), context.results.get("table")]
     rows = pd.concat([frame for frame in frames if frame is not None] or [pd.DataFrame(columns=["attack"])])
     rows = rows.drop_duplicates("attack")
-    lines = [Markup("<code>{}</code> {}").format(row["attack"], view.words(row)) for _, row in rows.iterrows()]
+    lines = [Markup("<code>{}</code> {}").format(row["attack"], context.words(row)) for _, row in rows.iterrows()]
     return Markup("<br>").join(lines)
 
 
@@ -128,17 +128,17 @@ def _measurement_words(settings: Mapping[str, Any] | None, table: pd.DataFrame |
     )
 
 
-def time(view: View) -> Section | None:
+def time(context: Context) -> Section | None:
     """Wall time of every stage."""
-    if not view.durations:
+    if not context.durations:
         return None
-    counted = 0.0 if view.ledgers is None else float(view.ledgers["seconds"].sum())
-    return section("time", "Time", "How long each stage took", durations=view.durations, counted=counted)
+    counted = 0.0 if context.ledgers is None else float(context.ledgers["seconds"].sum())
+    return section("time", "Time", "How long each stage took", durations=context.durations, counted=counted)
 
 
-def provenance(view: View) -> Section | None:
+def provenance(context: Context) -> Section | None:
     """Seeds, versions, checksums, settings, machine."""
-    results = view.results
+    results = context.results
     written = sorted({entry.version for entry in results.inputs if entry.version})
     facts = [
         ("Run", Markup("<code>{}</code>").format(results.run)),
@@ -149,7 +149,7 @@ def provenance(view: View) -> Section | None:
     ]
     settings = compact_json(results.settings)
     title = "Where the numbers come from"
-    return section("provenance", "Provenance", title, view=view, facts=facts, settings=settings)
+    return section("provenance", "Provenance", title, context=context, facts=facts, settings=settings)
 
 
 def compact_json(value: Any) -> str:

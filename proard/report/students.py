@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from proard.report.context import Context, Section, section
 from proard.report.figures import PERCENT
 from proard.report.svg import COLOURS, STYLE, to_svg
 from proard.report.text import percent, pixels
-from proard.report.view import Section, View, section
 
 INT, FLOAT, TEXT = pa.int64(), pa.float64(), pa.string()
 SUMMARY: dict[str, tuple[pa.DataType, str]] = {
@@ -52,7 +52,7 @@ KINDS = {"clean": (COLOURS["muted"], "o"), "own": (COLOURS["orange"], "^"), "wor
 
 
 def networks_of(table: pd.DataFrame) -> pd.DataFrame:
-    """TRAINED rows of whole networks on test, without subnets of supernets."""
+    """TRAININGS rows of whole networks on test, without subnets of supernets."""
     return table[(table["role"] != "subnet") & (table["split"] == "test")]
 
 
@@ -62,7 +62,7 @@ def summary_of(table: pd.DataFrame) -> pd.DataFrame:
     Parameters
     ----------
     table : DataFrame
-        TRAINED rows of networks.
+        TRAININGS rows of networks.
     """
     rows = []
     for (group, split, attack, eps), found in table.groupby(["group", "split", "attack", "eps"], sort=False):
@@ -91,22 +91,22 @@ def summary_lines(summary: pd.DataFrame, *, eps: float) -> list[str]:
     return lines
 
 
-def trained_students(view: View) -> Section | None:
+def trained_students(context: Context) -> Section | None:
     """Students that were trained one by one, and those of the supernet if the table has them."""
-    table = view.results.get("trained_students")
+    table = context.results.get("trained_students")
     if table is None:
         return None
     table = networks_of(table)
     if table.empty:
         return None
     summary = summary_of(table)
-    at = summary[summary["eps"] == nearest(summary, view.eps)]
+    at = summary[summary["eps"] == nearest(summary, context.eps)]
     shared = [name for name in dict.fromkeys(at["attack"]) if name not in ("own", "worst")]
     return section(
         "trained",
         "One by one",
         "Students trained one by one",
-        view=view,
+        context=context,
         attacks=["own", *shared, "worst"],
         groups=[
             (group, rows.iloc[0], {row["attack"]: row for _, row in rows.iterrows()})
@@ -129,7 +129,7 @@ def figures_of(table: pd.DataFrame, summary: pd.DataFrame, *, eps: float, title:
     Parameters
     ----------
     table, summary : DataFrame
-        TRAINED rows and their `summary_of`.
+        TRAININGS rows and their `summary_of`.
     eps : float
         The threat's radius in pixel units.
     title : str

@@ -7,15 +7,15 @@ from typing import Any
 
 import pandas as pd
 
-from proard.report.view import Section, View, section
+from proard.report.context import Context, Section, section
 
 ALL = "autoattack"  # the row of all attacks together
 NOTABLE = 0.005  # difference of two robust accuracies that is said in words
 
 
-def autoattack(view: View) -> Section | None:
+def autoattack(context: Context) -> Section | None:
     """A row per student: robust accuracy after each attack of AutoAttack, beside the own attacks' worst case."""
-    tables = sorted(view.results.autoattacked, key=lambda table: int(table["macs"].iloc[0]))
+    tables = sorted(context.results.autoattacked, key=lambda table: int(table["macs"].iloc[0]))
     if not tables:
         return None
     students = [{str(row["attack"]): row for _, row in table.iterrows()} for table in tables]
@@ -42,12 +42,12 @@ def _gap(row: pd.Series) -> float | None:
     return None if pd.isna(row["own_robust_acc"]) else float(row["own_robust_acc"] - row["robust_acc"])
 
 
-def checks(view: View) -> Section | None:
+def checks(context: Context) -> Section | None:
     """A row per check, a column per student."""
-    tables = {str(table["budget"].iloc[0]): table.set_index("number") for table in view.results.checked}
+    tables = {str(table["budget"].iloc[0]): table.set_index("number") for table in context.results.checked}
     if not tables:
         return None
-    order = {student.budget: student.macs for student in view.students}
+    order = {student.budget: student.macs for student in context.students}
     tables = dict(sorted(tables.items(), key=lambda entry: order.get(entry[0], 0)))
     first = next(iter(tables.values()))
     failed = [

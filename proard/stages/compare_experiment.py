@@ -14,7 +14,7 @@ from proard.artifacts import (
     OUTCOME,
     OUTCOMES,
     STUDENT,
-    TRAINED,
+    TRAININGS,
     ArtifactError,
     Provenance,
     read_metadata,
@@ -50,13 +50,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     provenance = job.provenance(*files.outcomes, *files.budgets, *files.bounds, *files.all_radii, *files.diagnoses)
     parts = [read_table(path, columns=OUTCOMES) for path in files.outcomes]
     outcomes = pd.concat([part.astype(object) for part in parts], ignore_index=True).infer_objects() if parts else None
-    tables = [] if outcomes is None else [outcomes[list(TRAINED)]]
+    tables = [] if outcomes is None else [outcomes[list(TRAININGS)]]
     needed = [name for name in STUDENT if name not in {*OUTCOME, *FOOTPRINT}]  # which older tables lack
     tables += [of_budget(read_table(path, columns=needed)) for path in files.budgets]
-    table = pd.concat(tables, ignore_index=True).infer_objects() if tables else pd.DataFrame(columns=list(TRAINED))
+    table = pd.concat(tables, ignore_index=True).infer_objects() if tables else pd.DataFrame(columns=list(TRAININGS))
     if outcomes is not None:
         check_equal_effort(outcomes)
-    write_table(files.table, table, TRAINED, provenance)
+    write_table(files.table, table, TRAININGS, provenance)
     if files.summary:
         compare_networks(job, students.networks_of(table), provenance)
     if files.gains and outcomes is not None:
@@ -72,7 +72,7 @@ def of_budget(selection: pd.DataFrame) -> pd.DataFrame:
     """The chosen student of a budget on test, in the columns of trainings."""
     rows = selection[(selection["role"] == "choice") & (selection["split"] == "test")]
     names = {"training": rows["budget"], "group": rows["budget"], "trains": "budget", "role": "chosen"}
-    return rows.assign(**names, net="supernet", loss="supernet").reindex(columns=list(TRAINED)).astype(object)
+    return rows.assign(**names, net="supernet", loss="supernet").reindex(columns=list(TRAININGS)).astype(object)
 
 
 def compare_networks(job: Job, table: pd.DataFrame, provenance: Provenance) -> None:

@@ -161,7 +161,7 @@ def own_attack_rows(
 def training_facts(
     training: Student | SupernetTraining, histories: Sequence[str], memory: dict[str, int | None]
 ) -> dict[str, Any]:
-    """What a training took, all its phases together, and which epoch it kept, as columns of TRAINED."""
+    """What a training took, all its phases together, and which epoch it kept, as columns of TRAININGS."""
     tables = [read_table(path, columns=HISTORY) for path in histories]
     ends = pd.DataFrame([table.iloc[-1] for table in tables])
     newest, total = tables[-1], ends[["step", "epoch", *HISTORY[2:7]]].sum()

@@ -13,8 +13,8 @@ from markupsafe import Markup
 
 from proard.progress import duration
 from proard.report import text
-from proard.report.costs import Comparison as CostComparison
-from proard.report.facts import Comparison, Duration, Student, chosen_quality, headline_row, rows_by_attack
+from proard.report.costs import CostComparison
+from proard.report.facts import Duration, SearchComparison, Student, chosen_quality, headline_row, rows_by_attack
 from proard.report.inputs import Card, Results
 from proard.report.svg import inline
 
@@ -51,7 +51,7 @@ def fill(name: str, **values: Any) -> Markup:
 
 
 @dataclass(frozen=True)
-class View:
+class Context:
     """Inputs of the sections. `folder` is the page's folder; `figures` are standalone SVG by name.
 
     `cost_comparison` is text if there is none: what is missing. `country` converts energy to emissions.
@@ -59,7 +59,7 @@ class View:
 
     results: Results
     students: list[Student]
-    comparison: Comparison | None
+    comparison: SearchComparison | None
     durations: list[Duration]
     figures: dict[str, str]
     folder: Path
