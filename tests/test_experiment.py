@@ -18,7 +18,7 @@ from helpers import save_stripes, tiny_config
 from test_workflow import CONFIG as WORKFLOW
 from test_workflow import FakeRun
 
-from proard.artifacts import GAINS, OUTCOMES, TRAININGS, ArtifactError, read_header, read_table
+from proard.artifacts import GAINS, TRAININGS, ArtifactError, read_header, read_table
 from proard.config import ConfigError, UserError, job_settings, load
 from proard.config.losses import Ard
 from proard.evaluation.comparison import accuracy_of, check_equal_effort, estimate, gain_over, image_weights
@@ -272,7 +272,7 @@ def test_trainings_differ_by_seed_and_phases_follow_each_other(files):
 
 
 def test_every_supernet_is_measured_at_the_same_archs_with_the_same_noise(files):
-    tables = {name: read_table(files.outcomes(name), columns=OUTCOMES) for name in PHASES}
+    tables = {name: read_table(files.outcomes(name), columns=TRAININGS) for name in PHASES}
     listed, first = read_table(files.archs), tables["drawn_seed=0"]
     for name, table in tables.items():
         assert {(row.training, row.group) for row in table.itertuples()} == {(name, name[:-7])}

@@ -1,10 +1,12 @@
-"""Comparison of two runs' measured archs: hypervolumes by hand, intervals over images, errors."""
+"""Comparison of measured archs of two runs or two searches: hypervolumes by hand, intervals over images, errors."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from export_runs import arguments
@@ -15,7 +17,7 @@ from proard.artifacts.tables import PREDICTED
 from proard.cli import main
 from proard.config import UserError
 from proard.nets import save_supernet
-from proard.report.fronts import Outcomes, compare_outcomes, compare_tables, sampled_outcomes, verified_outcomes
+from proard.report.fronts import compare_fronts, compare_searches, compare_tables, sampled_tables
 from proard.space.sampling import identity_columns
 from proard.stages import evaluate_archs, sample_archs, verify_front
 
@@ -28,42 +30,80 @@ CONFIG = tiny_config(
 )
 
 
-def outcomes(macs: list[int], clean: list[int], robust: list[int], **facts: str) -> Outcomes:
+def measured(macs: list[int], clean: list[int], robust: list[int], **facts: Any) -> pd.DataFrame:
     """Archs that classify the first of a hundred images correctly."""
-    masks = [np.stack([np.arange(100) < count for count in counts]) for counts in (clean, robust)]
-    return Outcomes(np.asarray(macs), *masks, **{"images": "same", "threat": "same", **facts})
+    clean_masks, robust_masks = ([np.arange(100) < count for count in counts] for counts in (clean, robust))
+    accuracies = {"clean_acc": np.divide(clean, 100), "robust_acc": np.divide(robust, 100)}
+    frame = pd.DataFrame({"macs": macs, "clean": clean_masks, "robust": robust_masks, **accuracies})
+    return frame.assign(num_images=100, **{"image_set": "same", **facts})
+
+
+def from_masks(clean: np.ndarray, robust: np.ndarray) -> pd.DataFrame:
+    """Archs of 1, 2, 3, … MACs with outcomes of shape (archs, images)."""
+    facts = {"macs": range(1, len(clean) + 1), "clean": list(clean), "robust": list(robust)}
+    accuracies = {"clean_acc": clean.mean(1), "robust_acc": robust.mean(1)}
+    return pd.DataFrame({**facts, **accuracies}).assign(num_images=clean.shape[1], image_set="same")
 
 
 def test_hypervolume_by_hand():
-    first, second = outcomes([1, 3], [60, 80], [20, 40]), outcomes([2], [80], [40])
-    found = compare_outcomes(first, second, bootstraps=20)
+    first, second = measured([1, 3], [60, 80], [20, 40]), measured([2], [80], [40])
+    found = compare_fronts(first, second, bootstraps=20)
     # Scaled by clean 60 to 80, robust 20 to 40, MACs 1 to 3: archs at (1, 1, 0) and (0, 0, 1), against (0, 0, 0.5).
     box = 1.1**3
     union = 0.1 * 0.1 * 1.1 + 1.1 * 1.1 * 0.1 - 0.1 * 0.1 * 0.1
-    assert found.first[0] == pytest.approx(union / box)
-    assert found.second[0] == pytest.approx(1.1 * 1.1 * 0.6 / box)
-    assert found.difference[0] == pytest.approx(found.second[0] - found.first[0])
+    assert found.first.value == pytest.approx(union / box)
+    assert found.second.value == pytest.approx(1.1 * 1.1 * 0.6 / box)
+    assert found.difference.value == pytest.approx(found.second.value - found.first.value)
     assert found.num_archs == (2, 1)
     for value, low, high in (found.first, found.second, found.difference):
         assert low <= high
         assert np.isfinite([value, low, high]).all()
 
 
-def test_a_run_against_itself_differs_by_nothing_and_a_better_one_shows():
+def test_a_set_against_itself_differs_by_nothing_and_a_better_one_shows():
     rng = np.random.default_rng(0)
     clean, robust = rng.random((2, 4, 500)) < np.array([0.7, 0.4])[:, None, None]
-    base = Outcomes(np.arange(1, 5), clean, robust & clean, "a", "b")
-    same = compare_outcomes(base, base, bootstraps=50)
-    assert same.difference == (0, 0, 0)
-    better = Outcomes(base.macs, clean | (np.arange(500) < 60), (robust & clean) | (np.arange(500) < 60), "a", "b")
-    found = compare_outcomes(base, better, bootstraps=200)
-    assert 0 < found.difference[1] < found.difference[0] < found.difference[2]
+    base = from_masks(clean, robust & clean)
+    assert compare_fronts(base, base, bootstraps=50).difference == (0, 0, 0)
+    better = from_masks(clean | (np.arange(500) < 60), (robust & clean) | (np.arange(500) < 60))
+    found = compare_fronts(base, better, bootstraps=200).difference
+    assert 0 < found.low < found.value < found.high
 
 
-@pytest.mark.parametrize("what", ["images", "threat"])
-def test_runs_that_were_not_measured_alike_are_refused(what):
-    with pytest.raises(UserError, match="measured with different"):
-        compare_outcomes(outcomes([1], [5], [5]), outcomes([1], [5], [5], **{what: "other"}))
+def test_a_difference_of_few_images_is_within_the_interval():
+    clean = np.ones((3, 60), bool)
+    clean[0, :20] = False
+    robust = np.random.default_rng(1).random((3, 60)) < 0.4
+    other = robust.copy()
+    other[:, :3] = ~other[:, :3]
+    found = compare_fronts(from_masks(clean, robust), from_masks(clean, other), bootstraps=400).difference
+    assert found.low < 0 < found.high
+
+
+@pytest.mark.parametrize("facts", [{"image_set": "other"}, {"image_set": None}])
+def test_without_outcomes_on_the_same_images_there_is_no_interval(facts):
+    found = compare_fronts(measured([1, 3], [5, 6], [5, 6]), measured([2], [5], [5], **facts))
+    assert found.difference.value == found.second.value - found.first.value
+    assert np.isnan([found.first.low, found.second.high, found.difference.low]).all()
+
+
+def searched(**points: list[tuple[int, int, int]]) -> pd.DataFrame:
+    """Rows of verify_front from a search's (clean, robust, macs)."""
+    parts = []
+    for name, archs in points.items():
+        clean, robust, macs = (list(values) for values in zip(*archs, strict=True))
+        parts.append(measured(macs, clean, robust, found_by=name))
+    return pd.concat(parts, ignore_index=True).assign(split="test", attack="worst")
+
+
+def test_two_searches_by_hand_and_one_alone():
+    # Scaled to their range, the points are (0, 0, 0) and (1, 1, 1): volumes 1.1^3 and 0.1^3 of a box of 1.1^3.
+    found = compare_searches(searched(nsga2=[(80, 50, 10)], random=[(60, 30, 20)]), bootstraps=200)
+    assert found.second.value == pytest.approx(1.0)
+    assert found.first.value == pytest.approx((0.1 / 1.1) ** 3)
+    assert 0 < found.difference.low < found.difference.high
+    assert (found.split, found.attack, found.num_images, found.num_archs) == ("test", "worst", 100, (1, 1))
+    assert compare_searches(searched(nsga2=[(80, 50, 10)])) is None
 
 
 @pytest.fixture(scope="module")
@@ -95,24 +135,22 @@ def runs(tmp_path_factory) -> list[Path]:
     return folders
 
 
-def test_outcomes_are_those_of_the_tables_and_come_from_the_cache(runs):
-    cached = {path: path.stat().st_mtime_ns for path in (runs[0] / "cache").rglob("*.json")}
-    verified, sampled = verified_outcomes(runs[0]), sampled_outcomes(runs[0])
-    assert {path: path.stat().st_mtime_ns for path in (runs[0] / "cache").rglob("*.json")} == cached
-    table = read_table(runs[0] / "verify_front" / "front.parquet").query("split == 'test' and attack == 'worst'")
-    table = table.drop_duplicates("arch")
-    assert verified.macs.tolist() == table["macs"].tolist()
-    assert verified.robust.mean(1).tolist() == table["robust_acc"].tolist()
-    assert verified.clean.mean(1).tolist() == table["clean_acc"].tolist()
-    assert sampled.clean.shape == (6, 20)
+def test_outcomes_of_the_table_give_its_accuracies(runs):
+    table = read_table(runs[0] / "verify_front" / "front.parquet", columns=["clean", "robust", "image_set"])
+    for kind in ("clean", "robust"):
+        assert [mask.mean() for mask in table[kind]] == table[f"{kind}_acc"].tolist()
+    assert table.groupby("split")["image_set"].nunique().tolist() == [1, 1]
+    assert table["image_set"].nunique() == 2
+    assert (table["image_set"].str.len() == 64).all()
 
 
 def test_the_command_prints_both_volumes_and_their_difference(runs, capsys):
     main(["fronts", str(runs[0]), str(runs[1])])
     text = capsys.readouterr().out
-    assert "verified fronts, test, all attacks" in text
-    assert "sampled, val" in text
+    lines = [line.split() for line in text.splitlines() if line.startswith(("test", "val"))]
+    assert [line[:2] for line in lines] == [["test", "worst"], ["val", "pgd20"]]
     assert "second minus first" in text
+    assert text.count(" to ") >= 10  # intervals of both volumes, their difference and both gains, and the words below
 
 
 def test_tables_alone_are_compared_split_by_split(runs, capsys):
@@ -122,20 +160,21 @@ def test_tables_alone_are_compared_split_by_split(runs, capsys):
         (split, attack) for split in ("val", "test") for attack in ("pgd2", "cw2", "worst")
     }
     row = found.query("split == 'test' and attack == 'worst'").iloc[0]
-    outcomes = [verified_outcomes(folder) for folder in runs]
-    expected = compare_outcomes(*outcomes, bootstraps=2)
-    assert row["first"] == pytest.approx(expected.first[0])
-    assert row["second"] == pytest.approx(expected.second[0])
+    rows = [read_table(path).query("split == 'test' and attack == 'worst'").drop_duplicates("arch") for path in tables]
+    expected = compare_fronts(*rows)
+    assert (row["first"], row["first_low"], row["first_high"]) == pytest.approx(expected.first)
+    assert (row["difference"], row["difference_low"], row["difference_high"]) == pytest.approx(expected.difference)
     means = [
         read_table(path).query("split == 'test' and attack == 'worst'").groupby("arch_id")["robust_acc"].first()
         for path in tables
     ]
     assert row["paired"] == len(means[0].index.intersection(means[1].index)) > 0
     assert row["robust_gain"] == pytest.approx((means[1] - means[0]).mean())
+    assert row["robust_gain_low"] <= row["robust_gain"] <= row["robust_gain_high"]
     main(["fronts", *(str(folder / "evaluate_archs" / "*" / "table.parquet") for folder in runs)])
     (line,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("val")]
     assert line[:4] == ["val", "pgd20", "20", "6"]
-    assert line[6] == "6"
+    assert line[7] == "6"  # archs in both
 
 
 def test_tables_that_are_missing_or_measured_otherwise_are_refused(runs, tmp_path, capsys):
@@ -151,14 +190,9 @@ def test_tables_that_are_missing_or_measured_otherwise_are_refused(runs, tmp_pat
         compare_tables([table], [sampled])
 
 
-def test_a_run_without_its_supernet_or_tables_is_told_so(runs, tmp_path, capsys):
+def test_a_run_without_its_tables_is_told_so(runs, tmp_path, capsys):
     with pytest.raises(ArtifactError, match="evaluate_archs"):
-        sampled_outcomes(tmp_path)
+        sampled_tables(tmp_path)
     with pytest.raises(SystemExit):
         main(["fronts", str(runs[0]), str(tmp_path)])
     assert "does not exist" in capsys.readouterr().err
-    other = tmp_path / "verify_front"
-    other.mkdir()
-    (other / "front.parquet").write_bytes((runs[0] / "verify_front" / "front.parquet").read_bytes())
-    with pytest.raises(ArtifactError, match="no supernet that its tables were measured on"):
-        verified_outcomes(tmp_path)

@@ -203,7 +203,7 @@ def test_rows_have_the_contract_s_columns_and_costs(sets):
     assert (rows[1]["num_steps"], rows[1]["restarts"], rows[1]["eps"]) == (3, 2, EPS)
 
 
-def test_worst_row_is_the_conjunction_image_by_image():
+def test_worst_row_is_the_conjunction_image_by_image(sets):
     clean = np.array([True, True, True, True, False, True])
     masks = {"a": [1, 1, 0, 0, 0, 1], "b": [1, 0, 1, 0, 0, 1]}
     measured = {
@@ -214,7 +214,7 @@ def test_worst_row_is_the_conjunction_image_by_image():
         measured,
         space=tiny_space(),
         arch=tiny_space().smallest,
-        split="test",
+        images=sets["val"].first(6),
         attacks=[Attack(name="a", num_steps=3, restarts=2), Attack(name="b", num_steps=5)],
         conditions=Conditions(Threat(), Measurement(), 0),
         worst=True,
@@ -224,6 +224,8 @@ def test_worst_row_is_the_conjunction_image_by_image():
     assert (rows[2]["num_steps"], rows[2]["restarts"], rows[2]["gradients"]) == (5, 3, 20)
     assert rows[2]["robust_acc_half_a"] == 1 / 3  # images 0, 2, 4: the first one is robust
     assert rows[2]["robust_acc_half_b"] == 1 / 3  # images 1, 3, 5: the last one
+    assert rows[2]["robust"] == [True, False, False, False, False, True]
+    assert rows[2]["image_set"] == sets["val"].first(6).checksum != sets["val"].checksum
 
 
 def test_measure_agrees_with_a_plain_count(sets):

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
-import numpy as np
 import pandas as pd
 import pytest
 from synthetic_run import BUDGETS, SyntheticRun
@@ -16,7 +15,7 @@ from synthetic_run import BUDGETS, SyntheticRun
 from proard import artifacts
 from proard.artifacts import ArtifactError
 from proard.config import load
-from proard.report import compare_searches, durations, exported_students, setup
+from proard.report import durations, exported_students, setup
 from proard.report.figures import search_figure, training_figure
 from proard.report.svg import COLOURS
 from proard.report.text import count, percent, pixels
@@ -207,31 +206,6 @@ def test_students_are_the_choices_measured_on_test(run: SyntheticRun):
     without_test = frames[0][frames[0]["split"] == "val"]
     with pytest.raises(ArtifactError, match="no row of its choice on test"):
         exported_students([without_test])
-
-
-def searched(nsga2: list[tuple[float, float, float]], random: list[tuple[float, float, float]]) -> pd.DataFrame:
-    """Rows of verify_front from (clean, robust, macs)."""
-    rows = [(*point, "nsga2") for point in nsga2] + [(*point, "random") for point in random]
-    frame = pd.DataFrame(rows, columns=["clean_acc", "robust_acc", "macs", "found_by"])
-    return frame.assign(split="test", attack="worst")
-
-
-def test_hypervolume_difference_by_hand():
-    # Scaled to their range, the points are (0, 0, 0) and (1, 1, 1): volumes 1.1^3 and 0.1^3 of a box of 1.1^3.
-    found = compare_searches(searched([(0.8, 0.5, 10)], [(0.6, 0.3, 20)]), bootstraps=20)
-    assert found.nsga2 == pytest.approx(1.0)
-    assert found.random == pytest.approx((0.1 / 1.1) ** 3)
-    assert found.low == pytest.approx(found.difference)
-    assert found.high == pytest.approx(found.difference)
-
-
-def test_equal_searches_have_no_difference_and_one_search_no_comparison():
-    rng = np.random.default_rng(0)
-    points = [tuple(row) for row in rng.random((8, 3))]
-    found = compare_searches(searched(points, points), bootstraps=200)
-    assert found.difference == 0
-    assert found.low < 0 < found.high
-    assert compare_searches(searched(points, [])) is None
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Files of a run: atomic writes, checked reads, table columns and provenance."""
 
 from proard.artifacts.checkpoints import check_finite, read_state_dict
-from proard.artifacts.experiments import GAINS, GAPS, OUTCOMES, TRAININGS
+from proard.artifacts.experiments import GAINS, GAPS, TRAININGS
 from proard.artifacts.files import ArtifactError, atomic_path, sha256, write_json, write_text
 from proard.artifacts.quantised import QUANTISED
 from proard.artifacts.tables import (
@@ -34,7 +34,6 @@ __all__ = [
     "HISTORY",
     "MEASURED",
     "OUTCOME",
-    "OUTCOMES",
     "PREDICTED",
     "QUANTISED",
     "STUDENT",

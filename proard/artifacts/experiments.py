@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from proard.artifacts.tables import FLOAT, IDENTITY, INT, MEASURED, OUTCOME, TEXT
+from proard.artifacts.tables import FLOAT, IDENTITY, INT, MEASURED, TEXT
 
 TRAININGS: dict[str, tuple[pa.DataType, str]] = {
     **MEASURED,
@@ -35,10 +35,6 @@ TRAININGS: dict[str, tuple[pa.DataType, str]] = {
     "seconds_per_epoch": (FLOAT, "wall seconds of the training per epoch, including validation"),
     "peak_memory": (INT, "largest resident memory of the training's process, bytes"),
     "peak_device_memory": (INT, "largest memory on the accelerator, bytes; empty on a CPU"),
-}
-OUTCOMES: dict[str, tuple[pa.DataType, str]] = {
-    **TRAININGS,
-    **OUTCOME,
 }
 INTERVAL = "fraction, 95 % over seeds and images"
 GAINS: dict[str, tuple[pa.DataType, str]] = {

@@ -40,6 +40,4 @@ QUANTISED: dict[str, tuple[pa.DataType, str]] = {
     "runtime": (TEXT, "runtime and its version"),
     "cpu": (TEXT, "processor"),
     "cpu_flags": (TEXT, "flags of the processor that decide which integer kernels run"),
-    "clean": (pa.list_(FLAG), "per image: classified correctly"),
-    "robust": (pa.list_(FLAG), "per image: classified correctly, both clean and under the attack"),
 }

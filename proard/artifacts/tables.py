@@ -32,6 +32,10 @@ FOOTPRINT: dict[str, tuple[pa.DataType, str]] = {
     "sram": (INT, "bytes, peak of the activations of one image, float32"),
     "latency": (FLOAT, "milliseconds of one image, predicted for the device that the run names"),
 }
+OUTCOME: dict[str, tuple[pa.DataType, str]] = {
+    "clean": (pa.list_(FLAG), "per image: classified correctly"),
+    "robust": (pa.list_(FLAG), "per image: classified correctly, both clean and under the attack"),
+}
 MEASURED: dict[str, tuple[pa.DataType, str]] = {
     **IDENTITY,
     "split": (TEXT, "train, val or test"),
@@ -63,10 +67,8 @@ MEASURED: dict[str, tuple[pa.DataType, str]] = {
     "gradients": (INT, "input gradients of the attack, counted per image"),
     "seconds": (FLOAT, "wall seconds of the measurement"),
     "seed": (INT, "seed of images and noise"),
-}
-OUTCOME: dict[str, tuple[pa.DataType, str]] = {
-    "clean": (pa.list_(FLAG), "per image: classified correctly"),
-    "robust": (pa.list_(FLAG), "per image: classified correctly, both clean and under the attack"),
+    "image_set": (TEXT, "checksum of the images and labels in their order"),
+    **OUTCOME,
 }
 PREDICTED: dict[str, tuple[pa.DataType, str]] = {
     **IDENTITY,
@@ -88,7 +90,6 @@ STUDENT: dict[str, tuple[pa.DataType, str]] = {
     "budget": (TEXT, "the requested limit"),
     "role": (TEXT, "candidate: measured on val for the selection; choice: the selected student under every attack"),
     "chosen": (FLAG, "the student of this budget"),
-    **OUTCOME,  # of the choice
 }
 HISTORY: dict[str, tuple[pa.DataType, str]] = {
     "phase": (TEXT, "teacher, control or the phase's name"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from proard.artifacts.tables import FLAG, FLOAT, INT, MEASURED, OUTCOME, TEXT
+from proard.artifacts.tables import FLAG, FLOAT, INT, MEASURED, TEXT
 
 AUTOATTACK: dict[str, tuple[pa.DataType, str]] = {
     **MEASURED,
@@ -14,7 +14,6 @@ AUTOATTACK: dict[str, tuple[pa.DataType, str]] = {
     "own_robust_acc": (FLOAT, "fraction of the same images, worst case of the attacks of selection or measurement"),
     "version": (TEXT, "version of AutoAttack, and of the package that runs it"),
     "warnings": (TEXT, "messages of AutoAttack's own checks; empty if there was none"),
-    **OUTCOME,
 }
 CHECKS: dict[str, tuple[pa.DataType, str]] = {
     "budget": (TEXT, "the requested limit, or the training's name"),

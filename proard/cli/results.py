@@ -63,67 +63,69 @@ def students(run_folder: str | Path, console: Console) -> None:
 
 
 def fronts(first: str | Path, second: str | Path, console: Console) -> None:
-    """Print the hypervolumes of two runs' measured archs on one scale, and the interval of their difference.
+    """Print the hypervolumes of measured archs on one scale and their difference, of two runs or two sets of tables.
 
-    Raises
-    ------
-    UserError
-        A run lacks the tables, or the two were not measured alike.
-    """
-    from proard.report.fronts import compare_outcomes, sampled_outcomes, verified_outcomes
-
-    tables = [str(path).endswith(".parquet") for path in (first, second)]
-    if all(tables):
-        table_fronts(first, second, console)
-        return
-    if any(tables):
-        raise UserError(f"{first} and {second}: one is a run, the other a table; name two runs or two tables")
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name in ("archs", "number", "images", str(first), str(second), "second minus first"):
-        table.add_column(name, no_wrap=True)
-    kinds = (("verified fronts, test, all attacks", verified_outcomes), ("sampled, val", sampled_outcomes))
-    for name, read in kinds:
-        found = compare_outcomes(read(first), read(second))
-        cells = [f"{value:.4f} ({low:.4f} to {high:.4f})" for value, low, high in (found.first, found.second)]
-        value, low, high = found.difference
-        number = " and ".join(map(str, dict.fromkeys(found.num_archs)))
-        table.add_row(name, number, f"{found.num_images:,}", *cells, f"{value:+.4f} ({low:+.4f} to {high:+.4f})")
-    console.print(table)
-    console.print(
-        "[dim]hypervolume in clean accuracy, robust accuracy and MACs, as a share of the box from the best values "
-        "in both runs to 10 % of their range beyond the worst; "
-        "intervals: 95 % over resampled images, one training each[/]"
-    )
-
-
-def table_fronts(first: str | Path, second: str | Path, console: Console) -> None:
-    """Print the hypervolumes of two sets of result tables, named by file or pattern, and the gains of equal archs.
+    Parameters
+    ----------
+    first, second : str or path
+        Folders of two runs, or tables, each named by file or pattern.
 
     Raises
     ------
     UserError
         There is no such table, or no measurements of the two can be compared.
     """
-    from proard.report.fronts import compare_tables
+    from proard.report.fronts import compare_tables, sampled_tables, verified_tables
 
-    paths = [sorted(map(Path, glob(str(pattern)))) for pattern in (first, second)]
-    for pattern, found in zip((first, second), paths, strict=True):
-        if not found:
-            raise UserError(f"there is no table {pattern}")
+    tables = [str(path).endswith(".parquet") for path in (first, second)]
+    if any(tables) and not all(tables):
+        raise UserError(f"{first} and {second}: one is a run, the other a table; name two runs or two tables")
+    if all(tables):
+        found = compare_tables(*(_matching(str(pattern)) for pattern in (first, second)))
+    else:
+        verified = compare_tables(verified_tables(first), verified_tables(second))
+        verified = verified[(verified["split"] == "test") & (verified["attack"] == "worst")]
+        sampled = compare_tables(sampled_tables(first), sampled_tables(second))
+        found = pd.concat([verified, sampled], ignore_index=True)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name in ("split", "attack", "images", "archs", "hypervolume: first", "second", "in both", "clean", "robust"):
+    for name in ("split", "attack", "images", "archs"):
         table.add_column(name, no_wrap=True)
-    for row in compare_tables(*paths).itertuples():
-        gains = [f"{100 * gain:+.1f} points" if row.paired else "" for gain in (row.clean_gain, row.robust_gain)]
-        archs = " and ".join(map(str, dict.fromkeys((row.first_archs, row.second_archs))))
-        volumes = (f"{row.first:.4f}", f"{row.second:.4f}")
-        table.add_row(row.split, row.attack, f"{row.num_images:,}", archs, *volumes, str(row.paired), *gains)
+    for name in ("first", "second", "second minus first", "in both", "clean", "robust"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for _, row in found.iterrows():
+        archs = " and ".join(map(str, dict.fromkeys((row["first_archs"], row["second_archs"]))))
+        volumes = [_span(row, name, "{:.4f}") for name in ("first", "second")]
+        names = ("clean_gain", "robust_gain") if row["paired"] else ()
+        gains = [_span(row, name, "{:+.1f}", scale=100) for name in names]
+        cells = [f"{row['num_images']:,}", archs, *volumes, _span(row, "difference", "{:+.4f}")]
+        table.add_row(row["split"], row["attack"], *cells, str(row["paired"]), *gains)
     console.print(table)
     console.print(
-        "[dim]hypervolume in clean accuracy, robust accuracy and MACs, as a share of the box from the best values "
-        "in both sets to 10 % of their range beyond the worst; "
-        "gains: mean over the archs in both, second minus first[/]"
+        "[dim]first, second: hypervolume in clean accuracy, robust accuracy and MACs, as a share of the box from the "
+        "best values in both to 10 % of their range beyond the worst; clean, robust: mean gain of the archs in both, "
+        "points; below: 95 % interval over the images, where outcomes per image of the same images are in the tables. "
+        "It covers neither other archs nor other seeds[/]"
     )
+
+
+def _matching(pattern: str) -> list[Path]:
+    """Files that match a pattern.
+
+    Raises
+    ------
+    UserError
+        There is none.
+    """
+    found = sorted(map(Path, glob(pattern)))
+    if not found:
+        raise UserError(f"there is no table {pattern}")
+    return found
+
+
+def _span(row: pd.Series, name: str, form: str, *, scale: float = 1.0) -> str:
+    """A value and, in a line of its own, its interval where it is known."""
+    value, low, high = (form.format(scale * row[f"{name}{end}"]) for end in ("", "_low", "_high"))
+    return value if pd.isna(row[f"{name}_low"]) else f"{value}\n{low} to {high}"
 
 
 def _parity_mark(path: Path) -> str:

@@ -43,12 +43,16 @@ def image_weights(images: int, *, bootstraps: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=bootstraps)
 
 
+def redrawn_mean(outcomes: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Mean over images, the last axis of `outcomes`, in every redraw: of shape (bootstraps, ...) without that axis."""
+    flat = outcomes.reshape(-1, outcomes.shape[-1]).T.astype(np.float64)  # (images, networks)
+    parts = [weights[start : start + CHUNK] @ flat for start in range(0, len(weights), CHUNK)]
+    return np.concatenate(parts).reshape(len(weights), *outcomes.shape[:-1]) / outcomes.shape[-1]
+
+
 def redrawn(outcomes: np.ndarray, weights: np.ndarray, subnet: str) -> np.ndarray:
     """A subnet statistic in every redraw of the images, of shape (bootstraps, seeds)."""
-    flat = outcomes.reshape(-1, outcomes.shape[-1]).T.astype(np.float32)  # (images, seeds * archs)
-    parts = [weights[start : start + CHUNK].astype(np.float32) @ flat for start in range(0, len(weights), CHUNK)]
-    accuracy = np.concatenate(parts).reshape(len(weights), *outcomes.shape[:2]) / outcomes.shape[-1]
-    return SUBNETS[subnet](accuracy)
+    return SUBNETS[subnet](redrawn_mean(outcomes, weights))
 
 
 def estimate(per_seed: np.ndarray, per_redraw: np.ndarray) -> Estimate:
@@ -104,7 +108,7 @@ def gains_of(outcomes: pd.DataFrame, *, baseline: str | None, bootstraps: int, s
     Parameters
     ----------
     outcomes : DataFrame
-        OUTCOMES rows of supernets.
+        TRAININGS rows of supernets.
     baseline : str, optional
         Name of a group; default: the first one.
     bootstraps, seed : int

@@ -119,7 +119,7 @@ def rows_of(
     *,
     space: NetSpace,
     arch: NetArch,
-    split: str,
+    images: ImageSet,
     attacks: Sequence[Attack],
     conditions: Conditions,
     worst: bool = False,
@@ -132,7 +132,8 @@ def rows_of(
         "arch": arch.to_json(),
         "macs": spec.macs,
         "params": spec.params,
-        "split": split,
+        "split": images.split,
+        "image_set": images.checksum,
         "norm": conditions.threat.norm,
         "eps": conditions.threat.eps,
         "accounting": conditions.measurement.accounting,
@@ -168,12 +169,14 @@ def rows_of(
 
 
 def _accuracies(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Accuracies of one measurement, with intervals and the accuracies of both halves of the images."""
+    """Outcomes of one measurement, and their accuracies with intervals, of all images and of both halves."""
     row: dict[str, Any] = {
         "num_images": len(entry["clean"]),
         "dtype": entry.get("dtype"),
         "gradients": entry["gradients"],
         "seconds": entry["seconds"],
+        "clean": entry["clean"].tolist(),
+        "robust": entry["robust"].tolist(),
     }
     for kind in ("clean", "robust"):
         mask = entry[kind]
@@ -246,14 +249,13 @@ class SubnetMeter:
         attacks: Sequence[Attack],
         *,
         worst: bool = False,
-        measured: Measured | None = None,
     ) -> list[dict[str, Any]]:
-        """Measure one subnet and describe it as table rows; `measured` is the result of `measure`, if it is there."""
+        """Measure one subnet and describe it as table rows."""
         return rows_of(
-            self.measure(arch, images, attacks) if measured is None else measured,
+            self.measure(arch, images, attacks),
             space=self.supernet.space,
             arch=arch,
-            split=images.split,
+            images=images,
             attacks=attacks,
             conditions=self.conditions,
             worst=worst,

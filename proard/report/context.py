@@ -14,7 +14,8 @@ from markupsafe import Markup
 from proard.progress import duration
 from proard.report import text
 from proard.report.costs import CostComparison
-from proard.report.facts import Duration, SearchComparison, Student, chosen_quality, headline_row, rows_by_attack
+from proard.report.facts import Duration, Student, chosen_quality, headline_row, rows_by_attack
+from proard.report.fronts import SearchComparison
 from proard.report.inputs import Card, Results
 from proard.report.svg import inline
 

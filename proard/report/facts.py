@@ -19,7 +19,6 @@ from proard.artifacts import ArtifactError
 from proard.config import NEEDS
 from proard.host import usable_cores
 from proard.report.inputs import Results
-from proard.search import Scale, hypervolume
 
 WORST = "worst"
 PACKAGES = (
@@ -125,68 +124,6 @@ def chosen_quality(results: Results, target: str) -> pd.Series | None:
         return None
     rows = quality[quality["chosen"].eq(True) & (quality["target"] == target)]
     return None if rows.empty else rows.iloc[0]
-
-
-@dataclass(frozen=True)
-class SearchComparison:
-    """Hypervolume of two searches' measured archs, and the interval of their difference."""
-
-    split: str
-    attack: str
-    cost: str
-    num_nsga2: int
-    num_random: int
-    nsga2: float
-    random: float
-    low: float
-    high: float
-    bootstraps: int
-
-    @property
-    def difference(self) -> float:
-        """NSGA-II minus random search."""
-        return self.nsga2 - self.random
-
-
-def compare_searches(
-    verified: pd.DataFrame, *, cost: str = "macs", bootstraps: int = 1000, seed: int = 0
-) -> SearchComparison | None:
-    """Hypervolume of NSGA-II's measured archs against random search's.
-
-    Objectives are clean accuracy, robust accuracy and cost, each scaled to the range of all archs compared, with the
-    reference point of the searches' own history. The interval is the 2.5th to 97.5th percentile of the difference
-    over `bootstraps` samples, with replacement, of each search's archs.
-
-    Parameters
-    ----------
-    verified : DataFrame
-        Rows of verify_front. The worst case on test is used; without it, the strongest attack there is.
-    cost : str
-        Column that the searches minimised.
-
-    Returns
-    -------
-    SearchComparison or None
-        None if one of the searches has no measured arch.
-    """
-    split = "test" if (verified["split"] == "test").any() else "val"
-    rows = verified[(verified["split"] == split) & verified["found_by"].isin(["nsga2", "random"])]
-    if rows["found_by"].nunique() < 2:
-        return None
-    attack = WORST if (rows["attack"] == WORST).any() else rows.groupby("attack")["robust_acc"].mean().idxmin()
-    rows = rows[rows["attack"] == attack]
-    objectives = np.column_stack([-rows["clean_acc"], -rows["robust_acc"], rows[cost]]).astype(float)
-    scale = Scale.of(objectives)
-    nsga2, random = (objectives[rows["found_by"] == name] for name in ("nsga2", "random"))
-    generator = np.random.default_rng(seed)
-    differences = [
-        hypervolume(generator.choice(nsga2, len(nsga2)), scale)
-        - hypervolume(generator.choice(random, len(random)), scale)
-        for _ in range(bootstraps)
-    ]
-    low, high = np.percentile(differences, [2.5, 97.5]).tolist()
-    volumes = hypervolume(nsga2, scale), hypervolume(random, scale)
-    return SearchComparison(split, str(attack), cost, len(nsga2), len(random), *volumes, low, high, bootstraps)
 
 
 @dataclass(frozen=True)

@@ -1,109 +1,135 @@
-"""Compares two runs' measured fronts: hypervolumes on one scale, with intervals over the same images."""
+"""Compares two sets of measured archs by their hypervolume, such as two runs or two searches, over the same images."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from proard.artifacts import ArtifactError, read_metadata, read_table, sha256
-from proard.config import RunConfig, UserError, parse
-from proard.data import load_split
-from proard.evaluation import Conditions, SubnetMeter
-from proard.evaluation.comparison import image_weights
-from proard.nets import load_supernet
+from proard.artifacts import ArtifactError, read_table
+from proard.config import UserError
+from proard.evaluation.comparison import image_weights, redrawn_mean
 from proard.search import Scale, hypervolume
-from proard.space import Arch, SearchSpace
+
+KINDS = ("clean", "robust")
+WORST = "worst"
 
 
-@dataclass(frozen=True)
-class Outcomes:
-    """Which images each arch of a run classifies correctly.
+class Interval(NamedTuple):
+    """A value and its 95 % interval over images; NaN where outcomes per image are not known."""
 
-    Attributes
-    ----------
-    macs : ndarray of shape (archs,)
-    clean, robust : ndarray of shape (archs, images), bool
-        `robust`: correct under every attack.
-    images, threat : str
-        What must be equal in two runs: checksum of the images; threat model, accounting and attacks.
-    """
-
-    macs: np.ndarray
-    clean: np.ndarray
-    robust: np.ndarray
-    images: str
-    threat: str
-
-    def objectives(self, weights: np.ndarray | None = None) -> np.ndarray:
-        """(-clean, -robust, macs) of every arch, of shape (archs, 3); `weights` count how often each image occurs."""
-        shares = np.full(self.clean.shape[1], 1.0) if weights is None else weights
-        accuracies = [mask @ shares / shares.sum() for mask in (self.clean.astype(float), self.robust.astype(float))]
-        return np.column_stack([-accuracies[0], -accuracies[1], self.macs])
+    value: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
 class FrontComparison:
-    """Hypervolumes of two sets of measured archs and their difference, second minus first: value, low, high."""
+    """Hypervolumes of two sets of measured archs.
 
-    first: tuple[float, float, float]
-    second: tuple[float, float, float]
-    difference: tuple[float, float, float]
+    Attributes
+    ----------
+    first, second, difference : Interval
+        Hypervolumes as shares of one box; second minus first.
+    num_archs : tuple of int
+        Archs of either set.
+    num_images, bootstraps : int
+        Images that all archs were measured on; redraws of these that the intervals come from.
+    """
+
+    first: Interval
+    second: Interval
+    difference: Interval
     num_archs: tuple[int, int]
     num_images: int
+    bootstraps: int
 
 
-def compare_outcomes(first: Outcomes, second: Outcomes, *, bootstraps: int = 1000, seed: int = 0) -> FrontComparison:
-    """Hypervolume in clean accuracy, robust accuracy and MACs, on a scale from the range of both runs' archs.
+@dataclass(frozen=True)
+class SearchComparison(FrontComparison):
+    """NSGA-II's measured archs (second) beside those of random search (first), under one attack on one split."""
 
-    The intervals are the 2.5th to 97.5th percentile over resampled images, the same for both runs. They do not cover
-    other archs or other seeds of the training.
+    split: str
+    attack: str
+    cost: str
 
-    Raises
-    ------
-    UserError
-        The runs were not measured on the same images under the same attacks.
+
+def compare_fronts(
+    first: pd.DataFrame, second: pd.DataFrame, *, cost: str = "macs", bootstraps: int = 1000, seed: int = 0
+) -> FrontComparison:
+    """Hypervolumes in clean accuracy, robust accuracy and cost, on a scale from the range of the archs of both sets.
+
+    The intervals are the 2.5th to 97.5th percentile over images drawn with replacement, the same draws for both sets.
+    They do not cover other archs or other seeds of the training.
+
+    Parameters
+    ----------
+    first, second : DataFrame
+        MEASURED rows, one per arch, under one attack on equally many images. Intervals need outcomes per image on the
+        same images; tables of earlier versions have none.
+    cost : str
+        Column of the cost.
     """
-    for name, what in (("images", "images"), ("threat", "attacks")):
-        if getattr(first, name) != getattr(second, name):
-            raise UserError(f"the two runs were measured with different {what}; give both the same data and settings")
-    count = first.clean.shape[1]
-    scale = Scale.of(np.concatenate([first.objectives(), second.objectives()]))
-    redraws = image_weights(count, bootstraps=bootstraps, seed=seed)
-    volumes = np.asarray([[hypervolume(run.objectives(row), scale) for run in (first, second)] for row in redraws])
-    values = [hypervolume(run.objectives(), scale) for run in (first, second)]
-    columns = [volumes[:, 0], volumes[:, 1], volumes[:, 1] - volumes[:, 0]]
-    intervals = [np.percentile(column, [2.5, 97.5]).tolist() for column in columns]
-    pairs = zip([*values, values[1] - values[0]], intervals, strict=True)
-    one, other, difference = ((value, low, high) for value, (low, high) in pairs)
-    return FrontComparison(one, other, difference, (len(first.macs), len(second.macs)), count)
+    sets = (first, second)
+    points = [_objectives(rows["clean_acc"], rows["robust_acc"], rows[cost]) for rows in sets]
+    scale = Scale.of(np.concatenate(points))
+    values = [hypervolume(place, scale) for place in points]
+    number = int(first["num_images"].iloc[0])
+    spans = np.full((3, 2), np.nan)
+    if _same_images(sets):
+        weights = image_weights(number, bootstraps=bootstraps, seed=seed)
+        drawn = [[redrawn_mean(np.stack(rows[kind].to_list()), weights) for kind in KINDS] for rows in sets]
+        volumes = np.asarray(
+            [
+                [
+                    hypervolume(_objectives(clean[draw], robust[draw], rows[cost]), scale)
+                    for (clean, robust), rows in zip(drawn, sets, strict=True)
+                ]
+                for draw in range(bootstraps)
+            ]
+        )
+        spans = np.percentile(np.column_stack([volumes, volumes[:, 1] - volumes[:, 0]]), [2.5, 97.5], axis=0).T
+    shares = (*values, values[1] - values[0])
+    one, other, difference = (Interval(share, *span) for share, span in zip(shares, spans.tolist(), strict=True))
+    return FrontComparison(one, other, difference, (len(first), len(second)), number, bootstraps)
 
 
-def verified_outcomes(run_folder: str | Path) -> Outcomes:
-    """Outcomes of the archs that `verify_front` measured, on test under all of its attacks."""
-    table = Path(run_folder) / "verify_front" / "front.parquet"
-    return measured_outcomes(run_folder, [table], stage="verify_front", split="test")
+def compare_searches(
+    verified: pd.DataFrame, *, cost: str = "macs", bootstraps: int = 1000, seed: int = 0
+) -> SearchComparison | None:
+    """NSGA-II's measured archs against those of random search.
 
+    Parameters
+    ----------
+    verified : DataFrame
+        Rows of verify_front. The worst case on test is used; without it, the strongest attack there is.
+    cost : str
+        Column that the searches minimised.
 
-def sampled_outcomes(run_folder: str | Path) -> Outcomes:
-    """Outcomes of the archs that `evaluate_archs` measured, on val under its attack.
-
-    Raises
-    ------
-    ArtifactError
-        The run has no such tables.
+    Returns
+    -------
+    SearchComparison or None
+        None if one of the searches has no measured arch.
     """
-    tables = sorted((Path(run_folder) / "evaluate_archs").glob("*/table.parquet"))
-    if not tables:
-        raise ArtifactError(f"{run_folder} holds no evaluate_archs/SHARD/table.parquet; run that stage")
-    return measured_outcomes(run_folder, tables, stage="evaluate_archs", split="val")
+    split = "test" if (verified["split"] == "test").any() else "val"
+    rows = verified[(verified["split"] == split) & verified["found_by"].isin(["nsga2", "random"])]
+    if rows["found_by"].nunique() < 2:
+        return None
+    attack = WORST if (rows["attack"] == WORST).any() else str(rows.groupby("attack")["robust_acc"].mean().idxmin())
+    rows = rows[rows["attack"] == attack]
+    random, nsga2 = (rows[rows["found_by"] == name] for name in ("random", "nsga2"))
+    found = compare_fronts(random, nsga2, cost=cost, bootstraps=bootstraps, seed=seed)
+    return SearchComparison(**vars(found), split=split, attack=attack, cost=cost)
 
 
-def compare_tables(first: Sequence[Path], second: Sequence[Path]) -> pd.DataFrame:
-    """Hypervolumes of two sets of measured archs from their tables alone, without their runs.
+def compare_tables(
+    first: Sequence[Path], second: Sequence[Path], *, bootstraps: int = 1000, seed: int = 0
+) -> pd.DataFrame:
+    """Hypervolumes of two sets of measured archs, from their tables alone.
 
     Parameters
     ----------
@@ -114,9 +140,11 @@ def compare_tables(first: Sequence[Path], second: Sequence[Path]) -> pd.DataFram
     -------
     DataFrame
         A row per split and attack that both have, measured on equally many images: `split`, `attack`, `num_images`;
-        `first_archs`, `second_archs`; `first`, `second`, the hypervolumes on a scale from the range of both; `paired`,
-        the number of archs in both, and `clean_gain`, `robust_gain`, the mean of their differences, second minus
-        first, as fractions (NaN if no arch is in both).
+        `first_archs`, `second_archs`; `first`, `second`, the hypervolumes on a scale from the range of both, and
+        `difference`, second minus first; `paired`, the number of archs in both, and `clean_gain`, `robust_gain`, the
+        mean of their differences, second minus first, as fractions (NaN if no arch is in both). Hypervolumes,
+        difference and gains have the ends of their 95 % interval over images in columns `NAME_low`, `NAME_high`; NaN
+        where the tables hold no outcomes per image or were measured on different images.
 
     Raises
     ------
@@ -127,17 +155,62 @@ def compare_tables(first: Sequence[Path], second: Sequence[Path]) -> pd.DataFram
     found = []
     for key in [key for key in groups[0] if key in groups[1]]:
         pair = [group[key].drop_duplicates("arch_id").set_index("arch_id") for group in groups]
-        points = [np.column_stack([-rows["clean_acc"], -rows["robust_acc"], rows["macs"]]) for rows in pair]
-        scale = Scale.of(np.concatenate(points))
+        volumes = compare_fronts(*pair, bootstraps=bootstraps, seed=seed)
+        row = {**pair[0].iloc[0][["split", "attack", "num_images"]]}
+        row |= dict(zip(("first_archs", "second_archs"), volumes.num_archs, strict=True))
         both = pair[0].index.intersection(pair[1].index)
-        gains = pair[1].loc[both, ["clean_acc", "robust_acc"]] - pair[0].loc[both, ["clean_acc", "robust_acc"]]
-        row = {**pair[0].iloc[0][["split", "attack", "num_images"]], "paired": len(both)}
-        for name, rows, place in zip(("first", "second"), pair, points, strict=True):
-            row |= {f"{name}_archs": len(rows), name: hypervolume(place, scale)}
-        found.append(row | {"clean_gain": gains["clean_acc"].mean(), "robust_gain": gains["robust_acc"].mean()})
+        spans = {name: getattr(volumes, name) for name in ("first", "second", "difference")}
+        paired = [rows.loc[both] for rows in pair]
+        spans |= {f"{kind}_gain": _gain(paired, kind, bootstraps=bootstraps, seed=seed) for kind in KINDS}
+        for name, span in spans.items():
+            row |= {name: span.value, f"{name}_low": span.low, f"{name}_high": span.high}
+        found.append({**row, "paired": len(both)})
     if not found:
         raise UserError("nothing in the two was measured alike: the same split, images, threat and attack")
     return pd.DataFrame(found)
+
+
+def verified_tables(run_folder: str | Path) -> list[Path]:
+    """Table of the archs that a run measured on test under all attacks."""
+    return [Path(run_folder) / "verify_front" / "front.parquet"]
+
+
+def sampled_tables(run_folder: str | Path) -> list[Path]:
+    """Tables of the archs that a run measured on val for its predictor.
+
+    Raises
+    ------
+    ArtifactError
+        The run has none.
+    """
+    tables = sorted((Path(run_folder) / "evaluate_archs").glob("*/table.parquet"))
+    if not tables:
+        raise ArtifactError(f"{run_folder} holds no evaluate_archs/SHARD/table.parquet; run that stage")
+    return tables
+
+
+def _objectives(clean: np.ndarray | pd.Series, robust: np.ndarray | pd.Series, cost: pd.Series) -> np.ndarray:
+    """(-clean, -robust, cost) of every arch, of shape (archs, 3)."""
+    return np.column_stack([-clean, -robust, cost]).astype(np.float64)
+
+
+def _same_images(sets: Sequence[pd.DataFrame]) -> bool:
+    """Whether all rows have outcomes per image, of the same images."""
+    if not all("image_set" in rows for rows in sets):
+        return False
+    images = pd.concat([rows["image_set"] for rows in sets])
+    return bool(images.notna().all()) and images.nunique() == 1
+
+
+def _gain(pair: Sequence[pd.DataFrame], kind: str, *, bootstraps: int, seed: int) -> Interval:
+    """Mean accuracy of the second rows minus that of the first, in the same order of archs."""
+    value = float((pair[1][f"{kind}_acc"] - pair[0][f"{kind}_acc"]).mean())
+    if pair[0].empty or not _same_images(pair):
+        return Interval(value, np.nan, np.nan)
+    first, second = (np.stack(rows[kind].to_list()).astype(np.float64) for rows in pair)
+    weights = image_weights(first.shape[-1], bootstraps=bootstraps, seed=seed)
+    drawn = redrawn_mean((second - first).mean(axis=0), weights)
+    return Interval(value, *np.percentile(drawn, [2.5, 97.5]).tolist())
 
 
 def _measured_alike(paths: Sequence[Path]) -> dict[tuple[str, ...], pd.DataFrame]:
@@ -147,50 +220,7 @@ def _measured_alike(paths: Sequence[Path]) -> dict[tuple[str, ...], pd.DataFrame
     columns = [*alike, "arch_id", "macs", "clean_acc", "robust_acc"]
     rows = pd.concat([read_table(path, columns=columns) for path in paths], ignore_index=True)
     described = pd.Series([" ".join(map(str, row)) for row in rows[how].itertuples(index=False)])
-    worst = rows["attack"] == "worst"
+    worst = rows["attack"] == WORST
     attacks = described[~worst].groupby(rows.loc[~worst, "split"]).agg(lambda texts: " ".join(sorted(set(texts))))
     described[worst] = rows.loc[worst, "split"].map(attacks)
     return dict(list(rows.groupby(["split", "num_images", "accounting", "attack", described], sort=False)))
-
-
-def measured_outcomes(run_folder: str | Path, tables: Sequence[Path], *, stage: str, split: str) -> Outcomes:
-    """Outcomes of measured archs from the run's cache; what the cache lacks is measured again.
-
-    Parameters
-    ----------
-    tables : sequence of path
-        Tables of one stage; their provenance holds the settings, supernet and images of the measurement.
-    """
-    folder = Path(run_folder)
-    rows = pd.concat([read_table(path, columns=["arch", "split", "num_images"]) for path in tables])
-    rows = rows[rows["split"] == split].drop_duplicates("arch")
-    metadata = read_metadata(tables[0])
-    config = parse(RunConfig, metadata["settings"])
-    attacks = config.verify_front.attacks if stage == "verify_front" else (config.evaluate_archs.attack,)
-    supernet, checksum = load_supernet(_same_file(folder, metadata["inputs"]), SearchSpace(config.space))
-    data = folder / "prepare_data"
-    images = load_split(data / f"{split}.safetensors").first(int(rows["num_images"].iloc[0]))
-    meter = SubnetMeter(
-        supernet,
-        checksum=checksum,
-        train=load_split(data / "train.safetensors"),
-        conditions=Conditions(config.threat, config.measurement, int(metadata["seed"])),
-        cache=folder / "cache",
-    )
-    space, macs, clean, robust = SearchSpace(config.space), [], [], []
-    for text in rows["arch"]:
-        entries = list(meter.measure(Arch.from_json(text), images, attacks).values())
-        macs.append(space.spec(Arch.from_json(text)).macs)
-        clean.append(entries[0]["clean"])
-        robust.append(np.logical_and.reduce([entry["robust"] for entry in entries]))
-    threat = " ".join([str(config.threat), config.measurement.accounting, *(str(attack) for attack in attacks)])
-    return Outcomes(np.asarray(macs), np.stack(clean), np.stack(robust), images.checksum, threat)
-
-
-def _same_file(folder: Path, inputs: dict[str, str]) -> Path:
-    """File of the supernet that a table was measured on."""
-    wanted = inputs.get("supernet.safetensors")
-    for path in sorted(folder.glob("train_phase/*/supernet.safetensors")):
-        if sha256(path) == wanted:
-            return path
-    raise ArtifactError(f"{folder}/train_phase holds no supernet that its tables were measured on; rerun verify_front")

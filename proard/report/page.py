@@ -15,8 +15,9 @@ from proard.report.context import Context, fill
 from proard.report.cost_page import cost_figure
 from proard.report.costs import CostComparison, compare
 from proard.report.diagnosis import bound_figure, radius_figure
-from proard.report.facts import compare_searches, durations, exported_students
+from proard.report.facts import durations, exported_students
 from proard.report.figures import front_figure, predictor_figure, search_figure, training_figure
+from proard.report.fronts import compare_searches
 from proard.report.inputs import Results
 from proard.report.students import accuracy_figure, nearest, networks_of, summary_of
 from proard.report.svg import to_svg

@@ -11,13 +11,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from proard.artifacts import ArtifactError
+from proard.evaluation.comparison import image_weights, redrawn_mean
 from proard.report.figures import log_macs
 from proard.report.svg import COLOURS, STYLE
 from proard.report.text import count
 
 MEASURES = ("clean", "robust")
 POOLED = "mean"
-CHUNK = 200  # bootstrap samples at a time
 POINTS = FuncFormatter(lambda share, _: f"{100 * share:g}")
 
 
@@ -27,7 +27,7 @@ def gaps_of(outcomes: pd.DataFrame, *, bootstraps: int, seed: int) -> list[dict[
     Parameters
     ----------
     outcomes : DataFrame
-        Rows of OUTCOMES; every arch with its subnet and at least one twin.
+        Rows of TRAININGS; every arch with its subnet and at least one twin.
     bootstraps : int
         Samples of the images, the same for all archs: percentiles 2.5 and 97.5 of the gap are its interval.
     seed : int
@@ -58,8 +58,9 @@ def gaps_of(outcomes: pd.DataFrame, *, bootstraps: int, seed: int) -> list[dict[
         number = int(part["num_images"].iloc[0])
         for measure in MEASURES:
             found = [_difference(subnet, twins, measure) for subnet, twins in pairs]
-            differences = np.stack([difference for difference, _ in found], axis=1)  # (images, archs)
-            drawn = _redraw(differences, bootstraps, np.random.default_rng(seed))  # (bootstraps, archs)
+            differences = np.stack([difference for difference, _ in found])  # (archs, images)
+            weights = image_weights(number, bootstraps=bootstraps, seed=seed)
+            drawn = redrawn_mean(differences, weights)  # (bootstraps, archs)
             common = {"split": split, "attack": attack, "measure": measure, "num_images": number, "seed": seed}
             of_archs = [
                 {
@@ -103,15 +104,6 @@ def _difference(subnet: pd.Series, twins: pd.DataFrame, measure: str) -> tuple[n
         "gap_sd_over_seeds": float(each.std(ddof=1)) if len(each) > 1 else None,
     }
     return own - others.mean(0), facts
-
-
-def _redraw(differences: np.ndarray, bootstraps: int, rng: np.random.Generator) -> np.ndarray:
-    """Mean differences of shape (bootstraps, archs) over images drawn with replacement."""
-    number, parts = len(differences), []
-    for first in range(0, bootstraps, CHUNK):
-        times = rng.multinomial(number, np.full(number, 1 / number), size=min(CHUNK, bootstraps - first))
-        parts.append(times @ differences / number)
-    return np.concatenate(parts)
 
 
 def headline(gaps: pd.DataFrame) -> pd.DataFrame:

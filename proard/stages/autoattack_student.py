@@ -91,19 +91,17 @@ def table_rows(
         "own_robust_acc": own_acc,
         "version": f"standard, pyautoattack {metadata.version('pyautoattack')}, torch {torch.__version__}",
         "warnings": "; ".join(found.warnings),
-        "clean": found.clean.tolist(),
     }
     rows = rows_of(
         measured,
         space=exported.space,
         arch=exported.arch,
-        split=images.split,
+        images=images,
         attacks=attacks,
         conditions=conditions_of(job),
     )
     for row in rows:
-        entry = measured[row["attack"]]
-        row |= {**shared, "attacked": entry["attacked"], "robust": entry["robust"].tolist()}
+        row |= {**shared, "attacked": measured[row["attack"]]["attacked"]}
     return rows
 
 

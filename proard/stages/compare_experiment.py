@@ -12,7 +12,6 @@ from proard.artifacts import (
     GAINS,
     GAPS,
     OUTCOME,
-    OUTCOMES,
     STUDENT,
     TRAININGS,
     ArtifactError,
@@ -48,10 +47,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not files.outcomes + files.budgets + files.diagnoses:
         raise UserError("experiment.trainings and diagnose.networks name nothing: there is nothing to compare")
     provenance = job.provenance(*files.outcomes, *files.budgets, *files.bounds, *files.all_radii, *files.diagnoses)
-    parts = [read_table(path, columns=OUTCOMES) for path in files.outcomes]
+    parts = [read_table(path, columns=TRAININGS) for path in files.outcomes]
     outcomes = pd.concat([part.astype(object) for part in parts], ignore_index=True).infer_objects() if parts else None
-    tables = [] if outcomes is None else [outcomes[list(TRAININGS)]]
-    needed = [name for name in STUDENT if name not in {*OUTCOME, *FOOTPRINT}]  # which older tables lack
+    tables = [] if outcomes is None else [outcomes]
+    needed = [name for name in STUDENT if name not in {*OUTCOME, *FOOTPRINT, "image_set"}]  # which older tables lack
     tables += [of_budget(read_table(path, columns=needed)) for path in files.budgets]
     table = pd.concat(tables, ignore_index=True).infer_objects() if tables else pd.DataFrame(columns=list(TRAININGS))
     if outcomes is not None:

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from proard import artifacts
-from proard.artifacts import OUTCOMES, ArtifactError, read_header, read_metadata, read_table
+from proard.artifacts import TRAININGS, ArtifactError, read_header, read_metadata, read_table
 from proard.config import UserError
 from proard.data import ImageSet
 from proard.export import (
@@ -130,7 +130,7 @@ def of_training(job: Job) -> Measured:
     ArtifactError
         The outcomes are of another training.
     """
-    files, table = job.files, read_table(job.files.student, columns=OUTCOMES)
+    files, table = job.files, read_table(job.files.student, columns=TRAININGS)
     net, space, arch = trained_network(job, files.trained, trains=table["trains"].iloc[0])
     rows = trained_rows(files.student, files.budget, arch.arch_id, job.config.threat.eps)
     test = load_images(job, "test", int(rows.loc[rows["split"] == "test", "num_images"].iloc[0]))
@@ -145,7 +145,7 @@ def trained_rows(path: str, name: str, arch_id: str, eps: float) -> pd.DataFrame
     ArtifactError
         The outcomes are of another training.
     """
-    rows = read_table(path, columns=OUTCOMES)
+    rows = read_table(path, columns=TRAININGS)
     rows = rows[rows["role"] != "subnet"]
     if set(rows["training"]) != {name} or set(rows["arch_id"]) != {arch_id}:
         raise ArtifactError(f"{path} does not measure {name} in its trained weights; rerun measure_experiment")

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from proard.artifacts import OUTCOMES, read_header, read_table, write_table
+from proard.artifacts import TRAININGS, read_header, read_table, write_table
 from proard.config import Attack, Phase, Student, SupernetTraining, Threat, UserError, group_of
 from proard.data import ImageSet, to_float
 from proard.evaluation import Conditions, SubnetMeter, measure, rows_of, stands_training_attack, work_of
@@ -19,7 +19,7 @@ from proard.progress import Progress
 from proard.space import Arch, SearchSpace, one_pass
 from proard.space.cost import human
 from proard.stages.common import Job, parse_arguments, run
-from proard.stages.measuring import conditions_of, load_images, outcomes_of, subnet_meter, trained_network
+from proard.stages.measuring import conditions_of, load_images, subnet_meter, trained_network
 from proard.training.attacker import pgd_options
 
 Rows = list[dict[str, Any]]
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     facts = training_facts(training, files.histories, read_header(files.weights).get("training", {}))
     inputs = [getattr(files, name) for name in ("weights", "supernet", "archs", "train", "val", "test")]
     provenance = job.provenance(*(path for path in inputs if path), *files.histories)
-    write_table(files.outcomes, [{**row, **facts} for row in rows], OUTCOMES, provenance)
+    write_table(files.outcomes, [{**row, **facts} for row in rows], TRAININGS, provenance)
     print("\n".join(f"{training.name}, {words(row)}" for row in rows if row["role"] != "subnet"))
     job.record_costs()
 
@@ -128,9 +128,9 @@ def outcome_rows(job: Job, measured: Measuring, *, role: str, **identity: Any) -
             entries = measured(images, here, threat)
             described = {"conditions": conditions_of(job, threat), **identity}
             worst = images.split == "test" or len(here) > 1
-            found = rows_of(entries, split=images.split, attacks=here, worst=worst, **described)
+            found = rows_of(entries, images=images, attacks=here, worst=worst, **described)
             who = {"role": role, "net": identity["space"].settings.name}
-            rows += [{**row, **who, **outcomes_of(entries, row["attack"])} for row in found]
+            rows += [{**row, **who} for row in found]
     return rows
 
 
@@ -153,9 +153,9 @@ def own_attack_rows(
     own = Attack(name="own", num_steps=attack.num_steps, step_size=attack.step_size)
     last = job.config.measurement.model_copy(update={"accounting": "last_iterate"})
     described = {"conditions": Conditions(threat, last, job.seed), **identity}
-    (row,) = rows_of({"own": entry}, split=images.split, attacks=[own], **described)
+    (row,) = rows_of({"own": entry}, images=images, attacks=[own], **described)
     who = {"role": student.trains, "net": identity["space"].settings.name}
-    return [{**row, **who, **outcomes_of({"own": entry}, "own")}]
+    return [{**row, **who}]
 
 
 def training_facts(

@@ -13,7 +13,6 @@ from proard.artifacts import ArtifactError, read_header, read_table
 from proard.config import Threat
 from proard.data import ImageSet, load_split, to_float
 from proard.evaluation import Conditions, SubnetMeter
-from proard.evaluation.meter import Measured
 from proard.export import load_student
 from proard.nets import FixedNet, FoldedNet, fold, load_static, load_supernet, recalibrate
 from proard.space import FixedSpace, NetArch, NetSpace, SearchSpace, one_pass, read_space
@@ -61,13 +60,6 @@ def trained_network(job: Job, path: str, *, trains: str) -> tuple[FoldedNet | Fi
 def load_images(job: Job, split: str, number: int | None = None) -> ImageSet:
     """The first `number` images of a split that the job reads; all of them for None."""
     return load_split(getattr(job.files, split), job.device).first(number)
-
-
-def outcomes_of(entries: Measured, attack: str) -> dict[str, list[bool]]:
-    """Which images are right, clean and under an attack or in the worst case of all."""
-    chosen = list(entries.values()) if attack == "worst" else [entries[attack]]
-    robust = np.logical_and.reduce([entry["robust"] for entry in chosen])
-    return {"clean": chosen[0]["clean"].tolist(), "robust": robust.tolist()}
 
 
 @dataclass(frozen=True)

@@ -255,14 +255,13 @@ class Quantisation:
                 {attack: entry},
                 space=self.space,
                 arch=self.arch,
-                split=images.split,
+                images=images,
                 attacks=[settings],
                 conditions=self.conditions,
             )
             if attack in ("worst", "union", "square"):
                 row |= {"step_size": None, "num_steps": self.settings.queries if attack == "square" else None}
             row |= {**common, "crafted_on": entry["crafted_on"]}
-            row |= {kind: entry[kind].tolist() for kind in ("clean", "robust")}
             if against is not None:
                 row |= paired(against[attack]["robust"], entry["robust"], seed=self.job.seed)
                 clean = paired(against[attack]["clean"], entry["clean"], seed=self.job.seed)

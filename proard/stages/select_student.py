@@ -14,7 +14,7 @@ from proard.progress import Progress
 from proard.space import Arch, Budget, SearchSpace, parse_budget, read_device
 from proard.space.cost import check_budget, exactly, human
 from proard.stages.common import parse_arguments, run
-from proard.stages.measuring import load_images, outcomes_of, subnet_meter
+from proard.stages.measuring import load_images, subnet_meter
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -51,10 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     choice = candidates.iloc[best]
     for images in (val, load_images(job, "test")):
         arch, attacks = Arch.from_json(choice["arch"]), job.config.verify_front.attacks
-        entries = meter.measure(arch, images, attacks)
-        measured = meter.rows(arch, images, attacks, worst=True, measured=entries)
         chosen = {**_facts(choice, budget), "role": "choice", "chosen": True}
-        rows += [{**row, **chosen, **outcomes_of(entries, row["attack"])} for row in measured]
+        rows += [{**row, **chosen} for row in meter.rows(arch, images, attacks, worst=True)]
     inputs = [files.archive, files.supernet, files.train, files.val, files.test]
     inputs += [job.config.device] if job.config.device else []
     write_table(files.student, rows, STUDENT, job.provenance(*inputs))

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 measured,
                 space=space,
                 arch=arch,
-                split=images.split,
+                images=images,
                 attacks=config.verify_front.attacks,
                 conditions=conditions,
                 worst=True,
