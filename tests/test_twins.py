@@ -13,10 +13,10 @@ import yaml
 from helpers import random_supernet, save_stripes, tiny_config, tiny_space
 
 from proard.artifacts import ArtifactError, Provenance, read_table
-from proard.config import NEEDS, PRESETS, ConfigError, RunConfig, job_settings, load
+from proard.config import PRESETS, ConfigError, RunConfig, UserError, job_settings, load
 from proard.config.losses import Ard
 from proard.data import load_split
-from proard.nets import extract, save_static, save_supernet
+from proard.nets import Supernet, extract, implant, load_static, save_static, save_supernet
 from proard.report.twins import gaps_of
 from proard.space import Arch, SearchSpace
 from proard.space.sampling import spread_archs
@@ -24,6 +24,7 @@ from proard.space.twins import with_twins
 from proard.stages import compare_experiment, export_student, measure_experiment, train_experiment
 from proard.stages.export_student import EXPORTED
 
+CONFIG = Path(__file__).parents[1] / "config"
 TWINS = {"trains": "twins", "archs": 2, "seeds": [0, 1]}
 
 
@@ -56,7 +57,8 @@ def test_more_parts_than_the_space_can_fill_is_an_error():
     ("twins", "changes", "epochs"),
     [
         ({}, {}, 2),
-        ({"effort": {"steps": "path"}}, {}, 2 + 2),
+        ({"effort": {"steps": "path"}}, {}, 2),  # it starts from the teacher's weights, as the supernet did
+        ({"effort": {"steps": "path"}, "warm_start": "random"}, {}, 2 + 2),
         ({"effort": {"steps": "path"}}, {"phase__warm_start": "random"}, 2),
         ({"epochs": 0.5}, {}, 0.5),
         ({"effort": {"gradients": 6}}, {}, 2),  # two attack steps and an update
@@ -92,23 +94,71 @@ def test_twins_inherit_the_last_phase_and_take_their_overrides():
         run_with({**TWINS, "net": "resnet18"})
 
 
-def test_the_committed_experiment_follows_a_finished_run_without_touching_it():
-    folder = Path(__file__).parents[1] / "config"
-    micro, twin = (
-        yaml.safe_load((folder / name).read_text()) for name in ("cifar10_micro_better.yaml", "experiments/twin.yaml")
+def test_a_twin_starts_as_the_supernet_did_and_has_its_seed_beside():
+    supernet = {"name": "shared", "trains": "supernet", "seeds": [0, 1], "epochs": 3, "lr": 0.3}
+    twins = {**TWINS, "beside": "shared"}
+
+    def trainings(*listed: dict, **changes: object) -> tuple:
+        return with_twins(tiny_config(experiment={"trainings": list(listed)}, **changes)).experiment.trainings
+
+    students = trainings(supernet, twins)[2:]
+    assert [student.beside for student in students] == ["shared_seed=0", "shared_seed=1"] * 2
+    assert {(student.epochs, student.lr, student.warm_start) for student in students} == {(3, 0.3, "teacher")}
+    assert {each.warm_start for each in trainings(TWINS, phase__warm_start="random")} == {"random"}
+    with pytest.raises(ConfigError, match=r"experiment.twin.beside is shared, seed 2; .* shared_seed=0, shared_seed=1"):
+        trainings(supernet, {**twins, "seeds": [2]})
+    with pytest.raises(ConfigError, match="beside is for twins"):
+        trainings(supernet, {"name": "one", "beside": "shared"})
+    with pytest.raises(ConfigError, match="warm_start: teacher is for archs of the run's own space"):
+        trainings({"name": "one", "net": "resnet20", "warm_start": "teacher"})
+
+
+def test_in_the_committed_experiment_twins_and_supernet_differ_in_sharing_alone():
+    run = with_twins(load(yaml.safe_load((CONFIG / "experiments" / "twin.yaml").read_text())))
+    supernets, twins = run.experiment.trainings[:3], run.experiment.trainings[3:]
+    assert len(twins) == 12
+    for twin in twins:
+        (supernet,) = (each for each in supernets if each.name == twin.beside)
+        (phase,) = supernet.phases
+        assert supernet.seed == twin.seed
+        alike = type(twin).model_fields.keys() & type(phase).model_fields.keys()
+        assert {name for name in alike if getattr(twin, name) != getattr(phase, name)} == {"name"}
+        assert phase.teacher == "frozen"
+        assert phase.warm_start == "teacher"
+    assert run.experiment.measure.num_test_images is None
+    assert run.experiment.measure.attacks == run.verify_front.attacks
+
+
+def test_a_warm_start_is_the_teachers_weights(tmp_path):
+    run = run_with({**TWINS, "seeds": [5], "lr": 1e-9}, phase__epochs=0.1)  # the update changes nothing
+    images = {name: str(path) for name, path in save_stripes(tmp_path).items()}
+    space, teacher = tiny_space(), tmp_path / "teacher.safetensors"
+    largest = extract(random_supernet(space, dtype=torch.float32, seed=3), space.largest)
+    save_static(
+        teacher,
+        largest,
+        space=space,
+        arch=space.largest,
+        kind="teacher",
+        provenance=Provenance("tiny", "train_teacher"),
     )
-    before, run = load(micro), with_twins(load({**micro, **twin}))
-    assert {stage for stage in NEEDS if job_settings(before, stage) != job_settings(run, stage)} == {
-        "train_experiment",
-        "measure_experiment",
-        "compare_experiment",
-    }
-    students = run.experiment.trainings
-    assert run.experiment.measure.attacks == run.experiment.measure.val_attacks == run.verify_front.attacks
-    assert len(students) == 4
-    assert {student.optimizer for student in students} == {"muon"}
-    assert {(student.epochs, student.loss.name, student.lr) for student in students} == {(10.1766, "rslad", 0.1)}
-    assert {(student.attack.num_steps, student.attack.bn_mode) for student in students} == {(2, "running")}
+    student = run.experiment.trainings[0]
+    weights = tmp_path / "weights.safetensors"
+    words = ["--settings", job_settings(run, "train_experiment", training=student.name), "--seed", "5"]
+    for flag in ("train", "val"):
+        words += [f"--{flag}", images[flag]]
+    words += ["--weights", str(weights), "--history", str(tmp_path / "history.parquet"), "--device", "cpu"]
+    train_experiment.main([*words, "--teacher", str(teacher)])
+    net, *_ = load_static(weights, kind="trained_student")
+    supernet = Supernet(space, mean=(0.5,), std=(0.25,))
+    implant(supernet, largest)
+    expected = extract(supernet, Arch.from_dims(student.arch))
+    found, wanted = dict(net.named_parameters()), dict(expected.named_parameters())
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=1e-5)
+    with pytest.raises(UserError, match="needs a teacher"):
+        train_experiment.main(words)
 
 
 # The gap, computed by hand.
@@ -123,16 +173,21 @@ def outcome(role, arch, robust, *, seed=0, macs=1):
 
 
 def test_gap_and_discordant_images_by_hand():
-    rows = [outcome("subnet", "a", "1110"), outcome("twin", "a", "1001"), outcome("twin", "a", "1000", seed=1)]
-    rows += [outcome("subnet", "b", "0000", macs=2), outcome("twin", "b", "1111", macs=2)]
+    rows = [outcome("subnet", "a", "1110"), outcome("twin", "a", "1001")]
+    rows += [outcome("subnet", "a", "1111", seed=1), outcome("twin", "a", "1000", seed=1)]
+    for seed in (0, 1):
+        rows += [outcome("subnet", "b", "0000", macs=2, seed=seed), outcome("twin", "b", "1111", macs=2, seed=seed)]
     found = {(row["arch_id"], row["measure"]): row for row in gaps_of(pd.DataFrame(rows), bootstraps=200, seed=0)}
     a, b, mean = (found[name, "robust"] for name in ("a", "b", "mean"))
-    assert (a["num_seeds"], a["subnet_acc"], a["twin_acc"]) == (2, 0.75, 0.375)
-    assert a["gap"] == pytest.approx(0.375)
-    assert (a["subnet_only"], a["twin_only"]) == (0.5, 0.125)
-    assert a["gap_sd_over_seeds"] == pytest.approx(np.std([0.25, 0.5], ddof=1))
+    assert (a["num_seeds"], a["subnet_acc"], a["twin_acc"]) == (2, 0.875, 0.375)
+    assert a["gap"] == pytest.approx(0.5)  # 1/4 and 3/4
+    assert (a["subnet_only"], a["twin_only"]) == (5 / 8, 1 / 8)
+    assert a["gap_sd_over_seeds"] == pytest.approx(np.std([0.25, 0.75], ddof=1))
+    over_seeds = 12.706 * np.std([0.25, 0.75], ddof=1) / np.sqrt(2)  # Student's t for two seeds
+    assert a["gap_high"] - a["gap"] == pytest.approx(a["gap"] - a["gap_low"])
+    assert a["gap_high"] - a["gap"] > over_seeds
     assert (b["gap"], b["gap_low"], b["gap_high"]) == (-1, -1, -1)  # every image differs: no sample changes that
-    assert mean["gap"] == pytest.approx((0.375 - 1) / 2)
+    assert mean["gap"] == pytest.approx((0.5 - 1) / 2)
     assert all(row["gap"] == row["gap_low"] == row["gap_high"] == 0 for key, row in found.items() if key[1] == "clean")
 
 
@@ -151,7 +206,7 @@ def test_the_interval_is_the_paired_one():
 
 
 def test_an_arch_without_its_twin_and_other_images_are_errors():
-    with pytest.raises(ArtifactError, match="arch a lacks its subnet or its twin"):
+    with pytest.raises(ArtifactError, match="arch a lacks its twin"):
         gaps_of(pd.DataFrame([outcome("subnet", "a", "10")]), bootstraps=10, seed=0)
     with pytest.raises(ArtifactError, match="different numbers of images"):
         gaps_of(pd.DataFrame([outcome("subnet", "a", "10"), outcome("twin", "a", "101")]), bootstraps=10, seed=0)

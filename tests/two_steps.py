@@ -35,7 +35,7 @@ EXPECTED = Path(__file__).with_suffix(".json")
 BASE = "cifar10_micro"  # what a config without a run of its own is read on top of
 IMAGES, BATCH, SIDE = 8, 4, 8
 LENGTHS = {"name": True, "seed": True, "net": True, "epochs": True, "warmup_epochs": True}
-LENGTHS |= {"lr": True, "attack": {"step_size"}}
+LENGTHS |= {"lr": True, "attack": {"step_size"}, "beside": True}
 
 
 def names() -> list[str]:

@@ -52,14 +52,18 @@ class Twins(ExperimentTraining):
     """Archs of the run's space that are trained alone and compared with the run's subnets of the same arch.
 
     The range of log-MACs is divided into `archs` equal parts. One arch is drawn from each part, independently of its
-    accuracy, and trained once per seed. All other keys override those of the run's last phase. Without `effort` and
-    `epochs` a twin makes as many optimizer steps as all phases together.
+    accuracy, and trained once per seed. All other keys override those of the last phase. Without `effort` and `epochs`
+    a twin makes as many optimizer steps as all phases together.
+
+    `beside` is the name of a `supernet` training of the experiment: its phases are meant then, and the twin of a seed
+    is compared with the subnet of the supernet of that seed. Without it, both are the run's.
     """
 
     trains: Literal["twins"]
     name: FolderName = "twin"
     archs: Annotated[Int, Field(ge=2)] = 4
     seeds: Annotated[tuple[Natural, ...], Field(min_length=1)] = (0,)
+    beside: FolderName | None = None
     overrides: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")

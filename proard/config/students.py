@@ -59,6 +59,9 @@ class Student(AdversarialTraining, ExperimentTraining):
     1). `teacher_logits` and `teacher_gradients` store outputs of a frozen teacher for the views of clean images that
     have occurred: a view's logits, or its input gradient (one number per pixel value).
 
+    `warm_start: teacher` begins with the weights that the subnet of this arch has in the teacher, of the run's own
+    space. A twin `beside` a training of a supernet is compared with the subnet of that training, not of the run's.
+
     `schedule`: `cosine` to zero, `constant`, or `steps`, which divides by ten at 1/2 and 3/4 of the training.
     `keep`: the `best` epoch on val, or the `last`. `seed` is the seed of the training (default: the run's); images,
     their split and the noise of the measurement always use the run's.
@@ -72,6 +75,8 @@ class Student(AdversarialTraining, ExperimentTraining):
     loss: AnyLoss = Rslad()
     alignment: Alignment | None = None
     clean_noise: NonNegative = 0.0
+    warm_start: Literal["teacher", "random"] = "random"
+    beside: FolderName | None = None
     teacher_logits: KeptType | None = None
     teacher_gradients: KeptType | None = None
     schedule: Literal["cosine", "constant", "steps"] = "cosine"
@@ -86,6 +91,11 @@ class Student(AdversarialTraining, ExperimentTraining):
     def needs_teacher(self) -> bool:
         """Whether the training uses a frozen teacher."""
         return self.attack.crafted_on == "teacher" or self.loss.needs_teacher or self.alignment is not None
+
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether the training reads the teacher's weights, to use the teacher or to start from it."""
+        return self.needs_teacher or self.warm_start == "teacher"
 
     @property
     def has_frozen_teacher(self) -> bool:
@@ -121,9 +131,13 @@ class Student(AdversarialTraining, ExperimentTraining):
 
     @model_validator(mode="after")
     def twin_is_of_the_runs_space(self) -> Student:
-        """Refuse a twin that is not an arch of the run's space."""
+        """Refuse a twin or a start from the teacher's weights in another space; only a twin is beside a supernet."""
         if self.trains == "twin" and self.net is not None:
             raise ValueError("a twin is an arch of the run's own space; remove net")
+        if self.warm_start == "teacher" and self.net is not None:
+            raise ValueError("warm_start: teacher is for archs of the run's own space; remove net or warm_start")
+        if self.beside is not None and self.trains != "twin":
+            raise ValueError("beside is for twins: it names the supernet whose subnet the twin is compared with")
         return self
 
     @model_validator(mode="after")

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from proard.artifacts import ArtifactError
-from proard.evaluation.comparison import image_weights, redrawn_mean
+from proard.artifacts.tables import IDENTITY
+from proard.evaluation.comparison import gain_over, image_weights
 from proard.report.figures import log_macs
 from proard.report.svg import COLOURS, STYLE
 from proard.report.text import count
@@ -27,11 +28,11 @@ def gaps_of(outcomes: pd.DataFrame, *, bootstraps: int, seed: int) -> list[dict[
     Parameters
     ----------
     outcomes : DataFrame
-        Rows of TRAININGS; every arch with its subnet and at least one twin.
+        Rows of TRAININGS; every arch with its twin of every seed and the subnet beside it.
     bootstraps : int
-        Samples of the images, the same for all archs: percentiles 2.5 and 97.5 of the gap are its interval.
+        Redraws of the images, the same for all archs.
     seed : int
-        Seed of the samples.
+        Seed of the redraws.
 
     Returns
     -------
@@ -41,69 +42,62 @@ def gaps_of(outcomes: pd.DataFrame, *, bootstraps: int, seed: int) -> list[dict[
     Raises
     ------
     ArtifactError
-        An arch lacks its subnet or its twin, or was measured on other images than the others.
+        An arch lacks its subnet, its twin or a seed, or was measured on other images than the others.
 
     Notes
     -----
-    An image's difference is the subnet's outcome minus the mean of its twins'. The interval covers the choice of images
-    only, not the seeds: see the spread over the twins' seeds; the supernet has one seed.
+    A twin is paired with the subnet of its seed, image by image. With several seeds, the interval covers the choice of
+    seeds and of images (`estimate`); with one, of images only. If all twins have one supernet beside them, the seeds
+    are those of the twins alone.
     """
     rows: list[dict[str, Any]] = []
     for (split, attack), part in outcomes.groupby(["split", "attack"], sort=False):
         if part["num_images"].nunique() > 1:
             raise ArtifactError(f"outcomes on {split} are of different numbers of images; rerun measure_experiment")
-        pairs = [
-            _pair(group) for _, group in sorted(part.groupby("arch_id"), key=lambda entry: entry[1]["macs"].iloc[0])
-        ]
+        groups = [group for _, group in sorted(part.groupby("arch_id"), key=lambda entry: entry[1]["macs"].iloc[0])]
         number = int(part["num_images"].iloc[0])
+        weights = image_weights(number, bootstraps=bootstraps, seed=seed)
         for measure in MEASURES:
-            found = [_difference(subnet, twins, measure) for subnet, twins in pairs]
-            differences = np.stack([difference for difference, _ in found])  # (archs, images)
-            weights = image_weights(number, bootstraps=bootstraps, seed=seed)
-            drawn = redrawn_mean(differences, weights)  # (bootstraps, archs)
+            subnets, twins = (_stacked(groups, role, measure) for role in ("subnet", "twin"))
+            if subnets.shape != twins.shape:
+                raise ArtifactError("a twin lacks the subnet of its seed; rerun measure_experiment")
             common = {"split": split, "attack": attack, "measure": measure, "num_images": number, "seed": seed}
-            of_archs = [
-                {
-                    **{name: subnet[name] for name in ("arch_id", "genotype", "arch", "macs", "params")},
-                    **facts,
-                    **common,
-                }
-                for (subnet, _), (_, facts) in zip(pairs, found, strict=True)
-            ]
-            names = ("subnet_acc", "twin_acc", "subnet_only", "twin_only")
-            pooled = {name: float(np.mean([facts[name] for _, facts in found])) for name in names}
-            of_archs.append(
-                {"arch_id": POOLED, "num_seeds": min(facts["num_seeds"] for _, facts in found), **pooled, **common}
-            )
-            columns = np.concatenate([drawn, drawn.mean(1, keepdims=True)], axis=1)
-            for row, values in zip(of_archs, columns.T, strict=True):
-                low, high = np.percentile(values, [2.5, 97.5]).tolist()
-                rows.append({**row, "gap": row["subnet_acc"] - row["twin_acc"], "gap_low": low, "gap_high": high})
+            common["num_seeds"] = len(twins)
+            for index, group in enumerate(groups):
+                arch = {name: group[name].iloc[0] for name in IDENTITY}
+                rows.append({**arch, **common, **_gap(subnets[:, [index]], twins[:, [index]], weights)})
+            rows.append({"arch_id": POOLED, **common, **_gap(subnets, twins, weights)})
     return rows
 
 
-def _pair(group: pd.DataFrame) -> tuple[pd.Series, pd.DataFrame]:
-    """The subnet and the twins of one arch; the subnet's rows, one per twin, are equal."""
-    subnets, twins = group[group["role"] == "subnet"], group[group["role"] == "twin"].drop_duplicates("train_seed")
-    if subnets.empty or twins.empty:
-        raise ArtifactError(f"arch {group['arch_id'].iloc[0]} lacks its subnet or its twin; rerun measure_experiment")
-    return subnets.iloc[0], twins
+def _stacked(groups: list[pd.DataFrame], role: str, measure: str) -> np.ndarray:
+    """Outcomes of all subnets or of all twins, of shape (seeds, archs, images)."""
+    found, seeds = [], set()
+    for group in groups:
+        rows = group[group["role"] == role].drop_duplicates("train_seed").sort_values("train_seed")
+        if rows.empty:
+            raise ArtifactError(f"arch {group['arch_id'].iloc[0]} lacks its {role}; rerun measure_experiment")
+        seeds.add(tuple(rows["train_seed"]))
+        found.append(np.stack(rows[measure].to_list()).astype(bool))
+    if len(seeds) > 1:
+        raise ArtifactError("archs have twins of different seeds; rerun train_experiment for those that are missing")
+    return np.stack(found, axis=1)
 
 
-def _difference(subnet: pd.Series, twins: pd.DataFrame, measure: str) -> tuple[np.ndarray, dict[str, Any]]:
-    """Difference by image, of shape (images,), and the other columns of the row."""
-    own = np.asarray(subnet[measure], dtype=bool)
-    others = np.stack([np.asarray(mask, dtype=bool) for mask in twins[measure]])  # (seeds, images)
-    each = own.mean() - others.mean(1)
-    facts = {
-        "num_seeds": len(others),
-        "subnet_acc": float(own.mean()),
-        "twin_acc": float(others.mean()),
-        "subnet_only": float((own & ~others).mean()),
-        "twin_only": float((~own & others).mean()),
+def _gap(subnets: np.ndarray, twins: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
+    """Accuracies of subnets and twins of shape (seeds, archs, images), means over archs, and their difference."""
+    gap = gain_over(subnets, twins, weights, "mean")
+    each = subnets.mean(axis=(1, 2)) - twins.mean(axis=(1, 2))
+    return {
+        "subnet_acc": float(subnets.mean()),
+        "twin_acc": float(twins.mean()),
+        "gap": gap.value,
+        "gap_low": gap.low,
+        "gap_high": gap.high,
         "gap_sd_over_seeds": float(each.std(ddof=1)) if len(each) > 1 else None,
+        "subnet_only": float((subnets & ~twins).mean()),
+        "twin_only": float((~subnets & twins).mean()),
     }
-    return own - others.mean(0), facts
 
 
 def headline(gaps: pd.DataFrame) -> pd.DataFrame:
@@ -125,6 +119,7 @@ def gap_lines(gaps: list[dict[str, Any]]) -> list[str]:
 def gap_figure(gaps: list[dict[str, Any]]) -> Figure:
     """Gap against MACs with its interval, clean and robust; the band is the mean of the archs."""
     table = headline(pd.DataFrame(gaps))
+    over = "images" if table["num_seeds"].max() == 1 else "seeds and images"
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.4, 3.9))
         for axis, measure in zip(figure.subplots(1, 2, sharey=True), MEASURES, strict=True):
@@ -133,7 +128,7 @@ def gap_figure(gaps: list[dict[str, Any]]) -> Figure:
             axis.axhspan(mean["gap_low"], mean["gap_high"], color=COLOURS["sky"], alpha=0.25, label="mean of the archs")
             axis.axhline(0, color=COLOURS["ink"], linewidth=0.8)
             spans = [archs["gap"] - archs["gap_low"], archs["gap_high"] - archs["gap"]]
-            look = {"color": COLOURS["blue"], "capsize": 3, "label": "arch, 95 % over images"}
+            look = {"color": COLOURS["blue"], "capsize": 3, "label": f"arch, 95 % over {over}"}
             axis.errorbar(archs["macs"].astype(float), archs["gap"], yerr=np.abs(spans), fmt="o", **look)
             axis.set_title(f"{measure.capitalize()} accuracy")
             axis.yaxis.set_major_formatter(POINTS)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from proard.attacks import pgd
 from proard.config import Space, Student, SupernetTraining, UserError
-from proard.nets import load_static, save_static
+from proard.nets import FixedNet, Supernet, load_static, save_static
 from proard.space import NetSpace, SearchSpace
 from proard.stages import train_phase
 from proard.stages.common import Job, parse_arguments, run
@@ -55,6 +55,7 @@ def train_network(job: Job, student: Student, *, search: Callable[..., Tensor] =
             loss=student.loss,
             control=files.control,
             teacher=frozen_teacher(job, student),
+            start=start_of(job, student, space),
             search=search,
         )
         training.write_history(files.history, rows)
@@ -85,19 +86,45 @@ def student_network(student: Student, own: Space) -> tuple[NetSpace, Any]:
     return space, named_arch(student.arch, space, where=where)
 
 
-def frozen_teacher(job: Job, student: Student) -> Callable[[Tensor], Tensor] | None:
-    """The run's teacher as a frozen network; None where the loss needs none.
+def start_of(job: Job, student: Student, space: NetSpace) -> Callable[[Supernet | FixedNet], None] | None:
+    """What writes the teacher's weights into the network; None where it starts from random ones.
 
     Raises
     ------
     UserError
-        The loss needs a teacher and no file was given.
+        The teacher is not the largest subnet of the run's space: it has no weights for its other archs.
     """
+    if student.warm_start == "random":
+        return None
+    teacher, teacher_space, teacher_arch, _ = load_static(teacher_file(job, student), kind="teacher")
+
+    def start(net: Supernet | FixedNet) -> None:
+        assert isinstance(space, SearchSpace)
+        assert isinstance(net, Supernet)
+        if not train_phase.implant_teacher(net, teacher, space, teacher_space, teacher_arch):
+            raise UserError(f"experiment.{student.name}: warm_start is teacher, which is not the largest subnet")
+
+    return start
+
+
+def teacher_file(job: Job, student: Student) -> str:
+    """The file of the run's teacher.
+
+    Raises
+    ------
+    UserError
+        It was not given.
+    """
+    if job.files.teacher is None:
+        raise UserError(f"experiment.{student.name} needs a teacher: give --teacher, train_teacher's output")
+    return job.files.teacher
+
+
+def frozen_teacher(job: Job, student: Student) -> Callable[[Tensor], Tensor] | None:
+    """The run's teacher as a frozen network; None where the loss needs none."""
     if not student.needs_teacher:
         return None
-    if job.files.teacher is None:
-        raise UserError(f"experiment.{student.name}: its loss needs a teacher: give --teacher, train_teacher's output")
-    net, *_ = load_static(job.files.teacher, kind="teacher")
+    net, *_ = load_static(teacher_file(job, student), kind="teacher")
     return frozen_network(net.to(job.device))
 
 

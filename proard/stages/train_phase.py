@@ -48,8 +48,8 @@ def train(job: Job, phase: Phase) -> None:
             previous, _ = load_supernet(files.previous, space)
             net.load_state_dict(previous.state_dict())
             opened = read_header(files.previous).get("opened", [{}])  # where it is not known: everything
-        elif phase.warm_start == "teacher":
-            start_from_teacher(net, teacher, space, teacher_space, teacher_arch)
+        elif phase.warm_start == "teacher" and not implant_teacher(net, teacher, space, teacher_space, teacher_arch):
+            print("the teacher is not this space's largest subnet: the supernet starts from random weights")
         if phase.sort_channels == "l1":
             sort_channels(net, trained_widths(space, opened))
         predict = None if phase.teacher == "dynamic" else frozen_network(teacher.to(job.device))
@@ -77,14 +77,14 @@ def trained_widths(space: SearchSpace, opened: list[dict[str, Any]]) -> dict[str
     return widths
 
 
-def start_from_teacher(
+def implant_teacher(
     net: Supernet, teacher: StaticNet | FixedNet, space: SearchSpace, teacher_space: NetSpace, teacher_arch: NetArch
-) -> None:
-    """Copy the teacher's weights into the supernet, if the teacher is its largest subnet; print otherwise."""
+) -> bool:
+    """Copy the teacher's weights into the supernet, if the teacher is its largest subnet; whether it is."""
     if not isinstance(teacher, StaticNet) or space.spec(space.largest) != teacher_space.spec(teacher_arch):
-        print("the teacher is not this space's largest subnet: the supernet starts from random weights", flush=True)
-        return
+        return False
     implant(net, teacher)
+    return True
 
 
 def validated_archs(space: SearchSpace, phase: Phase) -> dict[str, Arch]:

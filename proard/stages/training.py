@@ -222,14 +222,17 @@ def train_alone(
     loss: Loss,
     control: str | None = None,
     teacher: Callable[[Tensor], Tensor] | None = None,
+    start: Callable[[Supernet | FixedNet], None] | None = None,
     search: Callable[..., Tensor] = pgd,
 ) -> tuple[StaticNet | FixedNet, list[dict[str, Any]]]:
     """Train one arch of a space by itself and return it recalibrated, with its history.
 
-    `teacher` is the frozen network of a distillation loss, such as `frozen_network` of a loaded one; `search` is the
-    attack, with the arguments of `pgd`.
+    `teacher` is the frozen network of a distillation loss, such as `frozen_network` of a loaded one; `start` writes
+    the initial weights, in place of random ones; `search` is the attack, with the arguments of `pgd`.
     """
     net = training.supernet(space)
+    if start is not None:
+        start(net)
     plan = single_plan(arch, loss, training.settings)
     rows = training.fit(
         net,

@@ -117,7 +117,7 @@ def seed_of_leg(wildcards):
 def teacher_of_leg(wildcards):
     """The run's teacher, if the loss needs it."""
     training, phase = LEGS[wildcards.leg]
-    needed = phase is not None or training.needs_teacher
+    needed = phase is not None or training.reads_teacher
     return ["<results>/train_teacher/teacher.safetensors"] if needed else []
 
 
@@ -132,6 +132,11 @@ def legs_of(name):
     return [leg for leg, (training, _) in LEGS.items() if training.name == name]
 
 
+def weights_of(name):
+    """The weights that a training ends with."""
+    return f"<results>/train_experiment/{legs_of(name)[-1]}/weights.safetensors"
+
+
 def previous_leg(wildcards):
     """The weights that a phase of a supernet starts from; none for the first."""
     legs = legs_of(LEGS[wildcards.leg][0].name)
@@ -140,8 +145,11 @@ def previous_leg(wildcards):
 
 
 def supernet_beside_twin(wildcards):
-    """The run's supernet, if a twin is compared with its subnet."""
-    return [SUPERNET] if TRAININGS[wildcards.training].trains == "twin" else []
+    """The supernet whose subnet a twin is compared with: of a training of the experiment, or the run's."""
+    training = TRAININGS[wildcards.training]
+    if training.trains != "twin":
+        return []
+    return [SUPERNET if training.beside is None else weights_of(training.beside)]
 
 
 def archs_of_supernet(wildcards):

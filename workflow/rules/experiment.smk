@@ -41,7 +41,7 @@ rule train_experiments:
 
 rule measure_experiment:
     input:
-        weights=lambda wildcards: f"<results>/train_experiment/{legs_of(wildcards.training)[-1]}/weights.safetensors",
+        weights=lambda wildcards: weights_of(wildcards.training),
         histories=lambda wildcards: collect(
             "<results>/train_experiment/{leg}/history.parquet", leg=legs_of(wildcards.training)
         ),
