@@ -1,9 +1,9 @@
-# Two commands for people: `make quickstart` and `make test`. Everything lands in .venv; nothing else is touched.
+# Two commands for users: `make quickstart` and `make test`. Both install into .venv and nowhere else.
 PYTHON ?= python3
 BIN := .venv/bin
 REPORT := results/quickstart/report/report.html
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# Snakemake asks for a home folder and a user's name, which a container's user may lack.
+# Snakemake needs a home folder and a user name, which a container may lack.
 ifeq ($(HOME),)
 export HOME := $(CURDIR)/.venv/home
 endif
@@ -17,8 +17,8 @@ endif
 help:
 	@echo "make quickstart   install into .venv, run the whole pipeline on the bundled digits, print the students"
 	@echo "make test         install the test tools, run the linters, mypy and all tests"
-	@echo "make bench        run the benchmarks, keep their results in benchmarks/results (BENCH=--quick shows that they run)"
-	@echo "make bench-gpu    prove kernels, check and time training, labels and data on a GPU, under 4 minutes"
+	@echo "make bench        run the benchmarks, keep their results in benchmarks/results (BENCH=--quick only checks that they run)"
+	@echo "make bench-gpu    check kernels, then check and time training, labels and data on a GPU, under 4 minutes"
 
 quickstart: .venv/installed
 	@$(BIN)/snakemake --configfile config/quickstart.yaml --cores all --quiet host rules reason
@@ -26,7 +26,7 @@ quickstart: .venv/installed
 	@$(BIN)/proard students results/quickstart
 	@echo "Report: $(REPORT)"
 
-# Tests of numbers, which also run as a CPU without AVX-512 runs them, at one thread and at two.
+# Numeric tests, which are also run with the instructions of a CPU without AVX-512, with one thread and with two.
 NUMERIC := $(addprefix tests/test_,gradients.py types.py nets.py input_gradient.py maps.py depthwise.py norms.py \
 	mobilenet.py attacks.py training.py)
 DAG := tests/test_pipeline.py::test_the_whole_dag_ends_in_checked_students

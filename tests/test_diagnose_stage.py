@@ -185,11 +185,11 @@ def test_the_summary_averages_the_rows(tables):
     for name in ("loss_gap", "alignment", "right", "left"):
         assert at.loc[name, "value"] == pytest.approx(bound.loc[bound["eps"] == 0.1, name].mean())
         assert at.loc[name, "low"] <= at.loc[name, "value"] <= at.loc[name, "high"]
-    assert dict(at["kind"].loc[["alignment", "left", "student_linearity", "student_stands"]]) == {
+    assert dict(at["kind"].loc[["alignment", "left", "student_linearity", "student_robust"]]) == {
         "alignment": "exact",
         "left": "lower bound",
         "student_linearity": "lower bound",
-        "student_stands": "upper bound",
+        "student_robust": "upper bound",
     }
     smoothed = radii[(radii["method"] == "smoothing") & (radii["sigma"] == 0.1)]
     row = summary[(summary["quantity"] == "smoothing_radius") & (summary["sigma"] == 0.1)].iloc[0]
@@ -222,7 +222,7 @@ def test_pairs_are_of_students_at_every_radius(compared, tables):
     assert set(pairs["gap"]) == {"gap_l1"}
     first, second = (tables[1][name]["bound"].query("eps == 0.1") for name in ("exported", "trained"))
     row = pairs[(pairs["first"] == "exported") & (pairs["second"] == "trained") & (pairs["eps"] == 0.1)].iloc[0]
-    assert row["first_only"] == (first["student_stands"] & ~second["student_stands"]).sum()
+    assert row["first_only"] == (first["student_robust"] & ~second["student_robust"]).sum()
     nearer = (first["gap_l1"] < second["gap_l1"]) + 0.5 * (first["gap_l1"] == second["gap_l1"])
     assert row["first_nearer"] == pytest.approx(nearer.mean())
 

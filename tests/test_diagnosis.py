@@ -96,7 +96,7 @@ def test_a_student_that_is_its_teacher_differs_by_nothing(norm):
     close(bound.cosine, nothing + 1)
     assert torch.equal(bound.student_linearity, bound.teacher_linearity)
     assert bound.student_linearity.min() > 0
-    assert torch.equal(bound.student_stands, bound.teacher_stands)
+    assert torch.equal(bound.student_robust, bound.teacher_robust)
 
 
 @pytest.mark.parametrize(("norm", "dual"), [("linf", "l1"), ("l2", "l2")])
@@ -125,7 +125,7 @@ def test_losses_and_right_answers_are_those_at_the_images_and_the_points():
     for name in ATTACKS:
         close(bound.left[name], (loss(student, points[name]) - loss(teacher, points[name])).abs())
     right = [student(point).argmax(1) == LABELS for point in (images, *points.values())]
-    assert torch.equal(bound.student_stands, torch.stack(right).all(0))
+    assert torch.equal(bound.student_robust, torch.stack(right).all(0))
     assert torch.equal(bound.student_correct, right[0])
 
 
@@ -220,11 +220,11 @@ def test_pairs_are_counted_by_hand():
     assert (found.first_only, found.second_only) == (3, 1)
     assert found.mcnemar_p == pytest.approx(10 / 16)  # 4 images, 3 or more on one side: 2 (4 + 1) / 16
     assert found.first_nearer == pytest.approx((4 + 0.5) / 7)
-    assert found.nearer_stands == pytest.approx(3 / 4)  # images 0, 1 and 4 of 0, 1, 2, 4
-    assert found.nearer_stands_p == pytest.approx(10 / 16)
+    assert found.nearer_robust == pytest.approx(3 / 4)  # images 0, 1 and 4 of 0, 1, 2, 4
+    assert found.nearer_robust_p == pytest.approx(10 / 16)
     swapped = pairing(second, first, second_gap, first_gap)
-    assert (swapped.nearer_stands, swapped.mcnemar_p, swapped.gap_p) == (
-        found.nearer_stands,
+    assert (swapped.nearer_robust, swapped.mcnemar_p, swapped.gap_p) == (
+        found.nearer_robust,
         found.mcnemar_p,
         found.gap_p,
     )
@@ -234,8 +234,8 @@ def test_pairs_are_counted_by_hand():
 def test_networks_that_stand_the_same_images_say_nothing():
     same, gap = np.array([True, False, True]), np.array([1.0, 2.0, 3.0])
     found = pairing(same, same, gap, gap)
-    assert (found.mcnemar_p, found.gap_p, found.nearer_stands_p) == (1.0, 1.0, 1.0)
-    assert np.isnan([found.nearer_stands, found.nearer_stands_low]).all()
+    assert (found.mcnemar_p, found.gap_p, found.nearer_robust_p) == (1.0, 1.0, 1.0)
+    assert np.isnan([found.nearer_robust, found.nearer_robust_low]).all()
 
 
 def test_interval_of_a_mean_covers_it_about_as_often_as_it_says():

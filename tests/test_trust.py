@@ -157,14 +157,14 @@ def test_the_table_says_what_is_left_after_each_attack(inputs, attacked):
     assert table["robust_acc"].tolist() == masks.mean(1).tolist()
     own = read_table(inputs["student"])
     own = own[(own["role"] == "choice") & (own["split"] == "test") & (own["attack"] == "worst")].iloc[0]
-    clean, stands = (np.asarray(own[name])[:16] for name in ("clean", "robust"))
+    clean, robust = (np.asarray(own[name])[:16] for name in ("clean", "robust"))
     assert np.asarray(table["clean"].iloc[0]).tolist() == clean.tolist()
-    assert (table["left_out"] == (clean & ~stands).sum()).all()
+    assert (table["left_out"] == (clean & ~robust).sum()).all()
     assert table["left_out"].iloc[0] > 0
-    assert table.loc["apgd-ce", "attacked"] == stands.sum()
+    assert table.loc["apgd-ce", "attacked"] == robust.sum()
     assert table.loc["apgd-t", "attacked"] == masks[0].sum()
-    assert (table["own_robust_acc"] == stands.mean()).all()
-    assert not (masks[-1] & ~stands).any()
+    assert (table["own_robust_acc"] == robust.mean()).all()
+    assert not (masks[-1] & ~robust).any()
     assert set(table["num_images"]) == {16}
 
 

@@ -255,8 +255,8 @@ def _attacked_block(
     if standing.any():
         index = torch.from_numpy(standing.nonzero()[0]).to(labels.device)
         options: dict[str, Any] = {"attack": key["attack"], "threat": threat, "seed": key["seed"]}
-        stands, warnings = run_attack(counted, pixels[index], labels[index], **options)
-        robust[standing] = stands.cpu().numpy()
+        still_robust, warnings = run_attack(counted, pixels[index], labels[index], **options)
+        robust[standing] = still_robust.cpu().numpy()
     entry = {
         "clean": standing,
         "robust": robust,

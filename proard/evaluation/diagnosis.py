@@ -179,7 +179,7 @@ class Bound:
         Of the angle between g_S and g_T; 0 where one of them vanishes.
     student_correct, teacher_correct : Tensor
         bool, at the images.
-    student_stands, teacher_stands : Tensor
+    student_robust, teacher_robust : Tensor
         bool: correct at the images and at every one of the points.
     """
 
@@ -195,8 +195,8 @@ class Bound:
     cosine: Tensor
     student_correct: Tensor
     teacher_correct: Tensor
-    student_stands: Tensor
-    teacher_stands: Tensor
+    student_robust: Tensor
+    teacher_robust: Tensor
 
     @property
     def right(self) -> Tensor:
@@ -259,8 +259,8 @@ def measure_bound(
         cosine=(ours * theirs).sum(1) / lengths.clamp(min=torch.finfo(lengths.dtype).tiny),
         student_correct=of_student.correct,
         teacher_correct=of_teacher.correct,
-        student_stands=of_student.robust,
-        teacher_stands=of_teacher.robust,
+        student_robust=of_student.robust,
+        teacher_robust=of_teacher.robust,
     )
 
 

@@ -33,12 +33,12 @@ class Pairing:
         Share of images at which the first network's gradient gap is the smaller one; ties count one half.
     gap_p : float
         Two-sided P value of Wilcoxon's signed-rank test of equal gaps; 1 where all are equal.
-    nearer_stands : float
+    nearer_robust : float
         Among the images on which exactly one of them is robust, the share at which that one has the smaller gap; NaN
         without such images.
-    nearer_stands_low, nearer_stands_high : float
+    nearer_robust_low, nearer_robust_high : float
         Its 95 % Wilson interval.
-    nearer_stands_p : float
+    nearer_robust_p : float
         Two-sided exact P value of a share of one half: alignment does not predict which of the two is robust.
     """
 
@@ -47,10 +47,10 @@ class Pairing:
     mcnemar_p: float
     first_nearer: float
     gap_p: float
-    nearer_stands: float
-    nearer_stands_low: float
-    nearer_stands_high: float
-    nearer_stands_p: float
+    nearer_robust: float
+    nearer_robust_low: float
+    nearer_robust_high: float
+    nearer_robust_p: float
 
 
 def pairing(
@@ -85,10 +85,10 @@ def pairing(
         mcnemar_p=_even_p(int(first_only.sum()), discordant),
         first_nearer=float(nearer.mean()),
         gap_p=float(stats.wilcoxon(difference).pvalue) if difference.any() else 1.0,
-        nearer_stands=wins / decided if decided else float("nan"),
-        nearer_stands_low=low,
-        nearer_stands_high=high,
-        nearer_stands_p=_even_p(wins, decided),
+        nearer_robust=wins / decided if decided else float("nan"),
+        nearer_robust_low=low,
+        nearer_robust_high=high,
+        nearer_robust_p=_even_p(wins, decided),
     )
 
 

@@ -48,8 +48,8 @@ BOUND: dict[str, tuple[pa.DataType, str]] = {
     "cosine": (FLOAT, "of the angle between the input gradients"),
     "student_correct": (FLAG, "correct at the image"),
     "teacher_correct": (FLAG, "correct at the image"),
-    "student_stands": (FLAG, "correct at the image and at every point that was found"),
-    "teacher_stands": (FLAG, "correct at the image and at every point that was found"),
+    "student_robust": (FLAG, "correct at the image and at every point that was found"),
+    "teacher_robust": (FLAG, "correct at the image and at every point that was found"),
     "seed": (INT, "seed of the searches"),
 }
 RADII: dict[str, tuple[pa.DataType, str]] = {
@@ -97,10 +97,10 @@ PAIRS: dict[str, tuple[pa.DataType, str]] = {
     "mcnemar_p": (FLOAT, "exact two-sided P value of equal robust accuracy"),
     "first_nearer": (FLOAT, "fraction of images at which the first network's gradient is nearer to the teacher's"),
     "gap_p": (FLOAT, "two-sided P value of Wilcoxon's signed-rank test of equal gaps"),
-    "nearer_stands": (FLOAT, "of images on which one network is robust: fraction where it has the smaller gap"),
-    "nearer_stands_low": (FLOAT, "fraction, 95 % Wilson"),
-    "nearer_stands_high": (FLOAT, "fraction, 95 % Wilson"),
-    "nearer_stands_p": (FLOAT, "exact two-sided P value of a fraction of one half"),
+    "nearer_robust": (FLOAT, "of images on which one network is robust: fraction where it has the smaller gap"),
+    "nearer_robust_low": (FLOAT, "fraction, 95 % Wilson"),
+    "nearer_robust_high": (FLOAT, "fraction, 95 % Wilson"),
+    "nearer_robust_p": (FLOAT, "exact two-sided P value of a fraction of one half"),
     "seed": (INT, "seed of the run"),
 }
 
@@ -114,8 +114,8 @@ AT_RADIUS = {
     "left_student": ("lower bound", "nats"),
     "right": ("lower bound", "nats"),
     "slack": ("estimate", "nats"),
-    "student_stands": ("upper bound", "fraction"),
-    "teacher_stands": ("upper bound", "fraction"),
+    "student_robust": ("upper bound", "fraction"),
+    "teacher_robust": ("upper bound", "fraction"),
 }
 AT_IMAGE = {
     "gap_l1": ("exact", "nats per pixel unit"),
@@ -191,7 +191,7 @@ def pair_rows(bounds: Mapping[str, pd.DataFrame], *, gap: str, seed: int) -> Ite
     for first, second in combinations(bounds, 2):
         both = bounds[first].merge(bounds[second], on=["image", "norm", "eps"], suffixes=("_1", "_2"))
         for (norm, eps), rows in both.groupby(["norm", "eps"]):
-            names = ("student_stands_1", "student_stands_2", f"{gap}_1", f"{gap}_2")
+            names = ("student_robust_1", "student_robust_2", f"{gap}_1", f"{gap}_2")
             found = asdict(pairing(*(rows[name].to_numpy() for name in names)))
             where = {"first": first, "second": second, "norm": norm, "eps": eps, "gap": gap, "num_images": len(rows)}
             yield {**where, **found, "seed": seed}

@@ -239,7 +239,7 @@ def _words(name: str, bound: pd.DataFrame, radii: pd.DataFrame) -> str:
         terms = " + ".join(f"{rows[term].mean():.3f}" for term in TERMS)
         lines.append(
             f"{name}, eps {eps:.4f}: |l_S - l_T| up to {left:.3f} nats, bound {terms} = {right:.3f}, least slack "
-            f"{slack:.1e}; {rows['student_stands'].mean():.1%} stand"
+            f"{slack:.1e}; {rows['student_robust'].mean():.1%} robust"
         )
     for (method, norm, sigma), rows in radii.groupby(["method", "norm", "sigma"], dropna=False):
         noise = "" if pd.isna(sigma) else f" sigma {sigma:g}"

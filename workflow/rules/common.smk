@@ -70,7 +70,7 @@ NOTES = set()  # printed notes about budgets, to print each once
 
 
 def searched_archive(wildcards):
-    """The searched archs; a budget below every subnet's cost stops the run here, before the first job."""
+    """The searched archs; a budget below the smallest cost stops the run here, before the first job."""
     try:
         note = check_budget(wildcards.budget, SPACE)
         spelling = parse_budget(wildcards.budget).text
@@ -210,13 +210,13 @@ def images_to_export(wildcards):
 
 
 def table_of_autoattack(wildcards):
-    """AutoAttack's outcomes of the exported student, where the run asks for them."""
+    """AutoAttack's outcomes of the exported student, if the run includes that stage."""
     asked = run.autoattack_student.run and ATTACKABLE
     return [f"<results>/autoattack_student/{wildcards.budget}/table.parquet"] if asked else []
 
 
 def table_of_checks(wildcards):
-    """The checks of the exported student, where the run asks for them."""
+    """The checks of the exported student, if the run includes that stage."""
     return [f"<results>/check_student/{wildcards.budget}/checks.parquet"] if run.check_student.run else []
 
 
@@ -336,7 +336,7 @@ def normalise_shell_lines():
 
 
 def keep_config():
-    """Write down the settings of the run, of all config files and flags together, for later commands on its folder."""
+    """Write the settings of the run, from all config files and flags together, for later commands on its folder."""
     text = yaml.safe_dump(json.loads(json.dumps(config, default=str)), sort_keys=False, allow_unicode=True)
     header = "# The settings of this run when it was last started, of all config files and --config together.\n"
     kept = Path("results") / run.run / "config.yaml"

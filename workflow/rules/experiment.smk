@@ -1,4 +1,4 @@
-# Trainings of an experiment, diagnoses of networks, and their comparison: `all` makes those that the config lists.
+# Trainings of an experiment, diagnoses of networks, and their comparison: `all` runs those that the config lists.
 
 
 # One thread, as for evaluation: on a CPU, parallel trainings are faster than one on many threads. A leg is a network's

@@ -1,4 +1,4 @@
-# What examines the exported students. Each attack on each block of images is kept in the cache: a killed job continues.
+# Attacks and checks of exported students. Each attack on each block of images is cached, so a killed job continues.
 
 
 rule autoattack_student:
@@ -74,7 +74,7 @@ rule check_students:
         collect(rules.check_student.output, budget=BUDGETS),
 
 
-# The card is also put beside the exported files, so that the folder which is passed on says the same.
+# The card is also copied beside the exported files, so that their folder has the same card.
 rule describe_student:
     input:
         weights=rules.export_student.output.weights,
