@@ -17,7 +17,7 @@ from proard.evaluation.diagnosis import (
     measure_bound,
     search_points,
 )
-from proard.evaluation.pairing import mean_interval, pairing
+from proard.evaluation.pairing import holm, mean_interval, pairing
 from proard.losses import gradient_gap, loss_gradient
 from proard.nets import extract, fold
 
@@ -236,6 +236,12 @@ def test_networks_that_stand_the_same_images_say_nothing():
     found = pairing(same, same, gap, gap)
     assert (found.mcnemar_p, found.gap_p, found.nearer_robust_p) == (1.0, 1.0, 1.0)
     assert np.isnan([found.nearer_robust, found.nearer_robust_low]).all()
+
+
+def test_p_values_of_several_pairs_are_corrected_by_holm():
+    found = holm(np.array([0.01, 0.04, 0.03, 0.005]))
+    assert found == pytest.approx([0.03, 0.06, 0.06, 0.02])  # 4 x 0.005, 3 x 0.01, 2 x 0.03, and no less than before
+    assert holm(np.array([0.5, 0.9])) == pytest.approx([1.0, 1.0])
 
 
 def test_interval_of_a_mean_covers_it_about_as_often_as_it_says():

@@ -92,6 +92,15 @@ def pairing(
     )
 
 
+def holm(p_values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """P values corrected for as many comparisons by the step-down method of Holm (1979), in the order given."""
+    order, count = np.argsort(p_values), len(p_values)
+    corrected = np.maximum.accumulate((count - np.arange(count)) * p_values[order])
+    found = np.empty(count)
+    found[order] = np.minimum(corrected, 1.0)
+    return found
+
+
 def _even_p(successes: int, trials: int) -> float:
     """Two-sided exact P value of a share of one half; 1 without trials."""
     return float(stats.binomtest(successes, trials).pvalue) if trials else 1.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import combinations
 from typing import Any
@@ -14,7 +14,7 @@ import pyarrow as pa
 from proard.artifacts import wilson
 from proard.evaluation.certify import ABSTAIN, Certificate, Clever
 from proard.evaluation.diagnosis import Bound
-from proard.evaluation.pairing import mean_interval, pairing
+from proard.evaluation.pairing import holm, mean_interval, pairing
 
 INT, FLOAT, TEXT, FLAG = pa.int64(), pa.float64(), pa.string(), pa.bool_()
 
@@ -85,6 +85,7 @@ SUMMARY: dict[str, tuple[pa.DataType, str]] = {
     "num_images": (INT, "images"),
     "seed": (INT, "seed of the run"),
 }
+P_VALUES = ("mcnemar_p", "gap_p", "nearer_robust_p")
 PAIRS: dict[str, tuple[pa.DataType, str]] = {
     "first": (TEXT, "network"),
     "second": (TEXT, "network"),
@@ -101,6 +102,7 @@ PAIRS: dict[str, tuple[pa.DataType, str]] = {
     "nearer_robust_low": (FLOAT, "fraction, 95 % Wilson"),
     "nearer_robust_high": (FLOAT, "fraction, 95 % Wilson"),
     "nearer_robust_p": (FLOAT, "exact two-sided P value of a fraction of one half"),
+    **{f"{name}_holm": (FLOAT, f"{name} after Holm's correction for all pairs at this radius") for name in P_VALUES},
     "seed": (INT, "seed of the run"),
 }
 
@@ -178,8 +180,10 @@ def _summary(values: pd.Series, quantity: str, kind: str, unit: str) -> dict[str
     return {"quantity": quantity, "kind": kind, "unit": unit, **found}
 
 
-def pair_rows(bounds: Mapping[str, pd.DataFrame], *, gap: str, seed: int) -> Iterator[dict[str, Any]]:
+def pair_rows(bounds: Mapping[str, pd.DataFrame], *, gap: str, seed: int) -> list[dict[str, Any]]:
     """Rows of PAIRS: every pair of networks, at every radius at which both were diagnosed.
+
+    The P values are given twice: of the pair alone, and corrected by Holm's method for all pairs at the same radius.
 
     Parameters
     ----------
@@ -188,10 +192,20 @@ def pair_rows(bounds: Mapping[str, pd.DataFrame], *, gap: str, seed: int) -> Ite
     gap : {'gap_l1', 'gap_l2'}
         Which gradient gap is compared.
     """
+    rows_of_pairs: list[dict[str, Any]] = []
     for first, second in combinations(bounds, 2):
         both = bounds[first].merge(bounds[second], on=["image", "norm", "eps"], suffixes=("_1", "_2"))
         for (norm, eps), rows in both.groupby(["norm", "eps"]):
             names = ("student_robust_1", "student_robust_2", f"{gap}_1", f"{gap}_2")
             found = asdict(pairing(*(rows[name].to_numpy() for name in names)))
             where = {"first": first, "second": second, "norm": norm, "eps": eps, "gap": gap, "num_images": len(rows)}
-            yield {**where, **found, "seed": seed}
+            rows_of_pairs.append({**where, **found, "seed": seed})
+    families: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for row in rows_of_pairs:
+        families.setdefault((row["norm"], row["eps"]), []).append(row)
+    for family in families.values():
+        for name in P_VALUES:
+            corrected = holm(np.asarray([row[name] for row in family]))
+            for row, value in zip(family, corrected.tolist(), strict=True):
+                row[f"{name}_holm"] = value
+    return rows_of_pairs

@@ -107,9 +107,12 @@ class Twin(nn.Module):
                 self.constants[name] = function(value)
         return super()._apply(function, recurse)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits of shape (batch, classes) for images in [0, 1] of shape (batch, channels, height, width)."""
-        values: dict[str, Value] = {self.input: images}
+    def forward(self, images: Tensor, weights: Mapping[str, Value] | None = None) -> Tensor:
+        """Logits of shape (batch, classes) for images in [0, 1] of shape (batch, channels, height, width).
+
+        `weights` replace constants of the file, by name.
+        """
+        values: dict[str, Value] = {self.input: images, **(weights or {})}
         for node in self.nodes:
             values[node.output[0]] = self._run(node, ChainMap(values, self.constants))
         return _real(values[self.output])

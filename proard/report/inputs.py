@@ -43,7 +43,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     ),
     "diagnosis_summary": ("network", "quantity", "norm", "eps", "sigma", "value", "low", "high"),
     "diagnosis_radii": ("network", "method", "norm", "sigma", "radius", "limit", "correct"),
-    "diagnosis_pairs": ("first", "second", "eps", "num_images", "mcnemar_p", "first_nearer", "nearer_robust"),
+    "diagnosis_pairs": ("first", "second", "eps", "num_images", "mcnemar_p_holm", "first_nearer", "nearer_robust"),
 }
 LISTS: dict[str, tuple[str, ...]] = {
     "phase_histories": HISTORY,

@@ -114,7 +114,7 @@ def compare_diagnoses(job: Job, files: Namespace, provenance: Provenance) -> Non
     radii = pd.concat([read_table(path, columns=RADII) for path in files.all_radii], ignore_index=True)
     summary = pd.concat([read_table(path, columns=SUMMARY) for path in files.diagnoses], ignore_index=True)
     diagnosed = {str(name): rows for name, rows in bound.groupby("network", sort=False) if name != TEACHER}
-    pairs = list(pair_rows(diagnosed, gap=DUAL_GAPS[job.config.threat.norm], seed=job.seed))
+    pairs = pair_rows(diagnosed, gap=DUAL_GAPS[job.config.threat.norm], seed=job.seed)
     write_table(files.bound, bound, BOUND, provenance)
     write_table(files.radii, radii, RADII, provenance)
     write_table(files.diagnosis, summary, SUMMARY, provenance)
