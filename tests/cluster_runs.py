@@ -76,7 +76,7 @@ class Run:
         """Run to the end; what Snakemake printed."""
         return self.end(self.start(*arguments), status=status)
 
-    def end(self, process: subprocess.Popen, *, status: int = 0, seconds: float = 400) -> str:
+    def end(self, process: subprocess.Popen, *, status: int = 0, seconds: float = 1200) -> str:
         """Wait for a started run; what it printed. A wrong exit status shows it."""
         try:
             output, _ = process.communicate(timeout=seconds)
