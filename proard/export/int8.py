@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,9 +52,18 @@ class Recipe:
     percentile: float | None = None
     float_ends: bool = False
 
+    @property
+    def largest_weight(self) -> int:
+        """The integer of a channel's largest weight."""
+        return 127 if self.signed else 64
+
     def with_float_ends(self) -> Recipe:
         """The same with first and last layer in float32."""
         return replace(self, name=f"{self.name}_ends", float_ends=True)
+
+    def with_training(self) -> Recipe:
+        """The same with weights that were trained further."""
+        return replace(self, name=f"{self.name}_trained")
 
 
 FIRST = Recipe("reduced")
@@ -157,7 +166,31 @@ def _drop_unused(graph: onnx.GraphProto) -> None:
     del graph.value_info[:]
 
 
-def quantise(model: onnx.ModelProto, path: str | Path, images: NDArray[np.float32], recipe: Recipe) -> None:
+def with_weights(model: onnx.ModelProto, weights: Mapping[str, NDArray[np.float32]]) -> onnx.ModelProto:
+    """A copy of a model in which the initializers of these names have other values."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    for name, value in weights.items():
+        _replace(changed.graph, name, value)
+    return changed
+
+
+def ranges_of(path: str | Path) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
+    """Scale and zero point of every activation of an int8 file, by the name of the tensor."""
+    graph = onnx.load(path).graph
+    values = {entry.name: numpy_helper.to_array(entry) for entry in graph.initializer}
+    quantisers = [node for node in graph.node if node.op_type == "QuantizeLinear"]
+    return {node.input[0]: (values[node.input[1]], values[node.input[2]]) for node in quantisers}
+
+
+def quantise(
+    model: onnx.ModelProto,
+    path: str | Path,
+    images: NDArray[np.float32],
+    recipe: Recipe,
+    *,
+    ranges: Mapping[str, tuple[NDArray[Any], NDArray[Any]]] | None = None,
+) -> None:
     """Write the int8 file of a folded float model.
 
     Parameters
@@ -170,6 +203,8 @@ def quantise(model: onnx.ModelProto, path: str | Path, images: NDArray[np.float3
         float32 in [0, 1]; ranges of activations are those on these images.
     recipe : Recipe
         How to quantise.
+    ranges : mapping of str to (ndarray, ndarray), optional
+        Scale and zero point of activations, which then are not calibrated: those of `ranges_of` another file.
 
     Raises
     ------
@@ -181,13 +216,18 @@ def quantise(model: onnx.ModelProto, path: str | Path, images: NDArray[np.float3
     pixel = np.float32(1 / 255)
     zero = np.int8(-128) if recipe.signed else np.uint8(0)
     kind = QuantType.QInt8 if recipe.signed else QuantType.QUInt8
-    fixed = [{"quant_type": kind, "scale": np.array(pixel, np.float32), "zero_point": np.array(zero, zero.dtype)}]
     names = {name for node in model.graph.node for name in node.output} | {INPUT}
+    inputs = (INPUT, PADDED) if not recipe.float_ends else ()
+    fixed = {name: (np.array(pixel, np.float32), np.array(zero, zero.dtype)) for name in inputs if name in names}
+    fixed |= ranges or {}
     layers = [node.name for node in model.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
     ends = [layers[0], layers[-1], *(node.name for node in model.graph.node if node.op_type == "Pad")]
     method = CalibrationMethod.MinMax if recipe.percentile is None else CalibrationMethod.Percentile
     extra: dict[str, Any] = {
-        "TensorQuantOverrides": {name: fixed for name in (INPUT, PADDED) if name in names and not recipe.float_ends},
+        "TensorQuantOverrides": {
+            name: [{"quant_type": kind, "scale": scale, "zero_point": zero_point}]
+            for name, (scale, zero_point) in fixed.items()
+        },
         "OpTypesToExcludeOutputQuantization": ["Gemm"],
     }
     if recipe.percentile is not None:

@@ -7,6 +7,7 @@ where the value is inside the range, and stops it where it is clipped.
 
 from __future__ import annotations
 
+import math
 from collections import ChainMap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -53,6 +54,12 @@ class _Round(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (inside,) = ctx.saved_tensors
         return gradient * inside, None, None
+
+
+def round_through(x: Tensor, largest: float = math.inf) -> Tensor:
+    """Integers between `-largest` and `largest`, with the straight-through gradient."""
+    rounded: Tensor = _Round.apply(x, -largest, largest)
+    return rounded
 
 
 class Twin(nn.Module):
@@ -107,9 +114,12 @@ class Twin(nn.Module):
                 self.constants[name] = function(value)
         return super()._apply(function, recurse)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits of shape (batch, classes) for images in [0, 1] of shape (batch, channels, height, width)."""
-        values: dict[str, Value] = {self.input: images}
+    def forward(self, images: Tensor, weights: Mapping[str, Value] | None = None) -> Tensor:
+        """Logits of shape (batch, classes) for images in [0, 1] of shape (batch, channels, height, width).
+
+        `weights` replace constants of the file, by name.
+        """
+        values: dict[str, Value] = {self.input: images, **(weights or {})}
         for node in self.nodes:
             values[node.output[0]] = self._run(node, ChainMap(values, self.constants))
         return _real(values[self.output])
