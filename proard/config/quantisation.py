@@ -32,7 +32,7 @@ class Int8Training(Settings):
 
     steps: Count = 150
     batch_size: Count = 64
-    lr: Positive = 1e-3
+    lr: Positive = 3e-3
     num_steps: Count = 5
 
 
