@@ -14,19 +14,31 @@ from helpers import SMALL_SPACES, TINY, random_images, random_supernet, save_str
 from onnx import numpy_helper
 
 from proard.artifacts import Provenance, read_metadata, read_table
-from proard.config import Attack, UserError
-from proard.data import load_split, to_float
+from proard.config import Attack, Augmentation, Int8Training, Threat, UserError
+from proard.data import ImageSet, load_split, to_float
 from proard.evaluation import attack_images
 from proard.evaluation.deployed import OnDevice, on_pixel_grid, paired
-from proard.export import export_program, save_onnx, save_student
-from proard.export.int8 import OTHER_RANGES, PADDED, Recipe, check_range, fold_normalisation, quantise
+from proard.export import export_program, load_student, save_onnx, save_student
+from proard.export.int8 import (
+    OTHER_RANGES,
+    PADDED,
+    Recipe,
+    check_range,
+    fold_normalisation,
+    quantise,
+    ranges_of,
+    with_weights,
+)
 from proard.export.int8_card import int8_block
-from proard.export.twin import Twin
+from proard.export.int8_training import FakeQuantised, train_int8
+from proard.export.twin import Scaled, Twin
 from proard.nets import extract, fold, save_static
 from proard.stages import quantize_student
 
 ATTACKS = ({"name": "pgd3", "num_steps": 3, "step_size": 0.05}, {"name": "cw3", "objective": "margin", "num_steps": 3})
-CONFIG = tiny_config(verify_front={"attacks": ATTACKS}, quantize_student={"queries": 20, "calibration_images": 64})
+SETTINGS = {"verify_front": {"attacks": ATTACKS}, "quantize_student": {"queries": 20, "calibration_images": 64}}
+CONFIG = tiny_config(**SETTINGS)
+SHORT = {"steps": 6, "batch_size": 32, "lr": 1e-3, "num_steps": 2}
 RECIPES = (Recipe("reduced"), *OTHER_RANGES, Recipe("reduced").with_float_ends())
 
 
@@ -235,7 +247,14 @@ def test_a_twin_that_is_not_the_file_stops_the_stage(inputs, tmp_path, monkeypat
     assert not [path for path in tmp_path.iterdir() if path.name != "costs.parquet"]
 
 
-def test_repairs_are_tried_where_val_loses_too_much_and_the_best_is_kept(inputs, tmp_path, monkeypatch):
+TRIED = {
+    ("range", "ends"): ["reduced", "percentile", "signed", "percentile_ends"],
+    ("training", "ends", "range"): ["reduced", "reduced_trained", "reduced_trained_ends", "percentile", "signed"],
+}
+
+
+@pytest.mark.parametrize("repairs", TRIED, ids="-".join)
+def test_repairs_are_tried_where_val_loses_too_much_and_the_best_is_kept(inputs, tmp_path, monkeypatch, repairs):
     worst_case = quantize_student.Quantisation.worst_case
 
     def pessimist(self, net, images):
@@ -248,11 +267,21 @@ def test_repairs_are_tried_where_val_loses_too_much_and_the_best_is_kept(inputs,
         return found
 
     monkeypatch.setattr(quantize_student.Quantisation, "worst_case", pessimist)
-    table = read_table(run_stage(inputs, tmp_path)["table"])
+    before = inputs["onnx"].read_bytes()
+    config = tiny_config(**SETTINGS, quantize_student__repairs=repairs, quantize_student__training=SHORT)
+    written = run_stage(inputs, tmp_path, config)
+    table, expected = read_table(written["table"]), TRIED[repairs]
     tried = table[(table["split"] == "val") & (table["precision"] == "int8")]
-    assert list(tried["variant"]) == ["reduced", "percentile", "signed", "percentile_ends"]
-    assert list(tried["chosen"]) == [False, True, False, False]
-    assert set(table.loc[(table["split"] == "test") & (table["precision"] == "int8"), "variant"]) == {"percentile"}
+    assert list(tried["variant"]) == expected
+    assert list(tried["chosen"]) == [False, True] + [False] * (len(expected) - 2)
+    assert set(table.loc[(table["split"] == "test") & (table["precision"] == "int8"), "variant"]) == {expected[1]}
+    trains = "training" in repairs
+    assert ("trained further" in written["card"].read_text()) == trains
+    costs = read_table(tmp_path / "costs.parquet").iloc[0]
+    images = SHORT["steps"] * SHORT["batch_size"] if trains else 0
+    assert costs["weight_gradients"] == images
+    assert costs["train_forward_equivalents"] == images * (2 * SHORT["num_steps"] + 7)
+    assert inputs["onnx"].read_bytes() == before
 
 
 def test_pairs_are_counted_and_tested():
@@ -261,3 +290,105 @@ def test_pairs_are_counted_and_tested():
     assert (found["lost"], found["gained"]) == (2, 1)
     assert found["difference"] == pytest.approx(-0.2)
     assert found["mcnemar_p"] == 1.0
+
+
+@pytest.mark.parametrize("recipe", [RECIPES[0], RECIPES[2].with_float_ends()], ids=lambda recipe: recipe.name)
+def test_the_trained_network_is_the_twin_of_the_file_that_its_weights_give(student, recipe, tmp_path):
+    path, images = student
+    model, first, second = fold_normalisation(onnx.load(path)), tmp_path / "first.onnx", tmp_path / "second.onnx"
+    quantise(model, first, images.numpy(), recipe)
+    net = FakeQuantised(first, model, recipe)
+    with torch.no_grad():
+        torch.testing.assert_close(net(images), Twin(first)(images), rtol=0, atol=1e-5)
+        generator = torch.Generator().manual_seed(0)
+        for weight in net.weights.values():
+            weight += 0.05 * weight.abs().max() * torch.randn(weight.shape, generator=generator)
+    quantise(with_weights(model, net.arrays()), second, images[:8].numpy(), recipe, ranges=ranges_of(first))
+    assert [each.tolist() for pair in ranges_of(second).values() for each in pair] == [
+        each.tolist() for pair in ranges_of(first).values() for each in pair
+    ]
+    with torch.no_grad():
+        found, expected = net(images), Twin(second)(images)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        assert float((found - Twin(first)(images)).abs().max()) > 0.01
+
+
+@pytest.fixture
+def fake(inputs, tmp_path) -> tuple[FakeQuantised, torch.nn.Module]:
+    """A random student as it is trained in int8, and its float network."""
+    model, images = fold_normalisation(onnx.load(inputs["onnx"])), to_float(load_split(inputs["train"]).images)
+    quantise(model, tmp_path / "int8.onnx", images.contiguous().numpy(), RECIPES[0])
+    return FakeQuantised(tmp_path / "int8.onnx", model, RECIPES[0]), load_student(inputs["weights"])
+
+
+def test_rounding_of_weights_passes_the_gradient_on(fake):
+    net, _ = fake
+    images = random_images(tiny_space(), 8, dtype=torch.float32)
+    leaves = {
+        name: Scaled(value.integers.detach().requires_grad_(), value.scale) for name, value in net.rounded().items()
+    }
+    net.twin(images, leaves).logsumexp(1).sum().backward()
+    net(images).logsumexp(1).sum().backward()
+    places = {layer.weight: layer.float_weight for layer in net.layers}
+    places |= {layer.bias: layer.float_bias for layer in net.layers if layer.bias}
+    assert len(places) == len(leaves) == len(net.weights)
+    for place, name in places.items():
+        integers, weight = leaves[place].integers, net.weights[name]
+        scale = leaves[place].scale.view([-1] + [1] * (integers.dim() - 1))
+        torch.testing.assert_close(weight.grad, integers.grad / scale, rtol=1e-4, atol=1e-6)
+        assert weight.grad.abs().max() > 0
+
+
+def train_briefly(net: FakeQuantised, teacher, train: ImageSet, seed: int = 0, **settings) -> list:
+    return train_int8(
+        net,
+        teacher,
+        train,
+        settings=Int8Training(**{**SHORT, **settings}),
+        threat=Threat(),
+        augment=Augmentation(crop_padding=1, flip=False),
+        macs=1.0,
+        seed=seed,
+    )[0]
+
+
+def test_training_lowers_the_loss_and_depends_on_the_seed_alone(fake, inputs):
+    net, teacher = fake
+    train = load_split(inputs["train"])
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        for weight in net.weights.values():
+            weight += 0.1 * weight.abs().max() * torch.randn(weight.shape, generator=generator)
+    start, ends = {name: weight.detach().clone() for name, weight in net.weights.items()}, []
+    for seed in (0, 0, 1):
+        with torch.no_grad():
+            for name, weight in net.weights.items():
+                weight.copy_(start[name])
+        losses = train_briefly(net, teacher, train, seed, steps=12, lr=1e-2)
+        assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
+        ends.append(torch.cat([weight.detach().flatten() for weight in net.weights.values()]))
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=0)
+    assert (ends[0] != ends[2]).any()
+
+
+def test_a_loss_that_is_not_finite_stops_the_training_before_a_weight_moves(fake, inputs):
+    net, teacher = fake
+    before = net.arrays()
+    with pytest.raises(UserError, match=r"quantize_student\.training: the loss of step 0 is nan; lower lr"):
+        train_briefly(net, lambda images: torch.nan * teacher(images), load_split(inputs["train"]))
+    for name, weight in net.arrays().items():
+        np.testing.assert_array_equal(weight, before[name])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"repairs": ["train"]}, r"quantize_student\.repairs"),
+        ({"repairs": ["training", "training"]}, "different repairs"),
+        ({"training": {"epochs": 3}}, r"quantize_student\.training\.epochs"),
+        ({"training": {"num_steps": 0}}, r"quantize_student\.training\.num_steps is 0"),
+    ],
+)
+def test_wrong_settings_of_repairs_are_refused(changes, words):
+    with pytest.raises(UserError, match=words):
+        tiny_config(quantize_student=changes)

@@ -8,7 +8,7 @@ from proard.config.files import read_file
 from proard.config.images import PrepareData
 from proard.config.nets import NETS, VisionTransformer, WideResNet, named_nets
 from proard.config.presets import PRESETS
-from proard.config.quantisation import QuantizeStudent
+from proard.config.quantisation import Int8Training, QuantizeStudent
 from proard.config.run import (
     NEEDS,
     RunConfig,
@@ -61,6 +61,7 @@ __all__ = [
     "ExportStudent",
     "Final",
     "FitPredictor",
+    "Int8Training",
     "MeasureExperiment",
     "Measurement",
     "Phase",

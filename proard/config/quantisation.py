@@ -4,12 +4,36 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
 from proard.config.attacks import Attack
-from proard.config.fields import Count, Natural, Settings, UnitInterval, names_differ
+from proard.config.fields import Count, Natural, Positive, Settings, UnitInterval, names_differ
 
 OTHER_ATTACKS = ("worst", "union", "scaled", "transfer", "from_teacher", "rounded", "square")
+
+
+Repair = Literal["range", "ends", "training"]
+
+
+def each_once(value: tuple[Repair, ...]) -> tuple[Repair, ...]:
+    """Refuse a repair that is named twice."""
+    if len(set(value)) < len(value):
+        raise PydanticCustomError("repairs", "different repairs of range, ends and training")
+    return value
+
+
+class Int8Training(Settings):
+    """The training of the repair `training`: SGD on RSLAD, with the float student as teacher of its own int8 file.
+
+    Images of `train` are augmented as in the run's last phase and attacked in `num_steps` steps, 2.5 eps long together,
+    through the int8 twin. The learning rate is a cosine from `lr` to zero.
+    """
+
+    steps: Count = 150
+    batch_size: Count = 64
+    lr: Positive = 3e-3
+    num_steps: Count = 5
 
 
 class QuantizeStudent(Settings):
@@ -23,7 +47,8 @@ class QuantizeStudent(Settings):
 
     Where int8 loses more than `max_drop` of robust accuracy on val, paired, `repairs` are tried in this order until
     one loses less; the best is kept. `range`: other ranges (a percentile of the activations; 8-bit weights with signed
-    activations). `ends`: first and last layer in float32. `num_val_images` limits the images of val for that choice.
+    activations). `ends`: first and last layer in float32. `training` (not among the defaults): weights trained further
+    as int8 rounds them, by the settings of that name. `num_val_images` limits the images of val for that choice.
     """
 
     calibration_images: Count = 512
@@ -33,4 +58,5 @@ class QuantizeStudent(Settings):
     min_agreement: UnitInterval = 0.995
     max_drop: UnitInterval = 0.01
     distinct: ClassVar[Any] = names_differ("attacks", *OTHER_ATTACKS)
-    repairs: Annotated[tuple[Literal["range", "ends"], ...], Field(max_length=2)] = ("range", "ends")
+    repairs: Annotated[tuple[Repair, ...], AfterValidator(each_once), Field(max_length=3)] = ("range", "ends")
+    training: Int8Training = Int8Training()

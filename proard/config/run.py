@@ -61,7 +61,15 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "autoattack_student": ("run", "threat", "measurement", "autoattack_student"),
     "check_student": ("run", "space", "threat", "measurement", "check_student"),
     "describe_student": ("run", "export_student"),
-    "quantize_student": ("run", "space", "threat", "measurement", "verify_front", "quantize_student"),
+    "quantize_student": (
+        "run",
+        "space",
+        "threat",
+        "measurement",
+        "train_phase",
+        "verify_front",
+        "quantize_student",
+    ),
     "diagnose": ("run", "space", "threat", "measurement", "diagnose"),
     "report": ("run", "threat", "report"),
 }
@@ -340,6 +348,8 @@ def job_settings(
         sections["experiment"] = part
     elif phase is not None:
         sections["train_phase"] = _only_phase(sections["train_phase"], phase)
+    elif stage == "quantize_student":  # it trains on images augmented as in the last phase
+        sections["train_phase"] = {"augment": sections["train_phase"]["phases"][-1]["augment"]}
     return json.dumps(sections, sort_keys=True, separators=(",", ":"))
 
 

@@ -45,15 +45,12 @@ class Recipe:
         Share of the calibration's values, in percent, that the range of an activation keeps; all of them for None.
     float_ends : bool
         The first and the last layer compute in float32.
-    trained : bool
-        The weights were trained further as the int8 file rounds them.
     """
 
     name: str
     signed: bool = False
     percentile: float | None = None
     float_ends: bool = False
-    trained: bool = False
 
     @property
     def largest_weight(self) -> int:
@@ -66,7 +63,7 @@ class Recipe:
 
     def with_training(self) -> Recipe:
         """The same with weights that were trained further."""
-        return replace(self, name=f"{self.name}_trained", trained=True)
+        return replace(self, name=f"{self.name}_trained")
 
 
 FIRST = Recipe("reduced")

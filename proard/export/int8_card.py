@@ -11,7 +11,7 @@ TEXT = """\
 float logits. Weights are int8 per channel, activations {activations}.
 The input has scale 1/255: 8-bit pixels lose nothing. Ranges were calibrated on the first {calibration_images:,.0f}
 images of train (in the order of seed {calibration_seed:.0f}). Way to quantise: `{variant}`, chosen on val.
-
+{trained}
 | | float32 | int8 | difference, 95 % interval | images lost / gained |
 |---|---|---|---|---|
 {rows}
@@ -27,6 +27,10 @@ An int8 file is not one network: integer kernels differ between runtimes and pro
 float32, {int8_ms:.3f} ms in int8, for orientation only. Measure again on your device.
 """
 UNSIGNED = "uint8, with weights of 7 bits, so that no sum saturates on a processor without VNNI"
+TRAINED = """\
+The weights are not those of the float file: they were trained further under attack, as int8 rounds them, on images of
+train, with the float student as teacher.
+"""
 WORDS = {
     "worst": "robust, white box",
     "union": "robust, union of all attacks",
@@ -60,6 +64,7 @@ def int8_block(table: pd.DataFrame) -> str:
     return TEXT.format(
         **{name: value for name, value in union.items() if name not in ("clean", "robust", "attacks")},
         activations="int8" if "signed" in union["variant"] else UNSIGNED,
+        trained=TRAINED if "trained" in union["variant"] else "",
         kilobytes=union["bytes"] / 1e3,
         float_kilobytes=union_float["bytes"] / 1e3,
         float_ms=union_float["latency_ms"],

@@ -7,6 +7,7 @@ where the value is inside the range, and stops it where it is clipped.
 
 from __future__ import annotations
 
+import math
 from collections import ChainMap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -53,6 +54,12 @@ class _Round(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (inside,) = ctx.saved_tensors
         return gradient * inside, None, None
+
+
+def round_through(x: Tensor, largest: float = math.inf) -> Tensor:
+    """Integers between `-largest` and `largest`, with the straight-through gradient."""
+    rounded: Tensor = _Round.apply(x, -largest, largest)
+    return rounded
 
 
 class Twin(nn.Module):

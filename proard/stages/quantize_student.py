@@ -37,8 +37,18 @@ from proard.evaluation.deployed import (
 from proard.evaluation.meter import Measured
 from proard.export import load_student
 from proard.export.formats import INPUT, OUTPUT
-from proard.export.int8 import FIRST, OTHER_RANGES, Recipe, fold_normalisation, operators, quantise
+from proard.export.int8 import (
+    FIRST,
+    OTHER_RANGES,
+    Recipe,
+    fold_normalisation,
+    operators,
+    quantise,
+    ranges_of,
+    with_weights,
+)
 from proard.export.int8_card import int8_block
+from proard.export.int8_training import FakeQuantised, train_int8
 from proard.export.parity import latency, open_session
 from proard.export.twin import Twin
 from proard.host import processor
@@ -87,12 +97,15 @@ class Variant:
 
     Attributes
     ----------
+    model : ModelProto
+        The float model that the file was made of.
     score : (float, float)
         Paired difference of robust accuracy to float32, and clean accuracy, both on val; the highest is best.
     """
 
     recipe: Recipe
     path: Path
+    model: onnx.ModelProto
     score: tuple[float, float]
 
 
@@ -147,24 +160,46 @@ class Quantisation:
         in_float = self.worst_case(self.student, val)
         rows, tried = self.rows(in_float, val), list[Variant]()
 
-        def attempt(recipe: Recipe) -> None:
+        def attempt(recipe: Recipe, model: onnx.ModelProto, **options: Any) -> None:
             path = self.folder / f"{recipe.name}.onnx"
-            quantise(self.model, path, self.calibration, recipe)
+            quantise(model, path, self.calibration, recipe, **options)
             found = self.worst_case(OnDevice(self.runtime(path), Twin(path).to(self.job.device)), val)
             rows.extend(self.rows(found, val, against=in_float, variant=recipe.name))
-            tried.append(Variant(recipe, path, (rows[-1]["difference"], rows[-1]["clean_acc"])))
+            tried.append(Variant(recipe, path, model, (rows[-1]["difference"], rows[-1]["clean_acc"])))
 
-        attempt(FIRST)
+        attempt(FIRST, self.model)
         for repair in self.settings.repairs:
             best = max(tried, key=lambda each: each.score)
             if best.score[0] >= -self.settings.max_drop:
                 break
-            for recipe in OTHER_RANGES if repair == "range" else (best.recipe.with_float_ends(),):
-                attempt(recipe)
+            if repair == "range":
+                for recipe in OTHER_RANGES:
+                    attempt(recipe, self.model)
+            elif repair == "ends":
+                attempt(best.recipe.with_float_ends(), best.model)
+            else:
+                attempt(best.recipe.with_training(), self.trained(best), ranges=ranges_of(best.path))
         kept = max(tried, key=lambda each: each.score)
         for row in rows[1:]:
             row["chosen"] = row["variant"] == kept.recipe.name
         return kept, rows
+
+    def trained(self, variant: Variant) -> onnx.ModelProto:
+        """The float model with weights trained further as the variant's file rounds them."""
+        net = FakeQuantised(variant.path, variant.model, variant.recipe, device=self.job.device)
+        _, work = train_int8(
+            net,
+            self.student,
+            load_images(self.job, "train"),
+            settings=self.settings.training,
+            threat=self.conditions.threat,
+            augment=self.job.config.train_phase.phases[-1].augment,
+            macs=self.macs,
+            seed=self.job.seed,
+            label=f"{self.job.files.budget} int8 training",
+        )
+        self.job.ledger.trained += work
+        return with_weights(variant.model, net.arrays())
 
     def worst_case(self, net: Predict, images: ImageSet) -> Measured:
         """A network under the measuring attacks, of which only the worst case is kept."""
