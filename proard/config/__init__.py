@@ -1,6 +1,7 @@
 """Settings of a run: one frozen class per stage, strict parsing, and the JSON schema generated from them."""
 
 from proard.config.attacks import OBJECTIVE_WORDS, Attack, Threat, TrainingAttack
+from proard.config.budgets import searched_costs
 from proard.config.diagnosis import TEACHER, Clever, Diagnose, Diagnosed, Smoothing
 from proard.config.experiment import COMPARED, Experiment, MeasureExperiment, SupernetTraining, Twins, group_of
 from proard.config.fields import ConfigError, DataError, UserError
@@ -96,4 +97,5 @@ __all__ = [
     "named_nets",
     "parse",
     "read_file",
+    "searched_costs",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from proard import __version__
+from proard.config import searched_costs
 from proard.report import sections, text
 from proard.report.context import Context, fill
 from proard.report.cost_page import cost_figure
@@ -58,10 +59,11 @@ def render(
     """
     students = exported_students(results.students)
     verified = results.get("verified")
-    cost = results.settings.get("search_front", {}).get("cost", "macs")
     comparison = None
     if verified is not None:
-        comparison = compare_searches(verified, cost=cost, bootstraps=bootstraps, seed=results.seed)
+        comparison = compare_searches(
+            verified, costs=searched_costs(results.settings), bootstraps=bootstraps, seed=results.seed
+        )
     figures = _figures(results, students, eps)
     costs = "" if results.ledgers is None or results.folder is None else compare(results.folder, results.ledgers)
     if isinstance(costs, CostComparison):
