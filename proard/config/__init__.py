@@ -18,6 +18,7 @@ from proard.config.run import (
     load,
     parse,
 )
+from proard.config.search import SearchFront
 from proard.config.settings import (
     Augmentation,
     EvaluateArchs,
@@ -27,7 +28,6 @@ from proard.config.settings import (
     Phase,
     Report,
     SampleArchs,
-    SearchFront,
     SelectStudent,
     TrainControl,
     TrainPhase,

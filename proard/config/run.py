@@ -28,6 +28,7 @@ from proard.config.images import PrepareData
 from proard.config.losses import NAMED_KEYS, AnyLoss
 from proard.config.presets import IMAGENET_SIZE, PRESETS
 from proard.config.quantisation import QuantizeStudent
+from proard.config.search import SearchFront
 from proard.config.spaces import Space
 from proard.config.trust import AutoattackStudent, CheckStudent
 
@@ -94,7 +95,7 @@ class RunConfig(Settings):
     sample_archs: s.SampleArchs = s.SampleArchs()
     evaluate_archs: s.EvaluateArchs = s.EvaluateArchs()
     fit_predictor: s.FitPredictor = s.FitPredictor()
-    search_front: s.SearchFront = s.SearchFront()
+    search_front: SearchFront = SearchFront()
     verify_front: s.VerifyFront = s.VerifyFront()
     select_student: s.SelectStudent = s.SelectStudent()
     export_student: s.ExportStudent = s.ExportStudent()
