@@ -52,14 +52,14 @@ class Problem:
     fast: Predict | None
 
     def cost(self, genotypes: np.ndarray) -> np.ndarray:
-        """MACs."""
-        return self.space.costs(genotypes)["macs"]
+        """MACs, of shape (n, 1)."""
+        return self.space.costs(genotypes)["macs"][:, None]
 
     def evaluations(self, *, fast: bool = True, max_cost: float | None = None) -> Evaluations:
         """Objectives of genotypes, with nothing evaluated yet."""
         model, space = self.fast if fast and self.fast is not None else self.plain, self.space
         given = (lambda genotypes: model(space.features(genotypes)), self.cost, space.choices, space.canonical)
-        return Evaluations(*given, max_cost=max_cost)
+        return Evaluations(*given, max_cost=None if max_cost is None else [max_cost])
 
 
 def make_problem(space: SearchSpace, predictor: str, *, seed: int) -> Problem:
@@ -110,7 +110,7 @@ def equality(problem: Problem, *, count: int = 200, seed: int = 0, again: int = 
         rows = min(len(objects), len(arrays))
         differing += abs(len(objects) - len(arrays))
         differing += int((objects.genotypes[:rows] != arrays.genotypes[:rows]).any(axis=1).sum())
-    pairs = {"macs": (np.asarray([count_macs(space, arch) for arch in archs]), problem.cost(genotypes))}
+    pairs = {"macs": (np.asarray([count_macs(space, arch) for arch in archs]), problem.cost(genotypes)[:, 0])}
     pairs |= {"encodings": (codes, features), "predictions": (one_by_one, fast(features))}
     found = {name: float(np.abs(first - second).max()) for name, (first, second) in pairs.items()}
     return found | {"archives": float(differing)}
@@ -151,7 +151,7 @@ def quality(space: SearchSpace, budgets: Sequence[tuple[int, int]], *, seeds: in
     """Hypervolume divided by the exact one: last population, archive, random search; means over seeds, by budget."""
     problems, wholes, seconds = [], [], 0.0
     for seed in range(seeds):
-        costs = (lambda genotypes: space.costs(genotypes)["macs"], space.choices, space.canonical)
+        costs = (lambda genotypes: space.costs(genotypes)["macs"][:, None], space.choices, space.canonical)
         problems.append((synthetic(space, seed), *costs))
         started = time.perf_counter()
         wholes.append(search.exhaustive(*problems[-1], up_to=space.size))

@@ -120,10 +120,16 @@ def object_nsga2(evaluations: Evaluations, *, population: int, generations: int,
 
 
 class ArrayProblem(Problem):
-    """Three objectives of a whole population per call."""
+    """All objectives of a whole population per call."""
 
     def __init__(self, evaluations: Evaluations) -> None:
-        super().__init__(n_var=len(evaluations.choices), n_obj=3, xl=0, xu=evaluations.choices - 1, vtype=int)
+        super().__init__(
+            n_var=len(evaluations.choices),
+            n_obj=evaluations.num_objectives,
+            xl=0,
+            xu=evaluations.choices - 1,
+            vtype=int,
+        )
         self.evaluations = evaluations
 
     def _evaluate(self, x: np.ndarray, out: dict[str, Any], *args: Any, **kwargs: Any) -> None:

@@ -8,7 +8,7 @@ import pytest
 from synthetic_run import BUDGETS, SyntheticRun
 
 from proard import __version__
-from proard.artifacts import Provenance, read_table, write_table
+from proard.artifacts import AUTOATTACK, MEASURED, Provenance, read_table, write_table
 from proard.artifacts.tables import FLOAT, INT, TEXT
 from proard.cli import main
 from proard.report.text import percent
@@ -106,6 +106,23 @@ def test_students_lists_each_budget_with_its_measured_accuracy(run: SyntheticRun
     run.path("report").mkdir()
     run.path("report", "report.html").write_text("<html>")
     assert str(run.path("report", "report.html")) in output(capsys, "students", run.folder)
+
+
+def test_students_shows_autoattack_where_it_was_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = SyntheticRun(tmp_path)
+    assert "AutoAttack" not in output(capsys, "students", run.folder)
+    budget, other = BUDGETS[:2]
+    row = {name: value for name, value in run.students[budget].items() if name in MEASURED} | {"num_images": 400}
+    rows = [{**row, "attack": name, "robust_acc": acc} for name, acc in (("apgd-ce", 0.3), ("autoattack", 0.2675))]
+    run.write("autoattack_student", "table.parquet", rows, AUTOATTACK, budget)
+    lines = output(capsys, "students", run.folder).splitlines()
+    (found,) = [line for line in lines if line.startswith(f"{budget} ")]
+    (without,) = [line for line in lines if line.startswith(f"{other} ")]
+    assert lines[0].split()[-4:] == ["95", "%", "AutoAttack", "exported"]
+    assert max(len(line.rstrip()) for line in lines[:-1]) <= 80  # the last line is a path
+    assert found.split()[-3:] == ["26.8", "parity", "checked"]
+    assert "–" in without.split()[-3]  # the interval of the column before
+    assert "AutoAttack: standard, percent of the first 400 test images" in lines
 
 
 def test_students_of_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -145,8 +146,39 @@ def test_a_budget_by_latency_needs_a_device():
     assert "max_cost limits macs, params or flash; cost is sram" in refusal(
         search_front={"cost": "sram", "max_cost": 1000}
     )
+    assert "device is missing: search_front.cost: latency" in refusal(search_front={"cost": ["macs", "latency"]})
     with pytest.raises(ConfigError, match="budget latency=5ms,macs=1M needs a device"):
         check_budget("macs=1M,latency=5ms", SearchSpace(load({"run": "a"}).space))
+
+
+@pytest.mark.parametrize(
+    ("section", "line"),
+    [
+        ({"cost": ["macs", "macs"]}, "search_front.cost: one cost or two different ones are minimised"),
+        ({"cost": ["macs", "sram", "flash"]}, "as in [macs, sram]; given: macs, sram, flash"),
+        ({"cost": []}, "given: none"),
+        ({"cost": None}, "search_front.cost is None; expected: one entry, or a list"),
+        ({"cost": "ram"}, "search_front.cost is 'ram'; expected: 'macs', 'params', 'latency', 'sram' or 'flash'"),
+        ({"cost": ["macs", "ram"]}, "search_front.cost.1 is 'ram'; expected: 'macs', 'params'"),
+        ({"cost": ["macs", "flash"], "max_cost": 3e6}, "max_cost has 1 of 2 limits: write one for each cost (macs, fl"),
+        ({"max_cost": [3e6, 1e6]}, "max_cost has 2 of 1 limits"),
+        ({"cost": ["macs", "sram"], "max_cost": [3e6, 5e4]}, "cost is sram: leave max_cost out and give a budget"),
+        ({"cost": ["macs", "flash"], "max_cost": [3e6, "x"]}, "search_front.max_cost.1 is 'x'; expected: a number"),
+    ],
+)
+def test_costs_of_the_search_that_are_none_are_explained(section, line):
+    assert line in refusal(search_front=section)
+
+
+def test_one_cost_needs_no_list_and_is_written_as_before():
+    for given in ("flash", ["flash"]):
+        settings = load({"run": "a", "search_front": {"cost": given, "max_cost": "1e6"}}).search_front
+        assert (settings.cost, settings.limits) == (("flash",), (1e6,))
+        assert settings.model_dump(mode="json") | {"cost": "flash", "max_cost": 1e6} == settings.model_dump(mode="json")
+    both = load({"run": "a", "search_front": {"cost": ["macs", "sram"], "max_cost": ["3e6", None]}})
+    assert both.search_front.limits == (3e6, math.inf)
+    assert both.search_front.model_dump(mode="json")["max_cost"] == [3e6, None]
+    assert load(both.model_dump(mode="json")) == both
 
 
 @pytest.mark.parametrize(

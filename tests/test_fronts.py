@@ -12,15 +12,18 @@ import torch
 from export_runs import arguments
 from helpers import random_supernet, save_stripes, tiny_config, tiny_space
 
-from proard.artifacts import ArtifactError, Provenance, read_table, write_table
+from proard import predictor
+from proard.artifacts import ArtifactError, Provenance, read_metadata, read_table, sha256, write_table
 from proard.artifacts.tables import PREDICTED
 from proard.cli import main
-from proard.config import UserError
+from proard.config import UserError, searched_costs
 from proard.nets import save_supernet
 from proard.report.fronts import compare_fronts, compare_searches, compare_tables, sampled_tables
+from proard.search import Scale, hypervolume
 from proard.space.sampling import identity_columns
-from proard.stages import evaluate_archs, sample_archs, verify_front
+from proard.stages import evaluate_archs, sample_archs, search_front, verify_front
 
+SEARCHED = ("archive", "front", "history")
 ATTACK = {"num_steps": 2, "step_size": 0.05}
 CONFIG = tiny_config(
     sample_archs={"num_archs": 8, "strata": 2},
@@ -106,6 +109,28 @@ def test_two_searches_by_hand_and_one_alone():
     assert compare_searches(searched(nsga2=[(80, 50, 10)])) is None
 
 
+def test_two_searches_in_two_costs_by_hand():
+    table = searched(nsga2=[(80, 50, 10)], random=[(60, 30, 20), (60, 30, 10)]).assign(sram=[100, 200, 300])
+    found = compare_searches(table, costs=("macs", "sram"), bootstraps=20)
+    # Scaled to their range: (0, 0, 0, 0) of NSGA-II, (1, 1, 1, 0.5) and (1, 1, 0, 1) of random search.
+    union = 0.1**2 * (0.1 * 0.6 + 1.1 * 0.1 - 0.1 * 0.1)
+    assert found.second.value == pytest.approx(1.0)
+    assert found.first.value == pytest.approx(union / 1.1**4)
+    assert found.costs == ("macs", "sram")
+    assert found.difference.low <= found.difference.value <= found.difference.high
+
+
+def test_archs_to_verify_are_spread_over_every_cost_of_the_search():
+    macs, sram = (values.ravel() for values in np.meshgrid(2 ** np.arange(5), 2 ** np.arange(5)))
+    front = pd.DataFrame({"macs": macs, "sram": sram})
+    front = pd.concat([front.assign(found_by=name) for name in ("nsga2", "random")], ignore_index=True)
+    both = verify_front.pick(front, 5, costs=("macs", "sram"))
+    for name in ("nsga2", "random"):
+        rows = both[both["found_by"] == name]
+        assert rows["macs"].tolist() == rows["sram"].tolist() == [1, 2, 4, 8, 16]
+    assert verify_front.pick(front, 5).groupby("found_by")["macs"].apply(list).tolist() == [[1, 2, 4, 8, 16]] * 2
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> list[Path]:
     """Two runs of random supernets that were verified and sampled."""
@@ -133,6 +158,47 @@ def runs(tmp_path_factory) -> list[Path]:
             table = folder / "evaluate_archs" / shard / "table.parquet"
             evaluate_archs.main(arguments("evaluate_archs", CONFIG, archs=archs, shard=shard, table=table, **shared))
     return folders
+
+
+def test_a_search_in_two_costs_is_verified_and_compared_in_both(runs, tmp_path):
+    config = tiny_config(
+        search_front={"cost": ["params", "sram"], "population": 8, "generations": 2},
+        verify_front=CONFIG.verify_front.model_dump(),
+    )
+    space, folder = tiny_space(), runs[0]
+    genotypes = space.sample(30, np.random.default_rng(0))
+    accuracies = np.random.default_rng(1).random((30, 2))
+    table, files = tmp_path / "table.parquet", {name: tmp_path / f"{name}.parquet" for name in SEARCHED}
+    table.write_bytes(b"measured")
+    model = predictor.Predictor("ridge", space, space.features(genotypes), accuracies, seed=0)
+    made_by = Provenance("tiny", "fit_predictor", inputs={"table.parquet": sha256(table)})
+    predictor.save(tmp_path / "predictor.safetensors", model, made_by)
+    fitted = {"table": table, "predictor": tmp_path / "predictor.safetensors"}
+    search_front.main(arguments("search_front", config, **fitted, **files))
+    images = {split: folder / "prepare_data" / f"{split}.safetensors" for split in ("train", "val", "test")}
+    supernet = folder / "train_phase" / "all" / "supernet.safetensors"
+    verified = tmp_path / "verified.parquet"
+    flags = {"supernet": supernet, "front": files["front"], "table": verified, **images}
+    verify_front.main(arguments("verify_front", config, **flags))
+    rows, front = read_table(verified), read_table(files["front"])
+    costs = searched_costs(read_metadata(files["front"])["settings"])
+    assert costs == ("params", "sram")
+    for name in ("nsga2", "random"):
+        measured_archs = set(rows.loc[rows["found_by"] == name, "arch_id"])
+        assert len(measured_archs) == config.verify_front.num_archs
+        assert measured_archs <= set(front.loc[front["found_by"] == name, "arch_id"])
+    found = compare_searches(rows, costs=costs, bootstraps=50)
+    worst = rows[(rows["split"] == "test") & (rows["attack"] == "worst")]
+    points = {name: objectives(worst[worst["found_by"] == name], costs) for name in ("random", "nsga2")}
+    scale = Scale.of(np.concatenate(list(points.values())))
+    assert found.first.value == pytest.approx(hypervolume(points["random"], scale))
+    assert found.second.value == pytest.approx(hypervolume(points["nsga2"], scale))
+    assert found.difference.low <= found.difference.high
+
+
+def objectives(rows: pd.DataFrame, costs: tuple[str, ...]) -> np.ndarray:
+    """What is minimised, of shape (archs, 4)."""
+    return np.column_stack([-rows["clean_acc"], -rows["robust_acc"], rows[list(costs)]])
 
 
 def test_outcomes_of_the_table_give_its_accuracies(runs):

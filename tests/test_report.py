@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -9,11 +10,13 @@ from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from synthetic_run import BUDGETS, SyntheticRun
 
 from proard import artifacts
 from proard.artifacts import ArtifactError
+from proard.artifacts.tables import FLOAT, INT, TEXT
 from proard.config import load
 from proard.report import durations, exported_students, setup
 from proard.report.figures import search_figure, training_figure
@@ -21,7 +24,8 @@ from proard.report.svg import COLOURS
 from proard.report.text import count, percent, pixels
 from proard.stages.report import main
 
-SECTIONS = ["students", "tradeoff", "search", "predictor", "training", "setup", "time", "provenance"]
+SECTIONS = ["students", "device", "tradeoff", "search", "predictor", "training", "setup", "time", "provenance"]
+ACCURACIES = ("clean_acc", "robust_acc")
 FIGURES = ["front", "training", "predictor", "hypervolume"]
 VOID = {"meta", "br", "link", "img", "path", "use"}
 
@@ -149,7 +153,17 @@ def test_colours_of_figures_follow_the_page(page: str):
 
 def test_what_was_not_given_is_left_out(tmp_path: Path):
     run = SyntheticRun(tmp_path)
-    missing = ("quality", "held-out", "front", "archive", "search-history", "verified", "control-table", "benchmarks")
+    missing = (
+        "quantised",
+        "quality",
+        "held-out",
+        "front",
+        "archive",
+        "search-history",
+        "verified",
+        "control-table",
+        "benchmarks",
+    )
     main(run.flags(without=(*missing, "students", "cards")))
     page = run.path("report", "report.html").read_text()
     kept = [name for name in Page(page).ids if name in SECTIONS]
@@ -206,6 +220,82 @@ def test_students_are_the_choices_measured_on_test(run: SyntheticRun):
     without_test = frames[0][frames[0]["split"] == "val"]
     with pytest.raises(ArtifactError, match="no row of its choice on test"):
         exported_students([without_test])
+
+
+def device_rows(text: str) -> list[list[str]]:
+    """Cells of every file in the section on devices, without markup."""
+    section = text.split('<section id="device">')[1].split("</section>")[0]
+    rows = re.findall(r'<tr class="file">(.*?)</tr>', section, re.DOTALL)
+    return [
+        [re.sub(r"<[^>]*>", "|", cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL)] for row in rows
+    ]
+
+
+def test_files_on_the_device_have_the_numbers_of_their_tables(run: SyntheticRun, page: str):
+    rows = device_rows(page)
+    assert len(rows) == 2 * len(BUDGETS)
+    names = [name for name, *_ in rows[::2]]
+    assert sorted(names) == sorted(BUDGETS)
+    assert [run.students[name]["macs"] for name in names] == sorted(row["macs"] for row in run.students.values())
+    for name, in_float, in_int8 in zip(names, rows[::2], rows[1::2], strict=True):
+        row = run.students[name]
+        accuracies = [f"{percent(row[k])}|{percent(row[f'{k}_low'])}–{percent(row[f'{k}_high'])}|" for k in ACCURACIES]
+        assert in_float[1:6] == ["student.onnx|float32|", "400", "0.375", "0.400", "≥ 41.0"]
+        assert in_float[6:] == [accuracies[0], f"{accuracies[1]}|union|", "–", "–", "–"]
+        assert in_int8[:6] == ["", "student.int8.onnx|int8, reduced|", "110", "–", "0.250", "–"]
+        assert in_int8[7].startswith(f"{percent(row['robust_acc'] - 0.008)}|")
+        assert in_int8[8:] == ["−0.8|−2.0 to +0.1|", "50 / 10", "99.80"]
+    assert "lower bound" in page
+    figure = ElementTree.fromstring(
+        "<svg" + page.split('<section id="device">')[1].split("<svg")[1].split("</svg>")[0] + "</svg>"
+    )
+    titles = [entry.text for entry in figure.iter("{http://www.w3.org/2000/svg}title")]
+    robust = percent(run.students[names[0]]["robust_acc"] - 0.008)
+    assert any(
+        t.startswith(f"{names[0]}, int8 · 0.250 ms · clean") and t.endswith(f"robust {robust} %") for t in titles
+    )
+    assert len(titles) == 1 + 2 * len(BUDGETS)
+
+
+def test_files_of_other_runtimes_join_those_of_their_student(tmp_path: Path):
+    made = SyntheticRun(tmp_path)
+    kinds = {"file": TEXT, "precision": TEXT, "budget": TEXT, "bytes": INT} | {
+        name: FLOAT for name in ("latency_ms", "clean_acc", "robust_acc", "difference")
+    }
+    known = {"budget": BUDGETS[0], "bytes": 90_400, "clean_acc": 0.5, "robust_acc": 0.25}
+    rows = [
+        {**known, "file": "student.int8.pte", "precision": "int8", "latency_ms": 0.2, "difference": -0.0125},
+        {**known, "file": "student.pte", "precision": "float32", "latency_ms": None, "difference": None},
+    ]
+    columns = {name: (kind, "") for name, kind in kinds.items()}
+    artifacts.write_table(made.path("pte.parquet"), rows, columns, artifacts.Provenance("demo", "executorch_student"))
+    main([*made.flags(), "--deployed", str(made.path("pte.parquet"))])
+    text = made.path("report", "report.html").read_text()
+    found = device_rows(text)
+    assert len(found) == 2 * len(BUDGETS) + 2
+    first = [cells[0] for cells in found].index(BUDGETS[0])
+    assert found[first + 2][1:6] == ["student.int8.pte|int8, .pte|", "90", "–", "0.200", "–"]
+    assert found[first + 2][6:] == ["50.0", "25.0", "−1.2", "–", "–"]
+    assert found[first + 3][1:] == ["student.pte|float32, .pte|", "90", "–", "–", "–", "50.0", "25.0", "–", "–", "–"]
+    assert f"{BUDGETS[0]}, int8, .pte · 0.200 ms" in text
+
+
+def test_without_a_table_of_int8_the_exported_file_is_shown(tmp_path: Path):
+    made = SyntheticRun(tmp_path)
+    for budget in BUDGETS:
+        parity = made.path("export_student", budget, "parity.json")
+        measured = {"latency": {"median_ms": 0.0625, "runtime": "onnxruntime 1.30, CPU"}, "bytes": {"student.onnx": 7}}
+        artifacts.write_json(parity, json.loads(parity.read_text()) | (measured if budget != BUDGETS[1] else {}))
+    older = made.path("select_student", BUDGETS[0], "student.parquet")
+    table = pq.read_table(older).drop_columns(["sram", "latency", "flash", "clean", "robust", "image_set"])
+    metadata = {name: value for name, value in table.schema.metadata.items() if name != b"checksum"}
+    pq.write_table(table.replace_schema_metadata(metadata), older)
+    main(made.flags(without=("quantised",)))
+    rows = {cells[0]: cells for cells in device_rows(made.path("report", "report.html").read_text())}
+    assert sorted(rows) == sorted(BUDGETS)
+    assert rows[BUDGETS[0]][1:6] == ["student.onnx|float32|", "0", "–", "0.062", "–"]
+    assert rows[BUDGETS[1]][1:6] == ["student.onnx|float32|", "–", "0.375", "–", "≥ 41.0"]
+    assert rows[BUDGETS[2]][7].endswith("|worst|")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from proard.config import UserError
 
 
 def students(run_folder: str | Path, console: Console) -> None:
-    """Print the table of a run's exported students, and where its report lies.
+    """Print the table of a run's exported students, and where its report lies; with AutoAttack where it was run.
 
     Raises
     ------
@@ -36,13 +36,18 @@ def students(run_folder: str | Path, console: Console) -> None:
             f"{folder} holds no select_student/BUDGET/student.parquet; expected a run's folder, results/RUN"
         )
     found = exported_students([artifacts.read_table(path, columns=["budget", "role"]) for path in paths])
+    attacked = {student.budget: _autoattack(folder, student.budget) for student in found}
+    known = {budget: row for budget, row in attacked.items() if row is not None}
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name in ("budget", "MACs", "params", "clean", "95 %", "robust", "95 %", "exported"):
+    clean, robust = ("clean",) if known else ("clean", "95 %"), ("robust", "95 %")  # a line has 80 characters
+    for name in ("budget", "MACs", "params", *clean, *robust, *(["AutoAttack"] if known else []), "exported"):
         table.add_column(name, justify="left" if name in ("budget", "exported") else "right", no_wrap=True)
 
     def add(name: str, row: Mapping[str, Any], exported: str, style: str | None = None) -> None:
-        cells = [percent(row["clean_acc"]), interval(row, "clean_acc")]
+        cells = [percent(row["clean_acc"]), interval(row, "clean_acc")][: len(clean)]
         cells += [percent(row["robust_acc"]), interval(row, "robust_acc")]
+        if known:
+            cells.append(percent(known[name]["robust_acc"]) if name in known else "")
         table.add_row(name, count(row["macs"]), count(row["params"]), *cells, exported, style=style)
 
     for student in found:
@@ -58,8 +63,23 @@ def students(run_folder: str | Path, console: Console) -> None:
         f"[dim]percent of {int(final['num_images']):,} test images; robust: {final['attack']}, eps "
         f"{format_value(final.get('eps'), 'pixel')}; control: plainly trained[/]"
     )
+    if known:
+        numbers = sorted({int(row["num_images"]) for row in known.values()})
+        images = " or ".join(f"{number:,}" for number in numbers)
+        words = f"the first {images} test images" if max(numbers) < final["num_images"] else f"{images} test images"
+        console.print(f"[dim]AutoAttack: standard, percent of {words}[/]")
     report = folder / "report" / "report.html"
     console.print(f"report: {report}" if report.exists() else "[dim]no report yet: the stage report writes it[/]")
+
+
+def _autoattack(folder: Path, budget: str) -> pd.Series | None:
+    """The row of all attacks of AutoAttack on a student, if it was run."""
+    path = folder / "autoattack_student" / budget / "table.parquet"
+    if not path.exists():
+        return None
+    rows = artifacts.read_table(path, columns=["attack", "num_images", "robust_acc"])
+    rows = rows[rows["attack"] == "autoattack"]
+    return None if rows.empty else rows.iloc[0]
 
 
 def fronts(first: str | Path, second: str | Path, console: Console) -> None:

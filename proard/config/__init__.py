@@ -1,6 +1,7 @@
 """Settings of a run: one frozen class per stage, strict parsing, and the JSON schema generated from them."""
 
 from proard.config.attacks import OBJECTIVE_WORDS, Attack, Threat, TrainingAttack
+from proard.config.budgets import searched_costs
 from proard.config.diagnosis import TEACHER, Clever, Diagnose, Diagnosed, Smoothing
 from proard.config.experiment import COMPARED, Experiment, MeasureExperiment, SupernetTraining, Twins, group_of
 from proard.config.fields import ConfigError, DataError, UserError
@@ -17,6 +18,7 @@ from proard.config.run import (
     load,
     parse,
 )
+from proard.config.search import SearchFront
 from proard.config.settings import (
     Augmentation,
     EvaluateArchs,
@@ -26,7 +28,6 @@ from proard.config.settings import (
     Phase,
     Report,
     SampleArchs,
-    SearchFront,
     SelectStudent,
     TrainControl,
     TrainPhase,
@@ -97,4 +98,5 @@ __all__ = [
     "named_nets",
     "parse",
     "read_file",
+    "searched_costs",
 ]

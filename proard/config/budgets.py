@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
-from proard.config.fields import ConfigError
+from proard.config.fields import ConfigError, as_tuple, without_list
 
 Cost = Literal["macs", "params", "latency", "sram", "flash"]
 
@@ -103,6 +103,28 @@ def _one_or_more(value: Any) -> Any:
     return tuple(dict.fromkeys(parse_budget(entry).text for entry in value))
 
 
+def _one_or_two(costs: tuple[Cost, ...]) -> tuple[Cost, ...]:
+    """Refuse costs that are none, more than two, or the same."""
+    if not 1 <= len(costs) <= 2 or len(set(costs)) < len(costs):
+        names = ", ".join(costs) or "none"
+        raise ValueError(f"one cost or two different ones are minimised, as in [macs, sram]; given: {names}")
+    return costs
+
+
+def searched_costs(sections: Mapping[str, Any]) -> tuple[str, ...]:
+    """Cost columns that a run's search minimised, from the sections in the provenance of its tables."""
+    return as_tuple(sections.get("search_front", {}).get("cost", "macs"))
+
+
+COST_SCHEMA: dict[str, Any] = {"enum": list(get_args(Cost))}
+COSTS_SCHEMA = {"type": "array", "items": COST_SCHEMA, "minItems": 1, "maxItems": 2, "uniqueItems": True}
+Costs = Annotated[
+    tuple[Cost, ...],
+    BeforeValidator(as_tuple),
+    AfterValidator(_one_or_two),
+    PlainSerializer(without_list),
+    WithJsonSchema({"anyOf": [COST_SCHEMA, COSTS_SCHEMA]}),
+]
 BudgetText = Annotated[str, Field(pattern=f"^{FORM}$")]
 OneBudget = Annotated[BudgetText, BeforeValidator(lambda value: parse_budget(value).text)]
 Budgets = Annotated[tuple[BudgetText, ...], BeforeValidator(_one_or_more)]

@@ -129,6 +129,18 @@ def names_differ(field: str, *reserved: str) -> Any:
     return model_validator(mode="after")(check)
 
 
+def as_tuple(value: Any) -> Any:
+    """A list as a tuple; a single entry needs no list."""
+    if value is None:
+        raise PydanticCustomError("one_or_more", "one entry, or a list")
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def without_list(entries: tuple[Any, ...]) -> Any:
+    """A single entry as it may be written: alone."""
+    return entries[0] if len(entries) == 1 else list(entries)
+
+
 NUMBER_SCHEMA = {"anyOf": [{"type": "number"}, {"type": "string", "pattern": r"^[-+0-9.eE/ ]+$"}]}
 
 Number = Annotated[float, BeforeValidator(parse_number), WithJsonSchema(NUMBER_SCHEMA)]

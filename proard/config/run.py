@@ -28,6 +28,7 @@ from proard.config.images import PrepareData
 from proard.config.losses import NAMED_KEYS, AnyLoss
 from proard.config.presets import IMAGENET_SIZE, PRESETS
 from proard.config.quantisation import QuantizeStudent
+from proard.config.search import SearchFront
 from proard.config.spaces import Space
 from proard.config.trust import AutoattackStudent, CheckStudent
 
@@ -102,7 +103,7 @@ class RunConfig(Settings):
     sample_archs: s.SampleArchs = s.SampleArchs()
     evaluate_archs: s.EvaluateArchs = s.EvaluateArchs()
     fit_predictor: s.FitPredictor = s.FitPredictor()
-    search_front: s.SearchFront = s.SearchFront()
+    search_front: SearchFront = SearchFront()
     verify_front: s.VerifyFront = s.VerifyFront()
     select_student: s.SelectStudent = s.SelectStudent()
     export_student: s.ExportStudent = s.ExportStudent()
@@ -172,7 +173,7 @@ def load(config: Mapping[str, Any]) -> RunConfig:
             "raise it, or lower them"
         )
     by_latency = [text for text in run.select_student.budgets if "latency" in parse_budget(text).limits]
-    by_latency += ["search_front.cost: latency"] if run.search_front.cost == "latency" else []
+    by_latency += ["search_front.cost: latency"] if "latency" in run.search_front.cost else []
     if by_latency and run.device is None:
         raise ConfigError(
             f"device is missing: {by_latency[0]} is the latency on a device; make its table with proard latency plan "
@@ -275,6 +276,8 @@ def _named_path(values: Any, location: tuple[Any, ...]) -> list[Any]:
             continue  # pydantic's name of the branch of a family or of a loss
         if isinstance(part, int) and values is None:  # an entry that the file does not write out
             path.pop()
+            continue
+        if isinstance(part, int) and not isinstance(values, (list, tuple, Mapping)):  # a single entry without its list
             continue
         entry = None
         if isinstance(values, Mapping):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from proard.config.attacks import LABEL, STRONG, Attack, Dtype, TrainingAttack
-from proard.config.budgets import Budgets, Cost
+from proard.config.budgets import Budgets
 from proard.config.fields import (
     Count,
     Int,
@@ -312,32 +312,6 @@ class FitPredictor(Settings):
     def least_archs(self) -> int:
         """The minimum number of measured archs for a fit: those held out, and three in every fold."""
         return self.held_out + 3 * self.folds
-
-
-class SearchFront(Settings):
-    """NSGA-II and random search with equal numbers of evaluations; `max_cost` limits `cost` (a table column).
-
-    If at most `enumerate_up_to` archs are within the limit, all of them are predicted (a million takes seconds, or half
-    a minute with the slowest model). Their exact front is then added to the archive, and the hypervolume of both
-    searches is reported relative to it. `cost: latency` is that of the run's `device`. `max_cost` limits macs, params
-    or flash, which never fall as a subnet grows.
-    """
-
-    cost: Cost = "macs"
-    population: Annotated[Int, Field(ge=4)] = 100
-    generations: Count = 50
-    max_cost: Positive | None = None
-    enumerate_up_to: Natural = 1_000_000
-
-    @model_validator(mode="after")
-    def limited_cost_rises(self) -> SearchFront:
-        """Refuse a limit on a cost that may fall where a choice rises: the search would leave out archs within it."""
-        if self.max_cost is not None and self.cost in ("latency", "sram"):
-            raise ValueError(
-                f"max_cost limits macs, params or flash; cost is {self.cost}: leave max_cost out and give "
-                f"a budget, such as {'latency=5ms' if self.cost == 'latency' else 'sram=256K'}"
-            )
-        return self
 
 
 class VerifyFront(Settings):

@@ -55,13 +55,18 @@ class SearchComparison(FrontComparison):
 
     split: str
     attack: str
-    cost: str
+    costs: tuple[str, ...]
 
 
 def compare_fronts(
-    first: pd.DataFrame, second: pd.DataFrame, *, cost: str = "macs", bootstraps: int = 1000, seed: int = 0
+    first: pd.DataFrame,
+    second: pd.DataFrame,
+    *,
+    costs: Sequence[str] = ("macs",),
+    bootstraps: int = 1000,
+    seed: int = 0,
 ) -> FrontComparison:
-    """Hypervolumes in clean accuracy, robust accuracy and cost, on a scale from the range of the archs of both sets.
+    """Hypervolumes in clean accuracy, robust accuracy and costs, on a scale from the range of the archs of both sets.
 
     The intervals are the 2.5th to 97.5th percentile over images drawn with replacement, the same draws for both sets.
     They do not cover other archs or other seeds of the training.
@@ -71,11 +76,11 @@ def compare_fronts(
     first, second : DataFrame
         MEASURED rows, one per arch, under one attack on equally many images. Intervals need outcomes per image on the
         same images; tables of earlier versions have none.
-    cost : str
-        Column of the cost.
+    costs : sequence of str
+        Columns of the costs.
     """
-    sets = (first, second)
-    points = [_objectives(rows["clean_acc"], rows["robust_acc"], rows[cost]) for rows in sets]
+    sets, columns = (first, second), list(costs)
+    points = [_objectives(rows["clean_acc"], rows["robust_acc"], rows[columns]) for rows in sets]
     scale = Scale.of(np.concatenate(points))
     values = [hypervolume(place, scale) for place in points]
     number = int(first["num_images"].iloc[0])
@@ -86,7 +91,7 @@ def compare_fronts(
         volumes = np.asarray(
             [
                 [
-                    hypervolume(_objectives(clean[draw], robust[draw], rows[cost]), scale)
+                    hypervolume(_objectives(clean[draw], robust[draw], rows[columns]), scale)
                     for (clean, robust), rows in zip(drawn, sets, strict=True)
                 ]
                 for draw in range(bootstraps)
@@ -99,7 +104,7 @@ def compare_fronts(
 
 
 def compare_searches(
-    verified: pd.DataFrame, *, cost: str = "macs", bootstraps: int = 1000, seed: int = 0
+    verified: pd.DataFrame, *, costs: Sequence[str] = ("macs",), bootstraps: int = 1000, seed: int = 0
 ) -> SearchComparison | None:
     """NSGA-II's measured archs against those of random search.
 
@@ -107,8 +112,8 @@ def compare_searches(
     ----------
     verified : DataFrame
         Rows of verify_front. The worst case on test is used; without it, the strongest attack there is.
-    cost : str
-        Column that the searches minimised.
+    costs : sequence of str
+        Columns that the searches minimised.
 
     Returns
     -------
@@ -122,8 +127,8 @@ def compare_searches(
     attack = WORST if (rows["attack"] == WORST).any() else str(rows.groupby("attack")["robust_acc"].mean().idxmin())
     rows = rows[rows["attack"] == attack]
     random, nsga2 = (rows[rows["found_by"] == name] for name in ("random", "nsga2"))
-    found = compare_fronts(random, nsga2, cost=cost, bootstraps=bootstraps, seed=seed)
-    return SearchComparison(**vars(found), split=split, attack=attack, cost=cost)
+    found = compare_fronts(random, nsga2, costs=costs, bootstraps=bootstraps, seed=seed)
+    return SearchComparison(**vars(found), split=split, attack=attack, costs=tuple(costs))
 
 
 def compare_tables(
@@ -189,9 +194,9 @@ def sampled_tables(run_folder: str | Path) -> list[Path]:
     return tables
 
 
-def _objectives(clean: np.ndarray | pd.Series, robust: np.ndarray | pd.Series, cost: pd.Series) -> np.ndarray:
-    """(-clean, -robust, cost) of every arch, of shape (archs, 3)."""
-    return np.column_stack([-clean, -robust, cost]).astype(np.float64)
+def _objectives(clean: np.ndarray | pd.Series, robust: np.ndarray | pd.Series, costs: pd.DataFrame) -> np.ndarray:
+    """(-clean, -robust, each cost) of every arch, of shape (archs, 2 + costs)."""
+    return np.column_stack([-clean, -robust, costs]).astype(np.float64)
 
 
 def _same_images(sets: Sequence[pd.DataFrame]) -> bool:

@@ -14,6 +14,7 @@ from proard import artifacts
 from proard.artifacts import ArtifactError
 from proard.report.costs import read_ledgers
 
+ACCURACIES = ("clean_acc", "robust_acc")
 EVALUATED = ("arch_id", "macs", "params", "split", "attack", "num_images", "clean_acc", "robust_acc")
 PREDICTIONS = ("arch_id", "macs", "predicted_clean_acc", "predicted_robust_acc", "found_by")
 HISTORY = ("phase", "epoch", "loss", "arch", "val_clean_acc", "val_robust_acc", "best")
@@ -50,7 +51,19 @@ LISTS: dict[str, tuple[str, ...]] = {
     "students": (*EVALUATED, "budget", "role", "chosen", "predicted_clean_acc", "predicted_robust_acc"),
     "autoattacked": (*EVALUATED, "budget", "attacked", "left_out", "own_robust_acc", "version", "warnings"),
     "checked": ("budget", "number", "check", "expected", "value", "relation", "threshold", "passed", "details"),
-    "quantised": (*EVALUATED, "budget", "precision", "variant", "difference", "lost", "gained", "latency_ms", "bytes"),
+    "quantised": (
+        *EVALUATED,
+        "budget",
+        "file",
+        "precision",
+        "variant",
+        "difference",
+        "lost",
+        "gained",
+        "latency_ms",
+        "bytes",
+    ),
+    "deployed": ("budget", "file", "precision", "bytes", "latency_ms", *ACCURACIES, "difference"),
 }
 MANIFEST_KEYS = ("source", "classes", "splits")
 PARITY_KEYS = ("budget", "passed", "onnx_max_softmax_difference", "onnx_top1_agreement", "onnx_test_accuracy")
@@ -86,6 +99,8 @@ class Results:
         Trainings in the order they ran: teacher, control, phases.
     students, autoattacked, checked, quantised : list of DataFrame
         One per budget.
+    deployed : list of DataFrame
+        Files for other runtimes, a row per file; of several rows those on test under all attacks count.
     folder, ledgers : Path, DataFrame, optional
         The run's folder, and the costs of its jobs.
     settings : dict
@@ -101,6 +116,7 @@ class Results:
     autoattacked: list[pd.DataFrame] = field(default_factory=list)
     checked: list[pd.DataFrame] = field(default_factory=list)
     quantised: list[pd.DataFrame] = field(default_factory=list)
+    deployed: list[pd.DataFrame] = field(default_factory=list)
     cards: list[Card] = field(default_factory=list)
     benchmarks: Path | None = None
     folder: Path | None = None
@@ -160,7 +176,8 @@ def load_results(
     results.histories = [frame for frame in trained if frame is not None and not frame.empty]
     results.students = [frame for frame in lists["students"] if not frame.empty]
     results.autoattacked, results.checked = lists["autoattacked"], lists["checked"]
-    results.quantised = [frame for frame in lists["quantised"] if not frame.empty]
+    for name in ("quantised", "deployed"):
+        setattr(results, name, [frame for frame in lists[name] if not frame.empty])
     cards = _paths(files.get("cards"))
     results.cards = [Card(Path(path).parent, _read_json(results, path, PARITY_KEYS)) for path in cards]
     if benchmarks and Path(benchmarks).is_dir():

@@ -10,10 +10,12 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from proard import __version__
+from proard.config import searched_costs
 from proard.report import sections, text
 from proard.report.context import Context, fill
 from proard.report.cost_page import cost_figure
 from proard.report.costs import CostComparison, compare
+from proard.report.device import device_figure, device_files
 from proard.report.diagnosis import bound_figure, radius_figure
 from proard.report.facts import durations, exported_students
 from proard.report.figures import front_figure, predictor_figure, search_figure, training_figure
@@ -58,10 +60,11 @@ def render(
     """
     students = exported_students(results.students)
     verified = results.get("verified")
-    cost = results.settings.get("search_front", {}).get("cost", "macs")
     comparison = None
     if verified is not None:
-        comparison = compare_searches(verified, cost=cost, bootstraps=bootstraps, seed=results.seed)
+        comparison = compare_searches(
+            verified, costs=searched_costs(results.settings), bootstraps=bootstraps, seed=results.seed
+        )
     figures = _figures(results, students, eps)
     costs = "" if results.ledgers is None or results.folder is None else compare(results.folder, results.ledgers)
     if isinstance(costs, CostComparison):
@@ -95,6 +98,10 @@ def _figures(results: Results, students: list[Any], eps: float) -> dict[str, str
         found["front"] = to_svg(
             figure, "Clean and robust accuracy of every measured subnet over MACs", tooltips=tooltips
         )
+    on_device = device_figure(device_files(results, students))
+    if on_device is not None:
+        figure, tooltips = on_device
+        found["device"] = to_svg(figure, "Robust accuracy of every file over its measured time", tooltips=tooltips)
     trained = results.get("trained_students")
     if trained is not None and not networks_of(trained).empty:
         rows = summary_of(networks_of(trained))

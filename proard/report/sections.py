@@ -8,9 +8,9 @@ import pandas as pd
 
 from proard.report.context import Context, Section, section
 from proard.report.cost_page import costs
+from proard.report.device import device
 from proard.report.diagnosis import diagnosis
 from proard.report.facts import rows_by_attack
-from proard.report.quantised import quantised
 from proard.report.setup import provenance, setup, time
 from proard.report.students import trained_students
 from proard.report.text import SEARCH_NAMES
@@ -119,7 +119,7 @@ ORDER: tuple[Callable[[Context], Section | None], ...] = (
     students,
     autoattack,
     checks,
-    quantised,
+    device,
     tradeoff,
     search,
     predictor,

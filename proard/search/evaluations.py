@@ -10,7 +10,7 @@ import numpy as np
 from proard.config import UserError
 
 Predict = Callable[[np.ndarray], np.ndarray]  # genotypes (n, genes) -> clean and robust accuracy (n, 2)
-Cost = Callable[[np.ndarray], np.ndarray]  # genotypes (n, genes) -> cost (n,)
+Cost = Callable[[np.ndarray], np.ndarray]  # genotypes (n, genes) -> one or several costs (n, costs)
 Canonical = Callable[[np.ndarray], np.ndarray]  # genotypes (n, genes) -> the same archs, one genotype per arch
 
 UNIFORM_ROUNDS, SCALED_ROUNDS, ROUNDS = 8, 8, 40  # of drawing new archs
@@ -27,8 +27,8 @@ class Archive:
         Canonical.
     accuracies : ndarray of shape (n, 2)
         Predicted clean and robust accuracy, fractions.
-    costs : ndarray of shape (n,)
-        In the unit of the cost function.
+    costs : ndarray of shape (n, costs)
+        In the units of the cost function.
     generations : ndarray of shape (n,)
         Generation of the evaluation, from 1.
     """
@@ -44,7 +44,7 @@ class Archive:
 
     @property
     def objectives(self) -> np.ndarray:
-        """To be minimised: minus clean, minus robust accuracy, cost; of shape (n, 3)."""
+        """To be minimised: minus clean, minus robust accuracy, each cost; of shape (n, 2 + costs)."""
         return np.column_stack([-self.accuracies, self.costs])
 
 
@@ -56,27 +56,36 @@ class Evaluations:
     predict, cost, canonical : callable
         Functions of whole populations.
     choices : sequence of int
-        Number of choices of every gene; cost must not decrease when a gene increases.
-    max_cost : float, optional
-        Limit; archs above it are never evaluated, as cost is exact and takes no prediction.
+        Number of choices of every gene; a limited cost must not decrease when a gene increases.
+    max_cost : sequence of float, optional
+        A limit of each cost, infinity for none; archs above one are never evaluated, as costs are exact and take no
+        prediction.
 
     Raises
     ------
     UserError
-        No arch is within the limit; the message names the smallest feasible cost.
+        No arch is within a limit; the message names the smallest feasible cost.
     """
 
     def __init__(
-        self, predict: Predict, cost: Cost, choices: Sequence[int], canonical: Canonical, *, max_cost: float | None
+        self,
+        predict: Predict,
+        cost: Cost,
+        choices: Sequence[int],
+        canonical: Canonical,
+        *,
+        max_cost: Sequence[float] | None,
     ) -> None:
         self.predict, self.cost, self.canonical, self.max_cost = predict, cost, canonical, max_cost
         self.choices = np.asarray(choices)
-        smallest = float(cost(np.zeros((1, len(self.choices)), dtype=np.int64))[0])
-        if max_cost is not None and max_cost < smallest:
-            raise UserError(
-                f"search_front.max_cost is {max_cost:.0f}; no arch of the space is that small, "
-                f"the smallest feasible cost is {smallest:.0f}"
-            )
+        smallest = cost(np.zeros((1, len(self.choices)), dtype=np.int64))[0].tolist()
+        self.num_objectives = 2 + len(smallest)
+        for limit, least in zip(max_cost or (), smallest, strict=max_cost is not None):
+            if limit < least:
+                raise UserError(
+                    f"search_front.max_cost is {limit:.0f}; no arch of the space is that small, "
+                    f"the smallest feasible cost is {least:.0f}"
+                )
         self.seen: set[bytes] = set()
         self.batches: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
@@ -88,11 +97,11 @@ class Evaluations:
         ].tolist()  # equally long, but for zeros at the end
 
     def fresh(self, genotypes: np.ndarray, *, besides: Iterable[bytes] = ()) -> np.ndarray:
-        """Rows within the limit that are not evaluated, not in `besides` and not repeated; bool of shape (n,)."""
+        """Rows within the limits that are not evaluated, not in `besides` and not repeated; bool of shape (n,)."""
         genotypes = np.asarray(genotypes, dtype=np.int64)
         rows = np.arange(len(genotypes))
         if self.max_cost is not None:
-            rows = np.flatnonzero(self.cost(genotypes) <= self.max_cost)
+            rows = np.flatnonzero(np.all(self.cost(genotypes) <= self.max_cost, axis=1))
         keys = self.keys(genotypes[rows])
         first = dict(zip(reversed(keys), reversed(rows.tolist()), strict=True))  # dict keeps the last of equal keys
         kept = np.zeros(len(genotypes), dtype=bool)

@@ -14,7 +14,7 @@ from proard.space.sampling import BLOCK, genotype_blocks
 
 @dataclass(frozen=True)
 class Exhaustive:
-    """Result of evaluating every arch within the cost limit.
+    """Result of evaluating every arch within the cost limits.
 
     Attributes
     ----------
@@ -38,11 +38,11 @@ def exhaustive(
     canonical: Canonical,
     *,
     up_to: int,
-    max_cost: float | None = None,
+    max_cost: Sequence[float] | None = None,
     rows: int = BLOCK,
     on_block: Callable[[int, int], None] = lambda archs, size: None,
 ) -> Exhaustive | None:
-    """Evaluate every arch within the limit, if there are at most `up_to`.
+    """Evaluate every arch within the limits, if there are at most `up_to`.
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ def exhaustive(
     Returns
     -------
     Exhaustive or None
-        None if there are more archs, or none within the limit.
+        None if there are more archs, or none within the limits.
 
     Notes
     -----
@@ -67,7 +67,7 @@ def exhaustive(
     """
 
     def affordable(genotypes: np.ndarray) -> np.ndarray:
-        return cost(genotypes) <= max_cost
+        return np.all(cost(genotypes) <= max_cost, axis=1)
 
     keep, size = None if max_cost is None else affordable, 0
     for block in genotype_blocks(choices, canonical, keep=keep, rows=rows):
@@ -76,8 +76,9 @@ def exhaustive(
             return None
     if not size:
         return None
-    genotypes, objectives = np.zeros((0, len(choices)), dtype=np.int64), np.zeros((0, 3))
-    low, high = np.full((2, 3), np.nan)
+    first = cost(np.zeros((1, len(choices)), dtype=np.int64))  # (1, costs)
+    genotypes, objectives = np.zeros((0, len(choices)), dtype=np.int64), np.zeros((0, 2 + first.shape[1]))
+    low, high = np.full((2, objectives.shape[1]), np.nan)
     for block in genotype_blocks(choices, canonical, keep=keep, rows=rows):
         values = np.column_stack([-predict(block), cost(block)])
         low, high = np.fmin(low, values.min(axis=0)), np.fmax(high, values.max(axis=0))
@@ -86,6 +87,6 @@ def exhaustive(
         best = non_dominated(objectives)
         genotypes, objectives = genotypes[best], objectives[best]
         on_block(len(block), size)
-    costs = objectives[:, 2].astype(cost(genotypes[:1]).dtype)
+    costs = objectives[:, 2:].astype(first.dtype)
     front = Archive(genotypes, -objectives[:, :2], costs, np.ones(len(genotypes), dtype=np.int64))
     return Exhaustive(size, front, Scale(tuple(low.tolist()), tuple(high.tolist())))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,20 +24,23 @@ HISTORY: dict[str, tuple[pa.DataType, str]] = {
     ),
     "exhaustive_hypervolume": (FLOAT, "of the whole space within max_cost, same scale; empty where it is too large"),
     "relative_hypervolume": (FLOAT, "hypervolume / exhaustive_hypervolume; empty where the space is too large"),
-    "cost": (TEXT, "cost column that was minimised"),
+    "cost": (TEXT, "cost column that was minimised; of two, the first"),
     "clean_acc_best": (FLOAT, "fraction, predicted; 0 of the normalised objective"),
     "clean_acc_worst": (FLOAT, "fraction, predicted; 1 of the normalised objective"),
     "robust_acc_best": (FLOAT, "fraction, predicted; 0 of the normalised objective"),
     "robust_acc_worst": (FLOAT, "fraction, predicted; 1 of the normalised objective"),
     "cost_best": (FLOAT, "unit of the cost column; 0 of the normalised objective"),
     "cost_worst": (FLOAT, "unit of the cost column; 1 of the normalised objective"),
+    "second_cost": (TEXT, "the other cost column that was minimised; empty if there was one"),
+    "second_cost_best": (FLOAT, "unit of that column; 0 of the normalised objective"),
+    "second_cost_worst": (FLOAT, "unit of that column; 1 of the normalised objective"),
     "reference_point": (FLOAT, "each normalised objective of the reference point"),
     "seed": (INT, "seed of the search"),
 }
 
 
 def history(
-    archives: Mapping[str, Archive], *, cost_name: str, seed: int, exhaustive: Exhaustive | None = None
+    archives: Mapping[str, Archive], *, cost_names: Sequence[str], seed: int, exhaustive: Exhaustive | None = None
 ) -> list[dict[str, Any]]:
     """Rows of `HISTORY`, one per search and generation.
 
@@ -45,8 +48,8 @@ def history(
     ----------
     archives : mapping of str to Archive
         What each search evaluated.
-    cost_name : str
-        Cost column that was minimised.
+    cost_names : sequence of str
+        Cost columns that were minimised, one or two.
     exhaustive : Exhaustive, optional
         The whole space. The scale is that of the whole space if given, else that of all archives together.
     """
@@ -56,21 +59,20 @@ def history(
     else:
         scale = exhaustive.scale
         best = hypervolume(exhaustive.front.objectives, scale)
-    common = {
+    common: dict[str, Any] = {
         "exhaustive_hypervolume": best,
-        "cost": cost_name,
         "clean_acc_best": -scale.best[0],
         "clean_acc_worst": -scale.worst[0],
         "robust_acc_best": -scale.best[1],
         "robust_acc_worst": -scale.worst[1],
-        "cost_best": scale.best[2],
-        "cost_worst": scale.worst[2],
         "reference_point": scale.reference,
         "seed": seed,
     }
+    for prefix, name, low, high in zip(("", "second_"), cost_names, scale.best[2:], scale.worst[2:], strict=False):
+        common |= {f"{prefix}cost": name, f"{prefix}cost_best": low, f"{prefix}cost_worst": high}
     rows = []
     for name, archive in archives.items():
-        front, done = np.zeros((0, 3)), 0
+        front, done = archive.objectives[:0], 0
         for generation in range(1, int(archive.generations.max()) + 1):
             new = archive.objectives[archive.generations == generation]
             front, done = np.concatenate([front, new]), done + len(new)

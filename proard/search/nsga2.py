@@ -28,7 +28,7 @@ def nsga2(
     *,
     population: int,
     generations: int,
-    max_cost: float | None = None,
+    max_cost: Sequence[float] | None = None,
     seed: int = 0,
 ) -> Archive:
     """Search for archs that are accurate, robust and cheap.
@@ -38,15 +38,16 @@ def nsga2(
     predict : callable
         Genotypes of shape (n, genes) to predicted clean and robust accuracy of shape (n, 2).
     cost : callable
-        Genotypes to cost of shape (n,); cost must not decrease when a gene increases.
+        Genotypes to costs of shape (n, costs), each an objective. A limited cost must not decrease when a gene
+        increases.
     choices : sequence of int
         Number of choices of every gene.
     canonical : callable
         Genotypes to canonical genotypes: equal for equal archs.
     population, generations : int
         Archs per generation, and number of generations, the random first one included.
-    max_cost : float, optional
-        Constraint cost <= max_cost, kept by every arch that is evaluated.
+    max_cost : sequence of float, optional
+        A limit of each cost, infinity for none, kept by every arch that is evaluated.
     seed : int
         Equal seeds give equal archives.
 
@@ -89,7 +90,7 @@ class Members:
     Attributes
     ----------
     genotypes : ndarray of shape (n, genes)
-    objectives : ndarray of shape (n, 3)
+    objectives : ndarray of shape (n, 2 + costs)
         As of `Archive`; empty before the evaluation.
     crowding : ndarray of shape (n,)
         Crowding distance within the own front; empty before the first selection.
@@ -102,7 +103,7 @@ class Members:
     @classmethod
     def new(cls, genotypes: np.ndarray) -> Members:
         """Archs that are not evaluated yet."""
-        return cls(genotypes, np.zeros((0, 3)), np.zeros(0))
+        return cls(genotypes, np.zeros((0, 0)), np.zeros(0))
 
     def __len__(self) -> int:
         """Archs."""
@@ -116,7 +117,7 @@ def evolve(evaluations: Evaluations, *, population: int, generations: int, seed:
     """Run NSGA-II; return all evaluations and the last population."""
     first = evaluations.draw(population, np.random.default_rng(seed))
     algorithm = ArrayNSGA2(evaluations, first, pop_size=population)
-    problem = Problem(n_var=first.shape[1], n_obj=3)
+    problem = Problem(n_var=first.shape[1], n_obj=evaluations.num_objectives)
     algorithm.setup(problem, termination=("n_gen", generations), seed=seed, verbose=False)
     while algorithm.has_next():
         algorithm.next()
@@ -153,7 +154,7 @@ class ArrayNSGA2(NSGA2):
         self.pop = self._survivors(infills, len(infills))
 
     def _infill(self) -> Members | None:
-        """Pymoo's hook: archs that no generation has evaluated and that the cost limit allows."""
+        """Pymoo's hook: archs that no generation has evaluated and that the cost limits allow."""
         found = self.first[:0]
         for _ in range(MATINGS):
             children = self._children(self.n_offsprings - len(found))

@@ -16,7 +16,7 @@ def random(
     canonical: Canonical,
     *,
     generations: Sequence[int],
-    max_cost: float | None = None,
+    max_cost: Sequence[float] | None = None,
     seed: int = 0,
 ) -> Archive:
     """Evaluate random archs, every gene uniform and independent, each arch once.

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         reads=["manifest", "table"],
         optional=[*TABLES, "benchmarks", "ledgers"],
         lists=["phase_histories", "students", "cards", "quantised"],
-        optional_lists=["autoattacked", "checked"],
+        optional_lists=["autoattacked", "checked", "deployed"],
         writes=["html", *FIGURES.values()],
     )
     folders = {"benchmarks": job.files.benchmarks, "ledgers": job.files.ledgers}

@@ -27,21 +27,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = read_predictor(job.files.predictor, job.files.table, space)
 
     def cost(genotypes: np.ndarray) -> np.ndarray:
-        return space.costs(genotypes)[settings.cost]
+        found = space.costs(genotypes)
+        return np.column_stack([found[name] for name in settings.cost])  # (n, costs)
 
     problem = (model.predict, cost, space.choices, space.canonical)
     nsga2 = search.nsga2(
         *problem,
         population=settings.population,
         generations=settings.generations,
-        max_cost=settings.max_cost,
+        max_cost=settings.limits,
         seed=job.seed,
     )
     per_generation = np.bincount(nsga2.generations)[1:].tolist()
-    random = search.random(*problem, generations=per_generation, max_cost=settings.max_cost, seed=job.seed)
+    random = search.random(*problem, generations=per_generation, max_cost=settings.limits, seed=job.seed)
     archives = {"nsga2": nsga2, "random": random}
     whole = exhaustive(problem, settings, size=space.size)
-    history = search.history(archives, cost_name=settings.cost, seed=job.seed, exhaustive=whole)
+    history = search.history(archives, cost_names=settings.cost, seed=job.seed, exhaustive=whole)
 
     fronts = {name: take(archive, non_dominated(archive.objectives)) for name, archive in archives.items()}
     exact = {} if whole is None else {"exhaustive": take(whole.front, np.arange(len(whole.front)))}
@@ -76,8 +77,8 @@ def read_predictor(path: str, table: str, space: SearchSpace) -> Predictor:
 
 
 def exhaustive(problem: tuple[Any, ...], settings: SearchFront, *, size: int) -> Exhaustive | None:
-    """Everything within the limit, or None where that is more than `enumerate_up_to`."""
-    if settings.max_cost is None and size > settings.enumerate_up_to:
+    """Everything within the limits, or None where that is more than `enumerate_up_to`."""
+    if settings.limits is None and size > settings.enumerate_up_to:
         return None
     progress = None
 
@@ -86,15 +87,15 @@ def exhaustive(problem: tuple[Any, ...], settings: SearchFront, *, size: int) ->
         progress = progress or Progress("enumerate", total, "archs")
         progress.advance(archs)
 
-    whole = search.exhaustive(*problem, up_to=settings.enumerate_up_to, max_cost=settings.max_cost, on_block=on_block)
+    whole = search.exhaustive(*problem, up_to=settings.enumerate_up_to, max_cost=settings.limits, on_block=on_block)
     if progress is not None:
         progress.close()
     return whole
 
 
 def take(archive: Archive, rows: np.ndarray) -> Archive:
-    """Some rows of an archive, cheapest first."""
-    rows = rows[np.argsort(archive.costs[rows], kind="stable")]
+    """Some rows of an archive, cheapest first; where the first cost is equal, by the second."""
+    rows = rows[np.lexsort(archive.costs[rows].T[::-1])]
     return Archive(archive.genotypes[rows], archive.accuracies[rows], archive.costs[rows], archive.generations[rows])
 
 
@@ -112,17 +113,21 @@ def predicted_rows(archives: dict[str, Archive], space: SearchSpace, seed: int) 
     return rows
 
 
-def summary(history: Sequence[dict[str, Any]], fronts: dict[str, Archive], whole: Exhaustive | None, cost: str) -> str:
+def summary(
+    history: Sequence[dict[str, Any]], fronts: dict[str, Archive], whole: Exhaustive | None, costs: Sequence[str]
+) -> str:
     """What the searches reached, as text for a terminal."""
-    lines = [f"  {'search':10}{'archs':>9}{'front':>8}{'hypervolume':>13}   {'cost':20}best predicted robust_acc"]
+    names = "".join(f"{name:20}" for name in costs)
+    lines = [f"  {'search':10}{'archs':>9}{'front':>8}{'hypervolume':>13}   {names}best predicted robust_acc"]
     last = {row["search"]: row for row in history}
     found = {name: (last[name]["evaluations"], last[name]["hypervolume"], front) for name, front in fronts.items()}
     if whole is not None:
         found["exact"] = (whole.size, last["nsga2"]["exhaustive_hypervolume"], whole.front)
     for name, (archs, volume, front) in found.items():
-        costs = " to ".join(human_cost(cost, float(end)) for end in (front.costs.min(), front.costs.max()))
+        ends = zip(costs, front.costs.min(axis=0).tolist(), front.costs.max(axis=0).tolist(), strict=True)
+        ranges = "".join(f"{f'{human_cost(name, low)} to {human_cost(name, high)}':20}" for name, low, high in ends)
         best = f"{100 * front.accuracies[:, 1].max():.1f} %"
-        lines.append(f"  {name:10}{archs:9}{len(front):8}{volume:13.4f}   {costs:20}{best}")
+        lines.append(f"  {name:10}{archs:9}{len(front):8}{volume:13.4f}   {ranges}{best}")
     if whole is not None:
         shares = [f"{name} {last[name]['relative_hypervolume']:.2%}" for name in fronts]
         lines.append(f"  of the exact hypervolume: {', '.join(shares)}")

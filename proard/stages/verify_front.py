@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from proard.artifacts import FOOTPRINT, FRONT, read_table, write_table
+from proard.artifacts import FOOTPRINT, FRONT, read_metadata, read_table, write_table
+from proard.config import searched_costs
 from proard.progress import Progress
 from proard.space import Arch
 from proard.space.cost import human
@@ -30,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     files, settings = job.files, job.config.verify_front
     front = read_table(files.front, columns=["arch", "found_by", "predicted_robust_acc"])
-    chosen = pick(front, settings.num_archs)
+    costs = searched_costs(read_metadata(files.front).get("settings", {}))
+    chosen = pick(front, settings.num_archs, costs=costs)
     meter = subnet_meter(job, cache=files.cache)
     splits = [load_images(job, "val", settings.num_val_images), load_images(job, "test")]
     rows = []
@@ -51,22 +53,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     job.record_costs()
 
 
-def pick(front: pd.DataFrame, number: int) -> pd.DataFrame:
-    """Equally many archs of each search, spread over log MACs along that search's predicted front.
+def pick(front: pd.DataFrame, number: int, *, costs: Sequence[str] = ("macs",)) -> pd.DataFrame:
+    """Equally many archs of each search, spread over the log of its costs along that search's predicted front.
 
-    For each of `number` targets, evenly spaced in log MACs over both fronts' common range, the nearest arch of the
-    search that is not yet taken; so both searches answer the same questions.
+    For each of `number` targets, evenly spaced in the log of every cost from the low to the high end of both fronts'
+    common range, the nearest arch of the search that is not yet taken; so both searches answer the same questions.
     """
     front = front[front["found_by"].isin(SEARCHES)]
-    fronts = {name: front[front["found_by"] == name].sort_values("macs") for name in SEARCHES}
+    fronts = {name: front[front["found_by"] == name].sort_values(list(costs)) for name in SEARCHES}
     number = min(number, *(len(rows) for rows in fronts.values()))
-    log = {name: np.log(rows["macs"].to_numpy(float)) for name, rows in fronts.items()}
-    low, high = max(values.min() for values in log.values()), min(values.max() for values in log.values())
+    log = {name: np.log(rows[list(costs)].to_numpy(float)) for name, rows in fronts.items()}  # (archs, costs)
+    low = np.max([values.min(axis=0) for values in log.values()], axis=0)
+    high = np.min([values.max(axis=0) for values in log.values()], axis=0)
     parts = []
     for name in SEARCHES:
         free = np.ones(len(log[name]), dtype=bool)
-        for target in np.linspace(low, high, number):
-            nearest = np.where(free, np.abs(log[name] - target), np.inf).argmin()
+        for target in np.linspace(low, high, number):  # (costs,)
+            distances = np.abs(log[name] - target).sum(axis=1)
+            nearest = np.where(free, distances, np.inf).argmin()
             free[nearest] = False
         parts.append(fronts[name][~free])
     return pd.concat(parts)
