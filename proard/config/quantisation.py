@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from proard.config.attacks import Attack
-from proard.config.fields import Count, Natural, Settings, UnitInterval, names_differ
+from proard.config.fields import Count, Natural, Positive, Settings, UnitInterval, names_differ
 
 OTHER_ATTACKS = ("worst", "union", "scaled", "transfer", "from_teacher", "rounded", "square")
 
@@ -34,3 +34,24 @@ class QuantizeStudent(Settings):
     max_drop: UnitInterval = 0.01
     distinct: ClassVar[Any] = names_differ("attacks", *OTHER_ATTACKS)
     repairs: Annotated[tuple[Literal["range", "ends"], ...], Field(max_length=2)] = ("range", "ends")
+
+
+class ExecutorchStudent(Settings):
+    """ExecuTorch programs of students for XNNPACK, in float32 and int8; needs the extra `executorch`.
+
+    With `run: true` the target `all` includes them. Ranges of activations are calibrated on the first
+    `calibration_images` images of `train`. The float program must give every class probability of the test images
+    within `tolerance`; the int8 program must give the class of its own quantised graph on the share `min_agreement`
+    of them.
+
+    `attacks` (left out: those of `verify_front`) run through the float student, one of them through the int8 twin of
+    `quantize_student` too, and the programs' outputs decide; `queries` as there, by default none.
+    """
+
+    run: bool = False
+    calibration_images: Count = 512
+    tolerance: Positive = 1e-4
+    min_agreement: UnitInterval = 0.98
+    attacks: tuple[Attack, ...] = ()
+    queries: Natural = 0
+    distinct: ClassVar[Any] = names_differ("attacks", *OTHER_ATTACKS)

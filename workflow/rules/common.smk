@@ -1,6 +1,7 @@
 """Helpers of the rules: the checked config, the settings and inputs of each job, and resources."""
 
 import importlib.machinery
+import importlib.util
 import json
 import os
 import re
@@ -223,6 +224,16 @@ def table_of_checks(wildcards):
 def table_of_int8(wildcards):
     """The measurement of a budget's student in int8; networks of an experiment have none."""
     return [] if is_of_training(wildcards.budget) else [f"<results>/quantize_student/{wildcards.budget}/table.parquet"]
+
+
+def weights_for_executorch(wildcards):
+    """The exported student; without the extra that its stage needs, the run stops here, before the first job."""
+    if importlib.util.find_spec("executorch") is None:
+        sys.exit(
+            "error: executorch_student needs ExecuTorch, which this environment lacks; get it with: "
+            "pip install -e .[executorch]"
+        )
+    return f"<results>/export_student/{wildcards.budget}/student.safetensors"
 
 
 def teacher_to_transfer_from(wildcards):
