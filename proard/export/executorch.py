@@ -54,7 +54,7 @@ def deployable(net: FoldedNet | FixedNet) -> fx.GraphModule:
         float32 images in [0, 1] of shape (1, channels, height, width) to logits of shape (1, classes), on the CPU.
     """
     net = copy.deepcopy(net).cpu().eval().requires_grad_(False).to(memory_format=torch.contiguous_format)
-    module = _traced(net, image := _zero_image(net))
+    module = _traced(net, image := zero_image(net))
     graph = module.graph
     for node in list(graph.nodes):
         if node.target == aten._assert_tensor_metadata.default:
@@ -191,7 +191,7 @@ class Runner:
         return torch.cat([self.method.execute([image])[0].clone() for image in single]).to(images.device)
 
 
-def _zero_image(net: FoldedNet | FixedNet) -> Tensor:
+def zero_image(net: FoldedNet | FixedNet) -> Tensor:
     """A black image of the network's shape."""
     return torch.zeros(1, net.spec.image_channels, net.spec.image_size, net.spec.image_size)
 
