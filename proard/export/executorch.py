@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import operator
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -139,8 +140,8 @@ def save_pte(path: str | Path, module: fx.GraphModule) -> None:
 def undelegated(graph: fx.Graph) -> list[str]:
     """Operators of a lowered graph that no delegate runs, each once."""
     targets = [node.target for node in graph.nodes if node.op == "call_function" and node.target != operator.getitem]
-    names = [str(getattr(target, "_op", target)) for target in targets]
-    return sorted({name for name in names if not name.endswith("call_delegate")})
+    names = {str(target) for target in targets if not str(target).endswith("call_delegate")}
+    return sorted({found[0] if (found := re.search(r"\w+(\.\w+)+", name)) else name for name in names})
 
 
 def refuse_undelegated(name: str, operators: Sequence[str]) -> None:
