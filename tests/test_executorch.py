@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from export_runs import BUDGET, arguments
@@ -25,13 +24,13 @@ from proard.config import UserError
 from proard.data import load_split, to_float
 from proard.evaluation.deployed import Agreement
 from proard.export import ethos_u, executorch
-from proard.export.executorch import deployable, refuse_undelegated, require_executorch, undelegated
-from proard.export.int8 import Recipe, fold_normalisation, quantise
+from proard.export.executorch import deployable, refuse_undelegated, require_executorch, straight_through, undelegated
 from proard.nets import extract, fold
 from proard.stages import executorch_student
 
 aten = torch.ops.aten
 ATTACKS = ({"name": "pgd3", "num_steps": 3, "step_size": 0.05}, {"name": "cw3", "objective": "margin", "num_steps": 3})
+OWN_WORDS = {"crafted_on", "agreement_float", "agreement_clean", "agreement_adversarial", "max_logit_difference"}
 REPORT = """
 Accelerator clock                                 500 MHz
 System configuration             Ethos_U55_High_End_Embedded
@@ -78,6 +77,20 @@ def test_the_graph_is_the_network_without_a_normalisation_and_with_means_that_ke
     assert all(node.args[2] for node in graph.graph.find_nodes(op="call_function", target=aten.mean.dim))
 
 
+def test_the_twin_has_the_quantised_values_and_the_gradient_inside_the_range():
+    graph, how = fx.Graph(), (0.1, -2, -128, 127, torch.int8)
+    product = graph.call_function(aten.mul.Tensor, (graph.placeholder("images"), 3.0))
+    for step in ("quantize", "dequantize"):
+        product = graph.call_function(Named(f"quantized_decomposed.{step}_per_tensor.default"), (product, *how))
+    graph.output(product)
+    images = torch.tensor([[0.02, 0.5, -0.31, 9.0], [0.0, 0.1, -9.0, 1.0]], requires_grad=True)
+    twin = straight_through(fx.GraphModule(nn.Module(), graph))(images)
+    expected = (torch.clamp((30 * images).round() - 2, -128, 127) + 2) / 10
+    torch.testing.assert_close(twin, expected)
+    (gradient,) = torch.autograd.grad(twin.sum(), images)
+    assert gradient.tolist() == [[3, 3, 3, 0], [3, 3, 0, 3]]
+
+
 def test_operators_that_no_delegate_runs_are_named():
     graph = fx.Graph()
     images = graph.placeholder("images")
@@ -113,7 +126,7 @@ def test_a_float_program_that_is_not_the_network_is_refused(monkeypatch):
 
 
 def test_the_table_shares_names_and_meanings_with_that_of_int8():
-    same = set(EXECUTORCH) & set(QUANTISED) - {"agreement_float", "agreement_clean", "max_logit_difference"}
+    same = set(EXECUTORCH) & set(QUANTISED) - OWN_WORDS
     assert all(EXECUTORCH[name] == QUANTISED[name] for name in same)
     assert {"robust_acc", "difference", "crafted_on", "bytes", "latency_ms", "agreement_float"} <= set(EXECUTORCH)
 
@@ -191,15 +204,12 @@ def test_a_compiler_that_is_missing_or_fails_is_one_line(tmp_path):
 
 def test_programs_are_the_network_and_are_measured_on_their_runtime(tmp_path):
     pytest.importorskip("executorch")
-    onnx_file, _ = exported(tmp_path, TINY)
+    exported(tmp_path, TINY)
     files = save_stripes(tmp_path)
-    images = to_float(load_split(files["train"]).images).contiguous()
-    quantise(fold_normalisation(onnx.load(onnx_file)), tmp_path / "twin.onnx", images[:64].numpy(), Recipe("reduced"))
-    config = tiny_config(executorch_student={"attacks": ATTACKS, "calibration_images": 64})
+    config = tiny_config(threat={"eps": 8 / 255}, executorch_student={"attacks": ATTACKS, "calibration_images": 64})
     written = {"float": tmp_path / "student.pte", "int8": tmp_path / "student.int8.pte"}
     written |= {"parity": tmp_path / "pte.json", "table": tmp_path / "pte.parquet"}
-    read = {"weights": tmp_path / "student.safetensors", "twin": tmp_path / "twin.onnx"}
-    read |= {"train": files["train"], "test": files["test"]}
+    read = {"weights": tmp_path / "student.safetensors", "train": files["train"], "test": files["test"]}
     executorch_student.main(arguments("executorch_student", config, budget=BUDGET, **read, **written))
     parity = json.loads(written["parity"].read_text())
     test = load_split(files["test"])
@@ -215,7 +225,8 @@ def test_programs_are_the_network_and_are_measured_on_their_runtime(tmp_path):
         assert row["bytes"] == path.stat().st_size
     names = ["pgd3", "cw3", "scaled", "transfer", "rounded", "worst", "union"]
     assert list(table.loc["int8"].index) == names
-    assert table.loc[("int8", "transfer"), "crafted_on"] == "int8"
+    assert list(table["crafted_on"].xs("transfer", level="attack")) == ["int8", "float32"]
+    assert min(table.loc["int8", "agreement_clean"]) >= config.executorch_student.min_agreement
     before, after = (np.array(table.loc[(each, "union"), "robust"]) for each in ("float32", "int8"))
     assert table.loc[("int8", "union"), "lost"] == (before & ~after).sum()
 

@@ -20,7 +20,7 @@ from proard.config import COMPARED, NEEDS
 
 RULES = sorted((ROOT / "workflow" / "rules").glob("*.smk"))
 BUDGETS = 3
-ON_REQUEST = {"train_experiment", "measure_experiment", "compare_experiment", "diagnose"}  # no input of `all`
+ON_REQUEST = {"train_experiment", "measure_experiment", "compare_experiment", "diagnose", "executorch_student"}
 FROM_SELECTION = {
     "select_student": BUDGETS,
     "export_student": BUDGETS,

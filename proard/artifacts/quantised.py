@@ -42,7 +42,7 @@ QUANTISED: dict[str, tuple[pa.DataType, str]] = {
     "cpu_flags": (TEXT, "flags of the processor that decide which integer kernels run"),
 }
 SHARED = (
-    *("budget", "file", "precision", "crafted_on", "difference", "difference_low", "difference_high", "lost", "gained"),
+    *("budget", "file", "precision", "difference", "difference_low", "difference_high", "lost", "gained"),
     *("mcnemar_p", "clean_difference", "clean_lost", "clean_gained", "agreement_float", "bytes", "latency_ms"),
     *("calibration_images", "calibration_seed", "runtime", "cpu", "cpu_flags"),
 )
@@ -50,6 +50,8 @@ EXECUTORCH: dict[str, tuple[pa.DataType, str]] = {
     **MEASURED,
     **{name: QUANTISED[name] for name in SHARED},
     "agreement_float": (FLOAT, "fraction of clean images with the same class in the program and in the float network"),
-    "agreement_clean": (FLOAT, "fraction of clean images with the same class in the program and in its graph in torch"),
-    "max_logit_difference": (FLOAT, "largest difference of a logit between the program and its graph in torch"),
+    "agreement_clean": (FLOAT, "fraction of clean images with the same class in the program and in its twin in torch"),
+    "agreement_adversarial": (FLOAT, "the same on attacked images"),
+    "max_logit_difference": (FLOAT, "largest difference of a logit between the program and its twin"),
+    "crafted_on": (TEXT, "precision of the twin that the attack differentiates, queries (no gradient) or all"),
 }

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from proard.artifacts import atomic_path
 from proard.config import UserError
 from proard.export.formats import quiet
+from proard.export.twin import RoundThrough
 from proard.nets import FixedNet, FoldedNet
 
 aten = torch.ops.aten
@@ -88,7 +89,7 @@ def quantised(module: fx.GraphModule, images: Tensor) -> fx.GraphModule:
     Returns
     -------
     GraphModule
-        The quantised graph; it computes on dequantised values and has no useful gradient.
+        The quantised graph; it has no gradient, see `straight_through`.
     """
     require_executorch()
     with quiet():
@@ -106,6 +107,17 @@ def quantised(module: fx.GraphModule, images: Tensor) -> fx.GraphModule:
         converted = convert_pt2e(prepared)
     _fix_pixels(converted)
     return converted
+
+
+def straight_through(module: fx.GraphModule) -> fx.GraphModule:
+    """The twin of a graph of `deployable` or `quantised`: the same values, for any number of images, with a gradient.
+
+    Rounding passes the gradient on where the value is inside its range, and stops it where it is clipped.
+    """
+    twin = copy.deepcopy(module)
+    for node in twin.graph.nodes:
+        node.target = STRAIGHT_THROUGH.get(str(node.target), node.target)
+    return fx.GraphModule(twin, twin.graph)  # without the checks of the exported graph, which was for one image
 
 
 def save_pte(path: str | Path, module: fx.GraphModule) -> None:
@@ -195,6 +207,22 @@ class Runner:
 def zero_image(net: FoldedNet | FixedNet) -> Tensor:
     """A black image of the network's shape."""
     return torch.zeros(1, net.spec.image_channels, net.spec.image_size, net.spec.image_size)
+
+
+def _quantise(x: Tensor, scale: float, zero_point: int, low: int, high: int, _: torch.dtype) -> Tensor:
+    """Integers as float32, with the gradient of the values."""
+    return RoundThrough.apply(x / scale, low - zero_point, high - zero_point) + zero_point
+
+
+def _dequantise(x: Tensor, scale: float, zero_point: int, *_: Any, **__: Any) -> Tensor:
+    """The values of integers, which constants store as such."""
+    return (x.to(torch.float32) - zero_point) * scale
+
+
+STRAIGHT_THROUGH = {
+    "quantized_decomposed.quantize_per_tensor.default": _quantise,
+    "quantized_decomposed.dequantize_per_tensor.default": _dequantise,
+}
 
 
 def _traced(module: torch.nn.Module, image: Tensor) -> fx.GraphModule:

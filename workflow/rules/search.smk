@@ -191,7 +191,6 @@ rule quantize_students:
 rule executorch_student:
     input:
         weights=weights_for_executorch,
-        twin=rules.quantize_student.output.int8,
         train=rules.prepare_data.output.train,
         test=rules.prepare_data.output.test,
     output:
@@ -214,7 +213,7 @@ rule executorch_student:
         seed=run.seed,
     shell:
         "python -m proard.stages.executorch_student --settings {params.settings:q} --seed {params.seed}"
-        " --threads {threads} --device cpu --weights {input.weights:q} --twin {input.twin:q}"
+        " --threads {threads} --device cpu --weights {input.weights:q}"
         " --train {input.train:q} --test {input.test:q} --budget {wildcards.budget:q}"
         " --float {output.float:q} --int8 {output.int8:q} --parity {output.parity:q}"
         " --table {output.table:q} 2>&1 | tee {log:q}"
