@@ -42,7 +42,9 @@ OWN = {"proard", "triton"}  # triton comes with torch where there may be a GPU, 
 
 
 def test_every_imported_package_is_required():
-    required = {split(requirement)[0] for requirement in PROJECT["dependencies"]} | {"markupsafe", "pydantic-core"}
+    of_extra = PROJECT["optional-dependencies"]["executorch"]
+    required = {split(requirement)[0] for requirement in PROJECT["dependencies"] + of_extra}
+    required |= {"markupsafe", "pydantic-core"}
     distributions, missing = packages_distributions(), {}
     for path in (ROOT / "proard").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):

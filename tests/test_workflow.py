@@ -5,6 +5,7 @@ Nothing is trained: one run is faked by writing its files and letting Snakemake 
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from proard.config import COMPARED, NEEDS
 
 RULES = sorted((ROOT / "workflow" / "rules").glob("*.smk"))
 BUDGETS = 3
-ON_REQUEST = {"train_experiment", "measure_experiment", "compare_experiment", "diagnose"}  # no input of `all`
+ON_REQUEST = {"train_experiment", "measure_experiment", "compare_experiment", "diagnose", "executorch_student"}
 FROM_SELECTION = {
     "select_student": BUDGETS,
     "export_student": BUDGETS,
@@ -290,6 +291,7 @@ def test_a_stage_is_a_rule_a_module_and_a_target():
     names = {name for path in RULES for name in re.findall(r"^rule (\w+):", path.read_text("utf-8"), re.MULTILINE)}
     assert set(NEEDS) <= names
     assert {"train_phases", "evaluate", "select_students", "export_students", "quantize_students"} <= names
+    assert "executorch_students" in names
     assert {path.stem for path in (ROOT / "proard" / "stages").glob("*.py")} >= set(NEEDS)
 
 
@@ -312,6 +314,15 @@ def test_examined_students_are_attacked_before_they_are_checked_and_described(fi
         "autoattack_student": 1,
         "describe_student": 1,
     }
+
+
+def test_executorch_is_planned_with_its_extra_and_refused_in_one_line_without(finished):
+    more = finished.write("executorch.yaml", {"executorch_student": {"run": True}})
+    if importlib.util.find_spec("executorch") is not None:
+        assert finished.plan(more=more) == {"executorch_student": BUDGETS, "all": 1}
+        return
+    done = finished("--dry-run", more=more)
+    assert_one_line(done, ["executorch_student needs ExecuTorch", "pip install -e .[executorch]"])
 
 
 def test_autoattack_is_left_out_where_there_are_too_few_classes(tmp_path):

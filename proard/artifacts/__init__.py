@@ -3,7 +3,7 @@
 from proard.artifacts.checkpoints import check_finite, read_state_dict
 from proard.artifacts.experiments import GAINS, GAPS, TRAININGS
 from proard.artifacts.files import ArtifactError, atomic_path, sha256, write_json, write_text
-from proard.artifacts.quantised import QUANTISED
+from proard.artifacts.quantised import EXECUTORCH, QUANTISED
 from proard.artifacts.tables import (
     COSTS,
     FOOTPRINT,
@@ -27,6 +27,7 @@ __all__ = [
     "AUTOATTACK",
     "CHECKS",
     "COSTS",
+    "EXECUTORCH",
     "FOOTPRINT",
     "FRONT",
     "GAINS",

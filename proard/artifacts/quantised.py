@@ -1,4 +1,4 @@
-"""Columns of the table that compares a student in float32 and in int8, image by image."""
+"""Columns of the tables that compare a student in float32 and in int8, image by image."""
 
 from __future__ import annotations
 
@@ -40,4 +40,18 @@ QUANTISED: dict[str, tuple[pa.DataType, str]] = {
     "runtime": (TEXT, "runtime and its version"),
     "cpu": (TEXT, "processor"),
     "cpu_flags": (TEXT, "flags of the processor that decide which integer kernels run"),
+}
+SHARED = (
+    *("budget", "file", "precision", "difference", "difference_low", "difference_high", "lost", "gained"),
+    *("mcnemar_p", "clean_difference", "clean_lost", "clean_gained", "agreement_float", "bytes", "latency_ms"),
+    *("calibration_images", "calibration_seed", "runtime", "cpu", "cpu_flags"),
+)
+EXECUTORCH: dict[str, tuple[pa.DataType, str]] = {
+    **MEASURED,
+    **{name: QUANTISED[name] for name in SHARED},
+    "agreement_float": (FLOAT, "fraction of clean images with the same class in the program and in the float network"),
+    "agreement_clean": (FLOAT, "fraction of clean images with the same class in the program and in its twin in torch"),
+    "agreement_adversarial": (FLOAT, "the same on attacked images"),
+    "max_logit_difference": (FLOAT, "largest difference of a logit between the program and its twin"),
+    "crafted_on": (TEXT, "precision of the twin that the attack differentiates, queries (no gradient) or all"),
 }

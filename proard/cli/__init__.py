@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from proard import __version__
+from proard.cli.estimate import add_estimate
 from proard.cli.results import cost, fronts, students
 from proard.cli.show import show
 from proard.config import UserError
@@ -83,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         listed.add_argument(f"--{name}", help="of the paper, for the leaderboard")
     listed.add_argument("--additional-data", choices=("yes", "no"), help="whether more training images were used")
     add_latency(commands)
+    add_estimate(commands)
     add_doctor(commands)
     add_runs(commands)
     return parser

@@ -60,3 +60,24 @@ class QuantizeStudent(Settings):
     distinct: ClassVar[Any] = names_differ("attacks", *OTHER_ATTACKS)
     repairs: Annotated[tuple[Repair, ...], AfterValidator(each_once), Field(max_length=3)] = ("range", "ends")
     training: Int8Training = Int8Training()
+
+
+class ExecutorchStudent(Settings):
+    """ExecuTorch programs of students for XNNPACK, in float32 and int8; needs the extra `executorch`.
+
+    With `run: true` the target `all` includes them. Ranges of activations are calibrated on the first
+    `calibration_images` images of `train`. The float program must give every class probability of the test images
+    within `tolerance`, and their classes. The int8 program and its twin must give the same class on the share
+    `min_agreement` of them, clean and attacked.
+
+    `attacks` (left out: those of `verify_front`) run on both, and beside them transfers and, on every image that all
+    others left, a search by `queries` to the runtime, which evaluates image by image: none by default.
+    """
+
+    run: bool = False
+    calibration_images: Count = 512
+    tolerance: Positive = 1e-4
+    min_agreement: UnitInterval = 0.99
+    attacks: tuple[Attack, ...] = ()
+    queries: Natural = 0
+    distinct: ClassVar[Any] = names_differ("attacks", *OTHER_ATTACKS)

@@ -27,7 +27,7 @@ from proard.config.fields import (
 from proard.config.images import PrepareData
 from proard.config.losses import NAMED_KEYS, AnyLoss
 from proard.config.presets import IMAGENET_SIZE, PRESETS
-from proard.config.quantisation import QuantizeStudent
+from proard.config.quantisation import ExecutorchStudent, QuantizeStudent
 from proard.config.search import SearchFront
 from proard.config.spaces import Space
 from proard.config.trust import AutoattackStudent, CheckStudent
@@ -62,15 +62,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "autoattack_student": ("run", "threat", "measurement", "autoattack_student"),
     "check_student": ("run", "space", "threat", "measurement", "check_student"),
     "describe_student": ("run", "export_student"),
-    "quantize_student": (
-        "run",
-        "space",
-        "threat",
-        "measurement",
-        "train_phase",
-        "verify_front",
-        "quantize_student",
-    ),
+    "quantize_student": ("run", "space", "threat", "measurement", "train_phase", "verify_front", "quantize_student"),
+    "executorch_student": ("run", "space", "threat", "measurement", "verify_front", "executorch_student"),
     "diagnose": ("run", "space", "threat", "measurement", "diagnose"),
     "report": ("run", "threat", "report"),
 }
@@ -110,6 +103,7 @@ class RunConfig(Settings):
     autoattack_student: AutoattackStudent = AutoattackStudent()
     check_student: CheckStudent = CheckStudent()
     quantize_student: QuantizeStudent = QuantizeStudent()
+    executorch_student: ExecutorchStudent = ExecutorchStudent()
     diagnose: Diagnose = Diagnose()
     experiment: Experiment = Experiment()
     report: s.Report = s.Report()

@@ -180,7 +180,7 @@ def save_onnx(path: str | Path, program: torch.export.ExportedProgram, facts: St
     onnx.checker.ValidationError
         The exporter produced an invalid model.
     """
-    with _quiet():
+    with quiet():
         exported = torch.onnx.export(
             program,
             input_names=[INPUT],
@@ -210,7 +210,7 @@ def _strip(model: onnx.ModelProto) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the exporter's progress lines, warnings and log messages."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")

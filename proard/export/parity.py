@@ -234,25 +234,28 @@ def open_session(path: Path, *, threads: int) -> onnxruntime.InferenceSession:
 
 def latency(path: Path, image: NDArray[np.float32]) -> dict[str, Any]:
     """Time of one image on one CPU thread of this machine: for orientation, not a benchmark."""
-    session = open_session(path, threads=1)
-    predict, image = _onnx_predict(session), np.ascontiguousarray(image)
-    for _ in range(10):
-        predict(image)
-    times: list[float] = []
-    started = time.perf_counter()
-    while len(times) < LATENCY_RUNS and time.perf_counter() - started < LATENCY_SECONDS:
-        before = time.perf_counter()
-        predict(image)
-        times.append(1e3 * (time.perf_counter() - before))
+    predict = _onnx_predict(open_session(path, threads=1))
+    image = np.ascontiguousarray(image)
     return {
         "runtime": f"onnxruntime {onnxruntime.__version__}, CPU",
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
         "threads": 1,
         "batch_size": 1,
-        "runs": len(times),
-        "median_ms": float(np.median(times)),
-        "p95_ms": float(np.percentile(times, 95)),
+        **timed(lambda: predict(image)),
     }
+
+
+def timed(call: Callable[[], Any]) -> dict[str, Any]:
+    """Number, median and 95th percentile, in milliseconds, of repeated calls after some for warming up."""
+    for _ in range(10):
+        call()
+    times: list[float] = []
+    started = time.perf_counter()
+    while len(times) < LATENCY_RUNS and time.perf_counter() - started < LATENCY_SECONDS:
+        before = time.perf_counter()
+        call()
+        times.append(1e3 * (time.perf_counter() - before))
+    return {"runs": len(times), "median_ms": float(np.median(times)), "p95_ms": float(np.percentile(times, 95))}
 
 
 def _same_accuracy(name: str, logits: NDArray[np.float32], labels: Tensor, row_clean_acc: float) -> float:

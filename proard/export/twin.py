@@ -41,24 +41,26 @@ class Scaled:
 Value = Tensor | Scaled
 
 
-class _Round(torch.autograd.Function):
+class RoundThrough(torch.autograd.Function):
     """Round half to even and clip; the gradient passes where nothing is clipped."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
+        """Integers between the limits."""
         rounded = x.round()
         ctx.save_for_backward((rounded >= low) & (rounded <= high))
         return rounded.clamp_(low, high)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient where nothing was clipped."""
         (inside,) = ctx.saved_tensors
         return gradient * inside, None, None
 
 
 def round_through(x: Tensor, largest: float = math.inf) -> Tensor:
     """Integers between `-largest` and `largest`, with the straight-through gradient."""
-    rounded: Tensor = _Round.apply(x, -largest, largest)
+    rounded: Tensor = RoundThrough.apply(x, -largest, largest)
     return rounded
 
 
@@ -160,7 +162,7 @@ def _quantise(x: Value, scale: Tensor, zero_point: Tensor, *, limits: tuple[int,
         steps = x.integers * ratio
     else:
         steps = x / scale
-    return Scaled(_Round.apply(steps, *limits), scale)
+    return Scaled(RoundThrough.apply(steps, *limits), scale)
 
 
 def _dequantise(x: Value, scale: Tensor, zero_point: Tensor | None = None, *, axis: int = 1, **_: Any) -> Value:

@@ -1,6 +1,7 @@
 """Helpers of the rules: the checked config, the settings and inputs of each job, and resources."""
 
 import importlib.machinery
+import importlib.util
 import json
 import os
 import re
@@ -49,6 +50,7 @@ BUDGETS = list(run.select_student.budgets)
 ATTACKABLE = run.space.classes >= proard.config.LEAST_CLASSES
 AUTOATTACKED = BUDGETS if run.autoattack_student.run and ATTACKABLE else []
 CHECKED = BUDGETS if run.check_student.run else []
+IN_EXECUTORCH = BUDGETS if run.executorch_student.run else []
 DESCRIBED = BUDGETS if AUTOATTACKED or CHECKED else []
 if run.autoattack_student.run and not ATTACKABLE and workflow.is_main_process:
     print(f"note: AutoAttack needs {proard.config.LEAST_CLASSES} classes; its stage is left out", file=sys.stderr)
@@ -223,6 +225,16 @@ def table_of_checks(wildcards):
 def table_of_int8(wildcards):
     """The measurement of a budget's student in int8; networks of an experiment have none."""
     return [] if is_of_training(wildcards.budget) else [f"<results>/quantize_student/{wildcards.budget}/table.parquet"]
+
+
+def weights_for_executorch(wildcards):
+    """The exported student; without the extra that its stage needs, the run stops here, before the first job."""
+    if importlib.util.find_spec("executorch") is None:
+        sys.exit(
+            "error: executorch_student needs ExecuTorch, which this environment lacks; get it with: "
+            "pip install -e .[executorch]"
+        )
+    return f"<results>/export_student/{wildcards.budget}/student.safetensors"
 
 
 def teacher_to_transfer_from(wildcards):

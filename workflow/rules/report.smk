@@ -17,6 +17,7 @@ rule report:
         autoattacked=collect("<results>/autoattack_student/{budget}/table.parquet", budget=AUTOATTACKED),
         checked=collect("<results>/check_student/{budget}/checks.parquet", budget=CHECKED),
         quantised=collect("<results>/quantize_student/{budget}/table.parquet", budget=BUDGETS),
+        deployed=collect("<results>/executorch_student/{budget}/table.parquet", budget=IN_EXECUTORCH),
         trained_students=rules.compare_experiment.output.table if ALONE else [],
         diagnosis_summary=rules.compare_experiment.output.diagnosis if NETWORKS else [],
         diagnosis_radii=rules.compare_experiment.output.radii if NETWORKS else [],
@@ -54,7 +55,7 @@ rule report:
         " --archive {input.archive:q} --front {input.front:q} --search-history {input.search_history:q}"
         " --verified {input.verified:q} --students {input.students:q} --cards {input.cards:q}"
         " --autoattacked {input.autoattacked:q} --checked {input.checked:q}"
-        " --quantised {input.quantised:q}"
+        " --quantised {input.quantised:q} --deployed {input.deployed:q}"
         " {params.compared}"
         " --benchmarks {params.benchmarks:q} --ledgers {params.ledgers:q} --html {output.html:q}"
         " --front-figure {output.front_figure:q} --training-figure {output.training_figure:q} --predictor-figure {output.predictor_figure:q}"

@@ -188,6 +188,42 @@ rule quantize_students:
         collect(rules.quantize_student.output, budget=BUDGETS),
 
 
+rule executorch_student:
+    input:
+        weights=weights_for_executorch,
+        train=rules.prepare_data.output.train,
+        test=rules.prepare_data.output.test,
+    output:
+        float="<results>/executorch_student/{budget}/student.pte",
+        int8="<results>/executorch_student/{budget}/student.int8.pte",
+        parity="<results>/executorch_student/{budget}/parity.json",
+        table="<results>/executorch_student/{budget}/table.parquet",
+    log:
+        "<logs>/executorch_student/{budget}.log",
+    benchmark:
+        "<benchmarks>/executorch_student/{budget}.tsv"
+    conda:
+        "../../environment.yml"
+    threads: 1
+    resources:
+        mem_mb=per_attempt(8000),
+        runtime=per_attempt(240),
+    params:
+        settings=settings("executorch_student"),
+        seed=run.seed,
+    shell:
+        "python -m proard.stages.executorch_student --settings {params.settings:q} --seed {params.seed}"
+        " --threads {threads} --device cpu --weights {input.weights:q}"
+        " --train {input.train:q} --test {input.test:q} --budget {wildcards.budget:q}"
+        " --float {output.float:q} --int8 {output.int8:q} --parity {output.parity:q}"
+        " --table {output.table:q} 2>&1 | tee {log:q}"
+
+
+rule executorch_students:
+    input:
+        collect(rules.executorch_student.output, budget=BUDGETS),
+
+
 rule export_experiments:
     input:
         collect(rules.export_student.output, budget=ALONE),
