@@ -20,7 +20,7 @@ from proard.cli import main
 from proard.config import load, read_file
 from proard.runs import CONFIGS, SNAKEFILE
 
-PACKAGED = ("proard", "workflow", "config")
+PACKAGED = ("proard", "workflow", "config", "environments")
 BESIDE = ("pyproject.toml", "README.md", "LICENSE", "environment.yml")
 
 
