@@ -349,7 +349,7 @@ def job_settings(
     elif phase is not None:
         sections["train_phase"] = _only_phase(sections["train_phase"], phase)
     elif stage == "quantize_student":  # it trains on images augmented as in the last phase
-        sections["train_phase"] = {"augment": sections["train_phase"]["phases"][-1]["augment"]}
+        sections["train_phase"] = {"phases": sections["train_phase"]["phases"][-1:]}
     return json.dumps(sections, sort_keys=True, separators=(",", ":"))
 
 
