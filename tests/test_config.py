@@ -192,6 +192,8 @@ def test_a_job_of_one_phase_knows_only_its_phase():
     other = [job_settings(config, "train_phase", phase="second") for config in (before, after)]
     assert same[0] == same[1]
     assert other[0] != other[1]
+    of_int8 = json.loads(job_settings(after, "quantize_student"))["train_phase"]
+    assert [phase["name"] for phase in of_int8["phases"]] == ["second"]  # whose augmentation its training has
 
 
 def test_settings_survive_their_json():
