@@ -148,7 +148,7 @@ def test_the_seed_and_the_loss_decide_the_weights(files, tmp_path):
 
 
 def test_a_loss_that_asks_a_teacher_needs_its_file_and_others_do_not(files, tmp_path):
-    with pytest.raises(UserError, match=r"experiment\.s: needs a teacher.*--teacher"):
+    with pytest.raises(UserError, match=r"experiment\.s needs a teacher.*--teacher"):
         train(files, tmp_path, {"name": "s", "loss": "kd"}, networks=())
     with pytest.raises(UserError, match=r"--control"):
         train(files, tmp_path, {"name": "s", "loss": "hat"}, networks=("teacher",))
