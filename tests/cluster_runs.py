@@ -149,9 +149,9 @@ class Run:
     def tables(self) -> dict[str, pd.DataFrame]:
         """All tables except the ledgers of costs, without wall times."""
         files = [path for path in sorted(self.results.rglob("*.parquet")) if path.name != "costs.parquet"]
+        times = ["seconds", "latency_ms"]
         return {
-            str(path.relative_to(self.results)): read_table(path).drop(columns="seconds", errors="ignore")
-            for path in files
+            str(path.relative_to(self.results)): read_table(path).drop(columns=times, errors="ignore") for path in files
         }
 
     def parity(self) -> list[bool]:
