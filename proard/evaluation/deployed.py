@@ -19,11 +19,12 @@ from scipy import stats
 from torch import Tensor
 
 from proard.attacks import differentiate, pgd
-from proard.config import Attack
+from proard.config import Attack, UserError
 from proard.data import ImageSet, keyed_generator, to_float
-from proard.evaluation.meter import Conditions, Measured, measure
+from proard.evaluation.meter import Conditions, Measured, measure, rows_of
 from proard.evaluation.pairing import mean_interval
 from proard.losses import CrossEntropy
+from proard.space import NetArch, NetSpace
 
 Predict = Callable[[Tensor], Tensor]
 SQUARE_NORMS = {"linf": "Linf", "l2": "L2"}
@@ -70,6 +71,32 @@ def agreement(first: Tensor, second: Tensor) -> Agreement:
     """Compare logits of shape (n, classes)."""
     same = (first.argmax(1) == second.argmax(1)).double().mean()
     return Agreement(float(same), float((first - second).abs().max()))
+
+
+def accept_twin(file: str, found: Mapping[str, Agreement], *, least: float, setting: str, runtime: str) -> None:
+    """Refuse a twin that is not the file: attacks on it would not be white-box attacks.
+
+    Parameters
+    ----------
+    found : mapping of str to Agreement
+        Agreement of twin and runtime by kind of images.
+    least : float
+        Share of images with the same class that `setting` requires.
+    runtime : str
+        Name and version, as in "onnxruntime 1.32.0".
+
+    Raises
+    ------
+    UserError
+        On which images they agree too rarely.
+    """
+    for images, each in found.items():
+        if not each.top1 >= least:
+            raise UserError(
+                f"{file}: twin and runtime give the same class on {each.top1:.2%} of the {images} test images, "
+                f"accepted is {setting}.min_agreement {least:g}; the largest difference of a logit is "
+                f"{each.max_difference:.2g}; try another version than {runtime}"
+            )
 
 
 @torch.no_grad()
@@ -229,6 +256,39 @@ def worst_case(found: Measured) -> dict[str, Any]:
         "forwards": sum(entry.get("forwards", 0) for entry in entries),
         "seconds": sum(entry["seconds"] for entry in entries),
     }
+
+
+def deployed_rows(
+    found: Measured,
+    *,
+    images: ImageSet,
+    attacks: Sequence[Attack],
+    queries: int,
+    space: NetSpace,
+    arch: NetArch,
+    conditions: Conditions,
+    common: Mapping[str, Any],
+    against: Measured | None = None,
+) -> list[dict[str, Any]]:
+    """What `attack_deployed` found, as table rows with the columns `common`.
+
+    `against` holds the measurements of another file under the same attacks on the same images: rows then say how they
+    differ from it, image by image.
+    """
+    named, probe, rows = {attack.name: attack for attack in attacks}, probe_of(attacks), []
+    described: dict[str, Any] = {"space": space, "arch": arch, "images": images, "conditions": conditions}
+    for name, entry in found.items():
+        settings = named.get(name, probe).model_copy(update={"name": name})
+        (row,) = rows_of({name: entry}, attacks=[settings], **described)
+        if name in ("worst", "union", "square"):
+            row |= {"step_size": None, "num_steps": queries if name == "square" else None}
+        row |= {**common, "crafted_on": entry["crafted_on"]}
+        if against is not None:
+            row |= paired(against[name]["robust"], entry["robust"], seed=conditions.seed)
+            clean = paired(against[name]["clean"], entry["clean"], seed=conditions.seed)
+            row |= {f"clean_{key}": clean[key] for key in ("difference", "lost", "gained")}
+        rows.append(row)
+    return rows
 
 
 def paired(first: NDArray[np.bool_], second: NDArray[np.bool_], *, seed: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,17 @@ import torch
 from proard.artifacts import EXECUTORCH, atomic_path, write_json, write_table
 from proard.config import UserError
 from proard.data import to_float
-from proard.evaluation import rows_of, work_of
-from proard.evaluation.deployed import Agreement, agreement, attack_deployed, last_iterates, logits_of, paired, probe_of
+from proard.evaluation import work_of
+from proard.evaluation.deployed import (
+    Agreement,
+    accept_twin,
+    agreement,
+    attack_deployed,
+    deployed_rows,
+    last_iterates,
+    logits_of,
+    probe_of,
+)
 from proard.evaluation.meter import Measured
 from proard.export.executorch import Runner, deployable, quantised, require_executorch, save_pte, straight_through
 from proard.export.parity import timed
@@ -120,7 +129,8 @@ class Programs:
             if precision == "float32":
                 is_the_network(name, to_float_net, difference, tolerance=self.settings.tolerance)
             else:
-                accept(self.settings.min_agreement, {"clean": own, "attacked": attacked}, name=name)
+                both, least = {"clean": own, "attacked": attacked}, self.settings.min_agreement
+                accept_twin(name, both, least=least, setting="executorch_student", runtime=runtime_name())
             path, image = self.paths[precision], pixels[:1]
             single = Runner(path, threads=1)
             latency = timed(lambda runner=single, image=image: runner(image))  # type: ignore[misc]
@@ -175,49 +185,22 @@ class Programs:
 
     def rows(self, precision: str, found: Measured, *, against: Measured | None) -> list[dict[str, Any]]:
         """Measurements as rows; those of int8 are paired with float32's of the same attack on the same images."""
-        named, probe, seed = {attack.name: attack for attack in self.attacks}, probe_of(self.attacks), self.job.seed
         name, flags = processor()
         common = {"budget": self.job.files.budget, "file": self.paths[precision].name, "precision": precision}
         common |= {"runtime": runtime_name(), "cpu": name, "cpu_flags": " ".join(flags), **self.facts[precision]}
         if precision == "int8":
-            common |= {"calibration_images": self.num_calibrated, "calibration_seed": seed}
-        rows = []
-        for attack, entry in found.items():
-            settings = named.get(attack, probe).model_copy(update={"name": attack})
-            (row,) = rows_of(
-                {attack: entry},
-                space=self.student.space,
-                arch=self.student.arch,
-                images=self.test,
-                attacks=[settings],
-                conditions=self.conditions,
-            )
-            if attack in ("worst", "union", "square"):
-                row |= {"step_size": None, "num_steps": self.settings.queries if attack == "square" else None}
-            row |= {**common, "crafted_on": entry["crafted_on"]}
-            if against is not None:
-                row |= paired(against[attack]["robust"], entry["robust"], seed=seed)
-                clean = paired(against[attack]["clean"], entry["clean"], seed=seed)
-                row |= {f"clean_{key}": clean[key] for key in ("difference", "lost", "gained")}
-            rows.append(row)
-        return rows
-
-
-def accept(least: float, found: Mapping[str, Agreement], *, name: str) -> None:
-    """Refuse a twin that is not the program: attacks on it would not be white-box attacks.
-
-    Raises
-    ------
-    UserError
-        On which images they agree too rarely.
-    """
-    for images, each in found.items():
-        if not each.top1 >= least:
-            raise UserError(
-                f"{name}: twin and runtime give the same class on {each.top1:.2%} of the {images} test images, "
-                f"accepted is executorch_student.min_agreement {least:g}; the largest difference of a logit is "
-                f"{each.max_difference:.2g}; try another version of executorch (now {version('executorch')})"
-            )
+            common |= {"calibration_images": self.num_calibrated, "calibration_seed": self.job.seed}
+        return deployed_rows(
+            found,
+            images=self.test,
+            attacks=self.attacks,
+            queries=self.settings.queries,
+            space=self.student.space,
+            arch=self.student.arch,
+            conditions=self.conditions,
+            common=common,
+            against=against,
+        )
 
 
 def is_the_network(name: str, found: Agreement, difference: float, *, tolerance: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from proard.artifacts import QUANTISED, ArtifactError, atomic_path, read_header, read_table, write_table, write_text
-from proard.config import UserError
 from proard.data import ImageSet, to_float
-from proard.evaluation import measure, rows_of, work_of
+from proard.evaluation import measure, work_of
 from proard.evaluation.deployed import (
-    Agreement,
     OnDevice,
     Predict,
+    accept_twin,
     agreement,
     attack_deployed,
+    deployed_rows,
     last_iterates,
     logits_of,
-    paired,
     probe_of,
     worst_case,
     zero_gradients,
@@ -221,8 +220,12 @@ class Quantisation:
         adv = last_iterates(twin, test, probe, self.conditions)
         on_clean = agreement(logits_of(twin, pixels, size), logits := logits_of(runtime, pixels, size))
         on_adv = agreement(logits_of(twin, adv, size), logits_of(runtime, adv, size))
-        accept(
-            self.settings.min_agreement, {"clean": on_clean, "attacked": on_adv}, name=Path(self.job.files.int8).name
+        accept_twin(
+            Path(self.job.files.int8).name,
+            {"clean": on_clean, "attacked": on_adv},
+            least=self.settings.min_agreement,
+            setting="quantize_student",
+            runtime=f"onnxruntime {onnxruntime.__version__}",
         )
         teacher = fold(load_static(self.job.files.teacher, kind="teacher")[0]).to(self.job.device)
         in_float = self.attacked(self.student, test, ("float32", self.student), ("int8", twin), teacher)
@@ -269,8 +272,6 @@ class Quantisation:
         self, found: Measured, images: ImageSet, *, against: Measured | None = None, variant: str | None = None
     ) -> list[dict[str, Any]]:
         """Measurements as rows; those of int8 are paired with float32's of the same attack on the same images."""
-        attacks = {attack.name: attack for attack in self.attacks}
-        probe, rows = self.attacks[0], []
         name, flags = processor()
         files = self.job.files
         common = {
@@ -284,42 +285,17 @@ class Quantisation:
         }
         if variant is not None:
             common |= {"calibration_images": len(self.calibration), "calibration_seed": self.job.seed}
-        for attack, entry in found.items():
-            settings = attacks.get(attack, probe).model_copy(update={"name": attack})
-            (row,) = rows_of(
-                {attack: entry},
-                space=self.space,
-                arch=self.arch,
-                images=images,
-                attacks=[settings],
-                conditions=self.conditions,
-            )
-            if attack in ("worst", "union", "square"):
-                row |= {"step_size": None, "num_steps": self.settings.queries if attack == "square" else None}
-            row |= {**common, "crafted_on": entry["crafted_on"]}
-            if against is not None:
-                row |= paired(against[attack]["robust"], entry["robust"], seed=self.job.seed)
-                clean = paired(against[attack]["clean"], entry["clean"], seed=self.job.seed)
-                row |= {f"clean_{name}": clean[name] for name in ("difference", "lost", "gained")}
-            rows.append(row)
-        return rows
-
-
-def accept(least: float, found: Mapping[str, Agreement], *, name: str) -> None:
-    """Refuse a twin that is not the file: attacks on it would not be white-box attacks.
-
-    Raises
-    ------
-    UserError
-        On which images they agree too rarely.
-    """
-    for images, each in found.items():
-        if not each.top1 >= least:
-            raise UserError(
-                f"{name}: twin and runtime give the same class on {each.top1:.2%} of the {images} test images, "
-                f"accepted is quantize_student.min_agreement {least:g}; the largest difference of a logit is "
-                f"{each.max_difference:.2g}; try another version of onnxruntime (now {onnxruntime.__version__})"
-            )
+        return deployed_rows(
+            found,
+            images=images,
+            attacks=self.attacks,
+            queries=self.settings.queries,
+            space=self.space,
+            arch=self.arch,
+            conditions=self.conditions,
+            common=common,
+            against=against,
+        )
 
 
 def latencies(paths: Sequence[Path], image: NDArray[np.float32]) -> list[float]:
