@@ -23,12 +23,12 @@ CONTROL = {"arch_id": "control", "macs": 17_900_000, "params": 1_300_000}
 class SyntheticRun:
     """Writes every table of a run below `folder`, and lists the report stage's flags for them."""
 
-    def __init__(self, folder: Path, *, num_archs: int = 40) -> None:
+    def __init__(self, folder: Path, *, num_archs: int = 40, **sections: Any) -> None:
         self.folder = folder / "results" / "demo"
         self.rng = np.random.default_rng(0)
         self.num_archs = num_archs
         self.config: RunConfig = load(
-            {"run": "demo", "seed": 3, "space": "resnet_micro", "prepare_data": {"source": "cifar10"}}
+            {"run": "demo", "seed": 3, "space": "resnet_micro", "prepare_data": {"source": "cifar10"}, **sections}
         )
         self.students: dict[str, dict[str, Any]] = {}
         self._write_manifest()

@@ -231,6 +231,17 @@ def device_rows(text: str) -> list[list[str]]:
     ]
 
 
+def test_int8_attacks_other_than_those_of_the_students_are_named(tmp_path: Path):
+    attacks = [{"name": "pgd7", "num_steps": 7}]
+    texts = []
+    for name, sections in (("same", {}), ("other", {"quantize_student": {"attacks": attacks}})):
+        made = SyntheticRun(tmp_path / name, **sections)
+        main(made.flags())
+        texts.append(" ".join(made.path("report", "report.html").read_text("utf-8").split()))
+    assert "these accuracies are at most as high as there" in texts[0]
+    assert "The white-box attacks are pgd7 (quantize_student.attacks), not those of the students' table" in texts[1]
+
+
 def test_files_on_the_device_have_the_numbers_of_their_tables(run: SyntheticRun, page: str):
     rows = device_rows(page)
     assert len(rows) == 2 * len(BUDGETS)

@@ -1,7 +1,8 @@
 """Robustness of a network that runs where no gradient is: attacked through stand-ins, scored by its runtime alone.
 
 A stand-in is a network that can be differentiated: a twin that computes the same, the float network, the teacher. An
-image counts as robust only if it withstands the attacks through all of them, and a search by queries to the runtime.
+image counts as robust only if it is classified correctly under the attacks through all of them, and under a search by
+queries to the runtime.
 """
 
 from __future__ import annotations

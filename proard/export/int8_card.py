@@ -17,7 +17,7 @@ images of train (in the order of seed {calibration_seed:.0f}). Way to quantise: 
 {rows}
 
 On {num_images:,} test images, {norm}, eps {eps:.4g}, scored by the runtime. Both precisions were attacked alike:
-{attacks}. `union`: an image counts as robust only if it withstands all of them.
+{attacks}. `union`: an image counts as robust only if it is classified correctly under all of them.
 Attacks on int8 differentiate a twin that computes the file's integers. Twin and runtime give the same class on
 {agreement_clean:.2%} of the clean and {agreement_adversarial:.2%} of the attacked images; the largest difference of a
 logit is {max_logit_difference:.2g}.

@@ -52,6 +52,7 @@ def device(context: Context) -> Section | None:
     if not any(file.known("latency_ms") or file.known("bytes") for file in files):
         return None
     table = context.results.settings.get("device")
+    own = context.results.settings.get("quantize_student", {}).get("attacks", ())
     by_student: dict[str, list[DeviceFile]] = {}
     for file in files:
         by_student.setdefault(file.budget, []).append(file)
@@ -66,6 +67,7 @@ def device(context: Context) -> Section | None:
         machines=_said(files, ("runtime", "cpu", "cpu_flags")),
         paired=any(file.known("difference") is not None for file in files),
         alike=any(file.known("attack") == ALIKE for file in files),
+        other_attacks=[attack["name"] for attack in own],
         images=sorted({int(file.row["num_images"]) for file in files if file.known("num_images")}),
     )
 
