@@ -118,11 +118,10 @@ def test_without_the_extra_one_line_says_how_to_get_it(monkeypatch):
 
 def test_a_float_program_that_is_not_the_network_is_refused(monkeypatch):
     monkeypatch.setattr(executorch_student, "version", lambda name: "1")
-    how = {"tolerance": 1e-4}
-    executorch_student.is_the_network("student.pte", Agreement(1.0, 1e-6), 1e-6, **how)
+    executorch_student.is_the_network("student.pte", Agreement(1.0, 1e-6), 1e-6)
     for top1, difference in ((0.99, 1e-6), (1.0, 1e-3), (1.0, float("nan"))):
         with pytest.raises(UserError, match=r"student\.pte is not the measured network"):
-            executorch_student.is_the_network("student.pte", Agreement(top1, 1.0), difference, **how)
+            executorch_student.is_the_network("student.pte", Agreement(top1, 1.0), difference)
 
 
 def test_the_table_shares_names_and_meanings_with_that_of_int8():
@@ -206,7 +205,7 @@ def test_programs_are_the_network_and_are_measured_on_their_runtime(tmp_path):
     pytest.importorskip("executorch")
     exported(tmp_path, TINY)
     files = save_stripes(tmp_path)
-    config = tiny_config(threat={"eps": 8 / 255}, executorch_student={"attacks": ATTACKS, "calibration_images": 64})
+    config = tiny_config(threat={"eps": 8 / 255}, quantize_student={"attacks": ATTACKS, "calibration_images": 64})
     written = {"float": tmp_path / "student.pte", "int8": tmp_path / "student.int8.pte"}
     written |= {"parity": tmp_path / "pte.json", "table": tmp_path / "pte.parquet"}
     read = {"weights": tmp_path / "student.safetensors", "train": files["train"], "test": files["test"]}

@@ -65,19 +65,10 @@ class QuantizeStudent(Settings):
 class ExecutorchStudent(Settings):
     """ExecuTorch programs of students for XNNPACK, in float32 and int8; needs the extra `executorch`.
 
-    With `run: true` the target `all` includes them. Ranges of activations are calibrated on the first
-    `calibration_images` images of `train`. The float program must give every class probability of the test images
-    within `tolerance`, and their classes. The int8 program and its twin must give the same class on the share
-    `min_agreement` of them, clean and attacked.
-
-    `attacks` (left out: those of `verify_front`) run on both, and beside them transfers and, on every image that all
-    others left, a search by `queries` to the runtime, which evaluates image by image: none by default.
+    With `run: true` the target `all` includes them. They are calibrated on the images and attacked by the attacks of
+    `quantize_student`, without its search by queries: the runtime evaluates image by image. The int8 program and its
+    twin must give the same class on the share `min_agreement` of the test images, clean and attacked.
     """
 
     run: bool = False
-    calibration_images: Count = 512
-    tolerance: Positive = 1e-4
     min_agreement: UnitInterval = 0.97
-    attacks: tuple[Attack, ...] = ()
-    queries: Natural = 0
-    distinct: ClassVar[Any] = names_differ("attacks", *OTHER_ATTACKS)

@@ -63,7 +63,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "check_student": ("run", "space", "threat", "measurement", "check_student"),
     "describe_student": ("run", "export_student"),
     "quantize_student": ("run", "space", "threat", "measurement", "train_phase", "verify_front", "quantize_student"),
-    "executorch_student": ("run", "space", "threat", "measurement", "verify_front", "executorch_student"),
+    "executorch_student": ("run", "threat", "measurement", "verify_front", "quantize_student", "executorch_student"),
     "diagnose": ("run", "space", "threat", "measurement", "diagnose"),
     "report": ("run", "threat", "report"),
 }

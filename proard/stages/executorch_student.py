@@ -33,6 +33,7 @@ from proard.stages.common import Job, parse_arguments, run
 from proard.stages.measuring import conditions_of, exported_network, load_images
 
 PRECISIONS = ("float32", "int8")
+TOLERANCE = 1e-4  # of a class probability, float32 program against the network
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -85,7 +86,7 @@ class Programs:
     """
 
     def __init__(self, job: Job, folder: Path) -> None:
-        self.job, self.settings = job, job.config.executorch_student
+        self.job, self.settings = job, job.config.quantize_student
         self.conditions = conditions_of(job)
         self.attacks = [
             attack.model_copy(update={"dtype": "float32"})
@@ -127,9 +128,9 @@ class Programs:
             difference = float((logits.softmax(1) - measured.softmax(1)).abs().max())
             name = self.paths[precision].name
             if precision == "float32":
-                is_the_network(name, to_float_net, difference, tolerance=self.settings.tolerance)
+                is_the_network(name, to_float_net, difference)
             else:
-                both, least = {"clean": own, "attacked": attacked}, self.settings.min_agreement
+                both, least = {"clean": own, "attacked": attacked}, self.job.config.executorch_student.min_agreement
                 accept_twin(name, both, least=least, setting="executorch_student", runtime=runtime_name())
             path, image = self.paths[precision], pixels[:1]
             single = Runner(path, threads=1)
@@ -174,7 +175,7 @@ class Programs:
                 self.conditions,
                 white_box=(precision, self.twins[precision]),
                 transfers={"transfer": (other, self.twins[other])},
-                queries=self.settings.queries,
+                queries=0,
             )
             self.job.ledger.tally.spent += work_of(
                 [entry for name, entry in found.items() if name not in ("worst", "union")], self.macs
@@ -194,7 +195,7 @@ class Programs:
             found,
             images=self.test,
             attacks=self.attacks,
-            queries=self.settings.queries,
+            queries=0,
             space=self.student.space,
             arch=self.student.arch,
             conditions=self.conditions,
@@ -203,7 +204,7 @@ class Programs:
         )
 
 
-def is_the_network(name: str, found: Agreement, difference: float, *, tolerance: float) -> None:
+def is_the_network(name: str, found: Agreement, difference: float) -> None:
     """Refuse a float program that is not the measured network.
 
     Raises
@@ -211,10 +212,10 @@ def is_the_network(name: str, found: Agreement, difference: float, *, tolerance:
     UserError
         By how much a class probability differs, or on how many images the class.
     """
-    if not (difference <= tolerance and found.top1 == 1):
+    if not (difference <= TOLERANCE and found.top1 == 1):
         raise UserError(
             f"{name} is not the measured network: it gives the same class on {found.top1:.2%} of the test images, and "
-            f"a class probability differs by {difference:.2e}; accepted is executorch_student.tolerance {tolerance:g}; "
+            f"a class probability differs by {difference:.2e}; accepted is {TOLERANCE:g}; "
             f"try another version of executorch (now {version('executorch')})"
         )
 
