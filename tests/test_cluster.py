@@ -87,13 +87,13 @@ def test_a_killed_process_is_started_again(run, undisturbed):
     assert run.weights() == phases_of(undisturbed)
 
 
-def test_a_job_that_hits_its_time_limit_continues_in_the_next_attempt(run, undisturbed):
-    process = run.start("train_phases", "--set-resources", "train_phase:runtime=1", "--retries", "12")
-    run.trains(process)
+def test_a_job_that_hits_its_time_limit_continues_in_the_next_attempt(run, undisturbed, slurm):
+    process = run.start("train_phases")
+    job = run.trains(process)
     assert run.signal_trainers(signal.SIGSTOP) == 1  # hangs until SLURM's time limit
+    slurm("scontrol", "update", f"jobid={job}", "timelimit=1")  # only this job's: a slow machine needs the next one's
     run.end(process)
-    first, *stopped, last = run.states("train_phase")  # on a busy machine the next limits are short as well
-    assert (first, {*stopped}, last) in [("TIMEOUT", set(), "COMPLETED"), ("TIMEOUT", {"FAILED"}, "COMPLETED")]
+    assert run.states("train_phase") == ["TIMEOUT", "COMPLETED"]
     assert run.resumed()
     assert run.weights() == phases_of(undisturbed)
 
