@@ -44,16 +44,13 @@ IMPATIENT = ["--slurm-init-seconds-before-status-checks", "1", "--latency-wait",
 class Run:
     """A run in a folder of its own; commands start in the repository's root, where the profile's link lies."""
 
-    def __init__(self, folder: Path, slurm: Slurm | None = None, *, config: dict | None = CONFIG) -> None:
+    def __init__(self, folder: Path, slurm: Slurm | None = None) -> None:
         self.folder, self.slurm, self.started = folder, slurm, []
-        self.name = config["run"] if config else "quickstart"
-        self.results, self.logs = folder / "results" / self.name, folder / "logs" / self.name
+        self.results, self.logs = folder / "results" / CONFIG["run"], folder / "logs" / CONFIG["run"]
         folder.mkdir(parents=True, exist_ok=True)
-        files: list[str | Path] = ["config/quickstart.yaml"]
-        if config:
-            files.append(folder / "config.yaml")
-            files[1].write_text(yaml.safe_dump(config))
-        self.options = ["--configfile", *files, "--directory", folder, *ONE_THREAD]
+        config = folder / "config.yaml"
+        config.write_text(yaml.safe_dump(CONFIG))
+        self.options = ["--configfile", "config/quickstart.yaml", config, "--directory", folder, *ONE_THREAD]
         self.profile: list[str | Path] = ["--profile", "slurm", *IMPATIENT] if slurm else ["--cores", "2"]
 
     def start(self, *arguments: str | Path) -> subprocess.Popen:

@@ -1,4 +1,4 @@
-"""The workflow on a real SLURM: the quick start, and a run with every kind of failure on a cluster.
+"""The workflow on a real SLURM: a whole run, and one with every kind of failure on a cluster.
 
 After each failure, the documented recovery gives the tables and weights of an undisturbed run, which
 ran here, without SLURM.
@@ -53,11 +53,11 @@ def run(undisturbed: Run, slurm: Slurm, tmp_path: Path) -> Iterator[Run]:
     copied.stop()
 
 
-def test_the_quick_start(slurm: Slurm, tmp_path: Path):
-    run = Run(tmp_path / "run", slurm, config=None)
-    run.end(run.start(), seconds=1800)
-    assert len(run.parity()) == 4
-    assert all(run.parity())
+def test_a_run_from_an_empty_folder_equals_the_one_without_a_cluster(undisturbed, slurm, tmp_path):
+    run = Run(tmp_path / "run", slurm)
+    run()
+    assert same(run, undisturbed)
+    assert run.parity() == [True]
     assert (run.results / "report" / "report.html").exists()
     assert set(run.states("")) == {"COMPLETED"}
     rules = {job["comment"].removeprefix("rule_").split("_wildcards")[0]: job for job in run.jobs("").values()}
@@ -66,13 +66,13 @@ def test_the_quick_start(slurm: Slurm, tmp_path: Path):
     assert not (ROOT / "logs" / "slurm").exists()
 
 
-def test_a_cancelled_job_is_submitted_again_and_the_run_ends_as_if_nothing_had_been(run, undisturbed, slurm):
-    process = run.start()
+def test_a_cancelled_job_is_submitted_again_with_more_memory(run, undisturbed, slurm):
+    process = run.start("train_phases")
     slurm("scancel", run.trains(process))
     run.end(process)
     assert run.states("train_phase") == ["CANCELLED", "COMPLETED"]
     assert run.resumed()
-    assert same(run, undisturbed)
+    assert run.weights() == phases_of(undisturbed)
     memory = [job["memory"] for job in run.jobs("train_phase").values()]
     assert memory == ["16000M", "32000M"]
 
