@@ -33,7 +33,10 @@ FLOORS = {
     "cli": 5,
     "stages": 5,
 }
-BESIDE = {"artifacts": {"config"}}  # errors that a user can fix
+BESIDE = {
+    "artifacts": {"config"},  # errors that a user can fix
+    "latency": {"export"},  # how students are quantised
+}
 ONLY = {  # rooms that may import less than their floor allows
     "attacks": {"losses", "kernels"},  # the type of an objective
     "losses": {"kernels"},
@@ -43,7 +46,7 @@ ONLY = {  # rooms that may import less than their floor allows
     "search": {"config", "artifacts", "space", "progress"},
     "cli": {"config", "host", "artifacts", "export", "report", "doctor", "latency", "runs"},
     "runs": {"config"},
-    "latency": {"config", "artifacts", "space"},
+    "latency": {"config", "artifacts", "space", "export"},
     "doctor": {"config", "space", "kernels", "nets", "attacks", "losses"},
 }
 WITHOUT_TORCH = ("config", "host", "progress", "space", "search", "runs", "cli")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,11 +21,12 @@ from proard.artifacts import Provenance, sha256, write_json
 from proard.cli import main
 from proard.config import PRESETS, Threat, UserError
 from proard.export import StudentFacts, export_program, save_student
-from proard.latency.bench import describe, measure
+from proard.latency.bench import TIME, describe, measure
 from proard.latency.bench import main as bench
 from proard.latency.check import check
 from proard.latency.fit import MODELS, Quality, fit, left_out_error, solve
 from proard.latency.graphs import onnx_file, random_weights
+from proard.latency.int8 import int8_file
 from proard.latency.plan import halves, plan, read_plan
 from proard.nets import extract, fold
 from proard.space import LatencyTable, Part, SearchSpace, parse_budget, read_device
@@ -71,10 +73,7 @@ def invented_times(folder: Path, *, macs: float = 0.0, passes: tuple[float, floa
             times[file] = parts[entry["key"]] + 0.25
         else:
             times[file] = float(space.costs(np.asarray([entry["genotype"]]))["latency"][0])
-    files = {
-        file: {"median_ms": time, "passes": [{"median_ms": time * factor} for factor in passes]}
-        for file, time in times.items()
-    }
+    files = {file: {TIME: time, "passes": [{TIME: time * factor} for factor in passes]} for file, time in times.items()}
     result = measure({"call.onnx": folder / "call.onnx"}, name="An Invented (Device)", rounds=1, seconds=0.001)
     return {**result, "files": files, "manifest_sha256": checksum}
 
@@ -187,7 +186,7 @@ def test_the_fit_finds_an_exact_law_and_uses_it(planned: Path, tmp_path: Path, m
     predicted = SearchSpace(PRESETS["resnet_digits"], device).costs(
         np.asarray([entry["genotype"] for entry in subnets.values()])
     )
-    np.testing.assert_allclose(predicted["latency"], [times[file]["median_ms"] for file in subnets], rtol=1e-6)
+    np.testing.assert_allclose(predicted["latency"], [times[file][TIME] for file in subnets], rtol=1e-6)
 
 
 def test_unseen_subnets_choose_nothing_and_noise_is_that_of_the_passes(planned: Path, tmp_path: Path):
@@ -195,7 +194,7 @@ def test_unseen_subnets_choose_nothing_and_noise_is_that_of_the_passes(planned: 
     manifest, _ = read_plan(planned)
     for file, entry in manifest["files"].items():
         if entry["kind"] == "subnet" and not entry["fitted"]:
-            times["files"][file]["median_ms"] *= 3
+            times["files"][file][TIME] *= 3
     write_json(planned / "bench.json", times)
     _, content = fit(planned, out=tmp_path)
     assert content["model"]["uses"] in ("table", "both")
@@ -246,7 +245,7 @@ def test_quality_counts_shares_and_order():
 def test_the_command_plans_fits_and_says_which_model_it_uses(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "my.yaml").write_text(CONFIG)
     main(["latency", "plan", str(tmp_path / "my.yaml"), "--out", str(tmp_path / "kit")])
-    assert "50 blocks and 40 subnets of space resnet_digits" in capsys.readouterr().out
+    assert "50 blocks and 40 subnets of space resnet_digits, float32" in capsys.readouterr().out
     bench_file = tmp_path / "kit" / "subnets" / "00.onnx"
     bench([str(bench_file), "--rounds", "1", "--seconds", "0.001"])
     assert json.loads(bench_file.with_suffix(".bench.json").read_text())["files"]["00.onnx"]["runs"] >= 6
@@ -258,6 +257,54 @@ def test_the_command_plans_fits_and_says_which_model_it_uses(tmp_path: Path, cap
     assert "<- used" in text
     assert "MACs alone" in text
     assert f"device: {tmp_path / 'latency' / 'board.json'}" in text
+
+
+def values_at(data: bytes) -> tuple[str, str]:
+    """Types of input and output of an ONNX file."""
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    return session.get_inputs()[0].type, session.get_outputs()[0].type
+
+
+@pytest.mark.parametrize("settings", SMALL_SPACES, ids=lambda entry: entry["name"])
+def test_int8_files_of_parts_are_quantised_as_students_and_pass_integers_on(settings):
+    space = tiny_space(settings)
+    parts = {part.key: part for part in parts_of(space)}
+    first, last = (next(part for part in parts.values() if getattr(part, name)) for name in ("of_images", "classes"))
+    block = next(part for part in parts.values() if not part.of_images and not part.classes and len(part.convs) > 1)
+    real, integer = "tensor(float)", "tensor(uint8)"
+    assert values_at(int8_file(first, random_weights(0)))[0] == real  # images
+    assert values_at(int8_file(last, random_weights(0))) == (integer, real)  # logits
+    assert values_at(int8_file(block, random_weights(0))) == (integer, integer)
+    for part in (first, block, last, Part.whole(space.spec(space.smallest))):
+        graph = onnx.load_from_string(int8_file(part, random_weights(0))).graph
+        weights = {entry.name: entry.data_type for entry in graph.initializer}
+        made_by = {node.output[0]: node for node in graph.node}
+        layers = [node for node in graph.node if node.op_type in ("Conv", "Gemm")]
+        assert len(layers) == len(part.convs) + bool(part.classes)
+        for node in layers:
+            assert [made_by[name].op_type for name in node.input[:2]] == ["DequantizeLinear"] * 2
+            assert weights[made_by[node.input[1]].input[0]] == onnx.TensorProto.INT8
+
+
+def test_a_table_of_int8_files_says_so_and_checks_the_int8_file(student: Path, tmp_path: Path):
+    (tmp_path / "my.yaml").write_text(CONFIG)
+    plan(tmp_path / "my.yaml", tmp_path / "kit", int8=True)
+    times = measure({"call.onnx": tmp_path / "kit" / "call.onnx"}, name="A Board", rounds=1, seconds=0.001)
+    write_json(tmp_path / "kit" / "bench.json", {**invented_times(tmp_path / "kit"), "device": times["device"]})
+    path, content = fit(tmp_path / "kit", out=tmp_path / "latency")
+    assert path.name == "a-board-int8.json"
+    assert content["precision"] == "int8"
+    exported, quantised = (tmp_path / stage / "macs=1M" for stage in ("export_student", "quantize_student"))
+    shutil.copytree(student, exported)
+    with pytest.raises(UserError, match=r"the table is of int8 files, and there is no .*run quantize_student"):
+        check(exported, device=path, seconds=0.002)
+    for folder in (exported, quantised):  # a copied folder, then the place where the stage writes
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(tmp_path / "kit" / "subnets" / "39.onnx", folder / "student.int8.onnx")
+        record = check(exported, device=path, seconds=0.002)
+        assert (record["precision"], record["file"]) == ("int8", "student.int8.onnx")
+        assert f"Promised for {content['device']}, int8" in (exported / "card.md").read_text()
+        (exported / "student.int8.onnx").unlink(missing_ok=True)
 
 
 def archive_of(space: SearchSpace, count: int) -> pd.DataFrame:
@@ -347,7 +394,7 @@ def test_a_checked_student_has_promise_and_measurement_on_its_card_once(student:
 def test_a_student_is_checked_by_what_was_measured_on_the_device(student: Path, tmp_path: Path):
     bench([str(student / "student.onnx"), "--rounds", "1", "--seconds", "0.001", "--out", str(tmp_path / "b.json")])
     times = json.loads((tmp_path / "b.json").read_text())
-    assert check(student, measured=tmp_path / "b.json")["measured_ms"] == times["files"]["student.onnx"]["median_ms"]
+    assert check(student, measured=tmp_path / "b.json")["measured_ms"] == times["files"]["student.onnx"][TIME]
     write_json(tmp_path / "b.json", {**times, "threads": 2})
     with pytest.raises(UserError, match=r"is not of student\.onnx on 1 threads"):
         check(student, measured=tmp_path / "b.json")

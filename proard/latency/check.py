@@ -12,11 +12,11 @@ import numpy as np
 from proard.artifacts import read_header, write_json, write_text
 from proard.config import Space, UserError
 from proard.config.budgets import parse_budget
-from proard.latency.bench import measure
+from proard.latency.bench import TIME, measure
 from proard.latency.fit import read_bench
 from proard.space import SearchSpace, read_device
 
-ONNX, WEIGHTS, RECORD, CARD, CHECKSUMS = "student.onnx", "student.safetensors", "latency.json", "card.md", "SHA256SUMS"
+WEIGHTS, RECORD, CARD, CHECKSUMS = "student.safetensors", "latency.json", "card.md", "SHA256SUMS"
 HEADING = "## Latency, promised and measured"
 
 
@@ -30,7 +30,8 @@ def check(
     folder : str or Path
         Of `export_student`.
     device : str or Path, optional
-        The device's latency table; by default the one that the student was selected with.
+        The device's latency table; by default the one that the student was selected with. A table of int8 files is
+        checked with the student's int8 file, of `quantize_student` or in the folder.
     measured : str or Path, optional
         What `bench.py student.onnx` wrote on the device; by default the student is timed on this machine.
     seconds : float
@@ -39,16 +40,18 @@ def check(
     Returns
     -------
     dict
-        Contents of `latency.json`: `promised_ms`, `measured_ms`, `error` of the promise relative to the measurement,
+        Contents of `latency.json`: `promised_ms`, `measured_ms` (tenth percentile of the calls, as in the table),
+        `median_ms` and `p90_ms` beside it, `error` of the promise relative to the measurement,
         the noise (the larger of the two passes' difference here and when the table was made: two passes of a second
         do not see a slow drift of the machine), whether the budget is met, and whether the machine is the table's.
 
     Raises
     ------
     UserError
-        There is no such student, no device is known, or the measurement is of another file or number of threads.
+        There is no such student or int8 file, no device is known, or the measurement is of another file or number of
+        threads.
     """
-    onnx, header = Path(folder) / ONNX, read_header(Path(folder) / WEIGHTS)
+    header = read_header(Path(folder) / WEIGHTS)
     device = device or header.get("device")
     if device is None:
         raise UserError(f"the student in {folder} was selected without a device; name its table with --device")
@@ -60,33 +63,54 @@ def check(
     genotype = space.genotype(space.read_arch(header["arch"]))
     promised = float(space.costs(np.asarray([genotype]))["latency"][0])
     threads = int(table.facts.get("threads", 1))
-    found = read_bench(Path(measured)) if measured else measure({ONNX: onnx}, threads=threads, seconds=seconds)
-    if set(found["files"]) != {ONNX} or found["threads"] != threads:
-        raise UserError(f"{measured} is not of {ONNX} on {threads} threads: python bench.py {ONNX} --threads {threads}")
-    times = found["files"][ONNX]
+    onnx = _timed_file(Path(folder), table.precision)
+    name = onnx.name
+    found = read_bench(Path(measured)) if measured else measure({name: onnx}, threads=threads, seconds=seconds)
+    if set(found["files"]) != {name} or found["threads"] != threads:
+        raise UserError(f"{measured} is not of {name} on {threads} threads: python bench.py {name} --threads {threads}")
+    times = found["files"][name]
     limit = parse_budget(header["budget"]).limits.get("latency") if "=" in header.get("budget", "") else None
     same = all(found["device"][key] == table.facts["machine"][key] for key in ("processor", "machine"))
     record = {
         "device": table.device,
+        "precision": table.precision,
+        "file": name,
         "is_the_device": same and found["runtime"] == table.facts["runtime"],
         "processor": found["device"]["processor"],
         "runtime": found["runtime"],
         "threads": threads,
         "promised_ms": promised,
-        "measured_ms": times["median_ms"],
-        "p10_ms": times["p10_ms"],
+        "measured_ms": times[TIME],
+        "median_ms": times["median_ms"],
         "p90_ms": times["p90_ms"],
         "runs": times["runs"],
-        "error": promised / times["median_ms"] - 1,
+        "error": promised / times[TIME] - 1,
         "noise": max(found["noise"]["mean"], table.facts.get("noise", {}).get("mean", 0.0)),
         "budget_ms": limit,
-        "met": None if limit is None else times["median_ms"] <= limit,
+        "met": None if limit is None else times[TIME] <= limit,
         "before": found["before"],
         "after": found["after"],
     }
     write_json(Path(folder) / RECORD, record)
     _write_card(Path(folder), record)
     return record
+
+
+def _timed_file(folder: Path, precision: str) -> Path:
+    """The student's file of the precision of a table.
+
+    Raises
+    ------
+    UserError
+        There is none.
+    """
+    if precision == "float32":
+        return folder / "student.onnx"
+    made = folder.parents[1] / "quantize_student" / folder.name / "student.int8.onnx"
+    for path in (made, folder / made.name):
+        if path.exists():
+            return path
+    raise UserError(f"the table is of int8 files, and there is no {made}; run quantize_student or copy it to {folder}")
 
 
 def _write_card(folder: Path, record: dict[str, Any]) -> None:
@@ -114,9 +138,9 @@ def section(record: dict[str, Any]) -> str:
     other = "" if record["is_the_device"] else " (another processor or runtime than that of the table)"
     return (
         f"{HEADING}\n\n| | |\n|---|---|\n"
-        f"| Promised for {record['device']} | {record['promised_ms']:.4g} ms |\n"
-        f"| Measured on {record['processor']}{other} | {record['measured_ms']:.4g} ms, "
-        f"from {record['p10_ms']:.4g} (p10) to {record['p90_ms']:.4g} (p90), {record['runs']:,} calls |\n"
+        f"| Promised for {record['device']}, {record['precision']} | {record['promised_ms']:.4g} ms |\n"
+        f"| Measured on {record['processor']}{other} | {record['measured_ms']:.4g} ms, the tenth percentile of "
+        f"{record['runs']:,} calls; median {record['median_ms']:.4g}, ninetieth {record['p90_ms']:.4g} |\n"
         f"| Promise less measurement | {record['error']:+.1%}; noise {record['noise']:.1%} |\n"
         f"{budget}"
         f"| Runtime, threads | {record['runtime']}, {record['threads']} |\n"

@@ -17,6 +17,7 @@ def add_latency(commands: Any) -> None:
     plan = actions.add_parser("plan", help="a folder to copy to the device: files to time and bench.py")
     plan.add_argument("config", metavar="CONFIG", help="config file of a run")
     plan.add_argument("--out", required=True, metavar="FOLDER", help="written")
+    plan.add_argument("--int8", action="store_true", help="time int8 files instead of float32 files")
     fit = actions.add_parser("fit", help="the table of what bench.py measured, judged on subnets that were not fitted")
     fit.add_argument("folder", metavar="FOLDER", help="as it came back from the device, with bench.json")
     fit.add_argument("--out", default="latency", metavar="FOLDER", help="folder of the tables (latency)")
@@ -42,7 +43,7 @@ def latency(arguments: argparse.Namespace, console: Console) -> None:
     from proard.latency.plan import plan
 
     if arguments.action == "plan":
-        _print_plan(plan(arguments.config, arguments.out), arguments.out, console)
+        _print_plan(plan(arguments.config, arguments.out, int8=arguments.int8), arguments.out, console)
     elif arguments.action == "fit":
         path, content = fit(arguments.folder, out=arguments.out, name=arguments.name)
         _print_fit(str(path), content, console)
@@ -55,7 +56,8 @@ def _print_plan(manifest: dict[str, Any], folder: str, console: Console) -> None
     kinds = [entry["kind"] for entry in manifest["files"].values()]
     parts, subnets = kinds.count("part"), kinds.count("subnet")
     console.print(
-        f"{parts} blocks and {subnets} subnets of space {escape(manifest['space']['name'])}: {escape(folder)}"
+        f"{parts} blocks and {subnets} subnets of space {escape(manifest['space']['name'])}, "
+        f"{manifest['precision']}: {escape(folder)}"
     )
     console.print("on the device, which needs numpy and onnxruntime: python bench.py")
     console.print(f"then here, with bench.json in the folder: proard latency fit {escape(folder)}")
@@ -65,7 +67,8 @@ def _print_fit(path: str, content: dict[str, Any], console: Console) -> None:
     """The errors on the unseen subnets, and what the table uses."""
     low, high = content["unseen_ms"]
     console.print(
-        f"{escape(content['machine']['processor'])}, {content['runtime']}, {content['threads']} threads; "
+        f"{content['precision']} on {escape(content['machine']['processor'])}, {content['runtime']}, "
+        f"{content['threads']} threads; "
         f"{content['num_fitted']} subnets fitted; on {content['num_unseen']} others, {low:.3g} to {high:.3g} ms:"
     )
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
@@ -84,8 +87,8 @@ def _print_fit(path: str, content: dict[str, Any], console: Console) -> None:
 def _print_check(record: dict[str, Any], console: Console) -> None:
     """Promise and measurement."""
     console.print(
-        f"promised {record['promised_ms']:.4g} ms for {escape(record['device'])}, "
-        f"measured {record['measured_ms']:.4g} ms ({record['p10_ms']:.4g} to {record['p90_ms']:.4g}): "
+        f"{record['file']}: promised {record['promised_ms']:.4g} ms for {escape(record['device'])}, "
+        f"measured {record['measured_ms']:.4g} ms (median {record['median_ms']:.4g}, p90 {record['p90_ms']:.4g}): "
         f"{record['error']:+.1%}; noise {record['noise']:.1%}"
     )
     if record["met"] is not None:

@@ -18,6 +18,7 @@ from proard import __version__
 from proard.artifacts import write_json
 from proard.config import Space, UserError
 from proard.latency.bench import FORMAT as BENCH_FORMAT
+from proard.latency.bench import TIME
 from proard.latency.plan import CALL, read_plan
 from proard.space import LatencyTable, SearchSpace
 from proard.space.latency import FORMAT
@@ -68,7 +69,7 @@ def fit(folder: str | Path, *, out: str | Path = "latency", name: str | None = N
     out : str or Path
         Folder of the tables of all devices.
     name : str, optional
-        Of the device; by default the name in `bench.json`, in lower case with hyphens.
+        Of the device; by default the name in `bench.json`, in lower case with hyphens, and `-int8` for int8 files.
 
     Returns
     -------
@@ -84,19 +85,21 @@ def fit(folder: str | Path, *, out: str | Path = "latency", name: str | None = N
     -----
     Three models are fitted by non-negative least squares of relative errors: a base and a factor of the sum of block
     times (`table`), a base and a slope over MACs (`macs`), a base and both. The one with the least leave-one-out error
-    among the fitted subnets is used; the others choose nothing. A block's time is its median less that of a call. The
+    among the fitted subnets is used; the others choose nothing. A block's time is that of its file less that of a call. The
     noise is judged as if the first pass predicted the second.
     """
     manifest, checksum = read_plan(folder)
     bench = read_bench(Path(folder) / "bench.json")
     if bench.get("manifest_sha256") != checksum or set(bench["files"]) != set(manifest["files"]):
         raise UserError(f"{folder}/bench.json is of another plan than manifest.json; run bench.py again on the device")
-    times = {file: entry["median_ms"] for file, entry in bench["files"].items()}
+    times = {file: entry[TIME] for file, entry in bench["files"].items()}
     kinds: dict[str, dict[str, Any]] = {"part": {}, "subnet": {}}
     for file, entry in manifest["files"].items():
         kinds.setdefault(entry["kind"], {})[file] = entry
     parts = {entry["key"]: max(times[file] - times[CALL], 0.0) for file, entry in kinds["part"].items()}
-    device = name or re.sub(r"[^a-z0-9.]+", "-", bench["device"]["name"].lower()).strip("-.") or "device"
+    precision = manifest["precision"]
+    slug = re.sub(r"[^a-z0-9.]+", "-", bench["device"]["name"].lower()).strip("-.") or "device"
+    device = name or (slug if precision == "float32" else f"{slug}-{precision}")
     subnets = kinds["subnet"]
     fitted = np.asarray([entry["fitted"] for entry in subnets.values()])
     measured = np.asarray([times[file] for file in subnets])
@@ -107,13 +110,14 @@ def fit(folder: str | Path, *, out: str | Path = "latency", name: str | None = N
     uses = min(errors, key=lambda model: errors[model])
     weights = {model: solve(matrix[fitted], measured[fitted]) for model, matrix in rows.items()}
     quality = {model: Quality.of(matrix[~fitted] @ weights[model], measured[~fitted]) for model, matrix in rows.items()}
-    passes = np.asarray([[each["median_ms"] for each in bench["files"][file]["passes"]] for file in subnets])
+    passes = np.asarray([[each[TIME] for each in bench["files"][file]["passes"]] for file in subnets])
     quality["noise"] = Quality.of(passes[~fitted, 0], passes[~fitted, 1])
     found = dict(zip(("base_ms", *MODELS[uses]), weights[uses].tolist(), strict=True))
     content = {
         "format": FORMAT,
         "version": __version__,
         "device": device,
+        "precision": precision,
         "space": manifest["space"]["name"],
         **{key: bench[key] for key in ("runtime", "threads", "batch_size", "before", "after")},
         "machine": bench["device"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,17 @@ from proard import __version__
 from proard.artifacts import write_json
 from proard.config import UserError, load, read_file
 from proard.latency import bench
-from proard.latency.graphs import call_file, onnx_file, random_weights
+from proard.latency.graphs import Weights, call_file, onnx_file, random_weights
 from proard.space import Part, SearchSpace
 from proard.space.sampling import identity_columns, stratified_sample
 from proard.space.tables import parts_of
 
-FORMAT = "proard latency plan 1"
+FORMAT = "proard latency plan 2"
 SUBNETS, FEWEST_SUBNETS, STRATA = 40, 12, 10
 CALL = "call.onnx"
 
 
-def plan(config: str | Path, folder: str | Path, *, seed: int = 0) -> dict[str, Any]:
+def plan(config: str | Path, folder: str | Path, *, int8: bool = False, seed: int = 0) -> dict[str, Any]:
     """Write all that a device needs to be timed for the space of a config.
 
     Parameters
@@ -33,6 +34,8 @@ def plan(config: str | Path, folder: str | Path, *, seed: int = 0) -> dict[str, 
         Config file of a run.
     folder : str or Path
         Written; it must not hold files of another plan.
+    int8 : bool
+        Write int8 files, as of `quantize_student`; otherwise float32 files, as of `export_student`.
     seed : int
         Of the choice of subnets, their halves, and all weights.
 
@@ -55,15 +58,16 @@ def plan(config: str | Path, folder: str | Path, *, seed: int = 0) -> dict[str, 
     genotypes, _ = stratified_sample(space, count, strata=STRATA, seed=seed)
     genotypes = genotypes[np.argsort(space.costs(genotypes)["macs"], kind="stable")]
     fitted = halves(count, seed)
+    write = _int8_writer() if int8 else onnx_file
     files: dict[str, dict[str, Any]] = {CALL: {"kind": "call"}}
     content = {CALL: call_file()}
     for part in {part.key: part for part in parts_of(space)}.values():
         name = f"parts/{part.key}.onnx"
-        files[name], content[name] = {"kind": "part", "key": part.key}, onnx_file(part, random_weights(seed))
+        files[name], content[name] = {"kind": "part", "key": part.key}, write(part, random_weights(seed))
     identity = identity_columns(space, genotypes)
     for row, genotype in enumerate(genotypes):
         name = f"subnets/{row:02d}.onnx"
-        content[name] = onnx_file(Part.whole(space.spec(space.arch(genotype))), random_weights(seed))
+        content[name] = write(Part.whole(space.spec(space.arch(genotype))), random_weights(seed))
         facts = {column: identity[column][row] for column in ("arch_id", "genotype", "macs")}
         files[name] = {"kind": "subnet", "fitted": bool(fitted[row]), **facts}
     for name, data in content.items():
@@ -74,12 +78,20 @@ def plan(config: str | Path, folder: str | Path, *, seed: int = 0) -> dict[str, 
     manifest = {
         "format": FORMAT,
         "version": __version__,
+        "precision": "int8" if int8 else "float32",
         "seed": seed,
         "space": space.settings.model_dump(mode="json"),
         "files": files,
     }
     write_json(out / "manifest.json", manifest)
     return manifest
+
+
+def _int8_writer() -> Callable[[Part, Weights], bytes]:
+    """The function that writes a part as an int8 file; its imports take seconds."""
+    from proard.latency.int8 import int8_file
+
+    return int8_file
 
 
 def halves(count: int, seed: int) -> np.ndarray:

@@ -40,6 +40,11 @@ class LatencyTable:
     parts_ms: Mapping[str, float]
     facts: Mapping[str, Any]
 
+    @property
+    def precision(self) -> str:
+        """Of the files that were timed: float32 or int8. Tables of versions that timed no int8 files lack the key."""
+        return str(self.facts.get("precision", "float32"))
+
     def of_part(self, part: Part) -> float:
         """Milliseconds that a part adds.
 
