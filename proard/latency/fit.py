@@ -85,8 +85,8 @@ def fit(folder: str | Path, *, out: str | Path = "latency", name: str | None = N
     -----
     Three models are fitted by non-negative least squares of relative errors: a base and a factor of the sum of block
     times (`table`), a base and a slope over MACs (`macs`), a base and both. The one with the least leave-one-out error
-    among the fitted subnets is used; the others choose nothing. A block's time is that of its file less that of a call. The
-    noise is judged as if the first pass predicted the second.
+    among the fitted subnets is used; the others choose nothing. A block's time is that of its file less that of a call.
+    The noise is judged as if the first pass predicted the second.
     """
     manifest, checksum = read_plan(folder)
     bench = read_bench(Path(folder) / "bench.json")
