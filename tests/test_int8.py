@@ -237,6 +237,12 @@ def test_the_file_depends_on_images_of_train_alone(done, inputs, tmp_path):
     assert changed["int8"].read_bytes() != done["int8"].read_bytes()
 
 
+def test_the_first_images_of_test_are_measured_where_a_number_is_set(inputs, tmp_path):
+    config = tiny_config(**{**SETTINGS, "quantize_student": {**SETTINGS["quantize_student"], "num_images": 10}})
+    table = read_table(run_stage(inputs, tmp_path, config)["table"])
+    assert set(table.loc[table["split"] == "test", "num_images"]) == {10}
+
+
 def test_a_twin_that_is_not_the_file_stops_the_stage(inputs, tmp_path, monkeypatch):
     forward = Twin.forward
     monkeypatch.setattr(Twin, "forward", lambda self, images: -forward(self, images))

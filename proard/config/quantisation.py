@@ -49,9 +49,12 @@ class QuantizeStudent(Settings):
     one loses less; the best is kept. `range`: other ranges (a percentile of the activations; 8-bit weights with signed
     activations). `ends`: first and last layer in float32. `training` (not among the defaults): weights trained further
     as int8 rounds them, by the settings of that name. `num_val_images` limits the images of val for that choice.
+
+    `num_images` limits the images of test on which both precisions are measured.
     """
 
     calibration_images: Count = 512
+    num_images: Count | None = None
     num_val_images: Count | None = None
     attacks: tuple[Attack, ...] = ()
     queries: Natural = 1000

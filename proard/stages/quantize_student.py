@@ -214,7 +214,7 @@ class Quantisation:
         UserError
             Twin and runtime disagree on too many images.
         """
-        test, size = load_images(self.job, "test"), self.conditions.measurement.batch_size
+        test, size = load_images(self.job, "test", self.settings.num_images), self.conditions.measurement.batch_size
         pixels, probe = to_float(test.images), probe_of(self.attacks)
         runtime, twin = self.runtime(kept.path), Twin(kept.path).to(self.job.device)
         adv = last_iterates(twin, test, probe, self.conditions)
