@@ -108,7 +108,7 @@ class Programs:
         job.ledger.tally.spent += self.num_calibrated * one_pass(self.macs)
 
     def parity(self) -> dict[str, Any]:
-        """The programs compared with the float network, and int8 with its twin, on all test images; twins on attacked ones.
+        """Compare the programs with the float network on all test images, and with their twins on attacked ones too.
 
         Raises
         ------
