@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from export_runs import arguments
+from helpers import tiny_config
 
 ROOT = Path(__file__).parents[1] / "proard"
 
@@ -89,6 +93,14 @@ def test_no_module_needs_snakemake_and_light_rooms_need_no_torch(path):
     packages = {name.split(".")[0] for name in imported_modules(path)}
     assert "snakemake" not in packages
     assert room(path) not in WITHOUT_TORCH or "torch" not in packages
+
+
+def test_stages_that_run_no_networks_do_not_wait_for_torch(tmp_path):
+    stages = [f"proard.stages.{name}" for name in ("sample_archs", "merge_table", "fit_predictor", "search_front")]
+    argv = arguments("sample_archs", tiny_config(), archs=tmp_path / "archs.parquet")
+    code = f"import sys, {', '.join(stages)}; {stages[0]}.main({argv!r}); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert (tmp_path / "archs.parquet").exists()
 
 
 def test_the_lines_stay_readable_in_one_sitting():

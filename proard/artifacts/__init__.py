@@ -20,7 +20,7 @@ from proard.artifacts.tables import (
     wilson,
     write_table,
 )
-from proard.artifacts.tensors import load_tensors, read_header, save_tensors, tensors_checksum
+from proard.artifacts.tensors import load_arrays, load_tensors, read_header, save_arrays, save_tensors, tensors_checksum
 from proard.artifacts.trust import AUTOATTACK, CHECKS
 
 __all__ = [
@@ -43,11 +43,13 @@ __all__ = [
     "Provenance",
     "atomic_path",
     "check_finite",
+    "load_arrays",
     "load_tensors",
     "read_header",
     "read_metadata",
     "read_state_dict",
     "read_table",
+    "save_arrays",
     "save_tensors",
     "sha256",
     "table_schema",

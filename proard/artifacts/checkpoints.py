@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from proard.artifacts.files import ArtifactError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys under which training scripts store the weights
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, of torch.compile, of a wrapping module
@@ -77,6 +77,8 @@ def check_finite(path: Any, tensors: Mapping[str, Tensor]) -> None:
 
 def _loaded(path: str) -> Any:
     """The content of a file, read by torch's unpickler for tensors."""
+    import torch
+
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -97,6 +99,8 @@ def _loaded(path: str) -> Any:
 
 def _is_state_dict(value: Mapping[Any, Any]) -> bool:
     """Whether this mapping has only names and tensors."""
+    from torch import Tensor
+
     return bool(value) and all(isinstance(key, str) and isinstance(entry, Tensor) for key, entry in value.items())
 
 

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import sklearn
-import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 
-from proard.artifacts import ArtifactError, Provenance, load_tensors, save_tensors
+from proard.artifacts import ArtifactError, Provenance, load_arrays, save_arrays
 from proard.config import Space, parse
 from proard.predictor.dense import Dense, dense
 from proard.predictor.estimators import build, describe
@@ -75,14 +74,14 @@ def _in_parts(predict: Dense, features: np.ndarray) -> np.ndarray:
 
 def save(path: str | Path, predictor: Predictor, provenance: Provenance | None = None) -> None:
     """Write features, targets, their predictions and the settings of the fit; no pickle."""
-    tensors = {
-        "features": torch.from_numpy(predictor.features),
-        "targets": torch.from_numpy(predictor.targets),
-        "predictions": torch.from_numpy(predict_features(predictor.pipeline, predictor.features)),
+    arrays = {
+        "features": predictor.features,
+        "targets": predictor.targets,
+        "predictions": predict_features(predictor.pipeline, predictor.features),
     }
-    save_tensors(
+    save_arrays(
         path,
-        tensors,
+        arrays,
         kind="predictor",
         provenance=provenance,
         model=predictor.name,
@@ -101,11 +100,11 @@ def load(path: str | Path) -> Predictor:
     ArtifactError
         The file is missing, damaged or no predictor, or the model fitted here gives other predictions.
     """
-    tensors, header = load_tensors(path, kind="predictor")
+    arrays, header = load_arrays(path, kind="predictor")
     space = SearchSpace(parse(Space, header["space"], where=f"space in {path}"))
-    features, targets = tensors["features"].numpy(), tensors["targets"].numpy()
+    features, targets = arrays["features"], arrays["targets"]
     predictor = Predictor(header["model"], space, features, targets, seed=header["seed"])
-    difference = np.abs(predict_features(predictor.pipeline, features) - tensors["predictions"].numpy()).max()
+    difference = np.abs(predict_features(predictor.pipeline, features) - arrays["predictions"]).max()
     if difference > REPRODUCED:
         raise ArtifactError(
             f"{path}: the model fitted again differs from the saved one by {difference:.2g} (it was fitted with "

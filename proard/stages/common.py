@@ -61,12 +61,14 @@ def parse_arguments(
     lists: Sequence[str] = (),
     optional: Sequence[str] = (),
     optional_lists: Sequence[str] = (),
+    runs_networks: bool = True,
 ) -> Job:
     """Parse a stage's flags.
 
     Every stage has `--settings` (the JSON of its sections, as printed by the workflow), `--seed`, `--device`,
     `--threads` and one flag per file: `reads` and `writes` name one path each, `lists` one or more,
-    `optional` and `optional_lists` what may be left out.
+    `optional` and `optional_lists` what may be left out. A stage that runs no networks needs no device: it does not
+    wait for the import of torch.
     """
     parser = argparse.ArgumentParser(prog=f"python -m proard.stages.{stage}", description=description)
     parser.add_argument("--settings", required=True, help="JSON of the sections " + ", ".join(NEEDS[stage]))
@@ -93,7 +95,7 @@ def parse_arguments(
     config = parse(RunConfig, files.settings)
     threads = files.threads or usable_cores()
     sections = config.model_dump(mode="json", include=set(NEEDS[stage]))
-    device = _prepare_device(files.device, max(threads // processes(), 1))
+    device = _prepare_device(files.device, max(threads // processes(), 1)) if runs_networks else "cpu"
     ledger = Ledger(stage, getattr(files, writes[0]), device=device, threads=threads, processes=processes())
     return Job(stage, config, files.seed, device, files, sections, ledger, threads)
 

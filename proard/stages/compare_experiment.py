@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         lists=["outcomes", "budgets", "bounds", "all_radii", "diagnoses"],
         writes=["table"],
         optional=[name for files in COMPARED.values() for name in files],
+        runs_networks=False,
     )
     files = job.files
     if not files.outcomes + files.budgets + files.diagnoses:

@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         reads=["weights", "student", "manifest", "budget"],
         writes=["card"],
         optional=["supernet", "trained", "autoattack", "checks", "quantised"],
+        runs_networks=False,
     )
     files = job.files
     folder = Path(files.weights).parent

@@ -21,7 +21,12 @@ from proard.stages.common import parse_arguments, run
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage."""
     job = parse_arguments(
-        __doc__, argv, stage="fit_predictor", reads=["table"], writes=["predictor", "quality", "held_out"]
+        __doc__,
+        argv,
+        stage="fit_predictor",
+        reads=["table"],
+        writes=["predictor", "quality", "held_out"],
+        runs_networks=False,
     )
     settings, space = job.config.fit_predictor, SearchSpace(job.config.space)
     table = artifacts.read_table(job.files.table, columns=MEASURED)

@@ -10,8 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from proard.artifacts import COSTS, Provenance, write_table
 from proard.space import Tally, Work
 from proard.stages.energy import EnergyMeter
@@ -60,7 +58,7 @@ class Ledger:
         self.earlier: dict[str, Any] = {}
         self.started, self.energy = time.monotonic(), EnergyMeter(gpu=self.on_gpu)
         if self.on_gpu:
-            torch.cuda.reset_peak_memory_stats()
+            _cuda().reset_peak_memory_stats()
 
     def state(self) -> dict[str, Any]:
         """Costs so far, earlier attempts included; plain numbers, for a resume state."""
@@ -69,7 +67,7 @@ class Ledger:
             "seconds": time.monotonic() - self.started,
             "energy_wh": self.energy.read(),
             "peak_rss_bytes": peak_rss_bytes(),
-            "peak_cuda_bytes": torch.cuda.max_memory_allocated() if self.on_gpu else None,
+            "peak_cuda_bytes": _cuda().max_memory_allocated() if self.on_gpu else None,
         }
         for name in ADDED_UP:
             here[name] = _both(lambda a, b: a + b, here[name], self.earlier.get(name))
@@ -97,7 +95,7 @@ class Ledger:
             **costs,
             "stage": self.stage,
             "job": self.job,
-            "device": torch.cuda.get_device_name() if self.on_gpu else "cpu",
+            "device": _cuda().get_device_name() if self.on_gpu else "cpu",
             "devices": devices,
             "device_seconds": devices * costs["seconds"],
             "forward_equivalents": done.forwards,
@@ -116,6 +114,13 @@ class Ledger:
     def write(self, provenance: Provenance) -> None:
         """Write the table."""
         write_table(self.path, [{**self.row(), "seed": provenance.seed}], COSTS, provenance)
+
+
+def _cuda() -> Any:
+    """`torch.cuda`, where a job holds a GPU."""
+    import torch
+
+    return torch.cuda
 
 
 def peak_rss_bytes() -> int:

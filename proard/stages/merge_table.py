@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         lists=["shards"],
         writes=["table"],
         optional=["per_shard"],
+        runs_networks=False,
     )
     archs = artifacts.read_table(job.files.archs, columns=["arch_id"])
     paths = shard_files(job.files.shards, job.files.per_shard, len(archs))

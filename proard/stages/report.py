@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         lists=["phase_histories", "students", "cards", "quantised"],
         optional_lists=["autoattacked", "checked", "deployed"],
         writes=["html", *FIGURES.values()],
+        runs_networks=False,
     )
     folders = {"benchmarks": job.files.benchmarks, "ledgers": job.files.ledgers}
     results = load_results(vars(job.files), run=job.config.run, seed=job.seed, **folders)

@@ -23,7 +23,7 @@ ARCHS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage."""
-    job = parse_arguments(__doc__, argv, stage="sample_archs", writes=["archs"])
+    job = parse_arguments(__doc__, argv, stage="sample_archs", writes=["archs"], runs_networks=False)
     settings, space = job.config.sample_archs, SearchSpace(job.config.space, read_device(job.config.device))
     genotypes, stratum = stratified_sample(space, settings.num_archs, strata=settings.strata, seed=job.seed)
     rows = {**identity_columns(space, genotypes), **footprint_columns(space, genotypes)}

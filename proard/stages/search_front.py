@@ -21,7 +21,12 @@ from proard.stages.common import parse_arguments, run
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage."""
     job = parse_arguments(
-        __doc__, argv, stage="search_front", reads=["predictor", "table"], writes=["archive", "front", "history"]
+        __doc__,
+        argv,
+        stage="search_front",
+        reads=["predictor", "table"],
+        writes=["archive", "front", "history"],
+        runs_networks=False,
     )
     settings, space = job.config.search_front, SearchSpace(job.config.space, read_device(job.config.device))
     model = read_predictor(job.files.predictor, job.files.table, space)
