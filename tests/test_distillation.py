@@ -17,6 +17,7 @@ from proard.losses import alignment as alignment_module
 
 close = torch.testing.assert_close
 LABELS = torch.tensor([0, 2, 1, 2])
+CLASS_WEIGHTS = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.1, 0.4, 0.5]], dtype=torch.float64)
 FIRST = torch.tensor([0])
 ROOT3 = math.sqrt(3)
 
@@ -77,6 +78,7 @@ def test_losses_have_their_hand_computed_values(value, expected):
 STUDENT = {  # student logits a, b, c in; the teacher's and all else fixed
     "mart": lambda a, b, c: losses.mart_loss(a, b, LABELS),
     "hat": lambda a, b, c: losses.hat_loss(a, b, c, LABELS, logits(8)),
+    "ikl": lambda a, b, c: losses.ikl_loss(a, b, LABELS, CLASS_WEIGHTS, soft_weight=0, beta=3),
     "ard": lambda a, b, c: losses.kd_loss(a, b, logits(8), LABELS, soft_weight=0.7, temperature=3),
     "iad": lambda a, b, c: losses.iad_loss(a, b, logits(8), LABELS, torch.rand(4), soft_weight=0.7, temperature=3),
     "adaad": lambda a, b, c: losses.adaad_loss(a, b, logits(8), logits(9), adv_weight=0.7),
@@ -168,6 +170,40 @@ def test_hard_classes_get_a_lower_temperature():
     close(moved, torch.tensor([0.9, 1.1, 1.0, 1.0]))  # means 3, 1, 2; the last class was not seen
     low = losses.next_temperatures(torch.full((4,), 0.55), losses_of_classes, counts, temperature_rate=0.2)
     close(low, torch.tensor([0.5, 0.75, 0.55, 0.55]))
+
+
+def test_ikl_is_soft_labels_and_pairwise_distances_of_logits():
+    clean, adv = logits(0), logits(1).requires_grad_()
+    total = torch.zeros(())
+    for image, label in enumerate(LABELS.tolist()):
+        weights = CLASS_WEIGHTS[label]
+        for j in range(3):
+            for k in range(3):
+                gap = (clean[image, j] - clean[image, k]) - (adv[image, j] - adv[image, k])
+                total = total + weights[j] * weights[k] * gap**2
+    hard = torch.nn.functional.cross_entropy(clean, LABELS)
+    soft = losses.kl_to_teacher(adv, clean).mean() - (clean.softmax(1) * clean.log_softmax(1)).sum(1).mean()
+    found = losses.ikl_loss(clean, adv, LABELS, CLASS_WEIGHTS, soft_weight=2.0, beta=3.0)
+    close(found, hard + 2 * soft + 3 / 4 * total / 4)
+
+
+def test_ikl_weighs_by_the_mean_output_of_a_class_in_the_pass_before():
+    objective, options = OBJECTIVES["ikl"], {"soft_weight": 4.0, "beta": 20.0, "temperature": 2.0}
+    memory = objective.memory(3, **options)
+    close(memory["class_weights"], torch.full((3, 3), 1 / 3))
+    seen = []
+    for data_pass, seed in ((0, 0), (0, 1), (1, 2), (2, 3)):
+        labels = torch.tensor([0, 2, 0, 2]) if data_pass == 0 else torch.tensor([1, 1, 0, 1])
+        batch = Batch(labels, logits(seed), adv=logits(seed + 4), data_pass=data_pass, memory=memory)
+        memory = objective.remember(batch, **options)
+        seen.append(memory["class_weights"])
+    close(seen[1], torch.full((3, 3), 1 / 3))
+    outputs = torch.cat([(logits(seed) / 2).softmax(1).float() for seed in (0, 1)])
+    close(seen[2][0], outputs[[0, 2, 4, 6]].mean(0))
+    close(seen[2][2], outputs[[1, 3, 5, 7]].mean(0))
+    close(seen[2][1], torch.full((3,), 1 / 3))  # no image of the class was seen
+    close(seen[3][2], seen[2][2])  # nor in the next pass: its weights stay
+    close(seen[3][0], (logits(2) / 2).softmax(1).float()[2])
 
 
 def test_absld_moves_its_temperatures_once_a_pass():

@@ -24,6 +24,7 @@ from proard.losses import (
     fast_edge_loss,
     hat_loss,
     iad_loss,
+    ikl_loss,
     kd_loss,
     kl_to_teacher,
     mart_loss,
@@ -239,6 +240,7 @@ SOFT = {"soft_weight": 0.7, "temperature": 2.0}
 TRUSTING = {**SOFT, "trust_power": 0.1, "trust_after": 0.3}
 SHARES = {"adv_share": torch.full((1,), 0.3, dtype=torch.float64)}
 TEMPERATURES = {name: torch.tensor([1.0, 0.7, 2.0]) for name in ("clean_temperature", "adv_temperature")}
+CLASS_WEIGHTS = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.1, 0.4, 0.5]], dtype=torch.float64)
 RANGE = {"temperature_rate": 0.1, "temperature_min": 0.5, "temperature_max": 5.0}
 ALPHA = {"adv_weight": 0.3, "alpha_min": -1.0, "alpha_max": 0.5, "ratio_clip": 4.0}
 WRITTEN_OUT = {  # options, and what the objective is in the functions of the package, batch `b` by batch
@@ -252,6 +254,10 @@ WRITTEN_OUT = {  # options, and what the objective is in the functions of the pa
         lambda b: hat_loss(b.clean, b.adv, b.beyond, LABELS, b.control_adv, beta=3.0, helper_weight=0.4),
     ),
     "kd": (SOFT, lambda b: kd_loss(b.clean, b.clean, b.teacher, LABELS, **SOFT)),
+    "ikl": (
+        {"soft_weight": 2.0, "beta": 3.0, "temperature": 4.0},
+        lambda b: ikl_loss(b.clean, b.adv, LABELS, CLASS_WEIGHTS, soft_weight=2.0, beta=3.0),
+    ),
     "akd": (SOFT, lambda b: kd_loss(b.clean, b.adv, b.teacher_adv, LABELS, **SOFT)),
     "ard": (SOFT, lambda b: kd_loss(b.clean, b.adv, b.teacher, LABELS, **SOFT)),
     "iad": (
@@ -286,7 +292,7 @@ def test_every_objective_asks_every_network_where_it_should(name):
     """All logits differ, so that swapped ones change results."""
     options, expected = WRITTEN_OUT[name]
     values = {field: logits(seed) for seed, field in enumerate(LOGITS)}
-    batch = Batch(LABELS, **values, progress=0.5, memory=SHARES | TEMPERATURES)
+    batch = Batch(LABELS, **values, progress=0.5, memory=SHARES | TEMPERATURES | {"class_weights": CLASS_WEIGHTS})
     close(OBJECTIVES[name].loss(batch, **options), expected(batch))
     for field in set(LOGITS) & OBJECTIVES[name].needs:
         moved = replace(batch, **{field: values[field] + logits(20)})

@@ -72,6 +72,19 @@ class Hat(Loss):
     helper_weight: NonNegative = 0.5
 
 
+class Ikl(Loss):
+    """TRADES with a decoupled divergence, whose distance of logits has the weight `beta`: arXiv:2305.13948.
+
+    `soft_weight` is the weight of the soft labels. The distance is weighted by the mean output of each class over the
+    pass before, at `temperature`.
+    """
+
+    name: Literal["ikl"] = "ikl"
+    soft_weight: NonNegative = 4.0
+    beta: NonNegative = 20.0
+    temperature: Positive = 4.0
+
+
 class Distilled(Loss):
     """A loss of distillation from a teacher."""
 
@@ -229,8 +242,8 @@ SHORT = BeforeValidator(by_name)
 NAMED = Field(discriminator="name")
 Robust = PgdAt | Trades | Mart | Hat
 Distillation = Rslad | Kd | Akd | Ard | Iad | AdaIad | AdaAd | Mtard | Absld | Alpha | FastEdge
-TeacherLoss = Annotated[Annotated[Plain | Robust, NAMED], SHORT]
+TeacherLoss = Annotated[Annotated[Plain | Robust | Ikl, NAMED], SHORT]
 RobustLoss = Annotated[Annotated[Robust, NAMED], SHORT]
 DistillationLoss = Annotated[Annotated[Distillation, NAMED], SHORT]
-AnyLoss = Annotated[Annotated[Plain | Robust | Distillation, NAMED], SHORT]
+AnyLoss = Annotated[Annotated[Plain | Robust | Ikl | Distillation, NAMED], SHORT]
 Alignment = Annotated[Annotated[Igdm | Kdiga, NAMED], SHORT]

@@ -18,6 +18,7 @@ from proard.losses.distillation import (
     trust,
 )
 from proard.losses.divergence import alpha_divergence, kl_to_teacher, mix_logits, softened_kl
+from proard.losses.ikl import ikl_loss
 from proard.losses.inner import CrossEntropy, InnerObjective, KLBetweenNets, KLToTarget, Margin, TargetedMargin
 from proard.losses.mtard import balanced_share, mtard_loss
 from proard.losses.objectives import (
@@ -56,6 +57,7 @@ __all__ = [
     "hat_loss",
     "iad_loss",
     "igdm_term",
+    "ikl_loss",
     "kd_loss",
     "kdiga_term",
     "kl_to_teacher",
