@@ -26,8 +26,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from proard import artifacts
 from proard.artifacts import ArtifactError
-from proard.config import PrepareData
-from proard.data import Augmenter, DataError, epoch_order, load_split, make_splits, sources, stratified_order, to_float
+from proard.config import PrepareData, TrainTeacher
+from proard.data import (
+    Augmenter,
+    DataError,
+    epoch_order,
+    load_split,
+    make_splits,
+    mixed_order,
+    sources,
+    stratified_order,
+    to_float,
+)
+from proard.stages.training import AugmentedImages
 
 
 def test_digits_keep_their_range_and_share_no_image():
@@ -287,6 +298,85 @@ def test_stage_writes_what_the_manifest_says(tmp_path, capsys):
     assert manifest["splits"]["test"]["count"] == 50
     assert manifest["splits"]["train"]["count"] + manifest["splits"]["val"]["count"] == 200
     assert "digits: 8 x 8 pixels, 1 channel, 10 classes" in capsys.readouterr().out
+
+
+def write_archive(path, count=30, *, label=1, size=8, seed=0):
+    """An npz archive of generated images, all of one class."""
+    images = np.random.default_rng(seed).integers(0, 256, (count, size, size, 1), dtype=np.uint8)
+    np.savez(path, image=images, label=np.full(count, label))
+    return images
+
+
+def test_additional_images_are_for_training_alone(tmp_path, capsys):
+    made = np.concatenate([write_archive(tmp_path / f"{number}.npz", seed=number) for number in (0, 1)])
+    additional = {"files": str(tmp_path / "*.npz"), "share": 0.25}
+    paths, manifest = run_stage(tmp_path, max_train_images=200, additional=additional)
+    (tmp_path / "plain").mkdir()
+    plain, _ = run_stage(tmp_path / "plain", max_train_images=200)
+    train, without = load_split(paths["train"]), load_split(plain["train"])
+    assert (train.own, train.additional, train.share) == (len(without), 60, 0.25)
+    assert torch.equal(train.images[: train.own], without.images)
+    np.testing.assert_array_equal(train.images[train.own :].numpy(), made)
+    assert set(train.labels[train.own :].tolist()) == {1}
+    assert (train.mean, train.std) == (without.mean, without.std)
+    assert len(train.first(None)) == len(train.first(10**6)) == train.own  # for recalibration and calibration
+    assert train.first(None).checksum == without.checksum
+    entry = manifest["splits"]["train"]
+    assert entry["count"] == sum(entry["per_class"]) == train.own
+    assert (entry["additional"], entry["share"]) == (60, 0.25)
+    assert "additional" not in manifest["splits"]["val"]
+    assert "60 additional images, 25% of every batch" in capsys.readouterr().out
+    source = AugmentedImages(train, TrainTeacher(augment={"crop_padding": 0, "flip": False}))
+    assert len(source) == train.own + train.own // 3
+    images, labels = source.batch(source.order(0, 0)[:40], torch.Generator())
+    assert images.shape == (40, 1, 8, 8)
+    assert (labels == 1).sum() >= 9
+
+
+def test_a_pass_takes_every_own_image_once_and_every_batch_its_share_of_the_others():
+    passes = [mixed_order(100, 70, 50, seed=3, epoch=epoch) for epoch in range(7)]
+    assert all(sorted(order[order < 100].tolist()) == list(range(100)) for order in passes)
+    assert all(
+        abs(int((order[start : start + 30] >= 100).sum()) - 10) <= 1 for order in passes for start in (0, 60, 90)
+    )
+    drawn = torch.cat([order[order >= 100] for order in passes])
+    assert torch.bincount(drawn - 100, minlength=70).tolist() == [5] * 70  # 350 of 70
+    assert torch.equal(passes[1], mixed_order(100, 70, 50, seed=3, epoch=1))
+    assert not torch.equal(passes[1], mixed_order(100, 70, 50, seed=4, epoch=1))
+    assert not torch.equal(passes[0][:100], passes[1][:100])
+
+
+def test_bad_additional_images_are_one_error(tmp_path):
+    def refusal(**settings):
+        with pytest.raises(DataError) as caught:
+            make_splits(PrepareData(additional={"files": str(tmp_path / "*"), "share": 0.5, **settings}), seed=0)
+        return str(caught.value)
+
+    assert "does not exist" in refusal()
+    write_archive(tmp_path / "a.npz", label=10)
+    assert f"{tmp_path}/a.npz image 0 has label 10; expected 0 to 9" in refusal()
+    write_archive(tmp_path / "a.npz", size=16)
+    assert "additional images are 16 x 16 pixels with 1 channels, expected 8 x 8" in refusal()
+    np.savez(tmp_path / "a.npz", image=np.zeros((2, 8, 8, 1), np.float32), label=np.zeros(2, int))
+    assert "has image float32 of shape (2, 8, 8, 1)" in refusal()
+    np.savez(tmp_path / "a.npz", pictures=np.zeros(2))
+    assert "is no npz archive with the arrays image and label" in refusal()
+    (tmp_path / "b.parquet").write_bytes(b"")
+    assert "mixes npz archives with other files" in refusal()
+    (tmp_path / "b.parquet").unlink()
+    splits = make_splits(PrepareData(), seed=0)
+    np.savez(tmp_path / "a.npz", image=splits.images["test"][[4, 5]], label=splits.labels["test"][[4, 5]])
+    assert f"contains 2 images of test (the first: {tmp_path}/a.npz image 0); remove them" in refusal()
+
+
+def test_additional_images_may_be_parquet_files(tmp_path):
+    images = random_pixels(12, seed=5)
+    write_parquet(tmp_path / "more.parquet", [png(image) for image in images], np.arange(12) % 2)
+    train = write_folder(tmp_path / "train", {"a": 4, "b": 4})
+    settings = folder_settings(train, additional={"files": str(tmp_path / "more.parquet"), "share": 0.5})
+    splits = make_splits(settings, seed=0)
+    assert splits.additional == 12
+    np.testing.assert_array_equal(splits.images["train"][-12:], images)
 
 
 def test_damaged_split_is_refused_and_subsets_have_their_own_checksum(tmp_path):

@@ -8,6 +8,7 @@ from foreign import UPRIGHT, transparent, turned, wide_pixels
 from image_files import SPLITS, folder_settings, random_pixels, rows_as_bytes, run_stage, write_folder
 from PIL import Image
 
+from proard.config import PrepareData
 from proard.config.fingerprint import image_fingerprint
 from proard.data import DataError, make_splits, preprocess
 
@@ -60,6 +61,10 @@ def test_the_fingerprint_is_of_the_files_that_are_read(tmp_path):
     assert image_fingerprint(settings) == before
     (tmp_path / "train" / "a" / "0.png").rename(tmp_path / "train" / "a" / "@0.png")
     assert image_fingerprint(settings) != before
+    settings = PrepareData(additional={"files": str(tmp_path / "*.npz"), "share": 0.5})
+    before = image_fingerprint(settings)
+    (tmp_path / "made.npz").write_bytes(b"more")
+    assert image_fingerprint(settings) != before != image_fingerprint(PrepareData()) == ""
 
 
 def test_one_file_in_two_classes_is_refused(tmp_path):

@@ -20,12 +20,12 @@ from helpers import tiny_config
 from torch import nn
 
 from proard import cli
-from proard.artifacts import ArtifactError, read_header, read_table, sha256
+from proard.artifacts import ArtifactError, read_header, read_table, sha256, write_json
 from proard.config import Threat, UserError
 from proard.data import load_split, to_float
 from proard.evaluation.autoattack import ATTACKS, autoattack, check_classes, run_attack
 from proard.evaluation.masking import CHECKS, Evidence, Examination
-from proard.export.robustbench import Publication, broken_rules, entry, submission
+from proard.export.robustbench import Publication, _additional_data, broken_rules, entry, submission
 from proard.stages import autoattack_student, check_student, describe_student, export_student
 from proard.stages.export_student import EXPORTED
 
@@ -336,6 +336,8 @@ def test_robustbench_names_every_rule_that_is_not_met(inputs, attacked, capsys, 
         assert words in said
     elsewhere = tmp_path / "export_student" / BUDGET
     shutil.copytree(inputs["weights"].parent, elsewhere)
+    write_json(tmp_path / "prepare_data" / "manifest.json", {"splits": {"train": {"additional": 3}}})
+    assert _additional_data(elsewhere, Publication()) is True
     with pytest.raises(UserError, match=r"rule AutoAttack: there is no .*table.parquet"):
         submission(elsewhere, Publication())
 

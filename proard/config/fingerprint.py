@@ -20,16 +20,21 @@ def image_fingerprint(settings: PrepareData) -> str:
     Returns
     -------
     str
-        16 hex digits; empty for images that come from a library: `digits`, and CIFAR, for which torchvision checks the
-        published checksums. A path that does not exist counts as no file; `prepare_data` reports it.
+        16 hex digits; empty for images that come from a library alone: `digits`, and CIFAR, for which torchvision
+        checks the published checksums. A path that does not exist counts as no file; `prepare_data` reports it.
     """
-    if settings.source not in ("parquet", "imagefolder"):
+    read = []
+    if settings.source in ("parquet", "imagefolder"):
+        read += [(settings.train, settings.source), (settings.test, settings.source)]
+    if settings.additional is not None:
+        read += [(settings.additional.files, "parquet")]
+    if not read:
         return ""
     digest = hashlib.sha256()
-    for paths in (settings.train, settings.test):
+    for paths, source in read:
         for text in (paths,) if isinstance(paths, str) else paths or ():
             digest.update(f"{text}\n".encode(errors="surrogateescape"))  # as in the config: equal in every checkout
-            for path, status in _files(text, settings.source):
+            for path, status in _files(text, source):
                 line = f"{path}\t{status.st_size}\t{status.st_mtime_ns}\n"
                 digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]

@@ -12,6 +12,18 @@ from proard.config.fields import Classes, Count, Number, Settings
 Paths = str | tuple[str, ...]
 
 
+class AdditionalImages(Settings):
+    """A second source of training images, such as generated ones, which fills the part `share` of every batch.
+
+    `files`: Parquet files with the columns of `train`, or npz archives with the arrays `image` (uint8, of shape (n,
+    height, width, channels)) and `label` (integers, of shape (n,)). They are never part of val or test, and neither
+    recalibration nor the calibration of int8 files uses them. A pass takes every image of `train` once.
+    """
+
+    files: Paths
+    share: Annotated[Number, Field(gt=0, lt=1)]
+
+
 class PrepareData(Settings):
     """Source and split of the images. `train` and `test` are paths; without `test`, a part of `train` becomes test.
 
@@ -34,6 +46,7 @@ class PrepareData(Settings):
     test_fraction: Annotated[Number, Field(gt=0, lt=0.5)] = 0.2
     max_train_images: Count | None = None
     max_test_images: Count | None = None
+    additional: AdditionalImages | None = None
 
     @model_validator(mode="before")
     @classmethod

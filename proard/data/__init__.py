@@ -1,7 +1,7 @@
 """Images: sources, the train / val / test split, sets in memory, augmentation."""
 
 from proard.config import DataError
-from proard.data.augment import Augmenter, Views, epoch_order, keyed_generator
+from proard.data.augment import Augmenter, Views, epoch_order, keyed_generator, mixed_order
 from proard.data.decode import preprocess
 from proard.data.images import ImageSet, load_split, pixel_statistics, save_split, to_float
 from proard.data.split import Splits, make_splits, stratified_order
@@ -16,6 +16,7 @@ __all__ = [
     "keyed_generator",
     "load_split",
     "make_splits",
+    "mixed_order",
     "pixel_statistics",
     "preprocess",
     "save_split",

@@ -112,6 +112,35 @@ def keyed_generator(seed: int, *key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
 
 
+def mixed_order(own: int, additional: int, mixed_in: int, *, seed: int, epoch: int) -> Tensor:
+    """One pass over own images with some of the additional ones, mixed so evenly that each batch has the same share.
+
+    Parameters
+    ----------
+    own, additional : int
+        Numbers of images; the additional ones have the indices from `own` on.
+    mixed_in : int
+        Additional images of a pass. Passes continue where the one before ended, in random orders of all of them.
+
+    Returns
+    -------
+    Tensor of shape (own + mixed_in,)
+        int64, on the CPU; it depends only on the arguments.
+    """
+    places = torch.arange(epoch * mixed_in, (epoch + 1) * mixed_in)
+    rounds, within = places // additional, places % additional
+    drawn = [
+        torch.randperm(additional, generator=keyed_generator(seed, int(number), 3))[within[rounds == number]]
+        for number in rounds.unique()
+    ]
+    generator = keyed_generator(seed, epoch)
+    indices = torch.cat([torch.randperm(own, generator=generator), *(own + each for each in drawn)])
+    steps = (torch.arange(count) for count in (own, mixed_in))
+    jitter = torch.rand(own + mixed_in, generator=generator)
+    counts = torch.tensor([own, mixed_in]).repeat_interleave(torch.tensor([own, mixed_in]))
+    return indices[((torch.cat(list(steps)) + jitter) / counts).argsort(stable=True)]
+
+
 def epoch_order(number: int, *, seed: int, epoch: int) -> Tensor:
     """Permutation of `number` images for one epoch.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,10 @@ class ImageSet:
         Class names in label order.
     mean, std : tuple of float
         Statistics per channel of the training images, for every split, in pixel units of [0, 1].
+    additional : int
+        How many images, the last ones, come from a second source and are for training alone.
+    share : float
+        The part of a training batch that they fill.
     """
 
     images: Tensor
@@ -41,6 +46,8 @@ class ImageSet:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    additional: int = 0
+    share: float = 0.0
 
     def __len__(self) -> int:
         """Number of images."""
@@ -51,16 +58,30 @@ class ImageSet:
         index = torch.as_tensor(indices, dtype=torch.int64, device=self.images.device)
         return self._subset(self.images[index], self.labels[index])
 
+    @property
+    def own(self) -> int:
+        """Number of images without the additional ones."""
+        return len(self) - self.additional
+
+    @property
+    def mixed_in(self) -> int:
+        """How many additional images a pass over the own images takes."""
+        return round(self.own * self.share / (1 - self.share))
+
+    @property
+    def per_pass(self) -> int:
+        """Number of images of a pass of training."""
+        return self.own + self.mixed_in
+
     def first(self, number: int | None) -> ImageSet:
-        """The first `number` images, a stratified sample; for None or a larger number all of them."""
-        if number is None or number >= len(self):
-            return self
-        return self._subset(self.images[:number], self.labels[:number])
+        """The first `number` images, a stratified sample; for None or a larger number all but the additional ones."""
+        number = self.own if number is None else min(number, self.own)
+        return self if number == len(self) else self._subset(self.images[:number], self.labels[:number])
 
     def _subset(self, images: Tensor, labels: Tensor) -> ImageSet:
         """A new set with some of the images of this set."""
         checksum = tensors_checksum({"images": images, "labels": labels})
-        return replace(self, images=images, labels=labels, checksum=checksum)
+        return replace(self, images=images, labels=labels, checksum=checksum, additional=0, share=0.0)
 
 
 def save_split(
@@ -73,6 +94,8 @@ def save_split(
     mean: Sequence[float],
     std: Sequence[float],
     provenance: Provenance,
+    additional: int = 0,
+    share: float = 0.0,
 ) -> str:
     """Write a split for `load_split`; return the checksum of its contents.
 
@@ -80,11 +103,12 @@ def save_split(
     ----------
     images : ndarray of shape (n, height, width, channels)
     labels : ndarray of shape (n,)
-    split, classes, mean, std
+    split, classes, mean, std, additional, share
         See `ImageSet`.
     """
     tensors = {"images": torch.from_numpy(images), "labels": torch.from_numpy(labels)}
-    extra = {"split": split, "classes": list(classes), "mean": list(mean), "std": list(std)}
+    extra: dict[str, Any] = {"split": split, "classes": list(classes), "mean": list(mean), "std": list(std)}
+    extra |= {"additional": additional, "share": share}
     save_tensors(path, tensors, kind="images", provenance=provenance, **extra)
     return read_header(path)["checksum"]
 
@@ -106,6 +130,8 @@ def load_split(path: str | Path, device: str | torch.device = "cpu") -> ImageSet
         tuple(header["classes"]),
         tuple(header["mean"]),
         tuple(header["std"]),
+        header.get("additional", 0),  # splits of earlier versions have none
+        header.get("share", 0.0),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,20 +76,72 @@ def open_sources(settings: PrepareData) -> tuple[Source, Source | None]:
     return train, test
 
 
+def open_additional(settings: PrepareData, classes: tuple[str, ...]) -> Source:
+    """Open the additional training images; their labels are checked, and classes may be missing.
+
+    Raises
+    ------
+    DataError
+        A file is missing, is no Parquet file or archive of images and labels, or a label is out of range.
+    """
+    assert settings.additional is not None
+    key = "additional"
+    files = _expand(f"prepare_data.{key}", settings.additional.files, folder_holds="*.parquet")
+    archives = [file for file in files if file.suffix == ".npz"]
+    if archives and len(archives) < len(files):
+        raise DataError(f"prepare_data.{key} mixes npz archives with other files; name files of one kind")
+    source = _npz(files, classes) if archives else _parquet(settings, key, settings.additional.files, classes)
+    _check_range(source)
+    return source
+
+
+def _npz(files: tuple[Path, ...], classes: tuple[str, ...]) -> Source:
+    """Archives of numpy arrays `image` and `label`."""
+    images, labels, starts = [], [], [0]
+    for file in files:
+        try:
+            with np.load(file) as archive:
+                images.append(archive["image"])
+                labels.append(archive["label"])
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise DataError(f"{file} is no npz archive with the arrays image and label ({error})") from None
+        if images[-1].dtype != np.uint8 or images[-1].ndim != 4 or labels[-1].shape != images[-1].shape[:1]:
+            raise DataError(
+                f"{file} has image {images[-1].dtype} of shape {images[-1].shape} and label of shape "
+                f"{labels[-1].shape}; expected uint8 of shape (n, height, width, channels) and (n,)"
+            )
+        starts.append(starts[-1] + len(labels[-1]))
+
+    def where(index: int) -> str:
+        number = int(np.searchsorted(starts, index, side="right")) - 1
+        return f"{files[number]} image {index - starts[number]}"
+
+    stacked = np.concatenate(images)
+    name = ", ".join(map(str, files[:3])) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+    read = lambda indices: Decoded(stacked[indices])  # noqa: E731
+    return Source(name, np.concatenate(labels).astype(np.int64), classes, where, read, files)
+
+
 def _check_labels(source: Source) -> None:
     """Check that every label is the index of a class and that every class has an image."""
+    _check_range(source)
+    number = len(source.classes)
+    empty = np.flatnonzero(np.bincount(source.labels, minlength=number) == 0)
+    if len(empty):
+        raise DataError(
+            f"{source.name} has no image of class {empty[0]} ({source.classes[empty[0]]!r}); add images of it, or "
+            f"correct prepare_data.classes ({len(empty)} of {number} classes are empty)"
+        )
+
+
+def _check_range(source: Source) -> None:
+    """Check that every label is the index of a class."""
     number = len(source.classes)
     wrong = np.flatnonzero((source.labels < 0) | (source.labels >= number))
     if len(wrong):
         raise DataError(
             f"{source.where(int(wrong[0]))} has label {source.labels[wrong[0]]}; expected 0 to {number - 1}, because "
             f"prepare_data.classes has {number} classes ({len(wrong)} such images in all)"
-        )
-    empty = np.flatnonzero(np.bincount(source.labels, minlength=number) == 0)
-    if len(empty):
-        raise DataError(
-            f"{source.name} has no image of class {empty[0]} ({source.classes[empty[0]]!r}); add images of it, or "
-            f"correct prepare_data.classes ({len(empty)} of {number} classes are empty)"
         )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proard.config import DataError, PrepareData
-from proard.data.sources import Source, open_sources
+from proard.data.sources import Source, open_additional, open_sources
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Splits:
         Files or folders that were read.
     notes : tuple of str
         Lines for the user: columns that were read, files left out, copies.
+    additional : int
+        How many of the images of train, its last ones, are additional.
     """
 
     source: str
@@ -38,6 +40,7 @@ class Splits:
     labels: dict[str, NDArray[np.int64]]
     files: tuple[Path, ...]
     notes: tuple[str, ...] = ()
+    additional: int = 0
 
 
 def make_splits(settings: PrepareData, *, seed: int) -> Splits:
@@ -76,9 +79,19 @@ def make_splits(settings: PrepareData, *, seed: int) -> Splits:
         images, labels, digests = images | test_images, labels | test_labels, digests | test_digests
         notes += test_source.notes
     notes += _copies(source, test_source, parts, digests)
-    _check_shapes(settings, images)
     files = source.files + (test_source.files if test_source is not None else ())
-    return Splits(settings.source, source.classes, images, labels, files, notes)
+    additional = 0
+    if settings.additional is not None:
+        more = open_additional(settings, source.classes)
+        additional = len(more.labels)
+        images["additional"] = more.read(np.arange(additional)).images
+        _check_shapes(settings, images)
+        _refuse_test_images(more, images["additional"], images["test"])
+        images["train"] = np.concatenate([images["train"], images.pop("additional")])
+        labels["train"] = np.concatenate([labels["train"], more.labels])
+        files, notes = files + more.files, notes + more.notes
+    _check_shapes(settings, images)
+    return Splits(settings.source, source.classes, images, labels, files, notes, additional)
 
 
 def stratified_order(labels: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
@@ -188,6 +201,17 @@ def _copies(
         f"prepare_data.test shares images with prepare_data.train: {len(shared)} of {len(parts['test'])} are copies "
         f"byte for byte ({pair}); remove them from one of both"
     )
+
+
+def _refuse_test_images(source: Source, images: NDArray[np.uint8], test: NDArray[np.uint8]) -> None:
+    """Refuse additional images that are images of test, pixel by pixel."""
+    tested = {image.tobytes() for image in test}
+    shared = [index for index, image in enumerate(images) if image.tobytes() in tested]
+    if shared:
+        raise DataError(
+            f"prepare_data.additional contains {len(shared)} images of test (the first: {source.where(shared[0])}); "
+            "remove them"
+        )
 
 
 def _check_shapes(settings: PrepareData, images: dict[str, NDArray[np.uint8]]) -> None:

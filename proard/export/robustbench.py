@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,6 +178,9 @@ def _additional_data(folder: Path, publication: Publication) -> bool | list[str]
     """Whether more images than the data set's were used; a broken rule where only the user can say."""
     if publication.additional_data is not None:
         return publication.additional_data
+    manifest = folder.parent.parent / "prepare_data" / "manifest.json"
+    if manifest.exists() and "additional" in json.loads(manifest.read_text(encoding="utf-8"))["splits"]["train"]:
+        return True
     teacher = folder.parent.parent / "train_teacher" / "teacher.safetensors"
     source = None
     if teacher.exists():

@@ -58,6 +58,9 @@ def _data_words(context: Context) -> str:
 def _split_words(manifest: Mapping[str, Any]) -> str:
     """Counts of every split."""
     counts = [f"{split} {entry['count']:,}" for split, entry in manifest.get("splits", {}).items()]
+    of_train = manifest.get("splits", {}).get("train", {})
+    if "additional" in of_train:
+        counts.append(f"additional for training {of_train['additional']:,}, {of_train['share']:.0%} of every batch")
     return f"{' · '.join(counts)}. Choices are made on val; test is only reported" if counts else ""
 
 

@@ -30,6 +30,7 @@ from proard.stages.export_student import (
     chosen_rows,
     describe_budget,
     describe_training,
+    image_counts,
     read_manifest,
     trained_rows,
 )
@@ -95,9 +96,8 @@ def card_of(job: Job, parity: dict[str, Any], trust: Trust) -> str:
         describe = describe_training(files.student, files.trained)
     else:
         rows, describe = chosen_rows(files.student, files.budget), describe_budget(files.student, files.supernet)
-    counts = {split: entry["count"] for split, entry in manifest["splits"].items()}
     opset = job.config.export_student.opset
-    return model_card(facts, rows, parity=parity, opset=opset, counts=counts, trust=trust, **describe)
+    return model_card(facts, rows, parity=parity, opset=opset, counts=image_counts(manifest), trust=trust, **describe)
 
 
 if __name__ == "__main__":

@@ -74,11 +74,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         footprint=footprint_of(found),
         device=None if files.trained else read_metadata(files.student).get("settings", {}).get("device"),
     )
-    counts = {split: entry["count"] for split, entry in manifest["splits"].items()}
     paths = {name: Path(getattr(files, name)) for name in EXPORTED}
-    describe = {**found.describe, "counts": counts}
+    describe = {**found.describe, "counts": image_counts(manifest)}
     write_files(job, paths, found.net, facts, found.rows, test=found.test, describe=describe)
     job.record_costs()
+
+
+def image_counts(manifest: dict[str, Any]) -> dict[str, int]:
+    """Numbers of images for the card, by split; additional training images have a line of their own."""
+    splits = manifest["splits"]
+    counts = {split: entry["count"] for split, entry in splits.items()}
+    if "additional" in splits["train"]:
+        counts[f"additional ({splits['train']['share']:.0%} of every training batch)"] = splits["train"]["additional"]
+    return counts
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -16,12 +17,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage."""
     job = parse_arguments(__doc__, argv, stage="prepare_data", writes=["train", "val", "test", "manifest"])
     splits = make_splits(job.config.prepare_data, seed=job.seed)
-    mean, std = pixel_statistics(splits.images["train"])
+    own, added = len(splits.labels["train"]) - splits.additional, job.config.prepare_data.additional
+    mean, std = pixel_statistics(splits.images["train"][:own])
     inputs = {str(path): artifacts.sha256(path) for path in splits.files if path.is_file()}
     provenance = replace(job.provenance(), inputs=inputs)
     written = {}
     for name in ("train", "val", "test"):
         path, labels = getattr(job.files, name), splits.labels[name]
+        second: dict[str, Any] = (
+            {} if name != "train" or added is None else {"additional": splits.additional, "share": added.share}
+        )
         checksum = save_split(
             path,
             splits.images[name],
@@ -31,11 +36,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             mean=mean,
             std=std,
             provenance=provenance,
+            **second,
         )
-        per_class = np.bincount(labels, minlength=len(splits.classes)).tolist()
+        count = len(labels) - second.get("additional", 0)
+        per_class = np.bincount(labels[:count], minlength=len(splits.classes)).tolist()
         written[name] = {
             "file": path,
-            "count": len(labels),
+            "count": count,
+            **second,
             "per_class": per_class,
             "image_shape": list(splits.images[name].shape[1:]),
             "sha256": artifacts.sha256(path),
@@ -69,6 +77,8 @@ def _summary(splits: Splits, written: dict[str, dict]) -> str:
         low, high = min(entry["per_class"]), max(entry["per_class"])
         share = f"{low}" if low == high else f"{low} to {high}"
         lines.append(f"  {name:<5} {entry['count']:>7} images, {share} per class -> {entry['file']}")
+        if "additional" in entry:
+            lines.append(f"        {entry['additional']:>7} additional images, {entry['share']:.0%} of every batch")
     lines += [f"  {note}" for note in splits.notes]
     return "\n".join(lines)
 

@@ -36,7 +36,7 @@ def train(job: Job, phase: Phase) -> None:
     training = Training(job, phase, files.supernet, inputs)
     space = SearchSpace(job.config.space)
     try:
-        phase = within_budget(space, phase, images=len(training.train), seed=job.seed)
+        phase = within_budget(space, phase, images=training.train.per_pass, seed=job.seed)
         plan = phase_plan(space, phase)
     except ValueError as error:
         raise UserError(f"{job.stage}.{phase.name}: {error}") from None

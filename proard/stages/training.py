@@ -14,7 +14,7 @@ from proard.artifacts import HISTORY, write_table
 from proard.attacks import pgd
 from proard.config import Attack, Measurement, TrainingSettings, UserError
 from proard.config.losses import Loss
-from proard.data import Augmenter, ImageSet, Views, epoch_order, load_split, to_float
+from proard.data import Augmenter, ImageSet, Views, epoch_order, load_split, mixed_order, to_float
 from proard.evaluation.meter import Conditions, validation_rows
 from proard.nets import FixedNet, StaticNet, Supernet, extract, fold, load_static, recalibrate
 from proard.space import Arch, FixedArch, FixedSpace, NetSpace, SearchSpace, Work
@@ -35,12 +35,14 @@ class AugmentedImages:
         self.augment = Augmenter(train.images, padding=settings.augment.crop_padding, flip=settings.augment.flip)
 
     def __len__(self) -> int:
-        """Number of images."""
-        return len(self.train)
+        """Number of images of a pass."""
+        return self.train.per_pass
 
     def order(self, seed: int, epoch: int) -> Tensor:
         """Order of one pass over the data."""
-        return epoch_order(len(self.train), seed=seed, epoch=epoch)
+        if not self.train.mixed_in:
+            return epoch_order(self.train.own, seed=seed, epoch=epoch)
+        return mixed_order(self.train.own, self.train.additional, self.train.mixed_in, seed=seed, epoch=epoch)
 
     def batch(self, indices: Tensor, generator: torch.Generator, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Augmented images and labels, or a part of what a call without it gives."""
@@ -159,7 +161,7 @@ class Training:
         passes = settings.epochs * plan.passes_per_epoch
         size = sum(p.numel() for p in net.parameters()) * 4 / 2**20
         print(
-            f"{label}: {passes:g} passes over {len(self.train)} images, {size:.1f} MiB of weights, "
+            f"{label}: {passes:g} passes over {self.train.per_pass} images, {size:.1f} MiB of weights, "
             f"states on disk up to {12 * size:.0f} MiB, device {self.job.device}, {torch.get_num_threads()} threads"
             + (f" in each of {self.ranks.world} processes" if self.ranks.world > 1 else ""),
             flush=True,
