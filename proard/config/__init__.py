@@ -7,7 +7,14 @@ from proard.config.experiment import COMPARED, Experiment, MeasureExperiment, Su
 from proard.config.fields import ConfigError, DataError, UserError
 from proard.config.files import read_file
 from proard.config.images import PrepareData
-from proard.config.nets import NETS, VisionTransformer, WideResNet, named_nets
+from proard.config.nets import (
+    NETS,
+    DeepMindPreActResNet,
+    DeepMindWideResNet,
+    VisionTransformer,
+    WideResNet,
+    named_nets,
+)
 from proard.config.presets import PRESETS
 from proard.config.quantisation import Int8Training, QuantizeStudent
 from proard.config.run import (
@@ -54,6 +61,8 @@ __all__ = [
     "Clever",
     "ConfigError",
     "DataError",
+    "DeepMindPreActResNet",
+    "DeepMindWideResNet",
     "Diagnose",
     "Diagnosed",
     "Effort",

@@ -22,23 +22,46 @@ class Fixed(Settings):
     classes: Count = 10
 
 
-class WideResNet(Fixed):
-    """Pre-activation ResNet with `depth` 6n + 4 layers and 16 `widen`, 32 `widen` and 64 `widen` channels.
+class Wide(Fixed):
+    """Common settings of wide ResNets: `depth` 6n + 4 layers; 16 `widen`, 32 `widen` and 64 `widen` channels."""
 
-    Zagoruyko and Komodakis, 2016, arXiv:1605.07146; without dropout, as in robust training.
-    """
-
-    family: Literal["wide_resnet"] = "wide_resnet"
-    name: str = "wide_resnet"
     depth: Count = 34
     widen: Count = 10
 
     @model_validator(mode="after")
-    def blocks_are_whole(self) -> WideResNet:
+    def blocks_are_whole(self) -> Wide:
         """Require whole blocks: three groups of two-layer blocks and four other layers."""
         if self.depth < 10 or (self.depth - 4) % 6:
             raise ValueError(f"depth is {self.depth}; expected: 6n + 4, such as 10, 16, 28 or 34")
         return self
+
+
+class WideResNet(Wide):
+    """Pre-activation ResNet: Zagoruyko and Komodakis, 2016, arXiv:1605.07146; as in robust training without dropout."""
+
+    family: Literal["wide_resnet"] = "wide_resnet"
+    name: str = "wide_resnet"
+
+
+class DeepMindWideResNet(Wide):
+    """The same as DeepMind's code has it (arXiv:2010.03593): a teacher from a checkpoint, with its `activation`."""
+
+    family: Literal["deepmind_wide_resnet"] = "deepmind_wide_resnet"
+    name: str = "deepmind_wide_resnet"
+    activation: Literal["relu", "silu"] = "silu"
+
+
+class DeepMindPreActResNet(Fixed):
+    """Pre-activation ResNet as DeepMind's code has it (arXiv:2103.01946): a teacher from a checkpoint.
+
+    `counts` and `widths`: blocks and channels of the four groups.
+    """
+
+    family: Literal["deepmind_preact_resnet"] = "deepmind_preact_resnet"
+    name: str = "deepmind_preact_resnet"
+    counts: tuple[Count, Count, Count, Count] = (2, 2, 2, 2)
+    widths: tuple[Count, Count, Count, Count] = (64, 128, 256, 512)
+    activation: Literal["relu", "silu"] = "silu"
 
 
 class VisionTransformer(Fixed):

@@ -148,13 +148,14 @@ class TrainTeacher(AdversarialTraining, OfOneNetwork):
     """The fixed robust network. `arch` is `largest` or a mapping of elastic dims; `space` is another space or network.
 
     `source`: `train` trains it here, `file` uses a file written by this package, `trades` converts a WideResNet
-    checkpoint in the format that the authors of TRADES published (only tensors are read).
+    checkpoint in the format that the authors of TRADES published, `deepmind` a WideResNet or pre-activation ResNet in
+    the format of DeepMind's code (only tensors are read).
 
     `objective`: `plain`, `pgd_at` (also called `sat`), `trades`, `mart` or `hat`, or a mapping with this `name` and
     options. The helper network of `hat` is the run's control.
     """
 
-    source: Literal["train", "file", "trades"] = "train"
+    source: Literal["train", "file", "trades", "deepmind"] = "train"
     file: str | None = None
     space: str | None = None
     arch: Literal["largest"] | dict[str, tuple[Number, ...]] = "largest"
@@ -169,7 +170,8 @@ class TrainTeacher(AdversarialTraining, OfOneNetwork):
     def file_is_named(self) -> TrainTeacher:
         """Require `file` for a teacher from a file."""
         if self.source != "train" and self.file is None:
-            wanted = "a teacher.safetensors" if self.source == "file" else "a WideResNet checkpoint in TRADES' format"
+            formats = {"trades": "a WideResNet checkpoint in TRADES' format", "deepmind": "a checkpoint in DeepMind's"}
+            wanted = formats.get(self.source, "a teacher.safetensors")
             raise ValueError(f"source {self.source} needs `file`: the path of {wanted}")
         return self
 

@@ -2,7 +2,15 @@
 
 from proard.nets.calibration import recalibrate
 from proard.nets.elastic import ElasticConvNorm, ElasticLinear, Supernet
-from proard.nets.files import bare_network, load_static, load_supernet, load_trades, save_static, save_supernet
+from proard.nets.files import (
+    bare_network,
+    load_deepmind,
+    load_static,
+    load_supernet,
+    load_trades,
+    save_static,
+    save_supernet,
+)
 from proard.nets.fixed import FixedNet, FixedView
 from proard.nets.forward import run_network
 from proard.nets.sorting import sort_channels
@@ -22,6 +30,7 @@ __all__ = [
     "extract",
     "fold",
     "implant",
+    "load_deepmind",
     "load_static",
     "load_supernet",
     "load_trades",

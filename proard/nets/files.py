@@ -7,6 +7,7 @@ from typing import Any
 
 from proard.artifacts import ArtifactError, Provenance, check_finite, load_tensors, save_tensors
 from proard.config import Space
+from proard.nets.deepmind import read_deepmind
 from proard.nets.elastic import Supernet
 from proard.nets.fixed import FixedNet
 from proard.nets.subnet import StaticNet
@@ -89,5 +90,14 @@ def load_trades(path: str | Path, *, image_size: int) -> tuple[FixedNet, FixedSp
     settings, tensors = read_trades(str(path), image_size=image_size)
     space = FixedSpace(settings)
     net = bare_fixed(space)
+    net.module.load_state_dict(tensors)
+    return net.eval(), space, space.largest
+
+
+def load_deepmind(path: str | Path, *, image_size: int, activation: str) -> tuple[FixedNet, FixedSpace, FixedArch]:
+    """Read a ResNet checkpoint of DeepMind's layout (see `read_deepmind`): network, space, arch."""
+    settings, tensors, (mean, std) = read_deepmind(str(path), image_size=image_size, activation=activation)
+    space = FixedSpace(settings)
+    net = FixedNet(space, mean=mean, std=std)
     net.module.load_state_dict(tensors)
     return net.eval(), space, space.largest

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from proard.config import VisionTransformer
+from proard.config import VisionTransformer, WideResNet
+from proard.nets import deepmind
 from proard.nets.modules import present, statistics_of
 from proard.nets.norm import Total
 from proard.nets.wide import WideNet
 from proard.space import FixedArch, FixedSpace, FixedSpec
+from proard.space.fixed import FixedSettings
 
 Statistics = dict[str, tuple[Tensor, Tensor]]
 
@@ -50,9 +52,7 @@ class FixedNet(nn.Module):
         self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32).reshape(-1))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0 if generator is None else generator.initial_seed())
-            self.module = (
-                _vit(space.settings) if isinstance(space.settings, VisionTransformer) else WideNet(space.settings)
-            )
+            self.module = _module(space.settings)
         self.to(memory_format=torch.channels_last)
 
     @property
@@ -86,6 +86,13 @@ class FixedNet(nn.Module):
     def rounded(self, dtype: torch.dtype) -> Rounded:
         """A frozen copy that computes in another type."""
         return Rounded(self.frozen(), dtype)
+
+
+def _module(settings: FixedSettings) -> nn.Module:
+    """The network of these settings, for normalised images."""
+    if isinstance(settings, VisionTransformer):
+        return _vit(settings)
+    return WideNet(settings) if isinstance(settings, WideResNet) else deepmind.build(settings)
 
 
 def _vit(settings: VisionTransformer) -> nn.Module:

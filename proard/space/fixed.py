@@ -9,12 +9,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from proard.config import Space, VisionTransformer, WideResNet
+from proard.config import DeepMindPreActResNet, DeepMindWideResNet, Space, VisionTransformer, WideResNet
 from proard.space.protocols import NetSpace
 from proard.space.search_space import SearchSpace
 from proard.space.spec import FixedSpec
 
-FAMILIES: dict[str, type[WideResNet] | type[VisionTransformer]] = {"wide_resnet": WideResNet, "vit": VisionTransformer}
+FixedSettings = WideResNet | DeepMindWideResNet | DeepMindPreActResNet | VisionTransformer
+FAMILIES: dict[str, type[FixedSettings]] = {
+    "wide_resnet": WideResNet,
+    "deepmind_wide_resnet": DeepMindWideResNet,
+    "deepmind_preact_resnet": DeepMindPreActResNet,
+    "vit": VisionTransformer,
+}
 
 
 @dataclass(frozen=True)
@@ -34,15 +40,15 @@ class FixedArch:
 
 
 class FixedSpace:
-    """A wide ResNet or a vision transformer as a space with a single arch.
+    """A wide ResNet, a vision transformer or another network of `FAMILIES` as a space with a single arch.
 
     Parameters
     ----------
-    settings : WideResNet or VisionTransformer
+    settings : WideResNet, DeepMindWideResNet, DeepMindPreActResNet or VisionTransformer
         The network.
     """
 
-    def __init__(self, settings: WideResNet | VisionTransformer) -> None:
+    def __init__(self, settings: FixedSettings) -> None:
         self.settings = settings
         self.options: dict[str, list[tuple[float, ...]]] = {}
         described = json.dumps(settings.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
@@ -73,11 +79,16 @@ class FixedSpace:
     def _spec(self) -> FixedSpec:
         """The network's costs, computed once."""
         s = self.settings
-        macs, params = wide_resnet_cost(s) if isinstance(s, WideResNet) else vit_cost(s)
+        if isinstance(s, VisionTransformer):
+            macs, params = vit_cost(s)
+        elif isinstance(s, DeepMindPreActResNet):
+            macs, params = preact_resnet_cost(s)
+        else:
+            macs, params = wide_resnet_cost(s)
         return FixedSpec(macs, params, s.classes, s.image_channels, s.image_size)
 
 
-def wide_resnet_cost(net: WideResNet) -> tuple[int, int]:
+def wide_resnet_cost(net: WideResNet | DeepMindWideResNet) -> tuple[int, int]:
     """Multiply-accumulates and trained parameters: convolutions, norms, linear layer."""
     size, channels = net.image_size, 16
     macs = params = net.image_channels * channels * 9
@@ -87,6 +98,23 @@ def wide_resnet_cost(net: WideResNet) -> tuple[int, int]:
             stride = 2 if group and not block else 1
             size = -(-size // stride)
             weights = 9 * (channels * width + width**2) + (channels * width if channels != width else 0)
+            macs += weights * size**2
+            params += weights + 2 * (channels + width)
+            channels = width
+    return macs + channels * net.classes, params + 2 * channels + (channels + 1) * net.classes
+
+
+def preact_resnet_cost(net: DeepMindPreActResNet) -> tuple[int, int]:
+    """Multiply-accumulates and trained parameters: convolutions, norms, linear layer."""
+    size, channels = net.image_size, net.widths[0]
+    macs = params = net.image_channels * channels * 9
+    macs *= size**2
+    for group, (width, count) in enumerate(zip(net.widths, net.counts, strict=True)):
+        for block in range(count):
+            stride = 2 if group and not block else 1
+            size = -(-size // stride)
+            changes = stride > 1 or channels != width
+            weights = 9 * (channels * width * (1 + changes) + width**2)
             macs += weights * size**2
             params += weights + 2 * (channels + width)
             channels = width
@@ -110,6 +138,6 @@ def read_space(described: Mapping[str, Any]) -> NetSpace:
     return space_of(family.model_validate(described))
 
 
-def space_of(net: Space | WideResNet | VisionTransformer) -> NetSpace:
+def space_of(net: Space | FixedSettings) -> NetSpace:
     """The space of a network's settings."""
     return SearchSpace(net) if isinstance(net, Space) else FixedSpace(net)

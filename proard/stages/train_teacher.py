@@ -6,17 +6,23 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from pydantic import ValidationError
 
 from proard.artifacts import HISTORY, write_table
 from proard.config import ConfigError, Space, TrainTeacher, named_nets
 from proard.config.nets import Named
-from proard.nets import FixedNet, StaticNet, load_static, load_trades, save_static
+from proard.data import to_float
+from proard.nets import FixedNet, StaticNet, load_deepmind, load_static, load_trades, save_static
 from proard.nets.modules import present
 from proard.space import Arch, NetSpace, SearchSpace, space_of
 from proard.stages.common import Job, parse_arguments, run
 from proard.stages.launch import rank
+from proard.stages.measuring import load_images
 from proard.stages.training import Training, train_alone
+
+CHOOSING_IMAGES, BATCH = 1000, 100
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -58,23 +64,57 @@ def take_from_file(job: Job, settings: TrainTeacher) -> None:
     arch: Any
     if settings.source == "trades":
         net, space, arch = load_trades(file, image_size=own.image_size)
+    elif settings.source == "deepmind":
+        net, space, arch = with_activation(job, file)
     elif zipfile.is_zipfile(file):
         raise ConfigError(
             f"train_teacher.file {settings.file} is a file of torch.save; source file reads a teacher.safetensors of "
-            "this package: write source: trades for a WideResNet as TRADES saves it"
+            "this package: write source: trades for a WideResNet as TRADES saves it, source: deepmind for a network as "
+            "DeepMind's code saves it"
         )
     else:
         net, space, arch, _ = load_static(file, kind=("teacher", "control", "trained_student"))
-    shape = (space.settings.image_channels, space.settings.image_size, space.settings.classes)
-    if shape != (own.image_channels, own.image_size, own.classes):
-        raise ConfigError(
-            f"train_teacher.file {settings.file} is for {shape[0]}x{shape[1]}x{shape[1]} images of {shape[2]} classes; "
-            f"this run has {own.image_channels}x{own.image_size}x{own.image_size} of {own.classes}"
-        )
+    check_shape(space, own, file=settings.file)
     provenance = job.provenance(file)
     save_static(job.files.teacher, net, space=space, arch=arch, kind="teacher", provenance=provenance)
     write_table(job.files.history, [], HISTORY, provenance)
     print(f"teacher taken from {settings.file}: {space.spec(arch).macs / 1e6:.1f} M MACs")
+
+
+def check_shape(space: NetSpace, own: Space, *, file: str | None) -> None:
+    """Refuse a teacher for images of another shape or number of classes than the run's.
+
+    Raises
+    ------
+    ConfigError
+        Both shapes and numbers.
+    """
+    shape = (space.settings.image_channels, space.settings.image_size, space.settings.classes)
+    if shape != (own.image_channels, own.image_size, own.classes):
+        raise ConfigError(
+            f"train_teacher.file {file} is for {shape[0]}x{shape[1]}x{shape[1]} images of {shape[2]} classes; "
+            f"this run has {own.image_channels}x{own.image_size}x{own.image_size} of {own.classes}"
+        )
+
+
+def with_activation(job: Job, file: str) -> tuple[FixedNet, NetSpace, Any]:
+    """A network of DeepMind's layout, with the activation that gives it the lower cross-entropy on val.
+
+    The checkpoint does not contain the activation that it was trained with.
+    """
+    found: dict[str, tuple[float, float, tuple[FixedNet, NetSpace, Any]]] = {}
+    for activation in ("silu", "relu"):
+        net, space, arch = load_deepmind(file, image_size=job.config.space.image_size, activation=activation)
+        check_shape(space, job.config.space, file=job.config.train_teacher.file)
+        val = load_images(job, "val", CHOOSING_IMAGES)
+        with torch.no_grad():
+            logits = torch.cat([net.to(job.device)(images) for images in to_float(val.images).split(BATCH)])
+        right = float((logits.argmax(1) == val.labels).double().mean())
+        found[activation] = float(F.cross_entropy(logits, val.labels)), right, (net.cpu(), space, arch)
+    best = min(found, key=lambda activation: found[activation][0])
+    tried = ", ".join(f"{right:.1%} and {loss:.2g} nats with {name}" for name, (loss, right, _) in found.items())
+    print(f"{space.settings.name}: {tried} on {len(val)} clean images of val; taken: {best}")
+    return found[best][2]
 
 
 def teacher_space(settings: TrainTeacher, own: Space) -> NetSpace:
