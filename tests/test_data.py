@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from proard import artifacts
 from proard.artifacts import ArtifactError
-from proard.config import PrepareData, TrainTeacher
+from proard.config import Phase, PrepareData, TrainTeacher
 from proard.data import (
     Augmenter,
     DataError,
@@ -438,6 +438,41 @@ def test_crops_equal_the_slow_reference_at_every_offset(padding, channels):
     expected = torch.stack([slow_crop(images[i], y, x, m, padding) for i, y, x, m in draws.tolist()])
     assert batch.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(batch, to_float(expected))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_shifted_crops_show_a_part_of_the_image_on_black(flip):
+    images = 1 + torch.randint(255, (40, 8, 6, 2), dtype=torch.uint8)  # nothing is black
+    augment = Augmenter(images, padding=0, flip=flip, shift=5)
+    indices = torch.arange(40).repeat(20)
+    views = augment.draw(indices, torch.Generator().manual_seed(1))
+    crops = augment(indices, torch.Generator().manual_seed(1))
+    assert crops.shape == (800, 2, 8, 6)
+    cut = []
+    for number, index in enumerate(indices.tolist()):
+        r0, r1, c0, c1 = views.box[number].tolist()
+        top, left = int(views.top[number]) - 5, int(views.left[number]) - 5
+        expected = torch.zeros(8, 6, 2, dtype=torch.uint8)
+        expected[r0:r1, c0:c1] = images[index, r0 + top : r1 + top, c0 + left : c1 + left]
+        assert (expected[r0:r1, c0:c1] > 0).all()
+        expected = expected.flip(1) if views.mirrored[number] else expected
+        assert torch.equal(crops[number], to_float(expected[None])[0])
+        cut.append((8 - (r1 - r0), 6 - (c1 - c0)))
+    sums = torch.tensor(cut).sum(1)
+    assert torch.bincount(sums, minlength=6).min() > 90  # uniform over 0 to 5: 133 each
+    assert sums.max() == 5
+    assert views.mirrored.any() == flip
+    part = augment(indices, torch.Generator().manual_seed(1), slice(10, 20))
+    assert torch.equal(part, crops[10:20])
+
+
+def test_shifts_and_crops_or_kept_views_are_not_combined():
+    assert TrainTeacher(augment={"crop_padding": 0, "crop_shift": 11}).augment.crop_shift == 11
+    with pytest.raises(ValueError, match="write crop_padding: 0 beside it"):
+        TrainTeacher(augment={"crop_shift": 11})
+    shifts = {"crop_padding": 0, "crop_shift": 3}
+    with pytest.raises(ValueError, match="crop_shift has too many views; remove one"):
+        Phase(loss="rslad", teacher_logits="float32", augment=shifts)
 
 
 def test_crops_are_a_view_and_repeat_with_the_generator():

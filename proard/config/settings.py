@@ -51,10 +51,22 @@ class Measurement(Settings):
 
 
 class Augmentation(Settings):
-    """Random crop from an image padded by `crop_padding` black pixels, mirrored with probability 1/2."""
+    """Random crop from an image padded by `crop_padding` black pixels, mirrored with probability 1/2.
+
+    `crop_shift` instead of random crops: a part of the image is put at a random place on black; the number of rows and
+    columns that are cut off together is uniform between 0 and this number (CropShift; 11 on CIFAR-10).
+    """
 
     crop_padding: Natural = 4
     flip: bool = True
+    crop_shift: Natural = 0
+
+    @model_validator(mode="after")
+    def crops_or_shifts(self) -> Augmentation:
+        """Refuse both kinds of crops together."""
+        if self.crop_shift and self.crop_padding:
+            raise ValueError("crop_shift takes the place of random crops: write crop_padding: 0 beside it")
+        return self
 
 
 class Validation(Settings):
@@ -250,7 +262,16 @@ class Phase(AdversarialTraining):
         check_alignment(self.loss, self.alignment)
         if self.teacher_logits is not None and self.teacher == "dynamic":
             raise ValueError("teacher_logits stores logits of a frozen teacher; teacher is dynamic")
+        check_kept_views(self.augment, self.teacher_logits)
         return self
+
+
+def check_kept_views(augment: Augmentation, kept: Any) -> None:
+    """Refuse stored outputs of a teacher where views of an image seldom repeat."""
+    if kept and augment.crop_shift:
+        raise ValueError(
+            "teacher_logits and teacher_gradients store outputs by view, and crop_shift has too many views; remove one"
+        )
 
 
 def check_alignment(loss: Loss, alignment: Igdm | Kdiga | None) -> None:

@@ -9,7 +9,15 @@ from pydantic import Field, model_validator
 from proard.config.fields import FolderName, Natural, NonNegative, Number, Positive, Settings
 from proard.config.losses import Alignment, AnyLoss, Kdiga, Rslad
 from proard.config.nets import Named, named_nets
-from proard.config.settings import AdversarialTraining, KeptType, Phase, TrainControl, TrainTeacher, check_alignment
+from proard.config.settings import (
+    AdversarialTraining,
+    KeptType,
+    Phase,
+    TrainControl,
+    TrainTeacher,
+    check_alignment,
+    check_kept_views,
+)
 
 EFFORTS = ("forward_equivalents", "gradients", "steps")
 
@@ -149,6 +157,7 @@ class Student(AdversarialTraining, ExperimentTraining):
             raise ValueError(
                 "clean_noise changes every image in every step; remove teacher_logits and teacher_gradients"
             )
+        check_kept_views(self.augment, self.teacher_logits or self.teacher_gradients)
         return self
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from proard.config import Augmentation
 from proard.data.images import to_float
 
 
@@ -24,16 +25,20 @@ class Views:
         Offsets into the padded image, in pixels.
     mirrored : Tensor of shape (batch,)
         bool: flipped left to right after the crop.
+    box : Tensor of shape (batch, 4), optional
+        First and last-plus-one row and column of the crop that are shown, before it is flipped; the rest is black.
     """
 
     indices: Tensor
     top: Tensor
     left: Tensor
     mirrored: Tensor
+    box: Tensor | None = None
 
     def __getitem__(self, part: slice) -> Views:
         """The views of a part of the batch."""
-        return Views(self.indices[part], self.top[part], self.left[part], self.mirrored[part])
+        box = None if self.box is None else self.box[part]
+        return Views(self.indices[part], self.top[part], self.left[part], self.mirrored[part], box)
 
     def pixels(self, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
         """Image, row and column of every pixel of the views, as an index into padded images.
@@ -58,15 +63,29 @@ class Augmenter:
         Black pixels added on each side; offsets are uniform over the (2 padding + 1)^2 windows.
     flip : bool
         Mirror left to right with probability 1/2.
+    shift : int
+        Instead of random crops, cut a part out of the image and put it at a random place on black (CropShift). The
+        number of rows and columns that are cut off together is uniform between 0 and `shift`.
+
+    References
+    ----------
+    Li and Spratling, Data Augmentation Alone Can Improve Adversarial Training, ICLR 2023, arXiv:2301.09879, for `shift`.
     """
 
-    def __init__(self, images: Tensor, *, padding: int = 4, flip: bool = True) -> None:
+    def __init__(self, images: Tensor, *, padding: int = 4, flip: bool = True, shift: int = 0) -> None:
         height, width = images.shape[1:3]
+        self.shift, padding = shift, shift or padding
+        self.size = (height, width)
         padded = F.pad(images, (0, 0, padding, padding, padding, padding))
         windows = padded.unfold(1, height, 1).unfold(2, width, 1)  # (n, y, x, channels, height, width)
         self.windows = windows.permute(0, 1, 2, 4, 5, 3)  # (n, y, x, height, width, channels), a view
         self.padding, self.flip = padding, flip
         self.padded_shape = tuple(padded.shape)
+
+    @classmethod
+    def of(cls, images: Tensor, settings: Augmentation) -> Augmenter:
+        """The augmenter that a training's settings describe."""
+        return cls(images, padding=settings.crop_padding, flip=settings.flip, shift=settings.crop_shift)
 
     def __call__(self, indices: Tensor, generator: torch.Generator, part: slice = slice(None)) -> Tensor:
         """Augmented images.
@@ -86,18 +105,48 @@ class Augmenter:
             float32 in [0, 1], in channels_last memory, on the images' device.
         """
         views = self.draw(indices, generator)[part]
-        return self.crop(views.indices, views.top, views.left, views.mirrored)
+        return self.crop(views.indices, views.top, views.left, views.mirrored, views.box)
 
     def draw(self, indices: Tensor, generator: torch.Generator) -> Views:
         """Draw the views of a call with the same arguments."""
+        if self.shift:
+            return self._draw_shifts(indices, generator)
         offsets = torch.randint(2 * self.padding + 1, (2, len(indices)), generator=generator)
         mirrored = torch.randint(2 if self.flip else 1, (1, len(indices)), generator=generator)
         draws = torch.cat([indices[None], offsets, mirrored]).to(self.windows.device, non_blocking=True)  # (4, batch)
         return Views(draws[0], draws[1], draws[2], draws[3].bool())
 
-    def crop(self, indices: Tensor, top: Tensor, left: Tensor, mirrored: Tensor) -> Tensor:
-        """Crops at given offsets into the padded images, mirrored where `mirrored` is true; all of shape (batch,)."""
+    def _draw_shifts(self, indices: Tensor, generator: torch.Generator) -> Views:
+        """Draw what is cut off, from where, and where the rest is put."""
+        draws = torch.rand((6, len(indices)), generator=generator)
+        mirrored = torch.randint(2 if self.flip else 1, (len(indices),), generator=generator)
+
+        def up_to(most: Tensor, draw: Tensor) -> Tensor:
+            return (draw * (most + 1)).long().minimum(most)
+
+        cut = up_to(torch.full((len(indices),), self.shift), draws[0])
+        rows = up_to(cut, draws[1])
+        sides, boxes = [], []
+        for number, (lost, length) in enumerate(zip((rows, cut - rows), self.size, strict=True)):
+            taken, put = (up_to(lost, draws[place + number]) for place in (2, 4))
+            sides.append(self.shift + taken - put)
+            boxes += [put, put + length - lost]
+        found = torch.stack([indices, *sides, mirrored, *boxes]).to(
+            self.windows.device, non_blocking=True
+        )  # (8, batch)
+        return Views(found[0], found[1], found[2], found[3].bool(), found[4:].T)
+
+    def crop(self, indices: Tensor, top: Tensor, left: Tensor, mirrored: Tensor, box: Tensor | None = None) -> Tensor:
+        """Crops at given offsets into the padded images, mirrored where `mirrored` is true; all of shape (batch,).
+
+        With a `box`, of shape (batch, 4), as in `Views`, what lies outside of it is black.
+        """
         crops = self.windows[indices, top, left]  # (batch, height, width, channels)
+        if box is not None:
+            rows, columns = (torch.arange(length, device=crops.device)[None] for length in self.size)
+            shown = ((rows >= box[:, :1]) & (rows < box[:, 1:2]))[:, :, None]
+            shown = shown & ((columns >= box[:, 2:3]) & (columns < box[:, 3:]))[:, None, :]
+            crops = crops * shown[..., None]
         if self.flip:
             if crops.is_cuda:  # avoids a wait of the host for the number of mirrored rows
                 crops = torch.where(mirrored[:, None, None, None], crops.flip(2), crops)

@@ -186,7 +186,7 @@ def train_int8(
     """
     size = min(settings.batch_size, len(train))
     per_epoch = len(train) // size
-    augmenter = Augmenter(train.images, padding=augment.crop_padding, flip=augment.flip)
+    augmenter = Augmenter.of(train.images, augment)
     optimizer = torch.optim.SGD(net.weights.values(), lr=settings.lr, momentum=MOMENTUM, nesterov=True)
     attack = partial(
         pgd,

@@ -32,7 +32,7 @@ class AugmentedImages:
 
     def __init__(self, train: ImageSet, settings: TrainingSettings) -> None:
         self.train = train
-        self.augment = Augmenter(train.images, padding=settings.augment.crop_padding, flip=settings.augment.flip)
+        self.augment = Augmenter.of(train.images, settings.augment)
 
     def __len__(self) -> int:
         """Number of images of a pass."""
