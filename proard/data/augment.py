@@ -69,7 +69,7 @@ class Augmenter:
 
     References
     ----------
-    Li and Spratling, Data Augmentation Alone Can Improve Adversarial Training, ICLR 2023, arXiv:2301.09879, for `shift`.
+    `shift`: Li and Spratling, Data Augmentation Alone Can Improve Adversarial Training, ICLR 2023, arXiv:2301.09879.
     """
 
     def __init__(self, images: Tensor, *, padding: int = 4, flip: bool = True, shift: int = 0) -> None:
