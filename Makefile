@@ -38,7 +38,7 @@ test: .venv/installed-test
 	$(BIN)/snakefmt --check workflow proard/runs/Snakefile
 	$(BIN)/python -m mypy
 	$(BIN)/snakemake --lint --configfile config/quickstart.yaml
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations=8 -m "not cluster"
+	$(BIN)/python -m pytest -n 2 --durations=8 -m "not cluster"
 	$(NARROW) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(NUMERIC)
 	$(NARROW) OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -n 1 $(NUMERIC) $(DAG)
 	$(BIN)/python -m pytest -n 4 --dist worksteal -m cluster # they mostly wait

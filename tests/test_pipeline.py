@@ -18,8 +18,6 @@ from proard import cli
 from proard.artifacts import read_header, read_table
 from proard.report.costs import CostComparison, compare, read_ledgers
 
-pytestmark = pytest.mark.xdist_group("pipeline")  # one process makes what all tests of the file read
-
 TRAININGS = ("train_teacher", "train_phase/depth", "train_phase/all")
 
 

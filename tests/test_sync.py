@@ -16,8 +16,6 @@ from proard.nets.elastic import key_of
 from proard.training.ranks import Ranks
 from proard.training.sync import active_gradients
 
-pytestmark = pytest.mark.xdist_group("sync")  # one process makes what all tests of the file read
-
 ALONE = Ranks()
 
 

@@ -29,8 +29,6 @@ from proard.export.robustbench import Publication, _additional_data, broken_rule
 from proard.stages import autoattack_student, check_student, describe_student, export_student
 from proard.stages.export_student import EXPORTED
 
-pytestmark = pytest.mark.xdist_group("trust")  # one process makes what all tests of the file read
-
 NAMES = ("left", "right", "low", "none", "other")
 EPS = 0.02
 ATTACK = {"name": "pgd3", "num_steps": 3, "step_size": 0.01}
