@@ -1,6 +1,6 @@
 """Files of a run: atomic writes, checked reads, table columns and provenance."""
 
-from proard.artifacts.checkpoints import check_finite, read_state_dict
+from proard.artifacts.checkpoints import check_finite, matched, read_state_dict
 from proard.artifacts.experiments import GAINS, GAPS, TRAININGS
 from proard.artifacts.files import ArtifactError, atomic_path, sha256, write_json, write_text
 from proard.artifacts.quantised import EXECUTORCH, QUANTISED
@@ -45,6 +45,7 @@ __all__ = [
     "check_finite",
     "load_arrays",
     "load_tensors",
+    "matched",
     "read_header",
     "read_metadata",
     "read_state_dict",

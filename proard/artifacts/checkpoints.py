@@ -58,6 +58,35 @@ def read_state_dict(path: str) -> dict[str, Tensor]:
     return tensors
 
 
+def matched(path: str, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, names: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint in float32, as a network's state dict has them.
+
+    Parameters
+    ----------
+    tensors, wanted : mapping of str to Tensor
+        Of the file, and of the network; batch norm's counters of batches may be missing in the file, and are 0 then.
+    names : str
+        Whose names the file should have, for the message.
+
+    Raises
+    ------
+    ArtifactError
+        A tensor is missing, unknown or has another shape; the message names the first.
+    """
+    import torch
+
+    counters = {name for name in wanted if name.endswith("num_batches_tracked")}
+    missing, strange = sorted(set(wanted) - set(tensors) - counters), sorted(set(tensors) - set(wanted))
+    if missing or strange:
+        what = f"lacks {missing[0]}" if missing else f"holds {strange[0]}"
+        raise ArtifactError(f"{path} {what}; expected the names of {names}")
+    for name, value in tensors.items():
+        if value.shape != wanted[name].shape:
+            raise ArtifactError(f"{path}: {name} has shape {tuple(value.shape)}, expected {tuple(wanted[name].shape)}")
+    zeros = {name: torch.zeros((), dtype=torch.int64) for name in counters}
+    return {**zeros, **{name: value.float() if value.ndim else value for name, value in tensors.items()}}
+
+
 def check_finite(path: Any, tensors: Mapping[str, Tensor]) -> None:
     """Refuse weights with NaN or infinity.
 

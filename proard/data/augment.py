@@ -176,18 +176,16 @@ def mixed_order(own: int, additional: int, mixed_in: int, *, seed: int, epoch: i
     Tensor of shape (own + mixed_in,)
         int64, on the CPU; it depends only on the arguments.
     """
-    places = torch.arange(epoch * mixed_in, (epoch + 1) * mixed_in)
-    rounds, within = places // additional, places % additional
+    numbers = torch.arange(epoch * mixed_in, (epoch + 1) * mixed_in)
+    rounds, within = numbers // additional, numbers % additional
     drawn = [
         torch.randperm(additional, generator=keyed_generator(seed, int(number), 3))[within[rounds == number]]
         for number in rounds.unique()
     ]
     generator = keyed_generator(seed, epoch)
     indices = torch.cat([torch.randperm(own, generator=generator), *(own + each for each in drawn)])
-    steps = (torch.arange(count) for count in (own, mixed_in))
-    jitter = torch.rand(own + mixed_in, generator=generator)
-    counts = torch.tensor([own, mixed_in]).repeat_interleave(torch.tensor([own, mixed_in]))
-    return indices[((torch.cat(list(steps)) + jitter) / counts).argsort(stable=True)]
+    places = [(torch.arange(count) + torch.rand(count, generator=generator)) / count for count in (own, mixed_in)]
+    return indices[torch.cat(places).argsort(stable=True)]
 
 
 def epoch_order(number: int, *, seed: int, epoch: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from proard.artifacts import ArtifactError, read_state_dict
+from proard.artifacts import ArtifactError, matched, read_state_dict
 from proard.config import DeepMindPreActResNet, DeepMindWideResNet
 from proard.kernels import Conv2d
 
@@ -176,22 +176,13 @@ def read_deepmind(path: str, *, image_size: int, activation: str) -> tuple[Setti
     settings = _settings_of(path, tensors, image_size, activation)
     pixels = [tensors.pop(name, None) for name in ("mean", "std")]
     with torch.device("meta"):
-        wanted = dict(build(settings).state_dict())
-    counters = {name for name in wanted if name.endswith("num_batches_tracked")}
-    missing, strange = sorted(set(wanted) - set(tensors) - counters), sorted(set(tensors) - set(wanted))
-    if missing or strange:
-        what = f"lacks {missing[0]}" if missing else f"holds {strange[0]}"
-        raise ArtifactError(f"{path} {what}; expected the names of {settings.name} as DeepMind's code saves it")
-    for name, value in tensors.items():
-        if value.shape != wanted[name].shape:
-            raise ArtifactError(f"{path}: {name} has shape {tuple(value.shape)}, expected {tuple(wanted[name].shape)}")
+        wanted = build(settings).state_dict()
+    weights = matched(path, tensors, wanted, names=f"{settings.name} as DeepMind's code saves it")
     if any(value is None for value in pixels):
         if settings.classes not in PIXELS or settings.image_channels != 3:
             raise ArtifactError(f"{path} lacks mean and std, which are known only for CIFAR-10 and CIFAR-100")
         pixels = [torch.tensor(values) for values in PIXELS[settings.classes]]
-    zeros = {name: torch.zeros((), dtype=torch.int64) for name in counters}
-    weights = {name: value.float() if value.ndim else value for name, value in tensors.items()}
-    return settings, {**zeros, **weights}, [value.float().reshape(-1) for value in pixels if value is not None]
+    return settings, weights, [value.float().reshape(-1) for value in pixels if value is not None]
 
 
 def _settings_of(path: str, tensors: Mapping[str, Tensor], image_size: int, activation: str) -> Settings:

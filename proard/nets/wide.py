@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from proard.artifacts import ArtifactError, read_state_dict
+from proard.artifacts import ArtifactError, matched, read_state_dict
 from proard.config import ConfigError, WideResNet
 from proard.kernels import Conv2d
 
@@ -99,19 +99,9 @@ def read_trades(path: str, *, image_size: int) -> tuple[WideResNet, dict[str, Te
     tensors = {name: value for name, value in tensors.items() if not name.startswith(UNUSED)}
     settings = _settings_of(path, tensors, image_size)
     with torch.device("meta"):
-        wanted = {name: value for name, value in WideNet(settings).state_dict().items()}
-    counters = {name for name in wanted if name.endswith("num_batches_tracked")}
-    missing, strange = sorted(set(wanted) - set(tensors) - counters), sorted(set(tensors) - set(wanted))
-    if missing or strange:
-        what = f"lacks {missing[0]}" if missing else f"holds {strange[0]}"
-        raise ArtifactError(
-            f"{path} {what}; expected the names of WideResNet-{settings.depth}-{settings.widen} as TRADES saves it"
-        )
-    for name, value in tensors.items():
-        if value.shape != wanted[name].shape:
-            raise ArtifactError(f"{path}: {name} has shape {tuple(value.shape)}, expected {tuple(wanted[name].shape)}")
-    zeros = {name: torch.zeros((), dtype=torch.int64) for name in counters}
-    return settings, {**zeros, **{name: value.float() if value.ndim else value for name, value in tensors.items()}}
+        wanted = WideNet(settings).state_dict()
+    names = f"WideResNet-{settings.depth}-{settings.widen} as TRADES saves it"
+    return settings, matched(path, tensors, wanted, names=names)
 
 
 def _settings_of(path: str, tensors: Mapping[str, Tensor], image_size: int) -> WideResNet:

@@ -59,6 +59,7 @@ def take_from_file(job: Job, settings: TrainTeacher) -> None:
     if rank() > 0:
         return
     own, file = job.config.space, present(settings.file)
+    inputs = [file]
     net: StaticNet | FixedNet
     space: NetSpace
     arch: Any
@@ -66,6 +67,7 @@ def take_from_file(job: Job, settings: TrainTeacher) -> None:
         net, space, arch = load_trades(file, image_size=own.image_size)
     elif settings.source == "deepmind":
         net, space, arch = with_activation(job, file)
+        inputs += [job.files.val]  # it decides on the activation
     elif zipfile.is_zipfile(file):
         raise ConfigError(
             f"train_teacher.file {settings.file} is a file of torch.save; source file reads a teacher.safetensors of "
@@ -75,7 +77,7 @@ def take_from_file(job: Job, settings: TrainTeacher) -> None:
     else:
         net, space, arch, _ = load_static(file, kind=("teacher", "control", "trained_student"))
     check_shape(space, own, file=settings.file)
-    provenance = job.provenance(file)
+    provenance = job.provenance(*inputs)
     save_static(job.files.teacher, net, space=space, arch=arch, kind="teacher", provenance=provenance)
     write_table(job.files.history, [], HISTORY, provenance)
     print(f"teacher taken from {settings.file}: {space.spec(arch).macs / 1e6:.1f} M MACs")
@@ -102,11 +104,11 @@ def with_activation(job: Job, file: str) -> tuple[FixedNet, NetSpace, Any]:
 
     The checkpoint does not contain the activation that it was trained with.
     """
+    val = load_images(job, "val", CHOOSING_IMAGES)
     found: dict[str, tuple[float, float, tuple[FixedNet, NetSpace, Any]]] = {}
     for activation in ("silu", "relu"):
         net, space, arch = load_deepmind(file, image_size=job.config.space.image_size, activation=activation)
         check_shape(space, job.config.space, file=job.config.train_teacher.file)
-        val = load_images(job, "val", CHOOSING_IMAGES)
         with torch.no_grad():
             logits = torch.cat([net.to(job.device)(images) for images in to_float(val.images).split(BATCH)])
         right = float((logits.argmax(1) == val.labels).double().mean())
