@@ -80,18 +80,17 @@ def make_splits(settings: PrepareData, *, seed: int) -> Splits:
         notes += test_source.notes
     notes += _copies(source, test_source, parts, digests)
     files = source.files + (test_source.files if test_source is not None else ())
-    additional = 0
-    if settings.additional is not None:
-        more = open_additional(settings, source.classes)
-        additional = len(more.labels)
-        images["additional"] = more.read(np.arange(additional)).images
-        _check_shapes(settings, images)
-        _refuse_test_images(more, images["additional"], images["test"])
-        images["train"] = np.concatenate([images["train"], images.pop("additional")])
-        labels["train"] = np.concatenate([labels["train"], more.labels])
-        files, notes = files + more.files, notes + more.notes
+    more = None if settings.additional is None else open_additional(settings, source.classes)
+    if more is not None:
+        images["additional"] = more.read(np.arange(len(more.labels))).images
     _check_shapes(settings, images)
-    return Splits(settings.source, source.classes, images, labels, files, notes, additional)
+    if more is None:
+        return Splits(settings.source, source.classes, images, labels, files, notes)
+    _refuse_test_images(more, images["additional"], images["test"])
+    images["train"] = np.concatenate([images["train"], images.pop("additional")])
+    labels["train"] = np.concatenate([labels["train"], more.labels])
+    files, notes = files + more.files, notes + more.notes
+    return Splits(settings.source, source.classes, images, labels, files, notes, additional=len(more.labels))
 
 
 def stratified_order(labels: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
