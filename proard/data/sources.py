@@ -116,10 +116,16 @@ def _npz(files: tuple[Path, ...], classes: tuple[str, ...]) -> Source:
         number = int(np.searchsorted(starts, index, side="right")) - 1
         return f"{files[number]} image {index - starts[number]}"
 
+    def read(indices: NDArray[np.int64]) -> Decoded:
+        return Decoded(stacked[indices])
+
     stacked = np.concatenate(images)
-    name = ", ".join(map(str, files[:3])) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
-    read = lambda indices: Decoded(stacked[indices])  # noqa: E731
-    return Source(name, np.concatenate(labels).astype(np.int64), classes, where, read, files)
+    return Source(_names(files), np.concatenate(labels).astype(np.int64), classes, where, read, files)
+
+
+def _names(files: tuple[Path, ...]) -> str:
+    """The first files and the number of others, for messages."""
+    return ", ".join(map(str, files[:3])) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
 
 
 def _check_labels(source: Source) -> None:
@@ -225,8 +231,7 @@ def _parquet(
         return decode_all(batches, len(indices), size=settings.image_size, label=f"{key} images")
 
     labels = np.concatenate([table.labels for table in tables])
-    name = ", ".join(str(file) for file in files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
-    return Source(name, labels, classes, where, read, files, _columns(key, tables, classes))
+    return Source(_names(files), labels, classes, where, read, files, _columns(key, tables, classes))
 
 
 def _columns(key: str, tables: list[ImageTable], classes: tuple[str, ...]) -> tuple[str, ...]:
