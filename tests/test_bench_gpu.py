@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from dataclasses import replace
 from functools import partial
@@ -12,7 +11,8 @@ import pytest
 import torch
 
 from proard.attacks import take_steps
-from proard.kernels import CapturedSteps, plain
+from proard.kernels import CapturedSteps, dispatch
+from proard.kernels.cudnn import NoEpilogues
 from proard.kernels.switch import in_use
 from proard.nets.elastic import key_of
 
@@ -178,18 +178,18 @@ def test_it_ends_within_four_minutes_and_begins_with_the_kernels(seconds):
     work = Paced(seconds, {})
     work.run()
     assert work.now < 4 * 60
-    assert list(work.given)[:2] == ["kernel pgd_update_", "kernel softmax_difference"]
+    assert list(work.given)[:2] == ["kernels: updates", "kernels: logit gradients"]
     if seconds == 5:
-        assert list(work.given)[2] == "ceilings"
-        assert len(work.given) == 15
+        assert list(work.given)[6] == "ceilings"
+        assert len(work.given) == 19
 
 
 def test_a_kernel_that_fails_its_proof_is_used_by_no_later_section():
-    work = Paced(5, {"kernel softmax_difference": "failed"})
-    with pytest.raises(SystemExit, match="failed: kernel softmax_difference"):
+    work = Paced(5, {"kernels: logit gradients": "failed"})
+    with pytest.raises(SystemExit, match="failed: kernels: logit gradients"):
         work.run()
     plain_kernels = [start.plain_kernels for start in work.given.values()]
-    assert plain_kernels == [False, False] + [True] * 13
+    assert plain_kernels == [False, False] + [True] * 17
 
 
 def test_without_fused_kernels_a_section_runs_their_twins():
@@ -208,7 +208,7 @@ def test_kernels_are_proven_under_the_sanitizer_where_it_is_installed(monkeypatc
     import bench_gpu
     from gpu.sections import sanitizer, sections
 
-    proof, other = sections(bench_gpu.parse(["--device", "cuda"]))[:3:2]
+    proof, other = sections(bench_gpu.parse(["--device", "cuda"]))[:7:6]
     assert (proof.proves_kernels, other.proves_kernels) == (True, False)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert sanitizer(proof, "cuda") == []
@@ -228,38 +228,67 @@ def test_what_is_asked_for_wrongly_is_named(argv, capsys):
     assert "expected some of kernels,ceilings" in (err := capsys.readouterr().err) or "width scale 0.3 leaves" in err
 
 
-FEW = {"updates": ((1, 1, 8, 8), (3, 5, 17, 19)), "classes": (1, 7, 101), "batches": (1, 3)}  # for the interpreter
+FEW = {  # for the interpreter
+    "updates": {"shapes": ((1, 1, 8, 8), (3, 5, 17, 19))},
+    "logit gradients": {"batches": ((1, 1), (3, 7), (1, 101))},
+    "passes": {"shapes": ((2, 5, 3, 3),)},
+    "batch norm": {"shapes": ((2, 5, 3, 3),)},
+    "products": {"channels": ((8, 24),), "sizes": ((2, 3, 5),)},
+}
 
 
-@pytest.mark.parametrize("name", ["pgd_update_", "softmax_difference"])
+@pytest.mark.parametrize("name", FEW)
 def test_kernels_are_proven_on_odd_shapes_and_a_wrong_one_is_noticed(name, capsys):
     from gpu.checks import proof_rows
 
     pytest.importorskip("triton")
-    fused = importlib.import_module("proard.kernels.fused")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = proof_rows(name, device, fused, FEW)
-    assert len(rows) == {"pgd_update_": 4, "softmax_difference": 18}[name]
-    wrong = SimpleNamespace(
-        fits=fused.fits,
-        pgd_update_=lambda adv, *rest, **step: plain.pgd_update_(adv, *rest, **step).add_(1e-7),
-        softmax_difference=lambda *given: plain.softmax_difference(*given) + 0.01,
+    fused = dispatch.all_fused(NoEpilogues(), types=(torch.float32,))
+    rows = proof_rows(name, device, fused, **FEW[name])
+    assert len(rows) >= 2
+
+    def off(function):
+        def wrong(*given, **how):
+            found = function(*given, **how)
+            (found[0] if isinstance(found, tuple) else found).add_(0.1)
+            return found
+
+        return wrong
+
+    names = (
+        "pgd_update_",
+        "softmax_difference",
+        "finish_",
+        "slope_",
+        "norm_forward",
+        "norm_backward",
+        "product",
     )
-    with pytest.raises(SystemExit, match=f"{name} differs from its plain twin by .* on "):
-        proof_rows(name, device, wrong, FEW)
-    with pytest.raises(SystemExit, match="do not run on cpu"):
-        proof_rows(name, torch.device("cpu"))
+    parts = {
+        key: SimpleNamespace(
+            **{each: getattr(part, each) for each in ("fits", "suits") if hasattr(part, each)},
+            **{each: off(getattr(part, each)) for each in names if hasattr(part, each)},
+        )
+        for key, part in (("steps", fused.steps), ("maps", fused.maps), ("product", fused.product))
+    }
+    with pytest.raises(SystemExit, match="differs from its reference by"):
+        proof_rows(name, device, replace(fused, **parts), **FEW[name])
+    assert "against the reference" in capsys.readouterr().out
 
 
 def test_real_shapes_are_proven():
-    from gpu.checks import SHAPES
+    from gpu.checks import REAL
 
-    batches, channels, sides = ({shape[place] for shape in SHAPES["updates"]} for place in (0, 1, 3))
+    batches, channels, sides = ({shape[place] for shape in REAL["updates"]["shapes"]} for place in (0, 1, 3))
     assert {1, 1024} <= batches
     assert {1, 3, 5} <= channels
     assert max(sides) == 224
-    assert {1, 1024} <= set(SHAPES["batches"])
-    assert {7, 10, 100, 101, 1001} <= set(SHAPES["classes"])
+    images, classes = (set(each) for each in zip(*REAL["logit gradients"]["batches"], strict=True))
+    assert {1, 1024} <= images
+    assert {1, 2, 10, 101, 1001} <= classes
+    maps = REAL["batch norm"]["shapes"]
+    assert {3, 44, 264, 2048} <= {shape[1] for shape in maps}
+    assert max(shape[0] * shape[2] * shape[3] for shape in maps) >= 2**16
 
 
 def test_rounds_end_where_another_would_not_fit():

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TINY, TINY_DEEP, random_images, random_supernet, tiny_space
+from helpers import TINY, TINY_DEEP, TINY_MOBILE, TINY_POOL, random_images, random_supernet, tiny_space
 
 from proard.attacks import differentiate, input_gradient, pgd
 from proard.config import PRESETS
 from proard.losses import CrossEntropy
 from proard.nets import FoldedNet, SubnetView
-from proard.nets.gradient import BlockGradient, Convolution, is_plain
+from proard.nets.gradient import BlockGradient, Convolution, Kept
 from proard.space import BlockSpec, ConvSpec, SearchSpace
 from proard.stages import common
 
@@ -21,6 +21,10 @@ SPACES = {
     "deep_stem": tiny_space(TINY_DEEP),
     "strided_stem": tiny_space(TINY, stem={"channels": 8, "stride": 2}, image_size=16),
     "odd_maps": tiny_space(TINY_DEEP, image_size=9),
+    "pooled": tiny_space(TINY_POOL, image_size=16),
+    "odd_pooled": tiny_space(TINY_POOL, image_size=21),
+    "mobile": tiny_space(TINY_MOBILE),
+    "mobile_odd": tiny_space(TINY_MOBILE, image_size=11),
 }
 
 
@@ -78,30 +82,27 @@ def test_every_convolution_has_the_librarys_gradient(kernel, stride, side, maske
     seed = draw(*out.shape)
     (expected,) = torch.autograd.grad(out, before, seed)
     spec = ConvSpec("c", 3, 4, kernel, stride, out.shape[-1])
-    conv, kept = Convolution(spec, weight, bias), x.detach().contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(conv.forward(kept), out.detach())
-    torch.testing.assert_close(conv.backward(seed, kept, masked=masked), expected)
-    total = torch.ones_like(kept)
-    joined = (expected + 1) * (kept > 0) if masked else expected + 1
-    torch.testing.assert_close(conv.add_backward_(total, seed, kept, masked=masked), joined)
+    conv, value = Convolution(spec, weight, bias), x.detach().contiguous(memory_format=torch.channels_last)
+    kept = Kept(value, value, "relu" if masked else "none")
+    torch.testing.assert_close(conv.forward(kept).value, out.detach())
+    torch.testing.assert_close(conv.backward(seed, kept), expected)
+    total = torch.ones_like(value)
+    joined = (expected + 1) * (value > 0) if masked else expected + 1
+    torch.testing.assert_close(conv.add_backward_(total, seed, kept), joined)
 
 
 def test_a_relu_before_the_sum_masks_the_branch_and_not_the_shortcut():
     weight = torch.tensor([[[[1.0]], [[0.0]]], [[[0.0]], [[-1.0]]]])
     layer = ConvSpec("c", 2, 2, 1, 1, 1, "relu")
     block = BlockGradient(BlockSpec((layer,), ()), {"c": Convolution(layer, weight, torch.zeros(2))})
-    x = torch.ones(1, 2, 1, 1)
-    kept = block.forward(x)
-    assert kept[-1].flatten().tolist() == [2.0, 1.0]
-    assert block.backward(torch.ones(1, 2, 1, 1), kept, masked=False).flatten().tolist() == [2.0, 1.0]
+    kept = block.forward(Kept(torch.ones(1, 2, 1, 1)))
+    assert kept[-1].value.flatten().tolist() == [2.0, 1.0]
+    assert block.backward(torch.ones(1, 2, 1, 1), kept).flatten().tolist() == [2.0, 1.0]
 
 
-def test_every_preset_of_plain_convolutions_takes_this_way_and_attacks_agree():
-    for name in ("resnet_digits", "resnet_micro", "resnet_cifar"):
-        space = SearchSpace(PRESETS[name])
-        assert is_plain(space.spec(space.largest)), name
-    assert not is_plain(SearchSpace(PRESETS["mobilenet_micro"]).spec(SearchSpace(PRESETS["mobilenet_micro"]).largest))
-    space = SearchSpace(PRESETS["resnet_digits"])
+@pytest.mark.parametrize("name", ["resnet_digits", "mobilenet_digits"])
+def test_attacks_of_a_preset_agree_with_autograds(name):
+    space = SearchSpace(PRESETS[name])
     net = folded(space, space.sample(1, np.random.default_rng(1))[0])
     objective, images = problem(space, 16)
     options = {"eps": 0.1, "step_size": 0.03, "num_steps": 4}

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from helpers import TINY, random_images, random_supernet, tiny_space
 
-from proard.kernels import compiled, maps, plain_twins
-from proard.kernels.maps import mask_gradient_, norm_activation, plain_norm_activation, suits
+from proard.kernels import compiled, maps, norm, plain_twins
+from proard.kernels.maps import slope_
+from proard.kernels.norm import norm_activation, plain_norm_activation, suits
 from proard.nets import SubnetView
 
 EPS = 1e-5
@@ -37,7 +38,7 @@ def test_this_machine_has_a_compiler_so_that_the_kernel_is_what_these_tests_see(
     assert isinstance(maps.maps_library(), ctypes.CDLL)
 
 
-@pytest.mark.parametrize("activation", maps.KINDS)
+@pytest.mark.parametrize("activation", norm.KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_norm_and_activation_are_those_of_float64(shape, activation):
     x, scale, shift, seed = problem(shape, torch.float32)
@@ -48,7 +49,7 @@ def test_norm_and_activation_are_those_of_float64(shape, activation):
         assert float((ours - theirs).abs().max()) < 2e-5 * max(1.0, float(theirs.abs().max()))
 
 
-@pytest.mark.parametrize("activation", maps.KINDS)
+@pytest.mark.parametrize("activation", norm.KINDS)
 def test_bfloat16_maps_are_rounded_once(activation):
     x, scale, shift, seed = problem((8, 11, 8, 8), torch.bfloat16)
     exact = with_gradients(plain_norm_activation, *(each.double() for each in (x, scale, shift, seed)), activation)
@@ -104,7 +105,7 @@ def test_gradients_join_and_are_masked(dtype, adds, masks):
     out = out.relu()
     expected = gradient + side if adds else gradient.clone()
     expected = torch.where(out > 0, expected, 0) if masks else expected
-    found = mask_gradient_(gradient, out if masks else None, side if adds else None)
+    found = slope_(gradient, out if masks else None, side if adds else None)
     assert found is gradient
     assert torch.equal(found, expected)
 
@@ -112,7 +113,7 @@ def test_gradients_join_and_are_masked(dtype, adds, masks):
 def test_maps_in_another_layout_go_the_plain_way():
     gradient, out = torch.ones(2, 3, 4, 4), torch.ones(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
     out[0, 1] = 0
-    assert torch.equal(mask_gradient_(gradient.clone(), out), gradient * (out > 0))
+    assert torch.equal(slope_(gradient.clone(), out), gradient * (out > 0))
     x = torch.randn(2, 3, 4, 4)
     assert not suits(x, torch.ones(3), torch.ones(3))
     assert not suits(x.contiguous(memory_format=torch.channels_last).double(), torch.ones(3), torch.ones(3))

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,8 @@ from step_rows import PackageStep, Problem
 from torch import Tensor
 
 from proard.attacks import pgd, take_steps
-from proard.kernels import CapturedSteps, dispatch, plain, plain_twins
+from proard.kernels import CapturedSteps, dispatch, plain_twins, prove
+from proard.kernels.cudnn import CudnnEpilogues, NoEpilogues
 from proard.losses import KLToTarget
 from proard.nets import SubnetView
 from proard.space import Arch
@@ -24,15 +24,28 @@ ITERATES = 0.999  # share of equal pixels (to 1e-6) of two float64 attacks, or o
 ONE_STEP = 0.99  # the same for one float32 step with other kernels: gradients next to zero change sign by rounding
 GRADIENTS = 0.9999  # cosine of two float64 steps' weight gradients
 REPLAYED = 5  # attack steps of a captured attack: enough to be captured at a network's first attack
-SHAPES: Mapping[str, Sequence] = {
+MAPS = ((1, 8, 1, 1), (3, 3, 17, 19), (64, 264, 32, 32), (64, 44, 32, 32), (128, 2048, 4, 4), (8, 64, 112, 112))
+REAL: Mapping[str, Mapping[str, Sequence]] = {
     # (batch, channels, height, width): odd channel counts and sides, the widest maps, one image and many
-    "updates": ((1, 1, 8, 8), (1, 3, 32, 32), (7, 5, 17, 19), (1024, 3, 32, 32), (1, 3, 224, 224), (1024, 1, 224, 224)),
-    "batches": (1, 1024),
-    "classes": (1, 2, 7, 10, 100, 101, 1000, 1001),
+    "updates": {
+        "shapes": (
+            (1, 1, 8, 8),
+            (1, 3, 32, 32),
+            (7, 5, 17, 19),
+            (1024, 3, 32, 32),
+            (1, 3, 224, 224),
+            (256, 1, 224, 224),
+        )
+    },
+    "logit gradients": {"batches": [(images, classes) for images in (1, 1024) for classes in (1, 2, 7, 10, 101, 1001)]},
+    "passes": {"shapes": MAPS},
+    "batch norm": {"shapes": MAPS},
+    "products": {
+        "channels": ((8, 16), (24, 64), (64, 256), (264, 88), (1024, 256), (512, 2048)),
+        "sizes": ((3, 17, 19), (128, 16, 16)),
+    },
 }
-ROUNDING = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-8}  # of a softmax difference
 TakeSteps = Callable[..., Tensor]
-Proof = Iterator[tuple[str, float, float]]  # shape, largest difference, its limit
 
 
 class Wrong(SystemExit):
@@ -163,54 +176,26 @@ def step_never_waits(
 # --- kernels -------------------------------------------------------------------------------------------------------
 
 
-def proof_rows(
-    name: str, device: torch.device, kernels: ModuleType | None = None, shapes: Mapping[str, Sequence] = SHAPES
-) -> list[Row]:
-    """Rows of a kernel's proof, one of `PROOFS`, printed as a table; the kernels are by default the device's own."""
-    kernels = kernels or dispatch.fused_for(device)
-    if kernels is None:
-        raise Wrong(f"the fused kernels do not run on {device}; see the warning above")
+def proof_rows(name: str, device: torch.device, kernels: dispatch.Fused | None = None, **shapes: Sequence) -> list[Row]:
+    """Rows of a kernel's proof, one of `REAL`, printed as a table; the kernels are by default the device's own."""
     rows: list[Row] = []
     try:
-        for shape, difference, limit in PROOFS[name](kernels, device, shapes):
-            rows.append({"bench": "gpu_proofs", "row": name, "lever": shape, "difference": difference})
+        kernels = kernels or dispatch.all_fused(NoEpilogues())
+        for case, difference, limit in prove.differences(prove.CHECKS[name](kernels, device, **(shapes or REAL[name]))):
+            rows.append({"bench": "gpu_proofs", "row": name, "lever": case, "difference": difference})
             if not difference <= limit:
-                raise Wrong(f"{name} differs from its plain twin by {difference:.2g} on {shape}")
+                raise Wrong(f"{case} differs from its reference by {difference:.2g}")
+    except (RuntimeError, ImportError) as error:
+        raise Wrong(f"the fused kernels do not run on {device}: {error}") from error
     finally:
         if rows:
-            show(f"{name} against its plain twin", rows, {"difference": "largest difference:.3g"})
+            show(f"{name} against the reference", rows, {"difference": "largest difference:.3g"})
     return rows
 
 
-def updates(kernels: ModuleType, device: torch.device, shapes: Mapping[str, Sequence]) -> Proof:
-    """The attack's update: both forms compute the same numbers."""
-    for shape in shapes["updates"]:
-        for layout in (torch.channels_last, torch.contiguous_format):
-            generator = torch.Generator(device).manual_seed(0)
-            images = torch.rand(shape, generator=generator, device=device).contiguous(memory_format=layout)
-            gradient = torch.randn(shape, generator=generator, device=device).contiguous(memory_format=layout)
-            low, high = (images - 0.03).clamp_(min=0), (images + 0.03).clamp_(max=1)
-            given = (images, gradient, low, high)
-            if not kernels.fits(*given):
-                raise Wrong(f"the fused update does not take images of shape {shape}")
-            own = kernels.pgd_update_(images.clone(), gradient, low, high, step_size=2 / 255)
-            twin = plain.pgd_update_(images, gradient, low, high, step_size=2 / 255)
-            yield f"{shape} {str(layout).removeprefix('torch.')}", float((own - twin).abs().max()), 0.0
-
-
-def softmax_differences(kernels: ModuleType, device: torch.device, shapes: Mapping[str, Sequence]) -> Proof:
-    """The gradient of an objective with respect to the logits, equal up to rounding."""
-    for number in shapes["classes"]:
-        for batch in shapes["batches"]:
-            for dtype, limit in ROUNDING.items():
-                generator = torch.Generator(device).manual_seed(0)
-                logits = (10 * torch.randn((batch, number), generator=generator, device=device)).to(dtype)
-                labels = torch.arange(batch, device=device) % number
-                largest = 0.0
-                for target in (labels, logits.float().flip(1).softmax(1)):
-                    pair = [twin.softmax_difference(logits, target).float() for twin in (kernels, plain)]
-                    largest = max(largest, float((pair[0] - pair[1]).abs().max()))
-                yield f"{(batch, number)} {str(dtype).removeprefix('torch.')}", largest, limit
-
-
-PROOFS = {"pgd_update_": updates, "softmax_difference": softmax_differences}
+def library_rows(device: torch.device) -> list[Row]:
+    """Whether cuDNN's convolutions with an epilogue are right: a row, not a gate, since there is a fallback."""
+    works = prove.works(CudnnEpilogues(), device)
+    rows = [{"bench": "gpu_proofs", "row": "cuDNN", "lever": "convolutions with an epilogue", "used": works}]
+    show("cuDNN's epilogues", rows, {"used": "used:"})
+    return rows

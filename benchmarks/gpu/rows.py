@@ -108,6 +108,7 @@ def kernel_rows(clock: Clock, *, batch: int) -> list[Row]:
     """Both forms of every kernel alone, launched one after the other; only the plain ones if no fused one runs."""
     clock.budget.require()
     device, fused = clock.device, dispatch.fused_for(clock.device)
+    fused = fused and fused.steps
     adv = torch.rand(batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
     gradient, low, high = torch.randn_like(adv), (adv - 0.03).clamp(min=0), (adv + 0.03).clamp(max=1)
     logits = torch.randn(batch, 10, device=device)

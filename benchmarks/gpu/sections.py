@@ -104,12 +104,13 @@ def sections(args: Namespace) -> list[Section]:
         ("attack", "share of the ceiling", 1, lambda c: measured.attack_rows(c.placed(), c.clock, c.ceilings)),
         ("labels", "seconds per label", 3, lambda c: measured.label_rows(c.placed(), c.clock, **label)),
     ]
-    proofs = {name: lambda c, name=name: checks.proof_rows(name, c.clock.device) for name in checks.PROOFS}
+    proofs = {name: lambda c, name=name: checks.proof_rows(name, c.clock.device) for name in checks.REAL}
+    proofs |= {"cuDNN": lambda c: checks.library_rows(c.clock.device)}
     if args.device == "cpu":
         proofs = {}
     of_spaces = [Section(part, f"{title}, {space}", *how, space) for part, title, *how in each for space in args.space]
     return [
-        *(Section("kernels", f"kernel {name}", 4, proof) for name, proof in proofs.items()),
+        *(Section("kernels", f"kernels: {name}", 2, proof) for name, proof in proofs.items()),
         Section("ceilings", "ceilings", 1, lambda c: measured.ceiling_rows(c.clock, batch=args.batch)),
         *of_spaces,
         Section("data", "augmented images", 1, lambda c: measured.data_rows(c.clock, **data)),

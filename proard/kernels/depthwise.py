@@ -62,6 +62,13 @@ def pays(x: Tensor, weight: Tensor, stride: int) -> bool:
     )
 
 
+def depthwise_input_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """Gradient of `depthwise_convolution` with respect to maps `x`, by the fastest way for their type and device."""
+    if x.device.type == "cpu" and (weight.shape[-1] >= WIDE or (x.dtype is torch.bfloat16 and stride > 1)):
+        return _input_gradient(dy, x, weight, stride)
+    return _by_library(dy, x, weight, stride, of_input=True)
+
+
 def _library(x: Tensor, weight: Tensor, stride: int, bias: Tensor | None = None) -> Tensor:
     """The library's convolution."""
     return F.conv2d(x, weight, bias, stride, weight.shape[-1] // 2, 1, len(weight))

@@ -1,4 +1,4 @@
-"""The fused kernels, in Triton. Imported only if a GPU, or the interpreter in tests, runs them.
+"""The fused kernels of an attack step, in Triton. Imported only if a GPU, or the interpreter in tests, runs them.
 
 Each kernel reads its inputs once and writes its result once, in one launch; `plain` defines what it computes.
 """
@@ -9,8 +9,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from proard.kernels import plain
 
 BLOCK = 1024  # pixels per program
 
@@ -73,24 +71,3 @@ def fits(adv: Tensor, *others: Tensor) -> bool:
     """Whether tensors are float32 with the same dense memory layout, so that one index is valid for all."""
     dense = adv.is_contiguous() or adv.is_contiguous(memory_format=torch.channels_last)
     return dense and all(x.dtype is torch.float32 and x.stride() == adv.stride() for x in (adv, *others))
-
-
-def prove(device: torch.device) -> None:
-    """Run both kernels on a few numbers on the device and compare them with the reference implementations.
-
-    Raises
-    ------
-    RuntimeError
-        A result differs from the reference; other errors come from the compiler or the driver.
-    """
-    ramp = torch.linspace(-1, 1, 24, device=device).reshape(2, 12)
-    low, high = ramp - 0.1, ramp + 0.1
-    moved, wanted = (
-        twin(ramp.clone(), ramp.flip(1).clone(), low, high, step_size=0.2) for twin in (pgd_update_, plain.pgd_update_)
-    )
-    labels = torch.tensor([3, 11], device=device)
-    pairs = [(softmax_difference(ramp, t), plain.softmax_difference(ramp, t)) for t in (labels, ramp.softmax(1))]
-    if not torch.equal(moved, wanted):
-        raise RuntimeError("the fused update differs from its reference")
-    if not all(torch.allclose(first, second, rtol=0, atol=1e-6) for first, second in pairs):
-        raise RuntimeError("the fused softmax difference differs from its reference")

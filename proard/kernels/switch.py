@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 KINDS = ("fused", "maps", "depthwise")  # Triton kernels on a GPU; batch norm in C; depthwise gradients in C
 _left_out: set[str] = set()  # for the whole process, because backward passes run in other threads
+_on_cpu: list[Any] = []
 
 
 @contextmanager
@@ -18,6 +20,21 @@ def plain_twins(*kinds: str) -> Iterator[None]:
         yield
     finally:
         _left_out.difference_update(added)
+
+
+@contextmanager
+def fused_on_cpu(kernels: Any) -> Iterator[None]:
+    """Context in which these fused kernels run on the CPU: through Triton's interpreter, in tests."""
+    _on_cpu.append(kernels)
+    try:
+        yield
+    finally:
+        _on_cpu.pop()
+
+
+def cpu_kernels() -> Any:
+    """The fused kernels that `fused_on_cpu` names; None outside of it."""
+    return _on_cpu[-1] if _on_cpu else None
 
 
 def in_use(kind: str) -> bool:

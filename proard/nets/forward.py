@@ -15,6 +15,7 @@ from proard.kernels import convolution, depthwise_convolution
 from proard.space import Activation, ConvSpec, GateSpec, NetSpec, PoolSpec, Step
 
 Conv = Callable[[ConvSpec, Tensor], Tensor]
+Join = Callable[[ConvSpec, Tensor, Tensor, Activation], Tensor]
 
 
 def run_network(
@@ -24,6 +25,7 @@ def run_network(
     head: Callable[[Tensor], Tensor],
     *,
     activated: bool = False,
+    join: Join | None = None,
 ) -> Tensor:
     """Logits of shape (batch, classes) of normalised images.
 
@@ -39,10 +41,18 @@ def run_network(
         `head(features)` of shape (batch, classes) for features of shape (batch, spec.features).
     activated : bool
         `conv` applies the layer's activation too.
+    join : callable, optional
+        `join(layer, x, side, activation)`: the last convolution of a block with its norm, plus the shortcut's map
+        `side`, activated; without it the three are computed one after the other.
     """
     if not activated:
         conv = with_activation(conv)
     for block in spec.blocks:
+        last = block.steps[-1]
+        if join and block.shortcut is not None and isinstance(last, ConvSpec) and last.activation == "none":
+            side = run_steps(block.shortcut, x, conv)
+            x = join(last, run_steps(block.steps[:-1], x, conv), side, block.activation)
+            continue
         out = run_steps(block.steps, x, conv)
         if block.shortcut is not None:
             out = out + run_steps(block.shortcut, x, conv)
@@ -94,4 +104,10 @@ def convolve(layer: ConvSpec, x: Tensor, weight: Tensor, bias: Tensor | None = N
     """The bare convolution of a layer with given weights."""
     if layer.depthwise and layer.kernel > 1:
         return depthwise_convolution(x, weight, bias, layer.stride)
-    return convolution(x, weight, bias, stride=layer.stride, groups=layer.groups)
+    return convolution(x, weight, bias, stride=layer.stride, groups=len(weight) if layer.depthwise else 1)
+
+
+def widened(images: Tensor, channels: int) -> Tensor:
+    """Images with zeros in further channels, up to so many."""
+    more = channels - images.shape[1]
+    return F.pad(images, (0, 0, 0, 0, 0, more)) if more else images

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from proard.kernels import Conv2d
+from proard.kernels.dispatch import fused_for
 from proard.nets.elastic import BN_EPS, Supernet, key_of
 from proard.nets.fixed import FixedNet
-from proard.nets.forward import convolve, run_network
-from proard.nets.gradient import InputGradient, is_plain
+from proard.nets.forward import convolve, run_network, widened
+from proard.nets.gradient import InputGradient
 from proard.nets.modules import ModulesOf, present, statistics_of
 from proard.space import ConvSpec, NetSpec
 
@@ -71,6 +72,11 @@ class FoldedNet(nn.Module):
         Pixel normalisation.
     dtype : torch.dtype
         Type of the convolutions; images, normalisation and the head keep theirs.
+
+    Notes
+    -----
+    Weights may have more channels than `spec` says, with zeros for all filters, biases and features that are added:
+    the logits are the same.
     """
 
     head_weight: Tensor
@@ -111,16 +117,41 @@ class FoldedNet(nn.Module):
         net.load_state_dict(state)
         return net.to(memory_format=torch.channels_last)
 
+    @property
+    def first(self) -> str:
+        """Name of the first convolution's weights among the buffers."""
+        return f"{key_of(self.spec.convs[0])}_weight"
+
     def rounded(self, dtype: torch.dtype) -> FoldedNet:
         """A copy whose convolutions compute in another type."""
-        layers = {
-            conv.name: (self._buffers[f"{key_of(conv)}_weight"], self._buffers[f"{key_of(conv)}_bias"])
-            for conv in self.spec.convs
-        }
-        head, channels = (self.head_weight, self.head_bias), torch.ones_like(self.scale[:, 0, 0])
+        channels = torch.ones_like(self.scale[:, 0, 0])
+        layers, head = self.layers, (self.head_weight, self.head_bias)
         net = FoldedNet(self.spec, layers, head, mean=channels, std=channels, dtype=dtype)
         net.scale, net.shift = self.scale, self.shift
         return net
+
+    def padded(self, multiple: int) -> FoldedNet:
+        """The same network with zeros added up to a multiple of so many channels, as a GPU's matrix units need them."""
+        layers = {}
+        for conv in self.spec.convs:
+            weight, bias = self.layers[conv.name]
+            inputs = 0 if conv.depthwise else -weight.shape[1] % multiple
+            outputs = -len(weight) % multiple
+            weight = F.pad(weight, (0, 0, 0, 0, 0, inputs, 0, outputs)).contiguous(memory_format=torch.channels_last)
+            layers[conv.name] = (weight, F.pad(bias, (0, outputs)))
+        head = (F.pad(self.head_weight, (0, -self.head_weight.shape[1] % multiple)), self.head_bias)
+        channels = torch.ones_like(self.scale[:, 0, 0])
+        net = FoldedNet(self.spec, layers, head, mean=channels, std=channels, dtype=self.dtype)
+        net.scale, net.shift = self.scale, self.shift
+        return net
+
+    @property
+    def layers(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Weight and bias of every convolution, by name."""
+        return {
+            conv.name: (self._buffers[f"{key_of(conv)}_weight"], self._buffers[f"{key_of(conv)}_bias"])
+            for conv in self.spec.convs
+        }
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of shape (batch, classes), in the head's type (float32), for images in [0, 1]."""
@@ -134,22 +165,22 @@ class FoldedNet(nn.Module):
         def head(features: Tensor) -> Tensor:
             return F.linear(features.to(self.head_weight.dtype), self.head_weight, self.head_bias)
 
-        x = (images * self.scale + self.shift).to(self.dtype)
+        own = self.input_gradient() if images.is_cuda and not torch.is_grad_enabled() else None
+        if own is not None:
+            return own.logits(images)
+        x = widened((images * self.scale + self.shift).to(self.dtype), buffers[self.first].shape[1])
         return run_network(self.spec, x, conv, head)
 
     def input_gradient(self) -> InputGradient | None:
         """Logits and input gradient without autograd, for the present weights.
 
-        None where autograd must be used: on other devices than the CPU, and if the network is not `is_plain`.
+        None on a GPU without the fused kernels, where autograd is faster.
         """
-        if self.head_weight.device.type != "cpu" or not is_plain(self.spec):
+        device = self.head_weight.device
+        if device.type != "cpu" and fused_for(device) is None:
             return None
-        buffers = self._buffers
-        layers = {
-            conv.name: (buffers[f"{key_of(conv)}_weight"], buffers[f"{key_of(conv)}_bias"]) for conv in self.spec.convs
-        }
         head = (self.head_weight, self.head_bias)
-        return InputGradient(self.spec, layers, head, scale=self.scale, shift=self.shift)
+        return InputGradient(self.spec, self.layers, head, scale=self.scale, shift=self.shift)
 
 
 def folded_layer(weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:

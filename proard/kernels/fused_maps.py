@@ -1,0 +1,379 @@
+"""Triton kernels over feature maps: bias, sum and activation; slope of an activation; batch norm with both.
+
+Maps are channels last and dense, so that a map of shape (batch, channels, height, width) is a matrix with a row per
+pixel. Every kernel reads and writes a map once; batch norm reads it twice, since its statistics come first. All sums
+are added in a fixed order, so results are equal in every run. Numbers are computed in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 2048  # numbers per program of a pass without sums
+TILE = 4096  # numbers of a tile of batch norm's kernels
+WIDEST = 64  # channels of a tile
+MAX_CHUNKS = 512  # programs that sum parts of the same map, all channels together
+KINDS = ("none", "relu", "relu6", "h_swish")  # KIND in the kernels
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@triton.jit
+def activated(value, KIND: tl.constexpr):
+    """The activation; a NaN stays a NaN, as in torch."""
+    if KIND == 1 or KIND == 2:
+        value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if KIND == 2:
+        value = tl.minimum(value, 6.0, propagate_nan=tl.PropagateNan.ALL)
+    if KIND == 3:
+        share = tl.maximum(value + 3.0, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        value = value * tl.minimum(share, 6.0, propagate_nan=tl.PropagateNan.ALL) * (1.0 / 6.0)
+    return value
+
+
+@triton.jit
+def sloped(gradient, before, KIND: tl.constexpr):
+    """The gradient times the activation's slope at `before`: its input; for KIND 1 and 2 its output is as good."""
+    if KIND == 1:
+        gradient = tl.where(before <= 0.0, 0.0, gradient)
+    if KIND == 2:
+        gradient = tl.where((before <= 0.0) | (before >= 6.0), 0.0, gradient)
+    if KIND == 3:
+        inner = gradient * (before * (1.0 / 3.0) + 0.5)
+        gradient = tl.where(before <= -3.0, 0.0, tl.where(before < 3.0, inner, gradient))
+    return gradient
+
+
+@triton.jit
+def _finish(
+    x,
+    bias,
+    side,
+    size,
+    channels,
+    HAS_BIAS: tl.constexpr,
+    HAS_SIDE: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add bias and side to `x`, then activate, in place."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    offset = tl.arange(0, BLOCK)
+    index = start + offset
+    inside = index < size
+    value = tl.load(x + index, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        channel = ((start % channels).to(tl.int32) + offset) % channels
+        value += tl.load(bias + channel).to(tl.float32)
+    if HAS_SIDE:
+        value += tl.load(side + index, mask=inside, other=0.0).to(tl.float32)
+    tl.store(x + index, activated(value, KIND).to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _slope(gradient, side, before, size, HAS_SIDE: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """Add side to the gradient, then multiply by the activation's slope, in place."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < size
+    value = tl.load(gradient + index, mask=inside, other=0.0).to(tl.float32)
+    if HAS_SIDE:
+        value += tl.load(side + index, mask=inside, other=0.0).to(tl.float32)
+    if KIND > 0:
+        value = sloped(value, tl.load(before + index, mask=inside, other=0.0).to(tl.float32), KIND)
+    tl.store(gradient + index, value.to(gradient.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _norm_sums(x, sums, rows, channels, chunk_rows, chunks, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Per channel and chunk of rows: sums of differences from the first row, and of their squares."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    live = column < channels
+    chunk = tl.program_id(1).to(tl.int64)
+    begin = chunk * chunk_rows
+    end = tl.minimum(begin + chunk_rows, rows)
+    pivot = tl.load(x + column, mask=live, other=0.0).to(tl.float32)
+    first = tl.zeros((ROWS, COLUMNS), tl.float32)
+    second = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for row in range(begin, end, ROWS):
+        place = row + tl.arange(0, ROWS)
+        inside = (place < end)[:, None] & live[None, :]
+        value = tl.load(x + place[:, None] * channels + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        value = tl.where(inside, value - pivot[None, :], 0.0)
+        first += value
+        second += value * value
+    target = sums + chunk * channels + column
+    tl.store(target, tl.sum(first, 0), mask=live)
+    tl.store(target + chunks * channels, tl.sum(second, 0), mask=live)
+
+
+@triton.jit
+def _total(sums, column, live, channels, chunks, COLUMNS: tl.constexpr):
+    """Both sums over all chunks, in order."""
+    first = tl.zeros((COLUMNS,), tl.float32)
+    second = tl.zeros((COLUMNS,), tl.float32)
+    for chunk in range(0, chunks):
+        source = sums + chunk * channels + column
+        first += tl.load(source, mask=live, other=0.0)
+        second += tl.load(source + chunks * channels, mask=live, other=0.0)
+    return first, second
+
+
+@triton.jit
+def _norm_apply(
+    x,
+    sums,
+    scale,
+    shift,
+    side,
+    y,
+    mean_out,
+    var_out,
+    rows,
+    channels,
+    chunk_rows,
+    chunks,
+    eps,
+    HAS_SIDE: tl.constexpr,
+    KIND: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Normalise the rows of a chunk, scale and shift, add side, activate; the first chunk stores the statistics."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    live = column < channels
+    chunk = tl.program_id(1).to(tl.int64)
+    begin = chunk * chunk_rows
+    end = tl.minimum(begin + chunk_rows, rows)
+    first, second = _total(sums, column, live, channels, chunks, COLUMNS)
+    offset = first / rows
+    mean = tl.load(x + column, mask=live, other=0.0).to(tl.float32) + offset
+    var = tl.maximum(second / rows - offset * offset, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if chunk == 0:
+        tl.store(mean_out + column, mean, mask=live)
+        tl.store(var_out + column, var, mask=live)
+    factor = tl.load(scale + column, mask=live, other=0.0) * (1.0 / tl.sqrt(var + eps))
+    constant = tl.load(shift + column, mask=live, other=0.0)
+    for row in range(begin, end, ROWS):
+        place = row + tl.arange(0, ROWS)
+        inside = (place < end)[:, None] & live[None, :]
+        index = place[:, None] * channels + column[None, :]
+        value = tl.load(x + index, mask=inside, other=0.0).to(tl.float32)
+        value = (value - mean[None, :]) * factor[None, :] + constant[None, :]
+        if HAS_SIDE:
+            value += tl.load(side + index, mask=inside, other=0.0).to(tl.float32)
+        tl.store(y + index, activated(value, KIND).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _slope_at(dy, x, y, index, inside, mean, factor, constant, FROM_OUTPUT: tl.constexpr, KIND: tl.constexpr):
+    """Gradient with respect to the activation's input, and the centred map, of a tile."""
+    slope = tl.load(dy + index, mask=inside, other=0.0).to(tl.float32)
+    centred = tl.load(x + index, mask=inside, other=0.0).to(tl.float32) - mean[None, :]
+    if KIND > 0:
+        if FROM_OUTPUT:
+            before = tl.load(y + index, mask=inside, other=0.0).to(tl.float32)
+        else:
+            before = centred * factor[None, :] + constant[None, :]
+        slope = sloped(slope, before, KIND)
+    return slope, centred
+
+
+@triton.jit
+def _norm_slope_sums(
+    dy,
+    x,
+    y,
+    scale,
+    shift,
+    mean,
+    var,
+    sums,
+    rows,
+    channels,
+    chunk_rows,
+    chunks,
+    eps,
+    FROM_OUTPUT: tl.constexpr,
+    KIND: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Per channel and chunk of rows: sums of the slopes, and of slopes times the normalised map."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    live = column < channels
+    chunk = tl.program_id(1).to(tl.int64)
+    begin = chunk * chunk_rows
+    end = tl.minimum(begin + chunk_rows, rows)
+    inverse = 1.0 / tl.sqrt(tl.load(var + column, mask=live, other=1.0) + eps)
+    factor = tl.load(scale + column, mask=live, other=0.0) * inverse
+    constant = tl.load(shift + column, mask=live, other=0.0)
+    centre = tl.load(mean + column, mask=live, other=0.0)
+    first = tl.zeros((ROWS, COLUMNS), tl.float32)
+    second = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for row in range(begin, end, ROWS):
+        place = row + tl.arange(0, ROWS)
+        inside = (place < end)[:, None] & live[None, :]
+        index = place[:, None] * channels + column[None, :]
+        slope, centred = _slope_at(dy, x, y, index, inside, centre, factor, constant, FROM_OUTPUT, KIND)
+        slope = tl.where(inside, slope, 0.0)
+        first += slope
+        second += slope * (centred * inverse[None, :])
+    target = sums + chunk * channels + column
+    tl.store(target, tl.sum(first, 0), mask=live)
+    tl.store(target + chunks * channels, tl.sum(second, 0), mask=live)
+
+
+@triton.jit
+def _norm_gradient(
+    dy,
+    x,
+    y,
+    scale,
+    shift,
+    mean,
+    var,
+    sums,
+    dx,
+    dscale,
+    dshift,
+    dside,
+    rows,
+    channels,
+    chunk_rows,
+    chunks,
+    eps,
+    HAS_SIDE: tl.constexpr,
+    KIND: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Gradients with respect to the map and, of the first chunk's programs, to scale and shift."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    live = column < channels
+    chunk = tl.program_id(1).to(tl.int64)
+    begin = chunk * chunk_rows
+    end = tl.minimum(begin + chunk_rows, rows)
+    first, second = _total(sums, column, live, channels, chunks, COLUMNS)
+    if chunk == 0:
+        tl.store(dshift + column, first, mask=live)
+        tl.store(dscale + column, second, mask=live)
+    inverse = 1.0 / tl.sqrt(tl.load(var + column, mask=live, other=1.0) + eps)
+    factor = tl.load(scale + column, mask=live, other=0.0) * inverse
+    constant = tl.load(shift + column, mask=live, other=0.0)
+    centre = tl.load(mean + column, mask=live, other=0.0)
+    offset = first / rows
+    slant = second / rows * inverse
+    for row in range(begin, end, ROWS):
+        place = row + tl.arange(0, ROWS)
+        inside = (place < end)[:, None] & live[None, :]
+        index = place[:, None] * channels + column[None, :]
+        slope, centred = _slope_at(dy, x, y, index, inside, centre, factor, constant, HAS_SIDE, KIND)
+        if HAS_SIDE:
+            tl.store(dside + index, slope.to(dside.dtype.element_ty), mask=inside)
+        value = factor[None, :] * (slope - offset[None, :] - centred * slant[None, :])
+        tl.store(dx + index, value.to(dx.dtype.element_ty), mask=inside)
+
+
+def finish_(x: Tensor, bias: Tensor | None, side: Tensor | None, activation: str) -> Tensor:
+    """Add a bias per channel and a map, then activate, in place; tensors as accepted by `fits`."""
+    size, none = x.numel(), x
+    _finish[(triton.cdiv(size, BLOCK),)](
+        x,
+        none if bias is None else bias,
+        none if side is None else side,
+        size,
+        x.shape[1],
+        HAS_BIAS=bias is not None,
+        HAS_SIDE=side is not None,
+        KIND=KINDS.index(activation),
+        BLOCK=BLOCK,
+    )
+    return x
+
+
+def slope_(gradient: Tensor, before: Tensor | None, side: Tensor | None, activation: str) -> Tensor:
+    """Add a map to a gradient, then multiply by an activation's slope, in place; tensors as accepted by `fits`."""
+    size = gradient.numel()
+    _slope[(triton.cdiv(size, BLOCK),)](
+        gradient,
+        gradient if side is None else side,
+        gradient if before is None else before,
+        size,
+        HAS_SIDE=side is not None,
+        KIND=0 if before is None else KINDS.index(activation),
+        BLOCK=BLOCK,
+    )
+    return gradient
+
+
+def norm_forward(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, activation: str, side: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Activated map, mean and biased variance of `norm_activation`."""
+    grid, shape = _grid(x)
+    y, mean, var = torch.empty_like(x), torch.empty_like(scale), torch.empty_like(scale)
+    sums = torch.empty(2, grid[1], x.shape[1], device=x.device)
+    tile = {"ROWS": shape["ROWS"], "COLUMNS": shape["COLUMNS"]}
+    size = (shape["rows"], x.shape[1], shape["chunk_rows"], grid[1])
+    _norm_sums[grid](x, sums, *size, **tile)
+    kept = x if side is None else side
+    how = {"HAS_SIDE": side is not None, "KIND": KINDS.index(activation), **tile}
+    _norm_apply[grid](x, sums, scale, shift, kept, y, mean, var, *size, eps, **how)
+    return y, mean, var
+
+
+def norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str,
+    y: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of `norm_activation` for map, scale, shift and, where its output `y` is given, the map added to it."""
+    grid, shape = _grid(x)
+    sums = torch.empty(2, grid[1], x.shape[1], device=x.device)
+    dx, dscale, dshift = torch.empty_like(x), torch.empty_like(scale), torch.empty_like(shift)
+    dside = None if y is None else torch.empty_like(y)
+    tile = {"KIND": KINDS.index(activation), "ROWS": shape["ROWS"], "COLUMNS": shape["COLUMNS"]}
+    size = (shape["rows"], x.shape[1], shape["chunk_rows"], grid[1])
+    given = (dy, x, x if y is None else y, scale, shift, mean, var, sums)
+    _norm_slope_sums[grid](*given, *size, eps, FROM_OUTPUT=y is not None, **tile)
+    found = (dx, dscale, dshift, dx if dside is None else dside)
+    _norm_gradient[grid](*given, *found, *size, eps, HAS_SIDE=y is not None, **tile)
+    return dx, dscale, dshift, dside
+
+
+def _grid(x: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
+    """Programs of a kernel of batch norm, and the sizes of its tiles and chunks."""
+    channels, rows = x.shape[1], x.numel() // x.shape[1]
+    columns = min(triton.next_power_of_2(channels), WIDEST)
+    tile_rows = TILE // columns
+    across = triton.cdiv(channels, columns)
+    chunks = max(min(triton.cdiv(rows, tile_rows), MAX_CHUNKS // across), 1)
+    chunk_rows = triton.cdiv(triton.cdiv(rows, chunks), tile_rows) * tile_rows
+    grid = (across, triton.cdiv(rows, chunk_rows))
+    return grid, {"rows": rows, "chunk_rows": chunk_rows, "ROWS": tile_rows, "COLUMNS": columns}
+
+
+def fits(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether maps are dense, channels last, and of one type and shape that the kernels compute."""
+    return (
+        x.dtype in TYPES
+        and x.numel() > 0
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and all(
+            each is None
+            or (
+                each.dtype is x.dtype
+                and each.shape == x.shape
+                and each.is_contiguous(memory_format=torch.channels_last)
+            )
+            for each in others
+        )
+    )
