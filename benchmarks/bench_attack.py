@@ -1,9 +1,10 @@
-"""Input gradients per second of the attack, by batch size, compared with plain PGD and the convolution ceiling.
+"""Input gradients per second of the attack, by batch size, compared with other PGD and the convolution ceiling.
 
 `plain` is PGD as in a textbook: NCHW memory, weights sliced in every forward, unfolded norms, autograd's gradient of
-the loss. The network is first trained for some steps on patterns, so that it has a robust accuracy. In float64, 99.9 %
-of the pixels must end as plain PGD's do; in bfloat16 the signs of the first gradient must be right for 90 % of it, by
-size; accuracies under the attacks must agree within noise.
+the loss; `torchattacks` and `foolbox` attack the extracted subnet in float32. All start from uniform noise and ascend
+the cross-entropy. The network is first trained for some steps on patterns, so that it has a robust accuracy. In
+float64, 99.9 % of the pixels must end as plain PGD's do; in bfloat16 the signs of the first gradient must be right for
+90 % of it, by size; accuracies under the attacks must agree within noise.
 """
 
 from __future__ import annotations
@@ -12,31 +13,32 @@ import copy
 import statistics
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 import common
 import torch
 import torch.nn.functional as F
-from common import Call, Row
+from common import Call, Row, Timing
+from other_libraries import LEVERS, Attack, other_attacks
 from plain_step import Recipe, chained_pgd, sliced_forward
 from step_rows import DEFAULT_SCALES, Problem, make_problem, scaled_space, trained
 from torch import Tensor
 
 from proard.attacks import input_gradient, pgd, start_point, take_steps
 from proard.config import PRESETS
-from proard.losses import KLToTarget
-from proard.nets import SubnetView
+from proard.losses import CrossEntropy
+from proard.nets import SubnetView, extract
 
 CEILING_SHAPES = ((32, 32, 32, 3), (64, 64, 16, 3), (128, 128, 8, 3), (256, 256, 8, 3), (256, 256, 16, 1))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TIMED = common.computed_here(DTYPES, rounded=["bfloat16"])
 SAME_ITERATES, SAME_SIGNS = 0.999, 0.9
 FEW_IMAGES = 8  # compared in float64
-CONFIDENCE = 10.0  # of the attacked target: logits of the true class above the others
-COLUMNS = {"ratio_plain": "/plain:.2f", "gradients_per_second": "gradients/s:.0f", "ceiling_share": "of ceiling:.1%"}
-Attack = Callable[[Tensor, Tensor, torch.Generator], Tensor]  # images, target logits, generator -> adversarial images
+OVER = {f"ratio_{name}": f"/{name}:.2f" for name in LEVERS}
+COLUMNS = {"ratio_plain": "/plain:.2f", **OVER}
+COLUMNS |= {"gradients_per_second": "gradients/s:.0f", "ceiling_share": "of ceiling:.1%"}
 Steps = Callable[..., Tensor]  # takes the folded view's steps
 
 
@@ -78,26 +80,37 @@ def ceiling(
 
 
 def attacks(problem: Problem, steps: Steps = take_steps) -> dict[str, Attack]:
-    """The attack in plain form and on the folded view, on the problem's first arch; the plain form in its type."""
+    """Attacks on the problem's first arch: in plain form, by other libraries, on the folded view.
+
+    All but the last compute in the network's type.
+    """
     arch, recipe = problem.archs[0], problem.recipe
     options = {"eps": recipe.eps, "step_size": recipe.step_size, "num_steps": recipe.num_steps}
     predict, view = partial(sliced_forward, problem.student.eval(), arch), SubnetView(problem.student, arch)
 
-    def plain(images: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
-        layout = torch.contiguous_format
-        return chained_pgd(predict, target, images, generator=generator, layout=layout, **options)
+    def plain(images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        noise = torch.empty(images.shape, dtype=images.dtype).uniform_(-recipe.eps, recipe.eps, generator=generator)
+        start = (images + noise.to(images.device)).clamp(0, 1)
+        loss = partial(F.cross_entropy, target=labels, reduction="sum")
+        return chained_pgd(predict, loss, images, start, **options)
 
     def folded(dtype: torch.dtype) -> Attack:
         net = view.folded(view.running_statistics(), dtype=dtype)
 
-        def attack(images: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
-            return pgd(net, KLToTarget(target), images, start="gaussian", generator=generator, steps=steps, **options)
+        def attack(images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+            return pgd(net, CrossEntropy(labels), images, generator=generator, steps=steps, **options)
 
         return attack
 
+    ordinary = extract(problem.student, arch).to(memory_format=torch.contiguous_format)
     own = problem.student.mean.dtype
-    dtypes = TIMED if own is torch.float32 else {"float64": own}
-    return {"plain": plain, **{name: folded(dtype) for name, dtype in dtypes.items()}}
+    here = DTYPES if problem.images.is_cuda else TIMED
+    dtypes = here if own is torch.float32 else {"float64": own}
+    return {
+        "plain": plain,
+        **other_attacks(ordinary, recipe),
+        **{name: folded(dtype) for name, dtype in dtypes.items()},
+    }
 
 
 def agreement(problem: Problem, steps: Steps = take_steps) -> Row:
@@ -105,38 +118,57 @@ def agreement(problem: Problem, steps: Steps = take_steps) -> Row:
 
     `exact` and `iterates` are shares of pixels in which the folded attack ends as plain PGD does, in float64 and in
     float32 (after ten steps this depends on how rough the network is); `equal_signs` and `signs` those of equal signs
-    of the first gradient, bfloat16 against float32, of pixels and of the gradient's 1-norm; `accuracies` the robust
-    accuracies by the float32 network, per attack; `noise` two standard errors of a difference of such accuracies.
+    of the first gradient, bfloat16 against float32, of pixels and of the gradient's 1-norm; the others are those of
+    `robust_accuracies`.
     """
     images = laid_out(problem.images, "float32")
     ends, few = ends_of(problem, steps), problem.images[:FEW_IMAGES]
     small = replace(problem, images=few, labels=problem.labels[:FEW_IMAGES])
     exact = ends_of(replace(small, images=few.double(), student=copy.deepcopy(problem.student).double()), steps)
     view = SubnetView(problem.student, problem.archs[0])
-    nets = {name: view.folded(view.running_statistics(), dtype=dtype) for name, dtype in DTYPES.items()}
-    start = start_point(images, eps=problem.recipe.eps, start="gaussian", generator=torch.Generator().manual_seed(1))
-    objective = KLToTarget(target_logits(problem))
-    gradient, rounded = (input_gradient(net, objective, start)[1] for net in nets.values())
+    nets = [view.folded(view.running_statistics(), dtype=dtype) for dtype in DTYPES.values()]
+    start = start_point(images, eps=problem.recipe.eps, start="uniform", generator=torch.Generator().manual_seed(1))
+    objective = CrossEntropy(problem.labels)
+    gradient, rounded = (input_gradient(net, objective, start)[1] for net in nets)
     right = gradient.sign() == rounded.sign()
-    with torch.no_grad():
-        correct = {name: nets["float32"](end).argmax(1) == problem.labels for name, end in ends.items()}
-    accuracies = {name: float(which.double().mean()) for name, which in correct.items()}
-    share, count = accuracies["float32"], len(images)
     return {
         "exact": same(exact["float64"], exact["plain"]),
         "iterates": same(ends["float32"], ends["plain"]),
         "equal_signs": float(right.double().mean()),
         "signs": float((gradient.abs() * right).sum() / gradient.abs().sum()),
-        "accuracies": accuracies,
-        "noise": 2 * (2 * share * (1 - share) / count) ** 0.5 + 1 / count,
+        **robust_accuracies(problem, ends),
     }
 
 
-def ends_of(problem: Problem, steps: Steps) -> dict[str, Tensor]:
-    """Adversarial images of every attack, from equal noise."""
+@torch.no_grad()
+def robust_accuracies(problem: Problem, ends: Mapping[str, Tensor]) -> Row:
+    """`accuracies` by the float32 network at every attack's adversarial images, and `noise`.
+
+    `noise` is three standard errors of a difference of two of them, from the images on which two attacks differ, and
+    one image.
+    """
+    view, count = SubnetView(problem.student, problem.archs[0]), len(problem.labels)
+    net = view.folded(view.running_statistics())
+
+    def correct(end: Tensor) -> Tensor:
+        logits = torch.cat([net(part) for part in laid_out(end, "float32").split(256)])
+        return logits.argmax(1) == problem.labels
+
+    found = {name: correct(end) for name, end in ends.items()}
+    differing = max(int((one != other).sum()) for one in found.values() for other in found.values())
+    accuracies = {name: float(which.double().mean()) for name, which in found.items()}
+    return {"accuracies": accuracies, "noise": (3 * differing**0.5 + 1) / count}
+
+
+def ends_of(problem: Problem, steps: Steps, *, batch: int | None = None) -> dict[str, Tensor]:
+    """Adversarial images of every attack, found batch by batch from equal noise."""
+    found, size = {}, batch or len(problem.images)
     with common.Float64Losses():
-        calls = timed_calls(problem, len(problem.images), steps)
-        return {name: call(0) for name, call in calls.items()}
+        for name, attack in attacks(problem, steps).items():
+            parts = zip(laid_out(problem.images, name).split(size), problem.labels.split(size), strict=True)
+            seeded = ((*part, torch.Generator().manual_seed(seed)) for seed, part in enumerate(parts, 1))
+            found[name] = torch.cat([attack(*part) for part in seeded])
+    return found
 
 
 def same(first: Tensor, second: Tensor) -> float:
@@ -144,25 +176,25 @@ def same(first: Tensor, second: Tensor) -> float:
     return float(((first.double() - second.double()).abs() < 1e-5).double().mean())
 
 
-def target_logits(problem: Problem) -> Tensor:
-    """Logits of a confident, correct teacher; the divergence from them is nearly the cross-entropy."""
-    return CONFIDENCE * F.one_hot(problem.labels, problem.student.space.settings.classes).to(problem.images.dtype)
-
-
 def laid_out(images: Tensor, name: str) -> Tensor:
     """Images in the memory layout of an attack."""
-    return images.contiguous(memory_format=torch.contiguous_format if name == "plain" else torch.channels_last)
+    layout = torch.contiguous_format if name in ("plain", *LEVERS) else torch.channels_last
+    return images.contiguous(memory_format=layout)
 
 
 def timed_calls(problem: Problem, batch: int, steps: Steps = take_steps) -> dict[str, Call]:
     """Per attack, a call that attacks the first `batch` images once."""
-    target = target_logits(problem)[:batch]
+    images, labels = problem.images[:batch], problem.labels[:batch]
 
     def call(attack: Attack, images: Tensor, number: int) -> Tensor:
-        return attack(images, target, torch.Generator().manual_seed(number + 1))
+        return attack(images, labels, torch.Generator().manual_seed(number + 1))
 
-    images = problem.images[:batch]
     return {name: partial(call, attack, laid_out(images, name)) for name, attack in attacks(problem, steps).items()}
+
+
+def over_libraries(timing: Timing) -> Row:
+    """How many times faster than the other libraries that were timed."""
+    return {f"ratio_{name}": round(timing.over[name], 4) for name in LEVERS if name in timing.over}
 
 
 def share_of_ceiling(macs: int, gradients_per_second: float, ceiling: float) -> float:
@@ -200,9 +232,10 @@ def measured(net: str, args: Namespace, top: Callable[[torch.dtype], float]) -> 
     tops = {name: max(top(dtype), before[name]) for name, dtype in TIMED.items()}
     print("convolution ceiling: " + ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in tops.items()))
     for batch, attack, timing in ((batch, *item) for batch, t in timed.items() for item in t.timings.items()):
-        rate, limit = batch * args.steps / timing.seconds, tops["float32" if attack == "plain" else attack]
+        rate, limit = batch * args.steps / timing.seconds, tops[attack if attack in tops else "float32"]
         share = share_of_ceiling(macs, rate, limit)
         row = {"bench": "attack", "row": f"{attack}, batch {batch}", "ratio_plain": round(timing.ratio_plain, 4)}
+        row |= over_libraries(timing)
         row |= {"lever": f"{rate:.0f} gradients/s, {share:.0%} of the convolution ceiling"}
         row |= {"ratio_previous": round(timing.ratio_previous, 4), "gradients_per_second": round(rate, 1)}
         row |= {"ceiling_share": round(share, 4), "ceiling_gflops": round(limit / 1e9, 1), "batch": batch}

@@ -8,7 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ class Timing:
     """Medians over rounds: seconds of one call, of the wall and of the processor; ratios taken within a round.
 
     `ratio_total` is how many times faster than the first call, `ratio_previous` than the one above, `ratio_plain` than
-    the second baseline.
+    the second baseline, `over` than every call by name.
     """
 
     seconds: float
@@ -121,6 +121,7 @@ class Timing:
     ratio_total: float
     ratio_previous: float
     ratio_plain: float | None = None
+    over: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,8 @@ def summarise(
     for index, name in enumerate(names):
         over = [0, max(index - 1, 0), *([] if plain is None else [names.index(plain)])]
         columns = [walls[:, index], used[:, index], *(walls[:, other] / walls[:, index] for other in over)]
-        timings[name] = Timing(*np.median(columns, axis=1).tolist())
+        over_all = dict(zip(names, np.median(walls / walls[:, index, None], axis=0).tolist(), strict=True))
+        timings[name] = Timing(*np.median(columns, axis=1).tolist(), over=over_all)
     first, again = np.median(both[0][:, [0, -1]], axis=0).tolist()
     return Timed(timings, len(clocks), abs(first - again) / min(first, again))
 

@@ -121,7 +121,13 @@ class PlainStep:
             if not levers.written_out:
                 predict = partial(predict)  # hides the network's own input gradient, so that autograd is used
             return pgd(predict, KLToTarget(target), images, start="gaussian", generator=generator, **attack)
-        return chained_pgd(predict, target, images, generator=generator, layout=self.layout, **attack)
+        noise = torch.empty(images.shape, dtype=images.dtype).normal_(generator=generator)
+        start = images + 0.001 * noise.to(images.device, memory_format=self.layout)
+
+        def divergence(logits: Tensor) -> Tensor:
+            return F.kl_div(F.log_softmax(logits, 1), F.softmax(target, 1), reduction="sum")
+
+        return chained_pgd(predict, divergence, images, start, **attack)
 
 
 Norm = Callable[[ConvSpec, nn.BatchNorm2d, Tensor], Tensor]
@@ -176,22 +182,19 @@ def unfolded(view: SubnetView, statistics: Statistics) -> Callable[[Tensor], Ten
 
 def chained_pgd(
     predict: Callable[[Tensor], Tensor],
-    target: Tensor,
+    loss: Callable[[Tensor], Tensor],
     images: Tensor,
+    start: Tensor,
     *,
     eps: float,
     step_size: float,
     num_steps: int,
-    generator: torch.Generator,
-    layout: torch.memory_format,
 ) -> Tensor:
-    """PGD on KL(target || prediction) with an autograd loss and one clamp after the other."""
-    noise = torch.empty(images.shape, dtype=images.dtype).normal_(generator=generator)
-    adv = images + 0.001 * noise.to(images.device, memory_format=layout)
+    """PGD from `start` on a loss of the logits, by autograd, with one clamp after the other."""
+    adv = start
     for _ in range(num_steps):
         adv.requires_grad_()
-        divergence = F.kl_div(F.log_softmax(predict(adv), 1), F.softmax(target, 1), reduction="sum")
-        (gradient,) = torch.autograd.grad(divergence, adv)
+        (gradient,) = torch.autograd.grad(loss(predict(adv)), adv)
         adv = adv.detach() + step_size * gradient.sign()
         adv = torch.minimum(torch.maximum(adv, images - eps), images + eps)
         adv = adv.clamp(0, 1)

@@ -56,6 +56,7 @@ class Here:
 
 def test_cpu_form_measures_every_section_and_lists_what_it_left_out(tmp_path, capsys):
     import bench_gpu
+    from other_libraries import libraries
 
     bench_gpu.main(["--device", "cpu", "--quick", "--json", str(tmp_path / "rows.json")], work=Here)
     printed = capsys.readouterr().out
@@ -75,7 +76,7 @@ def test_cpu_form_measures_every_section_and_lists_what_it_left_out(tmp_path, ca
         **{("gpu", space): ["G0", "G1", "G2", "G4", "G5"] for space in spaces},
         **{("gpu_shared", space): [f"S{number}" for number in range(7)] for space in spaces},
         **{("gpu_labels", space): ["L0", "L1", "L2", "L3"] for space in spaces},
-        **{("gpu_attack", space): ["plain", "float32", "bfloat16"] for space in spaces},
+        **{("gpu_attack", space): ["plain", *libraries(), "float32", "bfloat16"] for space in spaces},
         ("gpu_data", None): ["D0", "D1", "D2"],
         ("gpu_kernels", None): ["pgd_update_", "softmax_difference"],
     }
@@ -85,6 +86,18 @@ def test_cpu_form_measures_every_section_and_lists_what_it_left_out(tmp_path, ca
     for row in (row for row in rows if row["row"] == "float32"):
         share = 4 * row["macs"] * row["gradients_per_second"] / (1e12 * limit)
         assert row["ceiling_share"] == pytest.approx(share, abs=1e-3)
+        assert all(row[f"ratio_{name}"] > 0 for name in libraries())
+        assert 0 <= row["robust_acc"] <= 1
+
+
+def test_attacks_of_unequal_strength_are_not_timed():
+    from gpu.rows import require_equal_accuracies
+
+    close, apart = {"foolbox": 0.5, "bfloat16": 0.5015}, {"foolbox": 0.5, "bfloat16": 0.504}
+    require_equal_accuracies({"accuracies": close, "noise": 0.0})
+    require_equal_accuracies({"accuracies": apart, "noise": 0.01})
+    with pytest.raises(SystemExit, match=r"differ by 0\.0040, .* 0\.0020: foolbox 0\.5000, bfloat16 0\.5040"):
+        require_equal_accuracies({"accuracies": apart, "noise": 0.001})
 
 
 def test_sections_are_left_out_and_named_where_time_is_short(tmp_path, capsys):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import sys
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -14,7 +16,7 @@ from training_runs import plain_network
 
 from proard.attacks import pgd, take_steps
 from proard.losses import CrossEntropy
-from proard.nets import SubnetView
+from proard.nets import SubnetView, extract
 from proard.training import phase_plan, single_plan
 
 
@@ -24,25 +26,25 @@ def test_attacks_agree_before_they_are_timed_and_a_wrong_one_stops_the_run(capsy
     bench_attack.main(["--net", "resnet_digits", "--quick", "--threads", "1"])
     out = capsys.readouterr().out
     assert "convolution ceiling" in out
-    assert re.search(rf"{list(bench_attack.TIMED)[-1]}, batch 16 +[\d.]+ +\d+ +[\d.]+%", out)
+    assert re.search(rf"{list(bench_attack.TIMED)[-1]}, batch 16( +[\d.-]+){{3}} +\d+ +[\d.]+%", out)
     found = {"exact": 0.998, "signs": 0.88, "accuracies": {"plain": 0.5, "bfloat16": 0.8}, "noise": 0.1}
     with pytest.raises(SystemExit, match=r"float64 0\.9980, .*signs in bfloat16 0\.8800, .*accuracies 0\.3000"):
         bench_attack.require(found)
     bench_attack.require({**found, "exact": 0.9995, "signs": 0.92, "accuracies": {"plain": 0.5, "bfloat16": 0.55}})
 
 
-def test_an_attack_by_a_wrong_gradient_is_noticed_in_float64():
-    import bench_attack
+def attacked_problem(dtype=torch.float32):
     import plain_step
     import step_rows
 
-    problem = step_rows.make_problem(
-        step_rows.scaled_space("resnet_digits", 1),
-        recipe=plain_step.Recipe(num_steps=3),
-        num_archs=1,
-        batch_size=8,
-        dtype=torch.float32,
-    )
+    space, recipe = step_rows.scaled_space("resnet_digits", 1), plain_step.Recipe(num_steps=3)
+    return step_rows.make_problem(space, recipe=recipe, num_archs=1, batch_size=8, dtype=dtype)
+
+
+def test_an_attack_by_a_wrong_gradient_is_noticed_in_float64():
+    import bench_attack
+
+    problem = attacked_problem()
     assert bench_attack.agreement(problem)["exact"] == 1
 
     def elsewhere(predict, objective, adv, *bounds, **how):
@@ -56,16 +58,80 @@ def test_an_attack_by_a_wrong_gradient_is_noticed_in_float64():
 
 def test_the_share_of_the_ceiling_counts_a_forward_and_an_input_gradient(tmp_path):
     import bench_attack
+    import other_libraries
 
     path = tmp_path / "rows.json"
     argv = ["--net", "resnet_digits", "--quick", "--threads", "1", "--json", str(path)]
     bench_attack.main(argv, top=lambda dtype: 1e12)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    expected = [f"{name}, batch 8" for name in ("plain", *bench_attack.TIMED)]
+    attacks = ("plain", *other_libraries.libraries(), *bench_attack.TIMED)
+    expected = [f"{name}, batch 8" for name in attacks]
     assert [row["row"] for row in rows[: len(expected)]] == expected
     for row in rows:
         assert row["ceiling_share"] == pytest.approx(4 * row["macs"] * row["gradients_per_second"] / 1e12, abs=1e-4)
         assert (row["ratio_plain"] == 1) == row["row"].startswith("plain")
+        for name in other_libraries.libraries():
+            assert (row[f"ratio_{name}"] == 1) == row["row"].startswith(name)
+            assert name in row["agreement"]["accuracies"]
+
+
+@pytest.mark.parametrize("name", ["torchattacks", "foolbox"])
+@pytest.mark.parametrize("random_start", [False, True])
+def test_other_libraries_do_the_work_of_the_packages_attack(name, random_start):
+    import common
+    import other_libraries
+
+    pytest.importorskip(name)
+    problem, generator = attacked_problem(torch.float64), torch.Generator().manual_seed(1)
+    (arch,), images, recipe = problem.archs, problem.images, problem.recipe
+    net = extract(problem.student.eval(), arch)
+    gradients = []
+    net.register_forward_hook(lambda module, given, out: gradients.append(given[0].requires_grad))
+    adv = other_libraries.other_attacks(net, recipe, random_start=random_start)[name](images, problem.labels, generator)
+    assert gradients == [True] * recipe.num_steps
+    assert (adv - images).abs().max() <= recipe.eps + 1e-12
+    assert adv.min() >= 0
+    assert adv.max() <= 1
+    options = {"eps": recipe.eps, "step_size": recipe.step_size, "num_steps": recipe.num_steps}
+    view = SubnetView(problem.student, arch)
+    folded = view.folded(view.running_statistics(), dtype=torch.float64)
+    with common.Float64Losses():
+        own = pgd(folded, CrossEntropy(problem.labels), images, start="zero", **options)
+    equal = ((own - adv).abs() < 1e-6).double().mean()
+    assert equal < 0.5 if random_start else equal >= 0.99
+
+
+def test_a_library_that_is_missing_has_no_row_and_a_line_that_says_how_to_install_it(monkeypatch, capsys):
+    import bench_attack
+    import other_libraries
+
+    monkeypatch.setattr(other_libraries, "libraries", other_libraries.libraries.__wrapped__)
+    for name in other_libraries.LEVERS:
+        monkeypatch.setitem(sys.modules, name, None)
+    problem = attacked_problem()
+    capsys.readouterr()
+    assert list(bench_attack.attacks(problem)) == ["plain", *bench_attack.TIMED]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" (")[0] for line in lines] == [f"no row {name}" for name in other_libraries.LEVERS]
+    assert all(line.endswith('pip install -e ".[test]"') for line in lines)
+
+
+def test_the_noise_of_an_accuracy_counts_the_images_on_which_attacks_differ():
+    import bench_attack
+
+    problem = attacked_problem()
+    images = problem.images
+    ends = {"plain": images, "float32": images.flip(0)}
+    found = bench_attack.robust_accuracies(problem, {"plain": images, "float32": images})
+    assert found["noise"] == 1 / len(images)
+    with torch.no_grad():
+        view = SubnetView(problem.student, problem.archs[0])
+        labels = view.folded(view.running_statistics())(images).argmax(1)
+    problem = replace(problem, labels=labels)
+    found = bench_attack.robust_accuracies(problem, ends)
+    differing = len(labels) * (1 - found["accuracies"]["float32"])
+    assert found["accuracies"]["plain"] == 1
+    assert found["noise"] == pytest.approx((3 * differing**0.5 + 1) / len(labels))
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,13 @@ import bench_attack
 import bench_data
 import bench_shared
 import eval_rows
+import other_libraries
 import torch
 from common import Budget, Call, Row, Timing, clocked, ladder, show
 from plain_step import Levers, PlainStep
 from step_rows import COLUMNS, PackageStep, Problem, step_times, trained, training_call
 
-from gpu.checks import full_float32
+from gpu.checks import Wrong, full_float32
 from proard.attacks import take_steps
 from proard.config import Attack, Measurement
 from proard.kernels import CapturedSteps, dispatch, plain, plain_twins
@@ -38,6 +39,7 @@ GRAPHS = "S7"
 SHARED = {**bench_shared.LEVERS, GRAPHS: "as S5, attack steps in CUDA graphs"}
 ATTACKS = {
     "plain": "textbook PGD: sliced per forward, NCHW, unfolded, autograd",
+    **other_libraries.LEVERS,
     "float32": "folded view, float32 as torch sets TF32",
     "bfloat16": "folded view, bfloat16",
     "float32 graph": "float32, steps in a CUDA graph",
@@ -45,6 +47,7 @@ ATTACKS = {
 }
 GPU_SHAPES = ((64, 64, 32, 3), (128, 128, 16, 3), (256, 256, 16, 3), (512, 512, 8, 3), (512, 512, 16, 1))
 EPS = 8 / 255
+SAME_ACCURACY = 0.002  # robust accuracies that differ by no more are equal
 FULL, CHEAP = 20, 10  # PGD steps of a full and of a cheap label
 FEWER = 4  # a cheap label's images are one in so many
 
@@ -132,12 +135,24 @@ def kernel_rows(clock: Clock, *, batch: int) -> list[Row]:
     return rows
 
 
-def attack_rows(problem: Problem, clock: Clock, limits: dict[str, float]) -> list[Row]:
+def attack_rows(
+    problem: Problem, clock: Clock, limits: dict[str, float], *, images: int, training_steps: int, seed: int
+) -> list[Row]:
     """Input gradients per second on the problem's first arch, and their share of the convolution ceiling.
 
-    The ceilings are measured here if none are given.
+    The arch is first trained on patterns; nothing is timed if its robust accuracies under the attacks differ. The
+    ceilings are measured here if none are given.
     """
+    clock.budget.require()
     batch, macs = len(problem.images), problem.facts()[0]["macs"]
+    count = max(images, batch)
+    many = replace(problem, images=problem.images[:1].expand(count, -1, -1, -1))
+    many = trained(many, num_steps=training_steps, seed=seed)
+    ends = bench_attack.ends_of(many, take_steps, batch=batch)
+    with full_float32(deterministic=False):
+        found = bench_attack.robust_accuracies(many, ends)
+    require_equal_accuracies(found)
+    problem = replace(many, images=many.images[:batch], labels=many.labels[:batch])
     limits = limits or ceilings(clock, size=1024 if clock.gpu else 256, batch=batch)
     calls = bench_attack.timed_calls(problem, batch)
     if clock.gpu:
@@ -145,13 +160,27 @@ def attack_rows(problem: Problem, clock: Clock, limits: dict[str, float]) -> lis
         calls |= {f"{name} graph": graphs[name] for name in bench_attack.DTYPES}
 
     def own(row: str, timing: Timing) -> Row:
-        rate, dtype = batch * problem.recipe.num_steps / timing.seconds, row.split()[0].replace("plain", "float32")
+        attack = row.split()[0]
+        dtype = attack if attack in bench_attack.DTYPES else "float32"
+        rate = batch * problem.recipe.num_steps / timing.seconds
         share = bench_attack.share_of_ceiling(macs, rate, 1e12 * limits[f"convolution_{dtype}_tflops"])
-        return {"gradients_per_second": round(rate, 2), "ceiling_share": round(share, 4), "macs": macs}
+        facts = {"gradients_per_second": round(rate, 2), "ceiling_share": round(share, 4), "macs": macs}
+        accuracy = {"robust_acc": round(found["accuracies"][attack], 4), "robust_noise": round(found["noise"], 4)}
+        return bench_attack.over_libraries(timing) | facts | accuracy
 
-    columns = {"gradients_per_second": "gradients/s:.3g", "ceiling_share": "of ceiling:.3g"}
-    how = {"columns": {"ratio_total": "/plain:.3g"} | columns, "baseline": "plain PGD", "plain": "plain", "own": own}
+    columns = {"gradients_per_second": "gradients/s:.3g", "ceiling_share": "of ceiling:.3g", "robust_acc": "robust:.4f"}
+    columns = {"ratio_total": "/plain:.3g", **bench_attack.OVER, **columns}
+    how = {"columns": columns, "baseline": "plain PGD", "plain": "plain", "own": own}
     return clock.ladder("gpu_attack", calls, ATTACKS, title=f"attacks on {problem.describe()}", **how)
+
+
+def require_equal_accuracies(found: Row) -> None:
+    """Exit if robust accuracies under the attacks differ by more than noise and by more than `SAME_ACCURACY`."""
+    values, limit = found["accuracies"], max(found["noise"], SAME_ACCURACY)
+    gap = max(values.values()) - min(values.values())
+    if gap > limit:
+        each = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        raise Wrong(f"robust accuracies differ by {gap:.4f}, expected at most {limit:.4f}: {each}")
 
 
 # --- training steps ------------------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def sections(args: Namespace) -> list[Section]:
         ("equality", "equality", 2, equal),
         ("step", "one subnet a step", 4, lambda c: measured.step_rows(c.placed(args.archs), c.clock)),
         ("shared", several, 4, lambda c: measured.shared_rows(c.placed(args.subnets), c.clock)),
-        ("attack", "share of the ceiling", 1, lambda c: measured.attack_rows(c.placed(), c.clock, c.ceilings)),
+        ("attack", "share of the ceiling", 3, lambda c: measured.attack_rows(c.placed(), c.clock, c.ceilings, **label)),
         ("labels", "seconds per label", 3, lambda c: measured.label_rows(c.placed(), c.clock, **label)),
     ]
     proofs = {name: lambda c, name=name: checks.proof_rows(name, c.clock.device) for name in checks.REAL}
