@@ -25,13 +25,14 @@ from step_rows import scaled_space
 from proard.config import PRESETS
 
 NO_GPU = "bench_gpu: torch sees no GPU here; nothing was run, checked or measured."
-PARTS = ("kernels", "ceilings", "equality", "step", "shared", "attack", "labels", "data", "twins")
+PARTS = ("kernels", "ceilings", "equality", "step", "shared", "attack", "busy", "labels", "data", "twins")
 AHEAD = 4  # with at least so many cores the next section's process loads while one runs
 ON_GPU_ONLY = [f"{row} ({ROWS[row]})" for row in GPU_ONLY] + [
     f"{GRAPHS} ({SHARED[GRAPHS]})",
     "attacks in CUDA graphs",
     "fused kernels against their plain forms",
     "a step without a host wait",
+    "busy share and peak memory of a training step, hours of the full recipes",
 ]
 
 
@@ -143,6 +144,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         epoch=(5000, "images that are augmented"),
         workers=(None, "of the DataLoader; the cores but one, at most 8", int),
         minutes=(3.5, "after which no section starts"),
+        profile=(None, "FILE for the table of a training step's kernels", str),
         seed=(0, "of archs, weights, images and noise"),
     )
     options.add_argument("--one", help=argparse.SUPPRESS)  # the process of one section

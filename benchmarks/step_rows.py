@@ -101,6 +101,7 @@ class PackageStep:
         dtype: str = "float32",
         shared: Mapping[str, Any] | None = None,
         take_steps: Callable[..., Tensor] | None = None,
+        optimizer: str = "sgd",
     ) -> None:
         recipe, self.net = problem.recipe, copy.deepcopy(problem.student)
         how = {"num_steps": recipe.num_steps, "step_size": recipe.step_size, **(shared or {})}
@@ -111,6 +112,7 @@ class PackageStep:
             archs_per_step=1,
             attack=attack,
             dtype=dtype,
+            optimizer=optimizer,
             loss=Rslad(adv_weight=recipe.adv_weight),
             **same,
         )

@@ -90,6 +90,19 @@ def test_cpu_form_measures_every_section_and_lists_what_it_left_out(tmp_path, ca
         assert 0 <= row["robust_acc"] <= 1
 
 
+def test_a_training_step_is_profiled_and_the_full_recipes_are_priced(tmp_path):
+    from common import Budget
+    from gpu import rows
+
+    clock, profile = rows.Clock(Budget(), torch.device("cpu"), 1), tmp_path / "kernels.txt"
+    busy, *hours = rows.busy_rows(small_problem(), clock, steps=1, profile=str(profile))
+    assert busy["busy"] > 0
+    assert busy["launches"] > 100
+    assert "convolution" in profile.read_text()
+    assert [row["row"] for row in hours] == ["cifar10_resnet", "cifar10_resnet_fast"]
+    assert hours[0]["hours"] > 2 * hours[1]["hours"] > 0, "the published recipe takes several times as many passes"
+
+
 def test_attacks_of_unequal_strength_are_not_timed():
     from gpu.rows import require_equal_accuracies
 
@@ -194,7 +207,7 @@ def test_it_ends_within_four_minutes_and_begins_with_the_kernels(seconds):
     assert list(work.given)[:2] == ["kernels: updates", "kernels: logit gradients"]
     if seconds == 5:
         assert list(work.given)[6] == "ceilings"
-        assert len(work.given) == 19
+        assert len(work.given) == 20
 
 
 def test_a_kernel_that_fails_its_proof_is_used_by_no_later_section():
@@ -202,7 +215,7 @@ def test_a_kernel_that_fails_its_proof_is_used_by_no_later_section():
     with pytest.raises(SystemExit, match="failed: kernels: logit gradients"):
         work.run()
     plain_kernels = [start.plain_kernels for start in work.given.values()]
-    assert plain_kernels == [False, False] + [True] * 17
+    assert plain_kernels == [False, False] + [True] * 18
 
 
 def test_without_fused_kernels_a_section_runs_their_twins():

@@ -66,6 +66,46 @@ def test_steps_are_those_of_torch_muon():
         assert (own - other).norm() < 0.02 * (own - 0.5).norm()
 
 
+def test_in_bfloat16_singular_values_come_as_near_to_one():
+    for matrix in gradients((24, 8), (8, 24), (64, 64)):
+        (found,), (exact,) = orthogonalised([matrix], dtype=torch.bfloat16), orthogonalised([matrix])
+        assert found.dtype is torch.float32
+        values = torch.linalg.svdvals(found) / max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
+        assert values.max() < 1.3
+        assert torch.nn.functional.cosine_similarity(found.flatten(), exact.flatten(), dim=0) > 0.99
+
+
+def test_a_captured_step_reads_this_steps_gradients_and_rates():
+    grads, captured, replays = gradients((8, 4, 3, 3), (5,)), [], []
+    kinds = [{"orthogonal": True, "weight_decay": 0.01}, {}]
+
+    def capture(body):
+        captured.append(body)
+        return lambda: (replays.append(1), body())
+
+    def trained(**how):
+        parameters = [nn.Parameter(torch.ones_like(grad)) for grad in grads]
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        groups = [{"params": [each], **kind} for each, kind in zip(parameters, kinds, strict=True)]
+        optimizer = Muon(groups, momentum=0.9, **how)
+        optimizer.found_inf = torch.zeros(())
+        for step in range(6):
+            if step == 4:  # elsewhere in memory: a graph of the old place would be wrong
+                parameters[0].grad = torch.empty_like(parameters[0])
+            for parameter, grad, group in zip(parameters, grads, optimizer.param_groups, strict=True):
+                parameter.grad.copy_(grad + step * grad.flip(0))
+                group["lr"] = 0.1 / (1 + step)
+            optimizer.found_inf.fill_(float(step == 2))
+            optimizer.step()
+        return parameters
+
+    for own, other in zip(trained(capture=capture), trained(), strict=True):
+        assert torch.equal(own, other)
+    assert len(captured) == 2
+    assert len(replays) == 4  # all but the first step and the one after the move
+
+
 def test_all_else_moves_by_sgd():
     grads = gradients((5,), (4, 3), (6, 1, 3, 3))
     group = {"lr": 0.1, "weight_decay": 0.01}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import bench_attack
 import bench_data
@@ -15,26 +16,40 @@ import bench_shared
 import eval_rows
 import other_libraries
 import torch
+import yaml
 from common import Budget, Call, Row, Timing, clocked, ladder, show
 from plain_step import Levers, PlainStep
 from step_rows import COLUMNS, PackageStep, Problem, step_times, trained, training_call
 
 from gpu.checks import Wrong, full_float32
+from proard.artifacts.files import write_text
 from proard.attacks import take_steps
-from proard.config import Attack, Measurement
+from proard.config import Attack, Measurement, Phase, TrainingAttack, load
+from proard.config.losses import Rslad
 from proard.kernels import CapturedSteps, dispatch, plain, plain_twins
+from proard.space import SearchSpace
+from proard.training import passes_alone, planned_work
 
 ROWS = {
     "G0": "released step, float32, NCHW, eager",
     "G1": "plain step: redundant forwards dropped",
     "G2": "the package's step, float32, no fused kernel",
-    "G3": "fused kernels",
+    "G3": "fused update and logit gradient",
     "G4": "bfloat16 attack",
     "G5": "bfloat16 training passes",
-    "G6": "attack steps in CUDA graphs, archs met before",
-    "G7": "the same, every arch met for the first time",
+    "G6": "attack without autograd, sums and masks in the convolutions' passes",
+    "G7": "batch norm with sum and activation in one kernel",
+    "G8": "channels padded to multiples of 8",
+    "G9": "attack steps in CUDA graphs, archs met before",
+    "G10": "the same, every arch met for the first time",
 }
-GPU_ONLY = ("G3", "G6", "G7")
+GPU_ONLY = ("G3", "G6", "G7", "G8", "G9", "G10")
+LEFT_OUT = {  # kernels that a row does not use
+    "G2": ("fused", "padding"),
+    **dict.fromkeys(("G3", "G4", "G5"), ("gradients", "norms", "padding")),
+    "G6": ("norms", "padding"),
+    "G7": ("padding",),
+}
 GRAPHS = "S7"
 SHARED = {**bench_shared.LEVERS, GRAPHS: "as S5, attack steps in CUDA graphs"}
 ATTACKS = {
@@ -47,6 +62,8 @@ ATTACKS = {
 }
 GPU_SHAPES = ((64, 64, 32, 3), (128, 128, 16, 3), (256, 256, 16, 3), (512, 512, 8, 3), (512, 512, 16, 1))
 EPS = 8 / 255
+CONFIGS = Path(__file__).parents[2] / "config"
+RECIPES = ("cifar10_resnet", "cifar10_resnet_fast")
 SAME_ACCURACY = 0.002  # robust accuracies that differ by no more are equal
 FULL, CHEAP = 20, 10  # PGD steps of a full and of a cheap label
 FEWER = 4  # a cheap label's images are one in so many
@@ -194,14 +211,17 @@ def build(row: str, problem: Problem) -> Call:
         step = PlainStep(nets.student, nets.teacher, problem.recipe, Levers(few_forwards=number > 0))
     else:
         attack_dtype, dtype = ("bfloat16" if number >= first else "float32" for first in (4, 5))
-        take = (lambda *given, **how: graphs[0](*given, **how)) if number >= 6 else None
+        take = (lambda *given, **how: graphs[0](*given, **how)) if number >= 9 else None
         step = PackageStep(problem, attack_dtype=attack_dtype, dtype=dtype, take_steps=take)
     train = training_call(step, problem)
+    kinds = (
+        ("fused", "padding") if number < 3 else ("gradients", *LEFT_OUT["G6"]) if number < 6 else LEFT_OUT.get(row, ())
+    )
 
     def run(round_number: int) -> None:
-        if row == "G7":
+        if row == "G10":
             graphs[0] = captured(problem)
-        with plain_twins("fused") if number < 3 else nullcontext():
+        with plain_twins(*kinds) if kinds else nullcontext():
             train(round_number)
 
     return run
@@ -225,6 +245,65 @@ def shared_rows(problem: Problem, clock: Clock) -> list[Row]:
         step = bench_shared.package_step("S5", problem, take_steps=captured(problem))
         calls[GRAPHS] = training_call(step, problem, together=True)
     return _steps("gpu_shared", calls, SHARED, problem, clock, 1, plain="S1")
+
+
+def busy_rows(problem: Problem, clock: Clock, *, steps: int = 8, profile: str | None = None) -> list[Row]:
+    """Share of a training step in which the GPU computes: three subnets, two attack steps, bfloat16, Muon.
+
+    Kernel time is torch's profiler's, over the wall time of steps without the profiler; with `profile` its table of
+    kernels is written to that file. The subnets recur, so that their attack steps run in CUDA graphs.
+    """
+    clock.budget.require()
+    problem, device = problem.with_steps(2), clock.device
+    how = {"attack_dtype": "bfloat16", "dtype": "bfloat16", "optimizer": "muon"}
+    train = training_call(PackageStep(problem, take_steps=captured(problem), **how), problem, together=True)
+    for number in range(3):  # kernels are compiled, graphs captured
+        train(number)
+    if clock.gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+
+    def several(number: int) -> None:
+        for index in range(steps):
+            train(number + index)
+
+    seconds = min(clocked(several, number, device)[0] for number in range(3)) / steps
+    activity = torch.profiler.ProfilerActivity.CUDA if clock.gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        clocked(several, 0, device)  # until the device has finished
+    kernels, spent = profiler.key_averages(), f"self_{'device' if clock.gpu else 'cpu'}_time_total"
+    kernel_seconds = sum(getattr(event, spent) for event in kernels) / 1e6 / steps
+    launches = sum(event.count for event in kernels if getattr(event, spent) > 0) / steps
+    if profile:
+        write_text(profile, kernels.table(sort_by=spent, row_limit=60, max_name_column_width=90))
+    row: Row = {"bench": "gpu_busy", "row": f"{len(problem.archs)} subnets, Muon", "lever": problem.describe()}
+    row |= {"ms_per_step": round(1e3 * seconds, 3), "kernel_ms": round(1e3 * kernel_seconds, 3)}
+    row |= {"busy": round(kernel_seconds / seconds, 4), "launches": round(launches)}
+    row |= {"peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3)} if clock.gpu else {}
+    columns = {"ms_per_step": "ms/step:.4g", "kernel_ms": "kernel ms:.4g", "busy": "busy:.3g"}
+    show("a training step on the GPU", [row], columns | {"launches": "kernels:.0f", "peak_gib": "peak GiB:.3g"})
+    return [row, *hour_rows(row, problem)]
+
+
+def hour_rows(measured: Row, problem: Problem) -> list[Row]:
+    """Hours of the two full recipes at the rate of a measured step: passes times multiply-accumulates over time."""
+    archs = [problem.student.space.spec(arch).macs for arch in problem.archs]
+    passes = passes_alone(problem.student.space, Phase(attack=TrainingAttack(num_steps=2)), Rslad())[0]
+    rate = passes * sum(archs) * len(problem.images) / (measured["ms_per_step"] / 1e3)  # multiply-accumulates / s
+    rows = []
+    for name in RECIPES:
+        config = load(yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")))
+        space, images = SearchSpace(config.space), round(50_000 * (1 - config.prepare_data.val_fraction))
+        teacher = config.train_teacher
+        own = passes_alone(space, teacher, teacher.objective)[0] * space.spec(space.largest).macs
+        work = own * images * teacher.epochs
+        for phase in config.train_phase.phases:
+            planned = planned_work(space, phase, images=images, seed=0, teacher_macs=space.spec(space.largest).macs)
+            repeats = phase.archs_per_step if phase.sampling == "per_pass" else 1
+            work += planned.macs * images * phase.epochs * repeats
+        row: Row = {"bench": "gpu_hours", "row": name, "lever": "teacher and phases, without measurements"}
+        rows.append(row | {"hours": round(work / rate / 3600, 2)})
+    show("estimated from that rate", rows, {"hours": "hours:.3g"})
+    return rows
 
 
 def _steps(

@@ -31,6 +31,7 @@ from proard.training.ranks import enter_backward_thread
 
 SMALL, SETTLING = 8, 16  # images of the equality gates, and from which the networks' statistics are made
 NARROW = {"resnet_cifar": 0.125, "mobilenet_v3_cifar": 0.125}  # compared with a CPU, slow in float64, at this width
+HALF = ("resnet_cifar",)  # spaces whose training step is profiled
 SCRIPT = Path(__file__).parents[1] / "bench_gpu.py"
 SANITIZER = "compute-sanitizer"
 CHECKS = ("--tool", "memcheck", "--report-api-errors", "no", "--target-processes", "application-only")
@@ -109,6 +110,8 @@ def sections(args: Namespace) -> list[Section]:
     if args.device == "cpu":
         proofs = {}
     of_spaces = [Section(part, f"{title}, {space}", *how, space) for part, title, *how in each for space in args.space]
+    if args.device == "cuda":
+        of_spaces += [Section("busy", f"a training step, {name}", 2, busy, name) for name in args.space if name in HALF]
     return [
         *(Section("kernels", f"kernels: {name}", 2, proof) for name, proof in proofs.items()),
         Section("ceilings", "ceilings", 1, lambda c: measured.ceiling_rows(c.clock, batch=args.batch)),
@@ -116,6 +119,15 @@ def sections(args: Namespace) -> list[Section]:
         Section("data", "augmented images", 1, lambda c: measured.data_rows(c.clock, **data)),
         Section("twins", "kernels alone", 1, lambda c: measured.kernel_rows(c.clock, batch=args.batch)),
     ]
+
+
+def busy(context: Context) -> list[Row]:
+    """Rows of a training step of the largest, the smallest and a drawn subnet at half width."""
+    args = context.args
+    problem = problem_of(context.space, args, 0.5 * args.width_scale)
+    space = problem.student.space
+    problem = replace(problem, archs=[space.largest, space.smallest, problem.archs[0]])
+    return measured.busy_rows(replace(context, problem=problem).placed(), context.clock, profile=args.profile)
 
 
 def problem_of(name: str | None, args: Namespace, width_scale: float) -> Problem | None:

@@ -75,7 +75,7 @@ def norm_activation(
     For every type of `x` the kernels compute in float32, the C kernel with sums in double. A gradient of their gradient
     is computed by the reference implementation.
     """
-    fused, usual = fused_for(x.device), _usual(x, scale, shift)
+    fused, usual = fused_for(x.device) if in_use("norms") else None, _usual(x, scale, shift)
     if fused is not None and usual and fused.maps.fits(x, side) and (side is None or activation in JOINED):
         return _Norm.apply(x, scale, shift, side, eps, activation, fused.maps)
     if side is not None:

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-KINDS = ("fused", "maps", "depthwise")  # Triton kernels on a GPU; batch norm in C; depthwise gradients in C
+# On a GPU: all Triton kernels; of them the input gradient without autograd, and batch norm; padded channels. On a CPU,
+# in C: batch norm, depthwise gradients.
+KINDS = ("fused", "gradients", "norms", "padding", "maps", "depthwise")
 _left_out: set[str] = set()  # for the whole process, because backward passes run in other threads
 _on_cpu: list[Any] = []
 

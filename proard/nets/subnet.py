@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from proard.kernels import Conv2d
 from proard.kernels.dispatch import fused_for
+from proard.kernels.switch import in_use
 from proard.nets.elastic import BN_EPS, Supernet, key_of
 from proard.nets.fixed import FixedNet
 from proard.nets.forward import convolve, run_network, widened
@@ -177,7 +178,7 @@ class FoldedNet(nn.Module):
         None on a GPU without the fused kernels, where autograd is faster.
         """
         device = self.head_weight.device
-        if device.type != "cpu" and fused_for(device) is None:
+        if device.type != "cpu" and not (in_use("gradients") and fused_for(device)):
             return None
         head = (self.head_weight, self.head_bias)
         return InputGradient(self.spec, self.layers, head, scale=self.scale, shift=self.shift)

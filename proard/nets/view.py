@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from proard.kernels import norm_activation
+from proard.kernels.switch import in_use
 from proard.nets.elastic import BN_EPS, BN_MOMENTUM, ElasticConvNorm, Supernet, key_of
 from proard.nets.forward import activate, convolve, run_network, widened
 from proard.nets.modules import present, statistics_of
@@ -41,7 +42,7 @@ class SubnetView:
         self, supernet: Supernet, arch: Arch, *, total: Total | None = None, multiple: int | None = None
     ) -> None:
         self.supernet, self.total = supernet, total
-        self.multiple = multiple or (8 if supernet.mean.is_cuda else 1)
+        self.multiple = multiple or (8 if supernet.mean.is_cuda and in_use("padding") else 1)
         self.spec = supernet.space.spec(arch)
         self.leaves: dict[str, tuple[Tensor, ...]] = {}  # filters, then batch norm's scale and shift or the bias
         for conv in self.spec.convs:
