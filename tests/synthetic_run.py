@@ -166,7 +166,8 @@ class SyntheticRun:
         for arch in archs:
             asked = {
                 "predicted_clean_acc": arch["clean"] + 0.005, "predicted_robust_acc": arch["robust"] + 0.006,
-                "budget": budget, "found_by": "nsga2", "chosen": arch is choice, "sram": 40_960, "latency": 0.375,
+                "budget": budget, "found_by": "nsga2", "chosen": arch is choice,
+                "sram": 40_960, "arena": 57_344, "latency": 0.375,
             }  # fmt: skip
             rows.append({**self.measured(arch, "val", "pgd20"), **asked, "role": "candidate"})
             if arch is choice:

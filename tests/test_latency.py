@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -32,7 +31,6 @@ from proard.nets import extract, fold
 from proard.space import LatencyTable, Part, SearchSpace, parse_budget, read_device
 from proard.space.cost import check_budget
 from proard.space.latency import FORMAT
-from proard.space.parts import Node, peak
 from proard.space.sampling import enumerate_genotypes, identity_columns
 from proard.space.tables import parts_of
 from proard.stages.select_student import under_budget, with_costs
@@ -398,55 +396,3 @@ def test_a_student_is_checked_by_what_was_measured_on_the_device(student: Path, 
     write_json(tmp_path / "b.json", {**times, "threads": 2})
     with pytest.raises(UserError, match=r"is not of student\.onnx on 1 threads"):
         check(student, measured=tmp_path / "b.json")
-
-
-ARENA = """
-import sys
-import numpy as np
-import onnxruntime as ort
-
-ort.set_default_logger_severity(0)
-memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
-ort.create_and_register_allocator(memory, ort.OrtArenaCfg(0, 1, -1, -1))  # extended by what is requested, no more
-options, run = ort.SessionOptions(), ort.RunOptions()
-options.intra_op_num_threads = 1
-options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED  # no padded channels
-options.add_session_config_entry("session.use_env_allocators", "1")
-run.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-session = ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
-images = np.random.rand(1, *session.get_inputs()[0].shape[1:]).astype(np.float32)
-for number in range(2):
-    print("RUN", number, file=sys.stderr, flush=True)
-    session.run(None, {"images": images}, run)
-"""
-
-
-def arena_bytes(path: Path) -> int:
-    """The block in which onnxruntime holds all activations, planned in a first run and allocated in the second."""
-    done = subprocess.run([sys.executable, "-c", ARENA, str(path)], check=True, capture_output=True, text=True)
-    first, *_ = re.findall(r"\(requested\) num_bytes: (\d+)", done.stderr.split("RUN 1")[1])
-    return int(first)
-
-
-@pytest.mark.parametrize("name", ["resnet_digits", "resnet_micro"])
-def test_the_arena_of_onnxruntime_is_the_peak_by_liveness_and_the_gaps_of_its_placement(name: str, tmp_path: Path):
-    space = SearchSpace(PRESETS[name])
-    drawn = [space.arch(genotype) for genotype in space.sample(3, np.random.default_rng(0))]
-    for arch in (space.smallest, space.largest, *drawn):
-        part = Part.whole(space.spec(arch))
-        (tmp_path / "net.onnx").write_bytes(onnx_file(part, random_weights(0)))
-        without_image = peak(part.nodes, 0)  # the caller's, not in the arena
-        assert without_image <= arena_bytes(tmp_path / "net.onnx") <= 1.6 * without_image
-
-
-def test_peak_memory_of_graphs_counted_by_hand():
-    def node(kind: str, reads: str, output: str, floats: int) -> Node:
-        return Node(kind, tuple(reads), output, (floats,))
-
-    chain = [Node("Conv", ("images",), "a", (100,)), node("Relu", "a", "b", 100), node("Conv", "b", "c", 50)]
-    assert peak(chain, 40) == 4 * 150  # Relu in place
-    assert peak([*chain, node("Add", "ca", "d", 50)], 40) == 4 * 250  # a is read later: Relu has a map of its own
-    block = [node("Conv", "x", "a", 10), node("Conv", "a", "b", 30), node("Add", "bx", "c", 30)]
-    block = [Node("Conv", ("images",), "x", (30,)), *block]
-    assert peak(block, 4 * 20) == 4 * 70  # x, a and b; the sum is written over b or x
-    assert peak(block, 4 * 60) == 4 * 90  # image and x

@@ -140,7 +140,8 @@ Sizes: {sizes}. One image on one CPU thread ({runtime}; {machine}): median {medi
 
 FOOTPRINT_WORDS = {
     "flash": ("Weights, float32", " bytes"),
-    "sram": ("Peak of the activations of one image, float32, without scratch memory of a runtime", " bytes"),
+    "sram": ("Peak of the activations of one image by liveness, float32: a lower bound", " bytes"),
+    "arena": ("Block in which onnxruntime places these activations, without scratch memory", " bytes"),
     "latency": ("Latency predicted for DEVICE", " ms"),
 }
 FROM_SUPERNET = {

@@ -44,7 +44,7 @@ class StudentFacts:
     provenance : Provenance
         Of the export.
     footprint : mapping of str to float
-        Other costs where they are known: `flash` and `sram` in bytes, `latency` in predicted milliseconds.
+        Other costs where they are known: `flash`, `sram` and `arena` in bytes, `latency` in predicted milliseconds.
     device : str, optional
         Latency table that the latency was predicted with.
     """

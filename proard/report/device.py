@@ -95,7 +95,7 @@ def device_files(results: Results, students: Sequence[Student]) -> list[DeviceFi
         for frame in of_others.get(budget, []):
             rows += [row for row in _final(frame) if row["file"] not in [other["file"] for other in rows]]
         if student is not None and rows and rows[0]["precision"] == "float32":
-            rows[0] |= {name: student.final.get(name) for name in ("latency", "sram")}
+            rows[0] |= {name: student.final.get(name) for name in ("latency", "sram", "arena")}
         macs = student.macs if student is not None else max((row.get("macs") or 0 for row in rows), default=0)
         found += [DeviceFile(budget, macs, row) for row in rows]
     return sorted(found, key=lambda file: (file.macs, file.budget))

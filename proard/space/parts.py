@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
+from proard.space.memory import IMAGES, arena, peak
 from proard.space.spec import Activation, BlockSpec, ConvSpec, GateSpec, NetSpec, PoolSpec, Step
 
 BYTES = 4  # of a number, float32
 Map = tuple[str, tuple[int, ...]]  # name and shape of one image's map
 
-IN_PLACE = ("Relu", "Clip", "HardSwish", "HardSigmoid", "Mul", "Add", "Unsqueeze", "Flatten")
 ACTIVATIONS: dict[Activation, tuple[str, dict[str, Any]]] = {
     "relu": ("Relu", {}),
     "relu6": ("Clip", {}),
@@ -135,34 +135,10 @@ class Part:
         """Peak bytes of the activations of one image, from when the input is there to the output; see `peak`."""
         return peak(self.nodes, BYTES * self.channels * self.size**2)
 
-
-def peak(nodes: Sequence[Node], entering: int) -> int:
-    """Largest sum of the bytes of the maps that exist at the same time.
-
-    Parameters
-    ----------
-    nodes : sequence of Node
-        In order of execution.
-    entering : int
-        Bytes of the map `images`, which exists until its last reader is done; 0 where the caller holds it elsewhere.
-
-    Notes
-    -----
-    A map exists from the operator that writes it to the last that reads it. An element-wise operator writes over an
-    input of equal size that nothing else reads later. Scratch memory of an operator's implementation is not counted.
-    """
-    last = {name: index for index, node in enumerate(nodes) for name in node.reads}
-    live, most = {"images": entering}, entering
-    for index, node in enumerate(nodes):
-        ending = [name for name in dict.fromkeys(node.reads) if last[name] == index]
-        reused = [name for name in ending if node.kind in IN_PLACE and live[name] == node.bytes]
-        if reused:
-            del live[reused[0]]
-        live[node.output] = node.bytes
-        most = max(most, sum(live.values()))
-        for name in ending:
-            live.pop(name, None)
-    return most
+    @property
+    def arena(self) -> int:
+        """Bytes of the block in which onnxruntime places the activations of one image; see `arena`."""
+        return arena(self.nodes)
 
 
 class _Graph:
@@ -170,7 +146,7 @@ class _Graph:
 
     def __init__(self, part: Part) -> None:
         self.nodes: list[Node] = []
-        maps: Map = ("images", (part.channels, part.size, part.size))
+        maps: Map = (IMAGES, (part.channels, part.size, part.size))
         if part.of_images:
             maps = self.add("Add", [self.add("Mul", [maps], maps[1])], maps[1])
         for block in part.blocks:

@@ -258,8 +258,8 @@ class SearchSpace:
     def costs(self, genotypes: np.ndarray) -> dict[str, np.ndarray]:
         """`macs`, `params`, `flash`, `sram` of every genotype, each of shape (n,), int64, exact; `latency` of a device.
 
-        `flash`: bytes of the exported weights. `sram`: peak bytes of the activations of one image. `latency`: predicted
-        milliseconds, float64.
+        `flash`: bytes of the exported weights. `sram`: peak bytes of the activations of one image by liveness, which
+        `arena` of a part seldom keeps within. `latency`: predicted milliseconds, float64.
         """
         genotypes = np.asarray(genotypes)
         return self.tables.costs(genotypes, self._active(genotypes))

@@ -21,6 +21,7 @@ from proard.artifacts import (
 )
 from proard.config import Threat
 from proard.export import StudentFacts, Trust, model_card
+from proard.export.card import FOOTPRINT_WORDS
 from proard.export.int8_card import int8_block
 from proard.space import read_space
 from proard.stages.common import Job, parse_arguments, run
@@ -87,7 +88,7 @@ def card_of(job: Job, parity: dict[str, Any], trust: Trust) -> str:
         threat=threat,
         dataset=header["dataset"],
         license=header["license"],
-        footprint={key: header[key] for key in ("flash", "sram", "latency") if header.get(key) is not None},
+        footprint={key: header[key] for key in FOOTPRINT_WORDS if header.get(key) is not None},
         device=header.get("device"),
         provenance=Provenance(**header["provenance"]),
     )

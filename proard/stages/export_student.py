@@ -44,7 +44,7 @@ EXPORTED = {  # files of the folder that is passed on, by flag
     "parity": "parity.json",
     "checksums": "SHA256SUMS",
 }
-IN_PARITY = ("budget", "arch_id", "arch", "macs", "params", "flash", "sram", "device")
+IN_PARITY = ("budget", "arch_id", "arch", "macs", "params", "flash", "sram", "arena", "device")
 COLUMNS = ("arch", "arch_id", "macs", "split", "attack", "num_images", "clean_acc", "budget", "role", "chosen")
 
 
@@ -121,13 +121,13 @@ def of_budget(job: Job, manifest: dict[str, Any]) -> Measured:
 
 
 def footprint_of(found: Measured) -> dict[str, float]:
-    """Bytes of weights and of peak activations, and the predicted latency if the student was selected with a device."""
+    """Bytes of weights and of activations, and the predicted latency if the student was selected with a device."""
     if not isinstance(found.net, FoldedNet):
         return {}
     whole = Part.whole(found.net.spec)
     promised = found.rows.get("latency", pd.Series(dtype=float)).dropna()
     latency = {} if promised.empty else {"latency": float(promised.iloc[0])}
-    return {"flash": whole.flash, "sram": whole.sram, **latency}
+    return {"flash": whole.flash, "sram": whole.sram, "arena": whole.arena, **latency}
 
 
 def of_training(job: Job) -> Measured:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import pandas as pd
 from proard.artifacts import FOOTPRINT, STUDENT, read_table, write_table
 from proard.config import UserError
 from proard.progress import Progress
-from proard.space import Arch, Budget, SearchSpace, parse_budget, read_device
+from proard.space import Arch, Budget, Part, SearchSpace, parse_budget, read_device
 from proard.space.cost import check_budget, exactly, human
 from proard.stages.common import parse_arguments, run
 from proard.stages.measuring import load_images, subnet_meter
@@ -32,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     space = SearchSpace(job.config.space, read_device(job.config.device))
     note = check_budget(files.budget, space)
     archive = with_costs(read_table(files.archive, columns=["arch", "predicted_robust_acc"]), space)
-    candidates = under_budget(archive, budget, settings.candidates)
+    candidates = under_budget(archive, budget, settings.candidates, arena=partial(arena_of, space))
+    candidates = candidates.assign(arena=[arena_of(space, arch) for arch in candidates["arch"]])
     if note:
         print(f"note: {note}")
     meter = subnet_meter(job, cache=files.cache)
@@ -70,8 +73,17 @@ def with_costs(archive: pd.DataFrame, space: SearchSpace) -> pd.DataFrame:
     return archive.assign(**space.costs(genotypes))
 
 
-def under_budget(archive: pd.DataFrame, budget: Budget, number: int) -> pd.DataFrame:
+def arena_of(space: SearchSpace, arch: str) -> int:
+    """Bytes in which onnxruntime places the activations of an arch, given as JSON."""
+    return Part.whole(space.spec(space.read_arch(arch))).arena
+
+
+def under_budget(
+    archive: pd.DataFrame, budget: Budget, number: int, *, arena: Callable[[str], int] = lambda arch: 0
+) -> pd.DataFrame:
     """The `number` archs with the best predicted robust accuracy among those that the budget allows.
+
+    A limit on `sram` limits the peak by liveness, which the archive has, and `arena` of an arch: what a runtime needs.
 
     Raises
     ------
@@ -79,23 +91,37 @@ def under_budget(archive: pd.DataFrame, budget: Budget, number: int) -> pd.DataF
         No arch is that small; the smallest feasible cost is named.
     """
     within = pd.DataFrame({column: archive[column] <= limit for column, limit in budget.limits.items()})
-    feasible = archive[within.all(axis=1)].drop_duplicates("arch")
-    if feasible.empty:
-        smallest = {
-            column: archive.loc[within.drop(columns=column).all(axis=1), column].min() for column in budget.limits
-        }
+    ranked = archive[within.all(axis=1)].drop_duplicates("arch")
+    ranked = ranked.sort_values(["predicted_robust_acc", "predicted_clean_acc"], ascending=False)
+    memory = budget.limits.get("sram", np.inf)
+    feasible = list(islice((row for row, arch in ranked["arch"].items() if arena(arch) <= memory), number))
+    if not feasible:
+        smallest = {}
+        for column in budget.limits:
+            others = archive[within.drop(columns=column).all(axis=1)]
+            smallest[column] = least_memory(others, arena) if column == "sram" else others[column].min()
         named = [exactly(column, cost) for column, cost in smallest.items() if not pd.isna(cost)]
         beside = " beside the other limits" if len(budget.limits) > 1 else ""
         raise UserError(
             f"budget {budget.text} allows none of the searched subnets; the smallest feasible cost{beside} is "
             f"{' or '.join(named) or 'none: relax each limit'}"
         )
-    return feasible.sort_values(["predicted_robust_acc", "predicted_clean_acc"], ascending=False).head(number)
+    return ranked.loc[feasible]
+
+
+def least_memory(archive: pd.DataFrame, arena: Callable[[str], int]) -> float:
+    """The smallest limit on `sram` that allows an arch of an archive; NaN for none."""
+    least = np.inf
+    for arch, sram in archive.sort_values("sram")[["arch", "sram"]].itertuples(index=False):
+        if sram >= least:
+            break
+        least = min(least, max(sram, arena(arch)))
+    return least if np.isfinite(least) else np.nan
 
 
 def _facts(candidate: pd.Series, budget: Budget) -> dict[str, object]:
     """Columns of a row beside its measurement."""
-    names = ("predicted_clean_acc", "predicted_robust_acc", "found_by", *FOOTPRINT)
+    names = ("predicted_clean_acc", "predicted_robust_acc", "found_by", *FOOTPRINT, "arena")
     return {**{name: candidate[name] for name in names if name in candidate}, "budget": budget.text}
 
 
