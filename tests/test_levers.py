@@ -394,8 +394,12 @@ def test_logits_that_a_loss_does_not_read_are_not_kept(train_set, tmp_path, loss
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"phase__attack": {"start": "zero", "start_scale": 2}}, "start_scale is the radius of start uniform"),
-        ({"phase__attack": {"carry_passes": 2, "clip_to_ball": False}}, "carry_passes stores perturbations inside"),
+        (
+            {"phase__attack": {"start_scale": 2}},
+            r"start_scale is a setting of an earlier version; .* n_fgsm",
+        ),
+        ({"phase__attack": {"clip_to_ball": False}}, r"remove it, or write start: n_fgsm for clip_to_ball: false"),
+        ({"phase__attack": {"carry_passes": 2, "start": "n_fgsm"}}, "carry_passes stores perturbations inside"),
         ({"phase__attack": {"num_steps": 2, "first_steps": 3}}, "first_steps is 3; expected: at most"),
         ({"phase__teacher": "dynamic", "phase__teacher_logits": "float32"}, "teacher_logits stores logits of a frozen"),
         ({"threat": {"norm": "linf", "eps": 1.5}}, r"threat.eps is 1.5; .* write 1.5/255"),
@@ -416,8 +420,6 @@ def test_levers_are_off_by_default():
         "step_size": 2 / 255,
         "num_steps": 10,
         "start": "uniform",
-        "start_scale": 1.0,
-        "clip_to_ball": True,
     }
     assert (attack.shared, attack.first_steps, attack.carry_passes) == (None, None, None)
     drawn = [at(SPACE.largest), at(SPACE.smallest)]

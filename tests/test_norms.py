@@ -7,10 +7,11 @@ import torch
 from helpers import random_archs, random_images, random_supernet, tiny_space
 
 from proard.attacks import ascend_, ball_noise_, clipper, pgd, start_point
-from proard.config import Attack
+from proard.config import Attack, TrainingAttack
 from proard.evaluation import attack_images
 from proard.losses import CrossEntropy, Margin
 from proard.nets import SubnetView
+from proard.training.attacker import pgd_options
 
 
 class Linear:
@@ -99,7 +100,8 @@ def test_n_fgsm_by_hand():
     """Noise of twice the radius and one full step add up; only the pixel range limits them (de Jorge et al., eq. 8)."""
     net, eps = Linear(48), 0.1
     images = torch.rand(5, 3, 4, 4, generator=seeded())
-    options = {"eps": eps, "step_size": eps, "num_steps": 1, "start_scale": 2.0, "clip_to_ball": False}
+    attack = TrainingAttack(num_steps=1, step_size=eps, start="n_fgsm")
+    options = pgd_options(attack, eps=eps, norm="linf", num_steps=1)
     adv = pgd(net, CrossEntropy(torch.zeros(5, dtype=torch.long)), images, **options, generator=seeded(3))
     noise = torch.empty(images.shape).uniform_(-2 * eps, 2 * eps, generator=seeded(3))
     step = eps * -net.weight.sign().float().reshape(1, 3, 4, 4)

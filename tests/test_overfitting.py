@@ -40,7 +40,7 @@ def test_the_monitor_tells_collapse_from_a_weak_attack():
     text = overfitting(history(*collapsed), warn, attack)
     assert "epoch 2: 80.0%" in text
     assert "5.0% to PGD-10" in text
-    assert "start_scale 2 with clip_to_ball false" in text
+    assert "attack.start n_fgsm or more attack.num_steps would avoid it" in text
     assert overfitting(history(*collapsed, (0.4, 0.3)), warn, attack) is None, "only the newest validation counts"
     assert overfitting(history((0.11, 0.03)), warn, attack) is None, "within the noise"
     assert overfitting(history(*collapsed), Validation(), attack) == text, "one and two steps are watched by default"

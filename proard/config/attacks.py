@@ -57,8 +57,9 @@ class TrainingAttack(Settings):
 
     With `first_steps` the number of steps grows from there to `num_steps`, each number for an equal part of the
     training. k steps are then each at least 1.25 eps / k long, so that the attack can cross the ball.
-    `start_scale` is the radius of the uniform start in units of eps. With `clip_to_ball: false` only the pixel range
-    limits the perturbation. One step of eps with `start_scale: 2` and `clip_to_ball: false` is N-FGSM.
+    `start` is `uniform` in the ball, `gaussian` (0.001 times a standard normal), `zero`, or `n_fgsm`: uniform noise of
+    radius 2 eps, after which only the pixel range limits noise and steps. With one step of eps this is N-FGSM (de Jorge
+    et al., NeurIPS 2022, arXiv:2202.01181).
     `shared` is for steps with several subnets: the adversarial images are computed once, on the `smallest` or the
     `largest` subnet. Every other subnet continues from them with `own_steps` of `own_step_size` (default: `step_size`).
     Under `smallest`, a dynamic teacher is trained first and uses its own attack.
@@ -71,10 +72,8 @@ class TrainingAttack(Settings):
     objective: Literal["loss", "ce", "margin", "kl_clean", "kl_teacher", "kl_teacher_adv"] = "loss"
     num_steps: Natural = 10
     step_size: PixelLength = 2 / 255
-    start: Literal["uniform", "gaussian", "zero"] = "uniform"
+    start: Literal["uniform", "gaussian", "zero", "n_fgsm"] = "uniform"
     bn_mode: Literal["running", "batch", "clean_batch"] = "clean_batch"
-    start_scale: Positive = 1.0
-    clip_to_ball: bool = True
     first_steps: Natural | None = None
     shared: Literal["smallest", "largest"] | None = None
     own_steps: Natural = 1
@@ -84,11 +83,9 @@ class TrainingAttack(Settings):
 
     @model_validator(mode="after")
     def parts_fit(self) -> TrainingAttack:
-        """Check that start_scale has a uniform start, carry_passes clips to the ball, first_steps can grow."""
-        if self.start_scale != 1 and self.start != "uniform":
-            raise ValueError(f"start_scale is the radius of start uniform; start is {self.start}")
-        if self.carry_passes is not None and not self.clip_to_ball:
-            raise ValueError("carry_passes stores perturbations inside the ball: set clip_to_ball to true")
+        """Check that carried perturbations stay in the ball and that first_steps can grow."""
+        if self.carry_passes is not None and self.start == "n_fgsm":
+            raise ValueError("carry_passes stores perturbations inside the ball, which start n_fgsm leaves; remove one")
         if self.first_steps is not None and self.first_steps > self.num_steps:
             raise ValueError(f"first_steps is {self.first_steps}; expected: at most num_steps, {self.num_steps}")
         return self

@@ -68,6 +68,10 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "report": ("run", "threat", "report"),
 }
 LOSS_OPTIONS = {option for loss in get_args(get_args(AnyLoss)[0]) for option in loss().options}
+REPLACED = {  # settings of earlier versions: what to write in their place
+    "start_scale": "start: n_fgsm, the one use of it",
+    "clip_to_ball": "start: n_fgsm for clip_to_ball: false",
+}
 OF_EXPERIMENT = {  # keys of the section `experiment` that a stage reads
     "train_experiment": ("trainings",),
     "measure_experiment": ("trainings", "measure"),
@@ -247,6 +251,8 @@ def unknown(kind: str, key: str, valid: Any, *, last: str | None = None) -> str:
     name, names = last or key, list(valid)
     if name in LOSS_OPTIONS and kind == "setting":
         return f"{key} is no setting of its own; it is an option of a loss: write loss: {{name: NAME, {name}: VALUE}}"
+    if name in REPLACED and kind == "setting":
+        return f"{key} is a setting of an earlier version; remove it, or write {REPLACED[name]}"
     if name in RunConfig.model_fields and kind == "setting":
         return f"{key} is no setting of this section; {name} is a key of the whole run"
     alike = difflib.get_close_matches(name, names, n=1, cutoff=0.5)

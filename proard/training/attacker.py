@@ -23,6 +23,7 @@ from proard.training.plan import Drawn
 from proard.training.ranks import BatchPart
 from proard.training.teachers import Guidance
 
+START = {"n_fgsm": {"start": "uniform", "start_scale": 2.0, "clip_to_ball": False}}  # others are starts of `pgd`
 CROSSING = 1.25  # length of all steps together, in eps, of an attack with fewer steps than at the end of the training
 
 
@@ -44,9 +45,7 @@ def pgd_options(attack: TrainingAttack, *, eps: float, norm: str, num_steps: int
         "norm": norm,
         "step_size": step_size,
         "num_steps": num_steps,
-        "start": attack.start,
-        "start_scale": attack.start_scale,
-        "clip_to_ball": attack.clip_to_ball,
+        **START.get(attack.start, {"start": attack.start}),
     }
 
 

@@ -65,9 +65,9 @@ class CarriedPerturbations:
             return
         self.period.fill_(period)
         generator = keyed_generator(self.seed, data_pass, 2)  # 2: another stream than orders (none) and batches (1)
-        eps, start = self.attack.start_scale * self.eps, self.attack.start
         for chunk in self.store.split(CHUNK):
-            noise = start_noise_(torch.empty(chunk.shape), eps=eps, start=start, norm=self.norm, generator=generator)
+            noise = torch.empty(chunk.shape)
+            start_noise_(noise, eps=self.eps, start=self.attack.start, norm=self.norm, generator=generator)
             chunk.copy_(self._levels(noise))
 
     def read(self, views: Views, height: int, width: int) -> Tensor:

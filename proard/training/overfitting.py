@@ -51,5 +51,5 @@ def overfitting(rows: Sequence[Mapping[str, Any]], rule: Validation, attack: Tra
     )
     if rule.watch(attack) == "stop":
         return f"{text}; the training ends here, with its best weights, those of epoch {kept}"
-    noise = "attack.start_scale 2 with clip_to_ball false, or " if attack.num_steps <= 2 else ""
+    noise = "attack.start n_fgsm or " if attack.num_steps <= 2 else ""
     return f"{text}; {noise}more attack.num_steps would avoid it"
