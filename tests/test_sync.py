@@ -53,6 +53,8 @@ def test_every_kind_of_training_is_that_of_one_process(ranks, tmp_path, name):
             assert {key: row[key] for key in words} == {key: wanted[key] for key in words}
             numbers = {key: value for key, value in wanted.items() if key not in words}
             assert {key: row[key] for key in numbers} == pytest.approx(numbers, rel=1e-8, nan_ok=True)
+    if name == "timed":
+        assert whole["rows"][-1]["step"] == 35 < whole["rows"][-1]["planned_steps"]
 
 
 @pytest.mark.parametrize("twice", [False, True])

@@ -96,6 +96,7 @@ HISTORY: dict[str, tuple[pa.DataType, str]] = {
     "phase": (TEXT, "teacher, control or the phase's name"),
     "epoch": (INT, "epochs done"),
     "step": (INT, "optimizer steps done"),
+    "planned_steps": (INT, "optimizer steps of the settings' epochs; a training that minutes shorten makes fewer"),
     "lr": (FLOAT, "learning rate at the epoch's end"),
     "dtype": (TEXT, "type of the training passes, as computed here"),
     "attack_dtype": (TEXT, "type of the training attack's gradients, as computed here"),

@@ -206,6 +206,9 @@ def _supernet(entry: dict[str, Any], train_phase: Mapping[str, Any], where: str,
         return training
     if effort.forward_equivalents is None:
         raise ConfigError(f"{where}.effort: gradients and steps are for networks; use forward_equivalents")
+    timed = [phase.name for phase in written if phase.minutes is not None]
+    if timed:
+        raise ConfigError(f"{where}: effort and minutes of phase {timed[0]} both set its length; remove one")
     whole = sum(phase.epochs for phase in written)
     parts = [phase.forward_equivalents or effort.forward_equivalents * phase.epochs / whole for phase in written]
     stretched = [

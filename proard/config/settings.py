@@ -99,11 +99,16 @@ class Optimisation(Settings):
     `optimizer`: `sgd` with Nesterov momentum, `adamw`, or `muon`, which orthogonalises the momentum of convolutions and
     updates all other weights as `sgd` does, without decay. With `adamw` and `muon` every step subtracts `lr *
     weight_decay` times the weight.
+
+    With `minutes` a training takes at most that long, validation and saving included. If the measured speed does not
+    allow all `epochs`, it makes fewer steps, over which its whole schedule is spread: warm-up, decay, and all else that
+    changes during a training. Two such trainings differ, as the number of steps depends on the machine's speed.
     """
 
     optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
     epochs: Positive = 100
     warmup_epochs: NonNegative = 0
+    minutes: Positive | None = None
     batch_size: Count = 128
     lr: Positive = 0.1
     momentum: UnitInterval = 0.9
@@ -258,8 +263,10 @@ class Phase(AdversarialTraining):
 
     @model_validator(mode="after")
     def parts_fit(self) -> Phase:
-        """Refuse an alignment at images that are not made, and stored logits of a teacher that is trained."""
+        """Refuse an alignment at images that are not made, stored logits of a teacher that is trained, two lengths."""
         check_alignment(self.loss, self.alignment)
+        if self.forward_equivalents is not None and self.minutes is not None:
+            raise ValueError("forward_equivalents and minutes both set the length of the phase; remove one")
         if self.teacher_logits is not None and self.teacher == "dynamic":
             raise ValueError("teacher_logits stores logits of a frozen teacher; teacher is dynamic")
         check_kept_views(self.augment, self.teacher_logits)

@@ -138,6 +138,13 @@ class Student(AdversarialTraining, ExperimentTraining):
         return self
 
     @model_validator(mode="after")
+    def one_length(self) -> Student:
+        """Refuse a length in minutes beside an equal effort."""
+        if self.effort is not None and self.minutes is not None:
+            raise ValueError("effort and minutes both set the length of the training; remove one")
+        return self
+
+    @model_validator(mode="after")
     def twin_is_of_the_runs_space(self) -> Student:
         """Refuse a twin or a start from the teacher's weights in another space; only a twin is beside a supernet."""
         if self.trains == "twin" and self.net is not None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 from markupsafe import Markup
 
 from proard import __version__
+from proard.progress import duration
 from proard.report.context import Context, Section, section
 from proard.report.facts import machine, packages
 from proard.report.text import count, plural, threat_words
@@ -36,8 +37,8 @@ def setup(context: Context) -> Section | None:
             )
         )
     entries += [
-        ("Teacher", _teacher_words(settings.get("train_teacher"))),
-        ("Phases", _phase_words(settings.get("train_phase"))),
+        ("Teacher", _teacher_words(settings.get("train_teacher"), context.results.histories)),
+        ("Phases", _phase_words(settings.get("train_phase"), context.results.histories)),
         ("Measurement", _measurement_words(settings.get("measurement"), table)),
     ]
     return section("setup", "What was run", "Data and settings of the run", entries=entries)
@@ -83,7 +84,7 @@ def _space_words(space: Mapping[str, Any] | None) -> str:
     return f"{space['name']} ({space['family']}, {space['block']} blocks, {units}): {dims}"
 
 
-def _teacher_words(teacher: Mapping[str, Any] | None) -> str:
+def _teacher_words(teacher: Mapping[str, Any] | None, histories: Sequence[pd.DataFrame] = ()) -> str:
     """How the teacher was trained, or its file."""
     if not teacher:
         return ""
@@ -93,8 +94,19 @@ def _teacher_words(teacher: Mapping[str, Any] | None) -> str:
     loss = teacher["objective"]
     objective = words.get(loss["name"], loss["name"].upper())
     beta = f", β {loss['beta']:g}" if "beta" in loss else ""
-    schedule = f"{teacher['epochs']:g} epochs, batch {teacher['batch_size']}, {_optimizer_words(teacher)}"
+    length = _length_words("teacher", teacher, histories)
+    schedule = f"{length}, batch {teacher['batch_size']}, {_optimizer_words(teacher)}"
     return f"{objective}{beta}, {schedule}"
+
+
+def _length_words(name: str, training: Mapping[str, Any], histories: Sequence[pd.DataFrame]) -> str:
+    """Epochs of a training; if it ended before those of its settings, the number that it made of them."""
+    epochs = training["epochs"]
+    for last in (history.iloc[-1] for history in histories if "planned_steps" in history):
+        if last["phase"] == name and last["step"] < last["planned_steps"]:
+            made = epochs * last["step"] / last["planned_steps"]
+            return f"{made:.1f} of {epochs:g} epochs, in {duration(last['seconds'])}"
+    return f"{epochs:g} epochs"
 
 
 def _optimizer_words(training: Mapping[str, Any]) -> str:
@@ -103,12 +115,13 @@ def _optimizer_words(training: Mapping[str, Any]) -> str:
     return f"{names[training['optimizer']]} at learning rate {training['lr']:g}"
 
 
-def _phase_words(settings: Mapping[str, Any] | None) -> str:
+def _phase_words(settings: Mapping[str, Any] | None, histories: Sequence[pd.DataFrame] = ()) -> str:
     """The phases of progressive distillation."""
     if not settings:
         return ""
     return Markup("<br>").join(
-        f"{phase['name']}: {phase['epochs']:g} epochs, {_optimizer_words(phase)}, {phase['loss']['name'].upper()}, "
+        f"{phase['name']}: {_length_words(phase['name'], phase, histories)}, {_optimizer_words(phase)}, "
+        f"{phase['loss']['name'].upper()}, "
         f"{phase['teacher']} teacher, {phase['sampling']} sampling, "
         f"{plural(phase['archs_per_step'], 'subnet')} per step"
         for phase in settings["phases"]

@@ -60,6 +60,8 @@ def _shared(twins: Twins, phases: Phases) -> dict[str, Any]:
     effort = twins.effort.model_dump() if twins.effort is not None else None
     if effort is None and "epochs" not in twins.overrides:
         effort = {"steps": "phases"}
+    if effort is not None:
+        shared["minutes"] = None
     return merge({**shared, "warm_start": first.warm_start, "effort": effort, "trains": "twin"}, twins.overrides)
 
 
@@ -90,9 +92,18 @@ def epochs_of_steps(run: RunConfig, student: Student, phases: Phases) -> float:
     Raises
     ------
     ConfigError
-        The length of a phase is known only at its start.
+        The length of a phase is known only at its start, or that of a training with `minutes` only at its end.
     """
     steps = None if student.effort is None else student.effort.steps
+    began_with_teacher = phases[0].warm_start == "teacher" and run.train_teacher.source == "train"
+    ahead = steps == "path" and began_with_teacher and student.warm_start == "random"
+    counted = {f"phase {phase.name}": phase for phase in phases} | ({"the teacher": run.train_teacher} if ahead else {})
+    for name, training in counted.items():
+        if training.minutes is not None:
+            raise ConfigError(
+                f"experiment.{student.name}.effort.steps is {steps}, but {name} has minutes: its number of steps is "
+                "known only at its end; set its epochs to the number in its log instead"
+            )
     for phase in phases:
         if phase.forward_equivalents is not None:
             raise ConfigError(
@@ -104,6 +115,4 @@ def epochs_of_steps(run: RunConfig, student: Student, phases: Phases) -> float:
         return training.epochs * passes * student.batch_size / training.batch_size
 
     total = sum(epochs(phase, phase.archs_per_step if phase.sampling == "per_pass" else 1) for phase in phases)
-    began_with_teacher = phases[0].warm_start == "teacher" and run.train_teacher.source == "train"
-    ahead = began_with_teacher and student.warm_start == "random"
-    return total + epochs(run.train_teacher) if steps == "path" and ahead else total
+    return total + epochs(run.train_teacher) if ahead else total

@@ -169,7 +169,9 @@ def training_facts(
     kept = (newest if kept.empty else kept).iloc[-1]
     last: Student | Phase
     if isinstance(training, Student):
-        last, steps, epochs = training, training.attack_steps, training.epochs
+        last, steps = training, training.attack_steps
+        planned = newest["planned_steps"].iloc[-1] if "planned_steps" in newest else total["step"]
+        epochs = training.epochs * float(total["step"] / planned)
     else:
         last = training.phases[-1]
         steps, epochs = last.attack.num_steps, float(total["epoch"])

@@ -73,8 +73,9 @@ def train_network(job: Job, student: Student, *, search: Callable[..., Tensor] =
         )
         training.state.finish()
     last, most = rows[-1], memory["peak_device_memory"] or memory["peak_memory"] or 0
+    epochs = student.epochs * last["step"] / last["planned_steps"]
     print(
-        f"{student.name}: {last['gradients']:,} gradients of one image, {last['seconds'] / student.epochs:.1f} s an "
+        f"{student.name}: {last['gradients']:,} gradients of one image, {last['seconds'] / epochs:.1f} s an "
         f"epoch, at most {most / 2**20:,.0f} MiB of memory"
     )
 

@@ -159,9 +159,10 @@ class Training:
             return row
 
         passes = settings.epochs * plan.passes_per_epoch
+        limit = "" if settings.minutes is None else f", at most {settings.minutes:g} min"
         size = sum(p.numel() for p in net.parameters()) * 4 / 2**20
         print(
-            f"{label}: {passes:g} passes over {self.train.per_pass} images, {size:.1f} MiB of weights, "
+            f"{label}: {passes:g} passes over {self.train.per_pass} images{limit}, {size:.1f} MiB of weights, "
             f"states on disk up to {12 * size:.0f} MiB, device {self.job.device}, {torch.get_num_threads()} threads"
             + (f" in each of {self.ranks.world} processes" if self.ranks.world > 1 else ""),
             flush=True,

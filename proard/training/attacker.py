@@ -27,12 +27,12 @@ START = {"n_fgsm": {"start": "uniform", "start_scale": 2.0, "clip_to_ball": Fals
 CROSSING = 1.25  # length of all steps together, in eps, of an attack with fewer steps than at the end of the training
 
 
-def steps_at(attack: TrainingAttack, step: int, total_steps: int) -> int:
+def steps_at(attack: TrainingAttack, step: float, total_steps: int) -> int:
     """Attack steps of optimizer step number `step`: `num_steps`, or a number that grows to it."""
     if attack.first_steps is None:
         return attack.num_steps
     first = attack.first_steps
-    return min(first + step * (attack.num_steps - first + 1) // total_steps, attack.num_steps)
+    return min(first + int(step * (attack.num_steps - first + 1) // total_steps), attack.num_steps)
 
 
 def pgd_options(attack: TrainingAttack, *, eps: float, norm: str, num_steps: int) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class Attacker:
     threat : Threat
         Norm and radius, in pixel units.
     total_steps : int
-        Optimizer steps of the training.
+        Optimizer steps that the training plans; `begin` is given the position of a step among them.
     carried : CarriedPerturbations, optional
         Where attacks start instead of at noise.
     part : BatchPart, optional
@@ -106,7 +106,7 @@ class Attacker:
         self.found: Tensor | None = None
 
     def begin(
-        self, drawn: list[Drawn], space: NetSpace, *, step: int, data_pass: int, views: Views | None
+        self, drawn: list[Drawn], space: NetSpace, *, step: float, data_pass: int, views: Views | None
     ) -> list[Drawn]:
         """Begin a step: its subnets in the order in which they attack.
 

@@ -42,7 +42,8 @@ class Plan:
 
     `frozen_weight` is the frozen teacher's share of the target: 1 alone, 0 for the dynamic teacher alone.
     `memory(classes)` is what the loss remembers before the first step, where it does. `reads_target` says whether any
-    step reads the frozen teacher's logits at clean images; `loss` is the name of the loss of the subnets.
+    step reads the frozen teacher's logits at clean images; `loss` is the name of the loss of the subnets. Where a plan
+    `opens` choices with the training, its `data_pass` is the pass of the planned schedule, also in a shortened one.
     """
 
     draw: Callable[[int, int, int], list[Drawn]]
@@ -51,6 +52,7 @@ class Plan:
     memory: Callable[[int], Memory] | None = None
     reads_target: bool = True
     loss: str = ""
+    opens: bool = False
 
 
 def bind(loss: Loss, settings: TrainingSettings) -> tuple[Objective, dict[str, Any]]:
@@ -125,7 +127,8 @@ def phase_plan(space: SearchSpace, phase: Phase) -> Plan:
     weight = {"frozen": 1.0, "dynamic": 0.0, "both": phase.frozen_weight}[phase.teacher]
     memory = None if objective.memory is None else partial(objective.memory, **options)
     reads_target = objective.needs_target or phase.sampling == "pareto"
-    return Plan(draw, passes, weight, memory, reads_target=reads_target, loss=phase.loss.name)
+    opens = phase.sampling == "progressive"
+    return Plan(draw, passes, weight, memory, reads_target=reads_target, loss=phase.loss.name, opens=opens)
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """The training loop. One class trains teacher, control, phases and students; they differ in their `Plan`.
 
 Every random choice is keyed by (seed, step) or (seed, epoch), so that a resumed training repeats the uninterrupted one
-bit for bit on CPU at equal threads without any stored generator.
+bit for bit on CPU at equal threads without any stored generator. The exception are trainings that `minutes` shorten:
+how many steps they make depends on the machine's speed.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from proard.progress import Progress, duration
 from proard.training.counted import Forward
 from proard.training.history import Done, Rows, epoch_rows, summary
 from proard.training.overfitting import overfitting
-from proard.training.plan import Plan
+from proard.training.plan import Drawn, Plan
 from proard.training.ranks import Ranks
+from proard.training.schedule import RATED, START_UP, Stopwatch, learning_rate
 from proard.training.state import Interrupted, ResumeState, StopFlag, stop_on_signal
 from proard.training.step import StepBatch, StepResult, training_step
 from proard.training.time_limit import TimeLimit
 
-START_UP, RATED = 5, 10  # steps that hold start-up; the last of those from which the remaining time is estimated
 READ_EVERY = 20  # steps after which the host waits for the device at the latest, to see that all losses were finite
 
 
@@ -54,17 +55,6 @@ class ImageSource(Protocol):
     @property
     def padded_shape(self) -> tuple[int, int, int, int]:
         """Shape of the padded images that views are windows of: (n, height, width, channels)."""
-
-
-def learning_rate(settings: TrainingSettings, step: int, total: int, warmup: int) -> float:
-    """Linear warm-up to `lr`, then a cosine to zero, or what a student's `schedule` says."""
-    if step < warmup:
-        return settings.lr * (step + 1) / (warmup + 1)
-    if settings.schedule == "constant":
-        return settings.lr
-    if settings.schedule == "steps":  # a tenth at half, and again at three quarters: epochs 100 and 150 of 200
-        return settings.lr * 0.1 ** sum(step >= share * total for share in (0.5, 0.75))
-    return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
 
 
 class Run:
@@ -147,14 +137,17 @@ class Run:
         total, self.warmup = (
             round(epochs * self.steps_per_epoch) for epochs in (settings.epochs, settings.warmup_epochs)
         )
-        self.total = max(total, 1)
+        every = self.validation.every_epochs * self.steps_per_epoch
+        self.watch = Stopwatch(
+            max(total, 1), minutes=settings.minutes, validated_every=every, ranks=self.ranks, clock=clock
+        )
         self.step_on = training_step(
             net,
             settings,
-            plan,
+            replace(plan, draw=self._draw) if plan.opens else plan,
             threat=threat,
             seed=seed,
-            total_steps=self.total,
+            total_steps=self.watch.schedule.planned,
             teacher=teacher,
             control=control,
             padded_shape=source.padded_shape,
@@ -185,35 +178,44 @@ class Run:
         Interrupted
             A signal, a successor or the end of the job's time asked to stop: the state is saved.
         """
-        label, update = self.label, self.step_on.update
+        label, settings, update = self.label, self.settings, self.step_on.update
         with stop_on_signal() as stop:
             self._resume()
-            first, rated = self.done.step, 0.0
+            first = self.done.step
             progress = Progress(label, self.total, "steps", done=first, start_up=START_UP)
             while self.done.step < self.total and not self.done.overfitted:
-                started, number = self.clock(), self.done.step + 1 - first
+                number = self.done.step + 1 - first
                 result, lr = self.step()
                 if self.ends_epoch or number in (START_UP, RATED) or len(self.unread) == self.read_every:
                     self.read()
-                seconds = self.clock() - started
-                self.done.seconds += seconds
+                self.watch.count_step(self.done, number)
                 progress.advance(note=partial(_note, result.loss, lr))
-                rated += seconds if START_UP < number <= RATED else 0
                 if number == RATED:
-                    left = rated / (RATED - START_UP) * (self.total - self.done.step)
-                    progress.say(f"{label}: about {duration(left)} to go, validation apart")
+                    progress.say(f"{label}: about {duration(self.watch.left(self.done))} to go, validation apart")
                 if self.ends_epoch:
                     for line in self.validate(lr):
                         progress.say(line)
-                self._save_or_stop(stop)
+                for line in self._save_or_stop(stop):
+                    progress.say(line)
+                progress.total = self.total
         progress.close()
+        if settings.minutes is not None:
+            print(
+                f"{label}: {self.watch.length(self.done.step, settings.epochs)}, in {duration(self.done.seconds)}",
+                flush=True,
+            )
         self.save()  # what follows may take long and be killed as well
-        if self.settings.keep == "last":
+        if settings.keep == "last":
             update.remember_best()
             for row in self.history:
                 row["best"] = row["epoch"] == self.history[-1]["epoch"]
         update.keep_best()
         return self.history
+
+    @property
+    def total(self) -> int:
+        """Steps of the training, as far as known."""
+        return self.watch.schedule.total
 
     @property
     def ends_epoch(self) -> bool:
@@ -227,14 +229,17 @@ class Run:
         if self.order_of != data_pass:
             self.order, self.order_of = self.source.order(self.seed, data_pass), data_pass
         start = step % self.steps_per_pass * batch_size
-        lr = learning_rate(self.settings, step, self.total, self.warmup)
+        position = self.watch.schedule.at(step)
+        lr = learning_rate(self.settings, position, self.watch.schedule.planned, self.warmup)
         generator = keyed_generator(self.seed, step, 1)  # 1: another stream than the order of pass number `step`
         indices, views = self.order[start : start + batch_size], None
         if self.step_on.needs_views:
             views = self.source.views(indices, keyed_generator(self.seed, step, 1))
         images, labels = self.source.batch(indices, generator, *([self.part.rows] if self.part.several else []))
         self.unread[step] = replace(done)
-        batch = StepBatch(images, labels, generator, step=step, data_pass=data_pass, lr=lr, views=views)
+        batch = StepBatch(
+            images, labels, generator, step=step, data_pass=data_pass, lr=lr, position=position, views=views
+        )
         with rounded_convolutions():
             result = self.step_on(batch)
         measured = torch.stack([result.loss.double() * len(indices), result.clean, result.robust])
@@ -271,10 +276,9 @@ class Run:
         """End an epoch: measure it where that is due, remember the best one, add its rows; lines about it."""
         settings, done = self.settings, self.done
         validation: Rows = [{"arch": ""}]
-        epoch, best, started = -(-done.step // self.steps_per_epoch), False, self.clock()
+        epoch, best = -(-done.step // self.steps_per_epoch), False
         if done.step == self.total or epoch % self.validation.every_epochs == 0:
-            with self.step_on.update.averaged():
-                validation = self.measure(self.net)
+            validation = self._measured()
             robust, clean = (
                 sum(row[f"val_{kind}_acc"] for row in validation) / len(validation) for kind in ("robust", "clean")
             )
@@ -284,9 +288,10 @@ class Run:
                 self.step_on.update.remember_best()
                 for row in self.history:
                     row["best"] = False
-        done.seconds += self.clock() - started
+        self.watch.count(done)
         types = {"dtype": self.step_on.dtype, "attack_dtype": self.step_on.attacker.dtype}
         common = {"phase": self.label, "epoch": epoch, "lr": lr, "best": best, "seed": self.seed}
+        common["planned_steps"] = self.watch.schedule.planned
         self.history.extend(epoch_rows(done, validation, types=types, **common))
         done.begin_epoch()
         self.sums.zero_()
@@ -299,11 +304,13 @@ class Run:
 
     def save(self) -> None:
         """Save the state; every process waits until it is on disk."""
+        self.watch.count(self.done)
         if self.ranks.first:
-            facts = {"done": vars(self.done), "history": self.history, "processes": self.ranks.world}
-            self.state.save(self.step_on.tensors(), facts)
+            facts = {"done": vars(self.done), "schedule": vars(self.watch.schedule), "history": self.history}
+            self.state.save(self.step_on.tensors(), {**facts, "processes": self.ranks.world})
         self.ranks.all_reduce_max(0)  # barrier: wait until rank 0 has saved
         self.time_limit.saved()
+        self.watch.schedule.saving = self.watch.count(self.done)
         self.saved_at = self.clock()
 
     # --- how a training goes on and stops ----------------------------------------------------------------------
@@ -315,6 +322,7 @@ class Run:
             self.step_on.load(loaded[0])
         facts = self.ranks.from_first(loaded and loaded[1])
         self.ranks.follow_first_(self.step_on.tensors().values())
+        self.watch.start(facts and facts["schedule"])
         if facts is None:
             return
         self.done, self.history = Done(**facts["done"]), facts["history"]
@@ -329,24 +337,49 @@ class Run:
         """Whether so many steps end an epoch."""
         return step % self.steps_per_epoch == 0 or step == self.total
 
-    def _save_or_stop(self, stop: StopFlag) -> None:
-        """Save the state where it is due; save and stop at a signal, for a successor, or at the end of the time."""
+    def _save_or_stop(self, stop: StopFlag) -> list[str]:
+        """Save the state where it is due; save and stop at a signal, for a successor, or at the end of the time.
+
+        Before that, set the number of steps anew where that is due; lines about it.
+        """
         self.time_limit.step(ends_epoch=self.ends_epoch)
         late = self.clock() - self.saved_at > 60 * self.save_every_minutes
         ends = self.time_limit.is_short(ends_epoch=self._ends_epoch(self.done.step + 1))
-        signalled, handover, short, due = self.ranks.all_reduce_max(
-            stop.signal or 0, self.state.handover_asked(), ends, late
+        speed = self.watch.is_due(self.done, ends_epoch=self.ends_epoch)
+        signalled, handover, short, due, estimate = self.ranks.all_reduce_max(
+            stop.signal or 0, self.state.handover_asked(), ends, late, speed
         )
         reason = signal.Signals(signalled).name if signalled else "a successor" if handover else ""
         reason = reason or ("the end of the job's time" if short else "")
         stops = reason and self.done.step < self.total and not self.done.overfitted
-        if stops or due:
+        lines = []
+        if stops or due or estimate:
             self.read()
+        if estimate and not stops and self.watch.estimate(self.done, validate=self._measured):
+            self.time_limit.step(ends_epoch=True)  # it may have validated
+            length = self.watch.length(self.total, self.settings.epochs)
+            lines = [f"{self.label}: {length} at {self.watch.schedule.step_seconds:.3g} s a step"]
+        if stops or due or lines:
             self.save()
         if stops:
             raise Interrupted(
                 f"{self.label}: stopped by {reason} after step {self.done.step}; the same command continues"
             )
+        return lines
+
+    # --- how long a training takes -----------------------------------------------------------------------------
+
+    def _measured(self) -> Rows:
+        """Rows of a validation of the averaged weights; how long it takes is kept."""
+        self.watch.count(self.done)
+        with self.step_on.update.averaged():
+            rows = self.measure(self.net)
+        self.watch.schedule.validation = self.watch.count(self.done)
+        return rows
+
+    def _draw(self, seed: int, step: int, _data_pass: int) -> list[Drawn]:
+        """A step's subnets where choices open with the planned schedule: in the pass of its position there."""
+        return self.plan.draw(seed, step, int(self.watch.schedule.at(step) // self.steps_per_pass))
 
 
 @contextmanager

@@ -44,6 +44,8 @@ class StepBatch:
         Numbers of the step and of the pass over the data.
     lr : float
         Learning rate.
+    position : float, optional
+        Position of the step among those that the training plans; by default its number.
     views : Views, optional
         Which views the images of the whole batch are, where the step `needs_views`.
     """
@@ -54,6 +56,7 @@ class StepBatch:
     step: int = 0
     data_pass: int = 0
     lr: float = 0.0
+    position: float | None = None
     views: Views | None = None
 
 
@@ -130,11 +133,12 @@ class TrainingStep:
         if self.settings.clean_noise:
             eps = self.settings.clean_noise * threat.eps
             images = start_point(images, eps=eps, norm=threat.norm, start="uniform", generator=batch.generator)
-        progress = min(batch.step / self.total_steps, 1.0)
+        position = batch.step if batch.position is None else batch.position
+        progress = min(position / self.total_steps, 1.0)
         drawn = self.plan.draw(self.seed, batch.step, data_pass)
         guidance = self.teachers.begin(drawn, images, labels, views, progress=progress, data_pass=data_pass)
         drawn = choose_winners(drawn, lambda arch: self._score(arch, images, labels, guidance.target))
-        drawn = self.attacker.begin(drawn, self.net.space, step=batch.step, data_pass=data_pass, views=views)
+        drawn = self.attacker.begin(drawn, self.net.space, step=position, data_pass=data_pass, views=views)
         losses, clean_right, adv_right = [], *torch.zeros(2, dtype=torch.float64, device=images.device)
         for subnet in drawn:
             student = self._student(subnet.arch)
@@ -274,7 +278,7 @@ def training_step(
     seed : int
         Seed of the plan's draws.
     total_steps : int
-        Steps of the whole training.
+        Steps that the whole training plans.
     teacher, control : callable, optional
         Frozen teacher and plainly trained network: images to logits.
     padded_shape : tuple of int, optional
