@@ -32,7 +32,7 @@ def test_every_family_and_data_set_has_its_two_recipes():
     assert set(RECIPES) == names
 
 
-@pytest.mark.parametrize("name", [*RECIPES, "cifar10_micro_better", "experiments/sampling"])
+@pytest.mark.parametrize("name", [*RECIPES, "cifar10_micro_better", "cifar10_sprint", "experiments/sampling"])
 def test_a_recipe_plans_its_whole_dag(name, tmp_path):
     where = ["--configfile", ROOT / "config" / f"{name}.yaml", "--directory", tmp_path]
     plan = planned(snakemake("--dry-run", "--snakefile", ROOT / "workflow" / "Snakefile", *where))
@@ -63,7 +63,7 @@ def test_published_recipes_share_their_schedule(name):
     assert run.space.classes == (100 if "cifar100" in name else 10)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [*RECIPES, "cifar10_sprint"])
 def test_budgets_reach_from_the_smallest_to_the_largest_subnet(name):
     run = recipe(name)
     space = SearchSpace(run.space)
@@ -73,3 +73,22 @@ def test_budgets_reach_from_the_smallest_to_the_largest_subnet(name):
     assert limits == sorted(limits)
     assert space.spec(space.smallest).macs <= limits[0] < 1.2 * space.spec(space.smallest).macs
     assert space.spec(space.largest).macs <= limits[-1] < 1.1 * space.spec(space.largest).macs
+
+
+def test_the_sprint_trains_half_of_the_published_space_in_minutes():
+    run, whole = recipe("cifar10_sprint"), recipe("cifar10_resnet").space
+    halves = [{**unit.model_dump(), "channels": unit.channels // 2} for unit in whole.units]
+    stem = {**whole.stem.model_dump(), "channels": whole.stem.channels // 2}
+    assert run.space.model_dump() == {
+        **whole.model_dump(),
+        "name": "resnet_cifar_half",
+        "stem": stem,
+        "units": tuple(halves),
+    }
+    space = SearchSpace(run.space)
+    widths = set().union(*space.layer_widths(space.open_choices()).values())
+    assert {width % 8 for width in widths} == {0}
+    assert [round(space.spec(arch).macs / 1e5) for arch in (space.smallest, space.largest)] == [715, 6005]
+    trained = [run.train_teacher, *run.train_phase.phases]
+    assert sum(training.minutes for training in trained) <= 6
+    assert run.sample_archs.num_archs <= run.evaluate_archs.archs_per_shard
