@@ -8,8 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from proard.kernels import pgd_update_
+from proard.kernels import KeyedNoise, pgd_update_
 from proard.losses import InnerObjective
+
+Source = torch.Generator | KeyedNoise | None
 
 
 def start_point(
@@ -17,7 +19,7 @@ def start_point(
     *,
     eps: float,
     start: str,
-    generator: torch.Generator | None,
+    generator: Source,
     norm: str = "linf",
     scale: float = 1.0,
     clip_to_ball: bool = True,
@@ -25,40 +27,59 @@ def start_point(
 ) -> Tensor:
     """First iterate: the images plus `start_noise_`, clipped.
 
-    Noise is drawn on the generator's device, so that one seed gives the same start on every device. `among` is (number,
-    part): the images are this part of that number of images, and noise is drawn for all of them.
+    One seed gives the same start on every CPU. On a GPU a generator of the CPU gives one number, the key of the noise
+    that the device draws (`kernels.KeyedNoise`), so that nothing waits for the host. `among` is (number, part): the
+    images are this part of that number of images, and get the part's noise.
     """
     if start == "zero":
         return images.clone()
-    device = images.device if generator is None else generator.device
     count, part = among or (len(images), slice(None))
-    noise = torch.empty((count, *images.shape[1:]), dtype=images.dtype, device=device)
-    start_noise_(noise, eps=scale * eps, start=start, norm=norm, generator=generator)
-    noise = noise[part].contiguous(memory_format=torch.channels_last)
-    if images.is_cuda and not noise.is_cuda:  # with pageable memory the host would wait for the device
-        noise = noise.pin_memory().to(images.device, non_blocking=True)
+    source: Source = generator
+    if images.is_cuda and isinstance(generator, torch.Generator) and generator.device.type == "cpu":
+        source = KeyedNoise(int(torch.randint(2**62, (), generator=generator)))
+    if isinstance(source, KeyedNoise):
+        source.first = part.start or 0
+        noise = torch.empty_like(images)
+    else:
+        device = images.device if source is None else source.device
+        noise = torch.empty((count, *images.shape[1:]), dtype=images.dtype, device=device)
+    start_noise_(noise, eps=scale * eps, start=start, norm=norm, generator=source)
+    if not isinstance(source, KeyedNoise):
+        noise = noise[part].contiguous(memory_format=torch.channels_last)
     return clipper(images, eps=eps, norm=norm, clip_to_ball=clip_to_ball)(noise.add_(images))
 
 
-def start_noise_(
-    noise: Tensor, *, eps: float, start: str, norm: str = "linf", generator: torch.Generator | None
-) -> Tensor:
+def start_noise_(noise: Tensor, *, eps: float, start: str, norm: str = "linf", generator: Source) -> Tensor:
     """Fill `noise`, of four dims: `uniform` in the ball, `gaussian` (TRADES: 0.001 N(0, 1)), or `zero`."""
     if start == "zero":
         return noise.zero_()
     if start == "gaussian":
-        return noise.normal_(0, 1e-3, generator=generator)
+        return _normal_(noise, generator).mul_(1e-3)
     return ball_noise_(noise, eps=eps, norm=norm, generator=generator)
 
 
-def ball_noise_(noise: Tensor, *, eps: float, norm: str, generator: torch.Generator | None) -> Tensor:
+def ball_noise_(noise: Tensor, *, eps: float, norm: str, generator: Source) -> Tensor:
     """Fill `noise`, of four dims, with a point drawn uniformly from the eps-ball for every image."""
     if norm == "linf":
-        return noise.uniform_(-eps, eps, generator=generator)
-    noise.normal_(generator=generator)
+        return _uniform_(noise, -eps, eps, generator)
+    _normal_(noise, generator)
     shape, dims = (len(noise), 1, 1, 1), noise[0].numel()
-    share = torch.rand(shape, dtype=noise.dtype, device=noise.device, generator=generator) ** (1 / dims)
+    share = _uniform_(torch.empty(shape, dtype=noise.dtype, device=noise.device), 0, 1, generator) ** (1 / dims)
     return noise.mul_(eps * share / torch.linalg.vector_norm(noise, dim=(1, 2, 3), keepdim=True))
+
+
+def _uniform_(out: Tensor, low: float, high: float, source: Source) -> Tensor:
+    """Fill with numbers between two bounds."""
+    if isinstance(source, KeyedNoise):
+        return out.copy_(source.uniform(out.shape, out.device)).mul_(high - low).add_(low)
+    return out.uniform_(low, high, generator=source)
+
+
+def _normal_(out: Tensor, source: Source) -> Tensor:
+    """Fill with normal numbers."""
+    if isinstance(source, KeyedNoise):
+        return out.copy_(source.normal(out.shape, out.device))
+    return out.normal_(generator=source)
 
 
 def bounds(images: Tensor, *, eps: float, clip_to_ball: bool = True) -> tuple[Tensor, Tensor]:
@@ -154,7 +175,7 @@ def pgd(
     step_size: float,
     num_steps: int,
     start: str = "uniform",
-    generator: torch.Generator | None = None,
+    generator: Source = None,
     norm: str = "linf",
     start_scale: float = 1.0,
     clip_to_ball: bool = True,
@@ -178,8 +199,8 @@ def pgd(
         Steps; 0 returns the start point.
     start : {'uniform', 'gaussian', 'zero'}
         First iterate.
-    generator : torch.Generator
-        Generator of the start noise, which is drawn before the steps.
+    generator : torch.Generator or KeyedNoise
+        Source of the start noise, which is drawn before the steps.
     norm : {'linf', 'l2'}
         Norm of the ball. Steps use the gradient's sign in linf and the normalised gradient in l2.
     start_scale : float

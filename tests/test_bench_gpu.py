@@ -206,8 +206,8 @@ def test_it_ends_within_four_minutes_and_begins_with_the_kernels(seconds):
     assert work.now < 4 * 60
     assert list(work.given)[:2] == ["kernels: updates", "kernels: logit gradients"]
     if seconds == 5:
-        assert list(work.given)[6] == "ceilings"
-        assert len(work.given) == 20
+        assert list(work.given)[7] == "ceilings"
+        assert len(work.given) == 21
 
 
 def test_a_kernel_that_fails_its_proof_is_used_by_no_later_section():
@@ -215,7 +215,7 @@ def test_a_kernel_that_fails_its_proof_is_used_by_no_later_section():
     with pytest.raises(SystemExit, match="failed: kernels: logit gradients"):
         work.run()
     plain_kernels = [start.plain_kernels for start in work.given.values()]
-    assert plain_kernels == [False, False] + [True] * 18
+    assert plain_kernels == [False, False] + [True] * 19
 
 
 def test_without_fused_kernels_a_section_runs_their_twins():
@@ -234,7 +234,7 @@ def test_kernels_are_proven_under_the_sanitizer_where_it_is_installed(monkeypatc
     import bench_gpu
     from gpu.sections import sanitizer, sections
 
-    proof, other = sections(bench_gpu.parse(["--device", "cuda"]))[:7:6]
+    proof, other = sections(bench_gpu.parse(["--device", "cuda"]))[:8:7]
     assert (proof.proves_kernels, other.proves_kernels) == (True, False)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert sanitizer(proof, "cuda") == []
@@ -257,6 +257,7 @@ def test_what_is_asked_for_wrongly_is_named(argv, capsys):
 FEW = {  # for the interpreter
     "updates": {"shapes": ((1, 1, 8, 8), (3, 5, 17, 19))},
     "logit gradients": {"batches": ((1, 1), (3, 7), (1, 101))},
+    "noise": {"shapes": ((2, 3, 5, 5),)},
     "passes": {"shapes": ((2, 5, 3, 3),)},
     "batch norm": {"shapes": ((2, 5, 3, 3),)},
     "products": {"channels": ((8, 24),), "sizes": ((2, 3, 5),)},
@@ -283,6 +284,7 @@ def test_kernels_are_proven_on_odd_shapes_and_a_wrong_one_is_noticed(name, capsy
 
     names = (
         "pgd_update_",
+        "philox_uniform",
         "softmax_difference",
         "finish_",
         "slope_",

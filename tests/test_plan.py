@@ -40,6 +40,21 @@ def test_sandwich_takes_the_ends_of_the_open_choices():
     assert space.largest not in {arch for step in archs for arch in step}
 
 
+@pytest.mark.parametrize(("sampling", "fixed"), [("sandwich", 2), ("uniform", 0)])
+def test_a_pool_of_subnets_is_drawn_anew_for_every_pass(sampling, fixed):
+    by_pass = [
+        drawn_archs(sampling=sampling, archs_per_step=4, arch_pool=6, steps=40, passes=number)[2] for number in range(2)
+    ]
+    pools = [{arch for step in archs for arch in step[fixed:]} for archs in by_pass]
+    assert all(len(pool) <= 6 for pool in pools)
+    assert pools[0] != pools[1]
+    assert len({tuple(step[fixed:]) for step in by_pass[0]}) > 3, "subnets of a step differ from step to step"
+    with pytest.raises(ValueError, match="arch_pool 3 is smaller than archs_per_step 4"):
+        drawn_archs(archs_per_step=4, arch_pool=3)
+    with pytest.raises(ValueError, match="arch_pool is for sampling uniform and sandwich; sampling is pareto"):
+        drawn_archs(sampling="pareto", arch_pool=8)
+
+
 def test_per_pass_keeps_one_subnet_for_a_whole_pass():
     _, plan, archs, _ = drawn_archs(sampling="per_pass", archs_per_step=3, steps=12)
     assert plan.passes_per_epoch == 3

@@ -14,7 +14,7 @@ from step_rows import PackageStep, Problem
 from torch import Tensor
 
 from proard.attacks import pgd, take_steps
-from proard.kernels import CapturedSteps, dispatch, plain_twins, prove
+from proard.kernels import CapturedSteps, KeyedNoise, dispatch, plain_twins, prove
 from proard.kernels.cudnn import CudnnEpilogues, NoEpilogues
 from proard.losses import KLToTarget
 from proard.nets import SubnetView
@@ -38,6 +38,7 @@ REAL: Mapping[str, Mapping[str, Sequence]] = {
         )
     },
     "logit gradients": {"batches": [(images, classes) for images in (1, 1024) for classes in (1, 2, 7, 10, 101, 1001)]},
+    "noise": {"shapes": ((1, 3, 32, 32), (1024, 3, 32, 32), (7, 5, 17, 19))},
     "passes": {"shapes": MAPS},
     "batch norm": {"shapes": MAPS},
     "products": {
@@ -73,7 +74,7 @@ def attacked(problem: Problem, steps: TakeSteps, *, arch: int = 0, dtype: torch.
     with torch.no_grad():
         target = problem.teacher.eval()(problem.images, problem.teacher.space.largest)
     images = problem.images.contiguous(memory_format=torch.channels_last)
-    predict, generator = view.folded(view.running_statistics(), dtype=dtype), torch.Generator().manual_seed(1)
+    predict, generator = view.folded(view.running_statistics(), dtype=dtype), KeyedNoise(1)  # the same on all devices
     ball = {"eps": recipe.eps, "step_size": recipe.step_size, "num_steps": recipe.num_steps, "start": "gaussian"}
     return pgd(predict, KLToTarget(target), images, **ball, generator=generator, steps=steps)
 
@@ -147,7 +148,7 @@ def steps_agree(cpu: Problem, gpu: Problem) -> str:
 def weight_gradients(problem: Problem, archs: list[Arch], **shared: str) -> Tensor:
     """All weight gradients of one training step on some archs, on the CPU."""
     step, images = PackageStep(problem, shared=shared), problem.images.contiguous(memory_format=torch.channels_last)
-    step.together(archs, images, problem.labels, torch.Generator().manual_seed(1))
+    step.together(archs, images, problem.labels, KeyedNoise(1))
     return torch.cat([parameter.grad.flatten().cpu() for parameter in step.net.parameters()])
 
 

@@ -217,6 +217,9 @@ class Phase(AdversarialTraining):
     choices for an equal part. `pareto` is the sandwich in which each inner subnet is the one of three at a random cost
     with the highest loss on the batch.
 
+    `arch_pool`: `uniform` and `sandwich` draw their subnets from a pool of so many, which is drawn anew for every pass
+    over the data. On a GPU the attack steps of subnets that recur are replayed as CUDA graphs.
+
     `forward_equivalents` scales `epochs` and `warmup_epochs` so that the phase takes that many; phases with different
     sampling then have equal effort. `complexity_decay` above 0 is a complexity-aware learning rate: a subnet's
     gradients are multiplied by (1 - completed fraction of the training)^(complexity_decay * c). c decreases linearly
@@ -240,6 +243,7 @@ class Phase(AdversarialTraining):
     sort_channels: Literal["none", "l1"] = "none"
     sampling: Literal["per_pass", "uniform", "sandwich", "progressive", "pareto"] = "sandwich"
     archs_per_step: Count = 3
+    arch_pool: Count | None = None
     loss: DistillationLoss = Rslad()
     alignment: Alignment | None = None
     teacher: Literal["frozen", "dynamic", "both"] = "frozen"
@@ -270,6 +274,10 @@ class Phase(AdversarialTraining):
         if self.teacher_logits is not None and self.teacher == "dynamic":
             raise ValueError("teacher_logits stores logits of a frozen teacher; teacher is dynamic")
         check_kept_views(self.augment, self.teacher_logits)
+        if self.arch_pool is not None and self.sampling not in ("uniform", "sandwich"):
+            raise ValueError(f"arch_pool is for sampling uniform and sandwich; sampling is {self.sampling}")
+        if self.arch_pool is not None and self.arch_pool < self.archs_per_step:
+            raise ValueError(f"arch_pool {self.arch_pool} is smaller than archs_per_step {self.archs_per_step}")
         return self
 
 

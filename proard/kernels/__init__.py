@@ -6,6 +6,7 @@ from proard.kernels.depthwise import depthwise_convolution
 from proard.kernels.dispatch import pgd_update_, softmax_difference
 from proard.kernels.epilogues import convolve_activate, gradient_slope
 from proard.kernels.maps import slope_
+from proard.kernels.noise import KeyedNoise
 from proard.kernels.norm import norm_activation
 from proard.kernels.switch import plain_twins
 from proard.kernels.types import computed_type, has_bfloat16, one_pass
@@ -13,6 +14,7 @@ from proard.kernels.types import computed_type, has_bfloat16, one_pass
 __all__ = [
     "CapturedSteps",
     "Conv2d",
+    "KeyedNoise",
     "computed_type",
     "convolution",
     "convolve_activate",

@@ -5,6 +5,8 @@ Each kernel reads its inputs once and writes its result once, in one launch; `pl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -44,6 +46,24 @@ def _softmax_difference(out, logits, target, classes, LABELS: tl.constexpr, BLOC
     tl.store(out + place, (share - wanted).to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=["key", "first", "stream"])
+def _philox_uniform(out, key, first, stream, numbers, blocks, size, BLOCK: tl.constexpr):
+    """Four numbers per lane: those of one counter."""
+    lane = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = lane < size
+    image = lane // blocks
+    block = lane % blocks
+    zero = tl.zeros((BLOCK,), tl.uint32)
+    counter = (block.to(tl.uint32), (image + first).to(tl.uint32), zero + stream.to(tl.uint32), zero)
+    a, b, c, d = tl.philox(key, counter[0], counter[1], counter[2], counter[3])
+    base = out + image * numbers
+    for place in tl.static_range(4):
+        word = a if place == 0 else b if place == 1 else c if place == 2 else d
+        index = block * 4 + place
+        number = (word >> 8).to(tl.int32).to(tl.float32) * (1.0 / 16777216.0)
+        tl.store(base + index, number, mask=inside & (index < numbers))
+
+
 def pgd_update_(adv: Tensor, gradient: Tensor, low: Tensor, high: Tensor, *, step_size: float) -> Tensor:
     """`plain.pgd_update_` in one launch, for tensors accepted by `fits`; `gradient` is not changed."""
     size = adv.numel()
@@ -64,6 +84,16 @@ def softmax_difference(logits: Tensor, target: Tensor) -> Tensor:
         LABELS=not target.dtype.is_floating_point,
         BLOCK=triton.next_power_of_2(classes),
     )
+    return out
+
+
+def philox_uniform(shape: Sequence[int], key: int, first: int, stream: int, device: torch.device) -> Tensor:
+    """`noise.plain_uniform` in one launch."""
+    out = torch.empty(*shape, device=device)
+    numbers = out[0].numel()
+    blocks = triton.cdiv(numbers, 4)
+    size = len(out) * blocks
+    _philox_uniform[(triton.cdiv(size, BLOCK),)](out, key, first, stream, numbers, blocks, size, BLOCK=BLOCK)
     return out
 
 

@@ -20,6 +20,7 @@ from proard.kernels import plain
 from proard.kernels.cudnn import CudnnEpilogues, NoEpilogues
 from proard.kernels.dispatch import Fused, all_fused
 from proard.kernels.maps import SLOPES
+from proard.kernels.noise import plain_uniform
 from proard.kernels.norm import JOINED, KINDS, PLAIN, plain_norm_activation
 
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # of a result, over its largest number
@@ -99,6 +100,14 @@ def logit_gradients(fused: Fused, device: torch.device, batches: Sequence[tuple[
         for target in (labels, logits.float().flip(1).softmax(1)):
             found = [twin.softmax_difference(logits, target) for twin in (fused.steps, plain)]
             yield Case(f"softmax_difference {(images, classes)} {dtype}", found[:1], found[1:], FINE)
+
+
+def noise(fused: Fused, device: torch.device, shapes: Sequence[Shape] = SHAPES) -> Iterator[Case]:
+    """Random numbers by counter, equal bit for bit."""
+    for shape, key in every_pair(shapes, (5, 2**62 + 12345)):
+        given = (shape, key, 7, 1, device)
+        found = [fused.steps.philox_uniform(*given), plain_uniform(*given)]
+        yield Case(f"philox_uniform {shape}", found[:1], found[1:], {torch.float32: 0.0})
 
 
 def passes(
@@ -192,6 +201,7 @@ def works(library: CudnnEpilogues, device: torch.device, dtype: torch.dtype = to
 CHECKS: dict[str, Callable[..., Iterator[Case]]] = {
     "updates": updates,
     "logit gradients": logit_gradients,
+    "noise": noise,
     "passes": passes,
     "batch norm": norms,
     "products": products,

@@ -77,6 +77,8 @@ class Attacker:
         Type in which a folded network is attacked.
     batch_size : int, optional
         Images of a full batch of this part: their attack steps may be captured as CUDA graphs.
+    recurring : int
+        Number of subnets that recur within a pass over the data: so many graphs are kept, at least 16.
     search : callable
         The attack itself, with the arguments of `pgd`.
     """
@@ -92,13 +94,14 @@ class Attacker:
         part: BatchPart | None = None,
         dtype: torch.dtype = torch.float32,
         batch_size: int | None = None,
+        recurring: int = 0,
         search: Callable[..., Tensor] = pgd,
     ) -> None:
         self.attack, self.tally, self.threat, self.total_steps = attack, tally, threat, total_steps
         self.carried, self.part, self.dtype, self.search = carried, part or BatchPart(), dtype, search
         self.take_steps: Callable[..., Tensor] = take_steps
         if batch_size is not None:
-            self.take_steps = CapturedSteps(take_steps, batch_size=batch_size)
+            self.take_steps = CapturedSteps(take_steps, batch_size=batch_size, capacity=max(recurring, 16))
         self.num_steps = attack.num_steps
         self.views: Views | None = None
         self.source: Drawn | None = None

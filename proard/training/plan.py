@@ -92,7 +92,9 @@ def phase_plan(space: SearchSpace, phase: Phase) -> Plan:
     ProARD code); `uniform` draws `archs_per_step` subnets in each step; `sandwich` takes the largest and the smallest
     of the open choices and draws the rest (Yu and Huang 2019, arXiv:1903.05134). `progressive` draws as `uniform` does
     among choices that open with the training. `pareto` is the sandwich whose drawn subnets win a comparison at one cost
-    (AttentiveNAS, Wang et al. 2021, arXiv:2011.09011). A dynamic teacher trains in every step on its own objective.
+    (AttentiveNAS, Wang et al. 2021, arXiv:2011.09011). Where there is an `arch_pool`, `uniform` and `sandwich` draw
+    from as many subnets, other ones in every pass over the data. A dynamic teacher trains in every step on its own
+    objective.
 
     Raises
     ------
@@ -114,6 +116,9 @@ def phase_plan(space: SearchSpace, phase: Phase) -> Plan:
         opened = opened_choices(space, phase, data_pass) if phase.sampling == "progressive" else among
         if phase.sampling == "pareto":
             rivals = [at_one_cost(space, among, RIVALS, rng) for _ in range(count - len(fixed))]
+        elif phase.arch_pool is not None:
+            pool = space.sample(phase.arch_pool, np.random.default_rng([seed, data_pass, phase.arch_pool]), among=among)
+            rivals = [[space.arch(pool[row])] for row in rng.choice(len(pool), count - len(fixed), replace=False)]
         else:
             rivals = [[space.arch(row)] for row in space.sample(count - len(fixed), rng, among=opened)]
         if phase.teacher != "frozen":  # the guide is trained anyway

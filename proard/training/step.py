@@ -313,6 +313,7 @@ def training_step(
         part=part,
         dtype=torch_type(settings.dtype, net),
         batch_size=len(range(settings.batch_size)[part.rows]),
+        recurring=2 * ((getattr(settings, "arch_pool", None) or 0) + 2),  # each crafts in full or goes on from another
         search=search,
     )
     memory = {} if plan.memory is None else plan.memory(net.space.settings.classes)
