@@ -50,7 +50,7 @@ ONLY = {  # rooms that may import less than their floor allows
     "search": {"config", "artifacts", "space", "progress"},
     "cli": {"config", "host", "artifacts", "export", "report", "doctor", "latency", "runs"},
     "runs": {"config"},
-    "latency": {"config", "artifacts", "space", "export"},
+    "latency": {"config", "artifacts", "progress", "space", "nets", "export"},
     "doctor": {"config", "space", "kernels", "nets", "attacks", "losses"},
 }
 WITHOUT_TORCH = ("config", "host", "progress", "space", "search", "runs", "cli")

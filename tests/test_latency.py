@@ -15,12 +15,13 @@ import pandas as pd
 import pytest
 import torch
 from helpers import SMALL_SPACES, TINY, random_images, random_supernet, tiny_space
+from latency_runs import CONFIG, first_block_last, invented_times, run_file, timed_student
 
-from proard.artifacts import Provenance, sha256, write_json
+from proard.artifacts import sha256, write_json
 from proard.cli import main
-from proard.config import PRESETS, Threat, UserError
-from proard.export import StudentFacts, export_program, save_student
-from proard.latency.bench import TIME, describe, measure
+from proard.config import PRESETS, UserError
+from proard.export import export_program
+from proard.latency.bench import TIME, measure
 from proard.latency.bench import main as bench
 from proard.latency.check import check
 from proard.latency.fit import MODELS, Quality, fit, left_out_error, solve
@@ -30,21 +31,9 @@ from proard.latency.plan import halves, plan, read_plan
 from proard.nets import extract, fold
 from proard.space import LatencyTable, Part, SearchSpace, parse_budget, read_device
 from proard.space.cost import check_budget
-from proard.space.latency import FORMAT
 from proard.space.sampling import enumerate_genotypes, identity_columns
 from proard.space.tables import parts_of
 from proard.stages.select_student import under_budget, with_costs
-
-CONFIG = """
-run: timed
-space: resnet_digits
-"""
-
-
-def run_file(data: bytes, images: np.ndarray) -> np.ndarray:
-    """Outputs of an ONNX file in memory."""
-    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-    return session.run(["logits"], {"images": images})[0]
 
 
 @pytest.fixture(scope="module")
@@ -54,26 +43,6 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "my.yaml").write_text(CONFIG)
     plan(folder / "my.yaml", folder / "kit")
     return folder / "kit"
-
-
-def invented_times(folder: Path, *, macs: float = 0.0, passes: tuple[float, float] = (1.0, 1.0)) -> dict:
-    """What a device would measure whose latency is exactly additive over blocks, or over MACs."""
-    manifest, checksum = read_plan(folder)
-    rng = np.random.default_rng(1)
-    parts = {entry["key"]: float(rng.uniform(1, 3)) for entry in manifest["files"].values() if entry["kind"] == "part"}
-    table = LatencyTable("invented", "table", 0.5, 1.0 - bool(macs), macs, parts, {})
-    space = SearchSpace(PRESETS["resnet_digits"], table)
-    times = {}
-    for file, entry in manifest["files"].items():
-        if entry["kind"] == "call":
-            times[file] = 0.25
-        elif entry["kind"] == "part":
-            times[file] = parts[entry["key"]] + 0.25
-        else:
-            times[file] = float(space.costs(np.asarray([entry["genotype"]]))["latency"][0])
-    files = {file: {TIME: time, "passes": [{TIME: time * factor} for factor in passes]} for file, time in times.items()}
-    result = measure({"call.onnx": folder / "call.onnx"}, name="An Invented (Device)", rounds=1, seconds=0.001)
-    return {**result, "files": files, "manifest_sha256": checksum}
 
 
 @pytest.mark.parametrize("settings", SMALL_SPACES, ids=lambda entry: entry["name"])
@@ -266,9 +235,7 @@ def values_at(data: bytes) -> tuple[str, str]:
 @pytest.mark.parametrize("settings", SMALL_SPACES, ids=lambda entry: entry["name"])
 def test_int8_files_of_parts_are_quantised_as_students_and_pass_integers_on(settings):
     space = tiny_space(settings)
-    parts = {part.key: part for part in parts_of(space)}
-    first, last = (next(part for part in parts.values() if getattr(part, name)) for name in ("of_images", "classes"))
-    block = next(part for part in parts.values() if not part.of_images and not part.classes and len(part.convs) > 1)
+    first, block, last = first_block_last(space)
     real, integer = "tensor(float)", "tensor(uint8)"
     assert values_at(int8_file(first, random_weights(0)))[0] == real  # images
     assert values_at(int8_file(last, random_weights(0))) == (integer, real)  # logits
@@ -294,7 +261,7 @@ def test_a_table_of_int8_files_says_so_and_checks_the_int8_file(student: Path, t
     assert content["precision"] == "int8"
     exported, quantised = (tmp_path / stage / "macs=1M" for stage in ("export_student", "quantize_student"))
     shutil.copytree(student, exported)
-    with pytest.raises(UserError, match=r"the table is of int8 files, and there is no .*run quantize_student"):
+    with pytest.raises(UserError, match=r"the table is of student\.int8\.onnx, and there is no .*run quantize_student"):
         check(exported, device=path, seconds=0.002)
     for folder in (exported, quantised):  # a copied folder, then the place where the stage writes
         folder.mkdir(parents=True, exist_ok=True)
@@ -341,35 +308,7 @@ def test_limits_that_no_subnet_keeps_together_name_the_smallest_cost_beside_the_
 @pytest.fixture
 def student(tmp_path: Path) -> Path:
     """An exported student that was selected with the device `board.json`."""
-    space = SearchSpace(PRESETS["resnet_digits"])
-    arch = space.largest
-    net = fold(extract(random_supernet(space).eval(), arch)).float().eval()
-    table = {"format": FORMAT, "device": "board", "parts_ms": {}, "threads": 1, "runtime": "another"}
-    table |= {
-        "model": {"uses": "macs", "base_ms": 1.0, "factor": 0.0, "ms_per_mac": 1e-6},
-        "machine": describe("board"),
-    }
-    write_json(tmp_path / "board.json", table)
-    facts = StudentFacts(
-        name="tiny",
-        budget="latency=1us",
-        space=space,
-        arch=arch,
-        classes=tuple("0123456789"),
-        threat=Threat(),
-        dataset="digits",
-        license="unspecified",
-        provenance=Provenance("tiny", "export_student"),
-        footprint={"latency": 2.5},
-        device=str(tmp_path / "board.json"),
-    )
-    folder = tmp_path / "student"
-    folder.mkdir()
-    save_student(folder / "student.safetensors", net, facts)
-    (folder / "student.onnx").write_bytes(onnx_file(Part.whole(space.spec(arch)), random_weights(0)))
-    (folder / "card.md").write_text("# A student\n\n## Limits\n\n- one\n")
-    (folder / "SHA256SUMS").write_text(f"{sha256(folder / 'card.md')}  card.md\n")
-    return folder
+    return timed_student(tmp_path)
 
 
 def test_a_checked_student_has_promise_and_measurement_on_its_card_once(student: Path):

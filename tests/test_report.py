@@ -291,6 +291,19 @@ def test_files_of_other_runtimes_join_those_of_their_student(tmp_path: Path):
     assert f"{BUDGETS[0]}, int8, .pte · 0.200 ms" in text
 
 
+def test_a_latency_that_is_predicted_for_another_file_is_shown_beside_it(tmp_path: Path):
+    made = SyntheticRun(tmp_path)
+    for budget in BUDGETS:
+        path = made.path("select_student", budget, "student.parquet")
+        table = artifacts.read_table(path).assign(latency_file="student.int8.onnx")
+        artifacts.write_table(path, table, artifacts.STUDENT, made.provenance("select_student"))
+    main(made.flags())
+    text = made.path("report", "report.html").read_text()
+    rows = device_rows(text)
+    assert {cells[3] for cells in rows[::2]} == {"–"}
+    assert {cells[3] for cells in rows[1::2]} == {"0.375"}
+
+
 def test_without_a_table_of_int8_the_exported_file_is_shown(tmp_path: Path):
     made = SyntheticRun(tmp_path)
     for budget in BUDGETS:

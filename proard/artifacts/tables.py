@@ -88,6 +88,7 @@ FRONT: dict[str, tuple[pa.DataType, str]] = {
 STUDENT: dict[str, tuple[pa.DataType, str]] = {
     **FRONT,
     "arena": (INT, "bytes, block in which onnxruntime places the activations of one image, float32"),
+    "latency_file": (TEXT, "file of the student that the latency is predicted for; empty without a device"),
     "budget": (TEXT, "the requested limit"),
     "role": (TEXT, "candidate: measured on val for the selection; choice: the selected student under every attack"),
     "chosen": (FLAG, "the student of this budget"),

@@ -142,7 +142,7 @@ FOOTPRINT_WORDS = {
     "flash": ("Weights, float32", " bytes"),
     "sram": ("Peak of the activations of one image by liveness, float32: a lower bound", " bytes"),
     "arena": ("Block in which onnxruntime places these activations, without scratch memory", " bytes"),
-    "latency": ("Latency predicted for DEVICE", " ms"),
+    "latency": ("Latency of `FILE`, predicted for DEVICE", " ms"),
 }
 FROM_SUPERNET = {
     "asked": "| Budget asked for | `{budget}` |",
@@ -244,7 +244,9 @@ def model_card(
         f"| {words} | {header[name]:,.4g}{unit} |\n" if name == "latency" else f"| {words} | {header[name]:,}{unit} |\n"
         for name, (words, unit) in FOOTPRINT_WORDS.items()
         if name in header
-    ).replace("DEVICE", Path(facts.device or "").stem)
+    )
+    values["footprint"] = values["footprint"].replace("DEVICE", Path(facts.device or "").stem)
+    values["footprint"] = values["footprint"].replace("FILE", facts.latency_file)
     values |= {name: sentence.format(**values) for name, sentence in origin.items()}
     return _front_matter(facts, worst, trust) + TEXT.format(**values)
 

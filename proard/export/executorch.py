@@ -28,7 +28,7 @@ AFFINE = (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor)
 PIXEL = 1 / 255  # scale of int8 pixels, so that those of 8 bits enter without loss
 
 
-def require_executorch() -> None:
+def require_executorch(needed_by: str = "executorch_student") -> None:
     """Raise an error that names the extra, where ExecuTorch is missing.
 
     Raises
@@ -38,25 +38,37 @@ def require_executorch() -> None:
     """
     if importlib.util.find_spec("executorch") is None:
         raise UserError(
-            "executorch_student needs ExecuTorch, which this environment lacks; get it with: "
-            "pip install -e .[executorch]"
+            f"{needed_by} needs ExecuTorch, which this environment lacks; get it with: pip install -e .[executorch]"
         )
 
 
 def deployable(net: FoldedNet | FixedNet) -> fx.GraphModule:
-    """The network's graph for one image at a time, as delegates take it.
-
-    The normalisation of pixels is inside the first convolution, exactly, also at the border (as
-    `export.int8.fold_normalisation` does it): a channel of ones joins the pixels. Means over height and width keep
-    their dims, since XNNPACK takes no others.
+    """The network's graph for one image at a time, as `prepared`.
 
     Returns
     -------
     GraphModule
         float32 images in [0, 1] of shape (1, channels, height, width) to logits of shape (1, classes), on the CPU.
     """
+    return prepared(net, zero_image(net))
+
+
+def prepared(net: torch.nn.Module, image: Tensor) -> fx.GraphModule:
+    """The graph of a network, or of a part of one, for inputs of one shape, as delegates take it.
+
+    The normalisation of pixels is inside the first convolution, exactly, also at the border (as
+    `export.int8.fold_normalisation` does it): a channel of ones joins the pixels. Means over height and width keep
+    their dims, since XNNPACK takes no others.
+
+    Parameters
+    ----------
+    net : Module
+        It is copied to the CPU.
+    image : Tensor of shape (1, channels, height, width)
+        An input, on the CPU.
+    """
     net = copy.deepcopy(net).cpu().eval().requires_grad_(False).to(memory_format=torch.contiguous_format)
-    module = _traced(net, image := zero_image(net))
+    module = _traced(net, image)
     graph = module.graph
     for node in list(graph.nodes):
         if node.target == aten._assert_tensor_metadata.default:
@@ -70,7 +82,7 @@ def deployable(net: FoldedNet | FixedNet) -> fx.GraphModule:
                 flat = graph.call_function(aten.flatten.using_ints, (node, 1))
             node.replace_all_uses_with(flat, delete_user_cb=lambda user, flat=flat: user is not flat)
             node.args = (*node.args[:2], True)
-    _fold_normalisation(module, net.spec.image_channels)
+    _fold_normalisation(module, image.shape[1])
     graph.eliminate_dead_code()
     module.recompile()
     return _traced(module, image)
@@ -121,7 +133,7 @@ def straight_through(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def save_pte(path: str | Path, module: fx.GraphModule) -> None:
-    """Lower a graph to XNNPACK and write the program.
+    """Write the program of a graph.
 
     Parameters
     ----------
@@ -129,6 +141,26 @@ def save_pte(path: str | Path, module: fx.GraphModule) -> None:
         Written atomically.
     module : GraphModule
         Of `deployable` or `quantised`.
+
+    Raises
+    ------
+    UserError
+        As of `lowered`.
+    """
+    content = lowered(module, name=Path(path).name)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def lowered(module: fx.GraphModule, *, name: str) -> bytes:
+    """The program of a graph, which XNNPACK runs.
+
+    Parameters
+    ----------
+    module : GraphModule
+        Of `prepared`, `deployable` or `quantised`.
+    name : str
+        Of the program in errors.
 
     Raises
     ------
@@ -141,12 +173,11 @@ def save_pte(path: str | Path, module: fx.GraphModule) -> None:
         from executorch.exir import to_edge_transform_and_lower
 
         (images,) = module.graph.find_nodes(op="placeholder")
-        program = torch.export.export(module, (torch.zeros(images.meta["val"].shape),), strict=False)
-        lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
-        refuse_undelegated(Path(path).name, undelegated(lowered.exported_program().graph))
-        content = lowered.to_executorch().buffer
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(content)
+        example = torch.zeros(images.meta["val"].shape, dtype=images.meta["val"].dtype)
+        program = torch.export.export(module, (example,), strict=False)
+        edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+        refuse_undelegated(name, undelegated(edge.exported_program().graph))
+        return bytes(edge.to_executorch().buffer)
 
 
 def undelegated(graph: fx.Graph) -> list[str]:

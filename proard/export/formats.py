@@ -47,6 +47,8 @@ class StudentFacts:
         Other costs where they are known: `flash`, `sram` and `arena` in bytes, `latency` in predicted milliseconds.
     device : str, optional
         Latency table that the latency was predicted with.
+    latency_file : str
+        File of the student that it was predicted for.
     """
 
     name: str
@@ -60,6 +62,7 @@ class StudentFacts:
     provenance: Provenance
     footprint: Mapping[str, float] = field(default_factory=dict)
     device: str | None = None
+    latency_file: str = "student.onnx"
 
     @property
     def settings_hash(self) -> str:
@@ -84,7 +87,7 @@ class StudentFacts:
             "macs": spec.macs,
             "params": spec.params,
             **self.footprint,
-            **({"device": self.device} if self.device else {}),
+            **({"device": self.device, "latency_file": self.latency_file} if self.device else {}),
             "classes": list(self.classes),
             "input": f"{INPUT}: float32 (batch, {spec.image_channels}, {side}, {side}), {self.channel_order}",
             "input_range": [0.0, 1.0],

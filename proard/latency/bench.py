@@ -1,4 +1,6 @@
-"""Time the ONNX files of this folder on this device; needs numpy and onnxruntime alone.
+"""Time the files of this folder on this device; needs numpy and their runtime alone.
+
+Files that end in .onnx are timed by onnxruntime, those that end in .pte by executorch (with torch, which it imports).
 
 python bench.py                  all files of manifest.json -> bench.json
 python bench.py student.onnx     one file -> student.bench.json
@@ -15,14 +17,17 @@ import platform
 import random
 import sys
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 FORMAT = "proard latency bench 1"
 PASSES = 2
+INT8 = 1  # in ExecuTorch's numbers of types
 FEWEST_RUNS = 3
 TIME = "p10_ms"  # of a file: the tenth percentile of its calls, because other work on the device only ever adds time
 CPU_FLAGS = (
@@ -47,7 +52,7 @@ CPU_FLAGS = (
 def main(argv: list[str] | None = None) -> None:
     """Run the program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", nargs="?", help="an ONNX file; without it all files of the manifest")
+    parser.add_argument("file", nargs="?", help="a file to time; without it all files of the manifest")
     parser.add_argument("--name", help="name of the device (default: its processor's)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--rounds", type=int, default=5, help="visits of every file in each pass (default 5)")
@@ -58,6 +63,8 @@ def main(argv: list[str] | None = None) -> None:
     options: dict[str, Any] = {"threads": asked.threads, "rounds": asked.rounds, "seconds": asked.seconds}
     if asked.file:
         path = Path(asked.file)
+        if path.suffix not in BY_SUFFIX:
+            parser.error(f"{path} is no file that is timed; expected: {' or '.join(BY_SUFFIX)}")
         result = measure({path.name: path}, name=asked.name, **options)
         out = Path(asked.out or path.with_suffix(".bench.json"))
     else:
@@ -79,7 +86,7 @@ def measure(
     Parameters
     ----------
     files : dict of str to Path
-        ONNX files with one input of shape (batch, channels, height, width).
+        Files of one runtime with one input of shape (batch, channels, height, width).
     name : str, optional
         Of the device.
     threads : int
@@ -95,14 +102,15 @@ def measure(
         By file and pass and over both: median, p10 and p90 in milliseconds, number of calls; what the device is; the
         relative difference between the two passes' tenth percentiles.
     """
-    device = describe(name)
+    device, (suffix,) = describe(name), {path.suffix for path in files.values()}
+    runtime = BY_SUFFIX[suffix](threads)
     before, order, rng = state(), list(files), random.Random(0)
     times: dict[str, list[list[float]]] = {file: [[] for _ in range(PASSES)] for file in files}
     for number in range(PASSES):
         for turn in range(rounds):
             rng.shuffle(order)
             for file in order:
-                times[file][number] += visit(files[file], threads=threads, seconds=seconds)
+                times[file][number] += visit(runtime, files[file], seconds=seconds)
             if len(files) > 1:
                 print(f"pass {number + 1} of {PASSES}, round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
     found: dict[str, dict[str, Any]] = {}
@@ -114,7 +122,7 @@ def measure(
     return {
         "format": FORMAT,
         "device": device,
-        "runtime": f"onnxruntime {onnxruntime.__version__}, CPU",
+        "runtime": runtime.name,
         "threads": threads,
         "batch_size": 1,
         "rounds": rounds,
@@ -126,23 +134,74 @@ def measure(
     }
 
 
-def visit(path: Path, *, threads: int, seconds: float) -> list[float]:
-    """Milliseconds of single calls of a file."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    (entry,) = session.get_inputs()
-    shape = [1, *entry.shape[1:]]
+class OnnxRuntime:
+    """onnxruntime on the CPU."""
+
+    def __init__(self, threads: int) -> None:
+        import onnxruntime
+
+        self.module, self.threads = onnxruntime, threads
+        self.name = f"onnxruntime {onnxruntime.__version__}, CPU"
+
+    def load(self, path: Path) -> Callable[[], Any]:
+        """One call of a file, with a random input."""
+        options = self.module.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
+        session = self.module.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        (entry,) = session.get_inputs()
+        values = random_input([1, *entry.shape[1:]], np.uint8 if entry.type == "tensor(uint8)" else np.float32)
+        feed, names = {entry.name: values}, [output.name for output in session.get_outputs()]
+        return lambda: session.run(names, feed)
+
+
+class ExecuTorch:
+    """ExecuTorch with XNNPACK."""
+
+    def __init__(self, threads: int) -> None:
+        import torch
+        from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+        from executorch.runtime import Runtime
+
+        _unsafe_reset_threadpool(threads)
+        self.runtime, self.torch = Runtime.get(), torch
+        self.name = f"executorch {version('executorch')}, XNNPACK"
+
+    def load(self, path: Path) -> Callable[[], Any]:
+        """One call of a file, with a random input."""
+        program = self.runtime.load_program(path)
+        method = program.load_method("forward")
+        entry = method.metadata.input_tensor_meta(0)
+        values = random_input(entry.sizes(), np.int8 if entry.dtype() == INT8 else np.float32)
+        feed = [self.torch.from_numpy(values)]
+        return partial(run_method, program, method, feed)
+
+
+def run_method(program: Any, method: Any, feed: list[Any]) -> Any:
+    """One call of a method; its program must exist as long as it does."""
+    return method.execute(feed)
+
+
+BY_SUFFIX: dict[str, type[OnnxRuntime | ExecuTorch]] = {".onnx": OnnxRuntime, ".pte": ExecuTorch}
+
+
+def random_input(shape: Sequence[int], dtype: type) -> Any:
+    """Numbers in [0, 1], or integers in their range."""
     values = np.random.default_rng(0).random(shape, dtype=np.float32)
-    feed = {entry.name: (255 * values).astype(np.uint8) if entry.type == "tensor(uint8)" else values}
-    names = [output.name for output in session.get_outputs()]
+    if dtype is np.float32:
+        return values
+    return (255 * values + np.iinfo(dtype).min).astype(dtype)
+
+
+def visit(runtime: OnnxRuntime | ExecuTorch, path: Path, *, seconds: float) -> list[float]:
+    """Milliseconds of single calls of a file."""
+    call = runtime.load(path)
     for _ in range(2):
-        session.run(names, feed)
+        call()
     times: list[float] = []
     clock, started = time.perf_counter, time.perf_counter()
     while len(times) < FEWEST_RUNS or clock() - started < seconds:
         begun = clock()
-        session.run(names, feed)
+        call()
         times.append(1e3 * (clock() - begun))
     return times
 

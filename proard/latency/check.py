@@ -14,6 +14,7 @@ from proard.config import Space, UserError
 from proard.config.budgets import parse_budget
 from proard.latency.bench import TIME, measure
 from proard.latency.fit import read_bench
+from proard.latency.kinds import Kind, kind_of_file
 from proard.space import SearchSpace, read_device
 
 WEIGHTS, RECORD, CARD, CHECKSUMS = "student.safetensors", "latency.json", "card.md", "SHA256SUMS"
@@ -30,8 +31,8 @@ def check(
     folder : str or Path
         Of `export_student`.
     device : str or Path, optional
-        The device's latency table; by default the one that the student was selected with. A table of int8 files is
-        checked with the student's int8 file, of `quantize_student` or in the folder.
+        The device's latency table; by default the one that the student was selected with. A table of int8 files or of
+        ExecuTorch is checked with that file of the student, where its stage wrote it or in the folder.
     measured : str or Path, optional
         What `bench.py student.onnx` wrote on the device; by default the student is timed on this machine.
     seconds : float
@@ -48,8 +49,8 @@ def check(
     Raises
     ------
     UserError
-        There is no such student or int8 file, no device is known, or the measurement is of another file or number of
-        threads.
+        There is no such student or file, no device is known, ExecuTorch is needed and missing, or the measurement is of
+        another file or number of threads.
     """
     header = read_header(Path(folder) / WEIGHTS)
     device = device or header.get("device")
@@ -63,9 +64,13 @@ def check(
     genotype = space.genotype(space.read_arch(header["arch"]))
     promised = float(space.costs(np.asarray([genotype]))["latency"][0])
     threads = int(table.facts.get("threads", 1))
-    onnx = _timed_file(Path(folder), table.precision)
-    name = onnx.name
-    found = read_bench(Path(measured)) if measured else measure({name: onnx}, threads=threads, seconds=seconds)
+    kind = kind_of_file(table.file)
+    path, name = _timed_file(Path(folder), kind), kind.file
+    if not measured and kind.runtime == "executorch":
+        from proard.export.executorch import require_executorch  # with torch
+
+        require_executorch("proard latency check with a table of ExecuTorch")
+    found = read_bench(Path(measured)) if measured else measure({name: path}, threads=threads, seconds=seconds)
     if set(found["files"]) != {name} or found["threads"] != threads:
         raise UserError(f"{measured} is not of {name} on {threads} threads: python bench.py {name} --threads {threads}")
     times = found["files"][name]
@@ -96,21 +101,23 @@ def check(
     return record
 
 
-def _timed_file(folder: Path, precision: str) -> Path:
-    """The student's file of the precision of a table.
+def _timed_file(folder: Path, kind: Kind) -> Path:
+    """The student's file of a kind.
 
     Raises
     ------
     UserError
         There is none.
     """
-    if precision == "float32":
-        return folder / "student.onnx"
-    made = folder.parents[1] / "quantize_student" / folder.name / "student.int8.onnx"
-    for path in (made, folder / made.name):
+    places = [folder / kind.file]
+    if kind.stage != "export_student":
+        places.insert(0, folder.parent.parent / kind.stage / folder.name / kind.file)
+    for path in places:
         if path.exists():
             return path
-    raise UserError(f"the table is of int8 files, and there is no {made}; run quantize_student or copy it to {folder}")
+    raise UserError(
+        f"the table is of {kind.file}, and there is no {places[0]}; run {kind.stage} or copy it to {folder}"
+    )
 
 
 def _write_card(folder: Path, record: dict[str, Any]) -> None:
@@ -138,7 +145,8 @@ def section(record: dict[str, Any]) -> str:
     other = "" if record["is_the_device"] else " (another processor or runtime than that of the table)"
     return (
         f"{HEADING}\n\n| | |\n|---|---|\n"
-        f"| Promised for {record['device']}, {record['precision']} | {record['promised_ms']:.4g} ms |\n"
+        f"| Promised for {record['device']}, {record['precision']} | {record['promised_ms']:.4g} ms, "
+        f"`{record['file']}` |\n"
         f"| Measured on {record['processor']}{other} | {record['measured_ms']:.4g} ms, the tenth percentile of "
         f"{record['runs']:,} calls; median {record['median_ms']:.4g}, ninetieth {record['p90_ms']:.4g} |\n"
         f"| Promise less measurement | {record['error']:+.1%}; noise {record['noise']:.1%} |\n"

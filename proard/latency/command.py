@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from proard.latency.kinds import RUNTIMES
+
 
 def add_latency(commands: Any) -> None:
     """Add the command's grammar."""
@@ -18,6 +20,9 @@ def add_latency(commands: Any) -> None:
     plan.add_argument("config", metavar="CONFIG", help="config file of a run")
     plan.add_argument("--out", required=True, metavar="FOLDER", help="written")
     plan.add_argument("--int8", action="store_true", help="time int8 files instead of float32 files")
+    plan.add_argument(
+        "--runtime", choices=RUNTIMES, default=RUNTIMES[0], help="that runs the files on the device (onnxruntime)"
+    )
     fit = actions.add_parser("fit", help="the table of what bench.py measured, judged on subnets that were not fitted")
     fit.add_argument("folder", metavar="FOLDER", help="as it came back from the device, with bench.json")
     fit.add_argument("--out", default="latency", metavar="FOLDER", help="folder of the tables (latency)")
@@ -26,7 +31,7 @@ def add_latency(commands: Any) -> None:
     check.add_argument("folder", metavar="STUDENT_FOLDER", help="results/RUN/export_student/BUDGET")
     check.add_argument("--device", metavar="FILE.json", help="latency table (default: that of the student's selection)")
     check.add_argument(
-        "--measured", metavar="FILE.json", help="from bench.py student.onnx on the device (default: here)"
+        "--measured", metavar="FILE.json", help="from bench.py and the student's file on the device (default: here)"
     )
 
 
@@ -43,7 +48,8 @@ def latency(arguments: argparse.Namespace, console: Console) -> None:
     from proard.latency.plan import plan
 
     if arguments.action == "plan":
-        _print_plan(plan(arguments.config, arguments.out, int8=arguments.int8), arguments.out, console)
+        manifest = plan(arguments.config, arguments.out, int8=arguments.int8, runtime=arguments.runtime)
+        _print_plan(manifest, arguments.out, console)
     elif arguments.action == "fit":
         path, content = fit(arguments.folder, out=arguments.out, name=arguments.name)
         _print_fit(str(path), content, console)
@@ -57,9 +63,9 @@ def _print_plan(manifest: dict[str, Any], folder: str, console: Console) -> None
     parts, subnets = kinds.count("part"), kinds.count("subnet")
     console.print(
         f"{parts} blocks and {subnets} subnets of space {escape(manifest['space']['name'])}, "
-        f"{manifest['precision']}: {escape(folder)}"
+        f"{manifest['precision']} for {manifest['runtime']}: {escape(folder)}"
     )
-    console.print("on the device, which needs numpy and onnxruntime: python bench.py")
+    console.print(f"on the device, which needs numpy and {manifest['runtime']}: python bench.py")
     console.print(f"then here, with bench.json in the folder: proard latency fit {escape(folder)}")
 
 

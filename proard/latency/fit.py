@@ -19,7 +19,8 @@ from proard.artifacts import write_json
 from proard.config import Space, UserError
 from proard.latency.bench import FORMAT as BENCH_FORMAT
 from proard.latency.bench import TIME
-from proard.latency.plan import CALL, read_plan
+from proard.latency.kinds import RUNTIMES, kind_of
+from proard.latency.plan import read_plan
 from proard.space import LatencyTable, SearchSpace
 from proard.space.latency import FORMAT
 
@@ -69,7 +70,8 @@ def fit(folder: str | Path, *, out: str | Path = "latency", name: str | None = N
     out : str or Path
         Folder of the tables of all devices.
     name : str, optional
-        Of the device; by default the name in `bench.json`, in lower case with hyphens, and `-int8` for int8 files.
+        Of the device; by default the name in `bench.json`, in lower case with hyphens, and `-executorch` and `-int8`
+        for such files.
 
     Returns
     -------
@@ -96,10 +98,11 @@ def fit(folder: str | Path, *, out: str | Path = "latency", name: str | None = N
     kinds: dict[str, dict[str, Any]] = {"part": {}, "subnet": {}}
     for file, entry in manifest["files"].items():
         kinds.setdefault(entry["kind"], {})[file] = entry
-    parts = {entry["key"]: max(times[file] - times[CALL], 0.0) for file, entry in kinds["part"].items()}
-    precision = manifest["precision"]
+    (call,) = kinds["call"]
+    parts = {entry["key"]: max(times[file] - times[call], 0.0) for file, entry in kinds["part"].items()}
+    kind = kind_of(manifest.get("runtime", RUNTIMES[0]), manifest["precision"])  # earlier versions had one runtime
     slug = re.sub(r"[^a-z0-9.]+", "-", bench["device"]["name"].lower()).strip("-.") or "device"
-    device = name or (slug if precision == "float32" else f"{slug}-{precision}")
+    device = name or "-".join((slug, *kind.words))
     subnets = kinds["subnet"]
     fitted = np.asarray([entry["fitted"] for entry in subnets.values()])
     measured = np.asarray([times[file] for file in subnets])
@@ -117,7 +120,8 @@ def fit(folder: str | Path, *, out: str | Path = "latency", name: str | None = N
         "format": FORMAT,
         "version": __version__,
         "device": device,
-        "precision": precision,
+        "precision": kind.precision,
+        "file": kind.file,
         "space": manifest["space"]["name"],
         **{key: bench[key] for key in ("runtime", "threads", "batch_size", "before", "after")},
         "machine": bench["device"],

@@ -32,6 +32,19 @@ def random_weights(seed: int) -> Weights:
     return draw
 
 
+def tensor_shapes(part: Part) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights of a part by name; dots in a layer's name become underscores."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for conv in part.convs:
+        shape = (conv.out_channels, conv.in_channels // conv.groups, conv.kernel, conv.kernel)
+        shapes |= {f"{key_of(conv)}_weight": shape, f"{key_of(conv)}_bias": shape[:1]}
+    if part.classes:
+        shapes |= {"head_weight": (part.classes, part.features), "head_bias": (part.classes,)}
+    if part.of_images:
+        shapes |= dict.fromkeys(("scale", "shift"), (part.channels, 1, 1))
+    return shapes
+
+
 def onnx_file(part: Part, weights: Weights, *, opset: int = OPSET) -> bytes:
     """A part as an ONNX file with a free batch size.
 
@@ -40,16 +53,17 @@ def onnx_file(part: Part, weights: Weights, *, opset: int = OPSET) -> bytes:
     part : Part
         Its input is `images`; its output is named `logits`, whatever it is.
     weights : callable
-        Gives the tensors `LAYER_weight`, `LAYER_bias`, `head_weight`, `head_bias`, `scale` and `shift` by name and
-        shape; dots in a layer's name become underscores.
+        Gives the tensors of `tensor_shapes` by name and shape.
     opset : int
         ONNX operator set, from 18 on.
     """
     entering = (part.channels, part.size, part.size)
+    shapes = tensor_shapes(part)
     nodes, tensors = [], []
 
-    def tensor(name: str, shape: tuple[int, ...]) -> str:
-        tensors.append(numpy_helper.from_array(np.ascontiguousarray(weights(name, shape), dtype=np.float32), name))
+    def tensor(name: str) -> str:
+        values = np.ascontiguousarray(weights(name, shapes[name]), dtype=np.float32)
+        tensors.append(numpy_helper.from_array(values, name))
         return name
 
     def constant(name: str, values: Any, kind: Any) -> str:
@@ -60,10 +74,10 @@ def onnx_file(part: Part, weights: Weights, *, opset: int = OPSET) -> bytes:
         reads, attributes = list(node.reads), dict(node.attributes)
         output = node.output if index + 1 < len(part.nodes) else "logits"
         if node.layer is not None:
-            reads += _conv_tensors(node.layer, tensor)
+            reads += [tensor(f"{key_of(node.layer)}_{name}") for name in ("weight", "bias")]
             attributes = _conv_attributes(node.layer)
         elif node.kind == "Gemm":
-            reads += [tensor("head_weight", (part.classes, part.features)), tensor("head_bias", (part.classes,))]
+            reads += [tensor("head_weight"), tensor("head_bias")]
             attributes = {"transB": 1}
         elif node.kind == "ReduceMean":
             reads.append(constant(f"axes{index}", [2, 3], np.int64))
@@ -73,7 +87,7 @@ def onnx_file(part: Part, weights: Weights, *, opset: int = OPSET) -> bytes:
         elif node.kind == "Clip":
             reads += [constant(f"low{index}", 0.0, np.float32), constant(f"high{index}", 6.0, np.float32)]
         elif part.of_images and index < 2:
-            reads.append(tensor(("scale", "shift")[index], (part.channels, 1, 1)))
+            reads.append(tensor(("scale", "shift")[index]))
         nodes.append(helper.make_node(node.kind, reads, [output], **attributes))
     return _model(nodes, entering, part.nodes[-1].shape, tensors, opset)
 
@@ -96,11 +110,9 @@ def _model(
     return model.SerializeToString()
 
 
-def _conv_tensors(layer: ConvSpec, tensor: Callable[[str, tuple[int, ...]], str]) -> list[str]:
-    """Names of a convolution's weight and bias."""
-    key = layer.name.replace(".", "_")
-    shape = (layer.out_channels, layer.in_channels // layer.groups, layer.kernel, layer.kernel)
-    return [tensor(f"{key}_weight", shape), tensor(f"{key}_bias", shape[:1])]
+def key_of(layer: ConvSpec) -> str:
+    """A convolution's name in the names of its tensors."""
+    return layer.name.replace(".", "_")
 
 
 def _conv_attributes(layer: ConvSpec) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,20 @@ from proard import __version__
 from proard.artifacts import write_json
 from proard.config import UserError, load, read_file
 from proard.latency import bench
-from proard.latency.graphs import Weights, call_file, onnx_file, random_weights
+from proard.latency.graphs import random_weights
+from proard.latency.kinds import RUNTIMES, kind_of, writers
+from proard.progress import Progress
 from proard.space import Part, SearchSpace
 from proard.space.sampling import identity_columns, stratified_sample
 from proard.space.tables import parts_of
 
 FORMAT = "proard latency plan 2"
 SUBNETS, FEWEST_SUBNETS, STRATA = 40, 12, 10
-CALL = "call.onnx"
 
 
-def plan(config: str | Path, folder: str | Path, *, int8: bool = False, seed: int = 0) -> dict[str, Any]:
+def plan(
+    config: str | Path, folder: str | Path, *, int8: bool = False, runtime: str = RUNTIMES[0], seed: int = 0
+) -> dict[str, Any]:
     """Write all that a device needs to be timed for the space of a config.
 
     Parameters
@@ -35,7 +37,9 @@ def plan(config: str | Path, folder: str | Path, *, int8: bool = False, seed: in
     folder : str or Path
         Written; it must not hold files of another plan.
     int8 : bool
-        Write int8 files, as of `quantize_student`; otherwise float32 files, as of `export_student`.
+        Write int8 files, as of `quantize_student` or `executorch_student`; otherwise float32 files.
+    runtime : str
+        That runs the files: `onnxruntime` or `executorch`.
     seed : int
         Of the choice of subnets, their halves, and all weights.
 
@@ -47,7 +51,7 @@ def plan(config: str | Path, folder: str | Path, *, int8: bool = False, seed: in
     Raises
     ------
     UserError
-        The folder is not empty, or the space has too few subnets to fit and to test.
+        The folder is not empty, the space has too few subnets to fit and to test, or ExecuTorch is missing.
     """
     space, out = SearchSpace(load(read_file(config)).space), Path(folder)
     if out.exists() and any(out.iterdir()):
@@ -58,18 +62,25 @@ def plan(config: str | Path, folder: str | Path, *, int8: bool = False, seed: in
     genotypes, _ = stratified_sample(space, count, strata=STRATA, seed=seed)
     genotypes = genotypes[np.argsort(space.costs(genotypes)["macs"], kind="stable")]
     fitted = halves(count, seed)
-    write = _int8_writer() if int8 else onnx_file
-    files: dict[str, dict[str, Any]] = {CALL: {"kind": "call"}}
-    content = {CALL: call_file()}
-    for part in {part.key: part for part in parts_of(space)}.values():
-        name = f"parts/{part.key}.onnx"
-        files[name], content[name] = {"kind": "part", "key": part.key}, write(part, random_weights(seed))
+    kind = kind_of(runtime, "int8" if int8 else "float32")
+    write_part, write_call = writers(kind)
+    call = f"call{kind.suffix}"
+    files: dict[str, dict[str, Any]] = {call: {"kind": "call"}}
+    content = {call: write_call()}
+    parts = {part.key: part for part in parts_of(space)}
+    progress = Progress("plan", len(parts) + count, "files", start_up=1)
+    for key, part in parts.items():
+        name = f"parts/{key}{kind.suffix}"
+        files[name], content[name] = {"kind": "part", "key": key}, write_part(part, random_weights(seed))
+        progress.advance()
     identity = identity_columns(space, genotypes)
     for row, genotype in enumerate(genotypes):
-        name = f"subnets/{row:02d}.onnx"
-        content[name] = write(Part.whole(space.spec(space.arch(genotype))), random_weights(seed))
+        name = f"subnets/{row:02d}{kind.suffix}"
+        content[name] = write_part(Part.whole(space.spec(space.arch(genotype))), random_weights(seed))
         facts = {column: identity[column][row] for column in ("arch_id", "genotype", "macs")}
         files[name] = {"kind": "subnet", "fitted": bool(fitted[row]), **facts}
+        progress.advance()
+    progress.close()
     for name, data in content.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_bytes(data)
@@ -78,20 +89,14 @@ def plan(config: str | Path, folder: str | Path, *, int8: bool = False, seed: in
     manifest = {
         "format": FORMAT,
         "version": __version__,
-        "precision": "int8" if int8 else "float32",
+        "runtime": kind.runtime,
+        "precision": kind.precision,
         "seed": seed,
         "space": space.settings.model_dump(mode="json"),
         "files": files,
     }
     write_json(out / "manifest.json", manifest)
     return manifest
-
-
-def _int8_writer() -> Callable[[Part, Weights], bytes]:
-    """The function that writes a part as an int8 file; its imports take seconds."""
-    from proard.latency.int8 import int8_file
-
-    return int8_file
 
 
 def halves(count: int, seed: int) -> np.ndarray:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from proard.kernels import convolution, depthwise_convolution
-from proard.space import Activation, ConvSpec, GateSpec, NetSpec, PoolSpec, Step
+from proard.space import Activation, BlockSpec, ConvSpec, GateSpec, NetSpec, PoolSpec, Step
 
 Conv = Callable[[ConvSpec, Tensor], Tensor]
 Join = Callable[[ConvSpec, Tensor, Tensor, Activation], Tensor]
@@ -47,7 +47,17 @@ def run_network(
     """
     if not activated:
         conv = with_activation(conv)
-    for block in spec.blocks:
+    return head(run_pooling(spec.mixer, run_blocks(spec.blocks, x, conv, join), conv))
+
+
+def with_activation(conv: Conv) -> Conv:
+    """The same convolutions, each followed by its activation."""
+    return lambda layer, x: activate(layer.activation, conv(layer, x))
+
+
+def run_blocks(blocks: tuple[BlockSpec, ...], x: Tensor, conv: Conv, join: Join | None = None) -> Tensor:
+    """Apply blocks in sequence; `conv` includes the activation, `join` is as in `run_network`."""
+    for block in blocks:
         last = block.steps[-1]
         if join and block.shortcut is not None and isinstance(last, ConvSpec) and last.activation == "none":
             side = run_steps(block.shortcut, x, conv)
@@ -57,15 +67,13 @@ def run_network(
         if block.shortcut is not None:
             out = out + run_steps(block.shortcut, x, conv)
         x = activate(block.activation, out)
+    return x
+
+
+def run_pooling(mixer: tuple[Step, ...], x: Tensor, conv: Conv) -> Tensor:
+    """Features of shape (batch, features): means over height and width, then the mixer if there is one."""
     features = x.mean((2, 3))
-    if spec.mixer:
-        features = run_steps(spec.mixer, features[:, :, None, None], conv).flatten(1)
-    return head(features)
-
-
-def with_activation(conv: Conv) -> Conv:
-    """The same convolutions, each followed by its activation."""
-    return lambda layer, x: activate(layer.activation, conv(layer, x))
+    return run_steps(mixer, features[:, :, None, None], conv).flatten(1) if mixer else features
 
 
 def run_steps(steps: tuple[Step, ...], x: Tensor, conv: Conv) -> Tensor:

@@ -64,6 +64,7 @@ def device(context: Context) -> Section | None:
         by_student=by_student,
         predicted=any(file.known("latency") is not None for file in files),
         predicted_for=Path(table).stem if table else None,
+        predicted_files=_said([file for file in files if file.known("latency") is not None], ("file",)),
         machines=_said(files, ("runtime", "cpu", "cpu_flags")),
         paired=any(file.known("difference") is not None for file in files),
         alike=any(file.known("attack") == ALIKE for file in files),
@@ -95,7 +96,12 @@ def device_files(results: Results, students: Sequence[Student]) -> list[DeviceFi
         for frame in of_others.get(budget, []):
             rows += [row for row in _final(frame) if row["file"] not in [other["file"] for other in rows]]
         if student is not None and rows and rows[0]["precision"] == "float32":
-            rows[0] |= {name: student.final.get(name) for name in ("latency", "sram", "arena")}
+            rows[0] |= {name: student.final.get(name) for name in ("sram", "arena")}
+        if student is not None:
+            timed = student.final.get("latency_file")
+            for row in rows:
+                if row["file"] == (FLOAT if pd.isna(timed) else timed):
+                    row["latency"] = student.final.get("latency")
         macs = student.macs if student is not None else max((row.get("macs") or 0 for row in rows), default=0)
         found += [DeviceFile(budget, macs, row) for row in rows]
     return sorted(found, key=lambda file: (file.macs, file.budget))

@@ -45,6 +45,11 @@ class LatencyTable:
         """Of the files that were timed: float32 or int8. Tables of versions that timed no int8 files lack the key."""
         return str(self.facts.get("precision", "float32"))
 
+    @property
+    def file(self) -> str:
+        """Name of the student's file that it predicts. Tables of versions that timed ONNX files alone lack the key."""
+        return str(self.facts.get("file", "student.onnx" if self.precision == "float32" else "student.int8.onnx"))
+
     def of_part(self, part: Part) -> float:
         """Milliseconds that a part adds.
 

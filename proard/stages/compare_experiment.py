@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = [read_table(path, columns=TRAININGS) for path in files.outcomes]
     outcomes = pd.concat([part.astype(object) for part in parts], ignore_index=True).infer_objects() if parts else None
     tables = [] if outcomes is None else [outcomes]
-    later = {*OUTCOME, *FOOTPRINT, "arena", "image_set"}  # which older tables lack
+    later = {*OUTCOME, *FOOTPRINT, "arena", "latency_file", "image_set"}  # which older tables lack
     needed = [name for name in STUDENT if name not in later]
     tables += [of_budget(read_table(path, columns=needed)) for path in files.budgets]
     table = pd.concat(tables, ignore_index=True).infer_objects() if tables else pd.DataFrame(columns=list(TRAININGS))

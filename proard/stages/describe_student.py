@@ -90,6 +90,7 @@ def card_of(job: Job, parity: dict[str, Any], trust: Trust) -> str:
         license=header["license"],
         footprint={key: header[key] for key in FOOTPRINT_WORDS if header.get(key) is not None},
         device=header.get("device"),
+        latency_file=header.get("latency_file", "student.onnx"),
         provenance=Provenance(**header["provenance"]),
     )
     if files.trained:

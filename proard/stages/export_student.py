@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         provenance=job.provenance(*(path for path in read if path)),
         footprint=footprint_of(found),
         device=None if files.trained else read_metadata(files.student).get("settings", {}).get("device"),
+        latency_file=latency_file_of(found.rows),
     )
     paths = {name: Path(getattr(files, name)) for name in EXPORTED}
     describe = {**found.describe, "counts": image_counts(manifest)}
@@ -128,6 +129,12 @@ def footprint_of(found: Measured) -> dict[str, float]:
     promised = found.rows.get("latency", pd.Series(dtype=float)).dropna()
     latency = {} if promised.empty else {"latency": float(promised.iloc[0])}
     return {"flash": whole.flash, "sram": whole.sram, "arena": whole.arena, **latency}
+
+
+def latency_file_of(rows: pd.DataFrame) -> str:
+    """The file whose latency was predicted; tables of earlier versions do not name it."""
+    named = rows.get("latency_file", pd.Series(dtype=object)).dropna()
+    return "student.onnx" if named.empty else str(named.iloc[0])
 
 
 def of_training(job: Job) -> Measured:

@@ -35,7 +35,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     note = check_budget(files.budget, space)
     archive = with_costs(read_table(files.archive, columns=["arch", "predicted_robust_acc"]), space)
     candidates = under_budget(archive, budget, settings.candidates, arena=partial(arena_of, space))
-    candidates = candidates.assign(arena=[arena_of(space, arch) for arch in candidates["arch"]])
+    candidates = candidates.assign(
+        arena=[arena_of(space, arch) for arch in candidates["arch"]],
+        latency_file=space.device.file if space.device else None,
+    )
     if note:
         print(f"note: {note}")
     meter = subnet_meter(job, cache=files.cache)
@@ -121,7 +124,7 @@ def least_memory(archive: pd.DataFrame, arena: Callable[[str], int]) -> float:
 
 def _facts(candidate: pd.Series, budget: Budget) -> dict[str, object]:
     """Columns of a row beside its measurement."""
-    names = ("predicted_clean_acc", "predicted_robust_acc", "found_by", *FOOTPRINT, "arena")
+    names = ("predicted_clean_acc", "predicted_robust_acc", "found_by", *FOOTPRINT, "arena", "latency_file")
     return {**{name: candidate[name] for name in names if name in candidate}, "budget": budget.text}
 
 
