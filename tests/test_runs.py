@@ -81,7 +81,7 @@ def test_the_wheel_holds_the_package_the_workflow_and_the_configs(wheel: Path):
     wanted = {f"proard/{name}" for name in files_below(ROOT / "proard")}
     for folder in ("workflow", "config", "environments"):
         wanted |= {f"proard/runs/repository/{folder}/{name}" for name in files_below(ROOT / folder)}
-    assert {"proard/kernels/maps.c", "proard/runs/repository/environment.yml"} <= wanted
+    assert {"proard/kernels/maps.c", "proard/kernels/winograd.c", "proard/runs/repository/environment.yml"} <= wanted
     assert wanted - held == set()
 
 

@@ -55,7 +55,7 @@ class Outcome:
         Number of input gradients that the attack computed, each of one image.
     forwards : int
         Number of forward passes without a gradient, each of one image: of last iterates, of images that a rounded
-        network misclassified, to confirm the mistake, and of clean images, to rank the targets.
+        or approximate network misclassified, to confirm the mistake, and of clean images, to rank the targets.
     """
 
     robust: Tensor
@@ -90,7 +90,8 @@ def attack_images(
     predict : callable
         Images to logits; the network as it is deployed. If the attack computes in another type, `rounded(dtype)`
         gives the network that it differentiates, and for a `Deployed` network `attacked` is that. An image counts as
-        misclassified only by the logits of `predict`.
+        misclassified only by the logits of `predict`: they confirm each mistake of that other network, and of a
+        network whose gradient is `approximate`, as by Winograd's method on CPUs without AVX-512.
     images : Tensor of shape (n, channels, height, width)
         Clean, float32 in [0, 1].
     labels : Tensor of shape (n,)
@@ -128,6 +129,7 @@ def attack_images(
         targets = strongest_wrong(predict, images, labels, correct, attack.num_targets, batch_size=batch_size)
         forwards = int(correct.sum())
     turns = attack.restarts * (1 if targets is None else targets.shape[1])
+    confirms = attacked is not predict or getattr(predict, "approximate", False)
     noise, gradient_at = _Noise(images, attack, eps, norm, seed), differentiate(attacked)
     step_of = _step_sizes(attack.step_lengths(eps), images)
     robust, gradients = correct.clone(), 0
@@ -161,7 +163,7 @@ def attack_images(
         logits, gradient = gradient_at(objective, adv)
         gradients += len(index)
         stay = logits.argmax(1) == truth
-        if accounting == "any_iterate" and attacked is not predict and not bool(stay.all()):
+        if accounting == "any_iterate" and confirms and not bool(stay.all()):
             doubtful = (~stay).nonzero()[:, 0]
             with torch.no_grad():
                 stay[doubtful] = predict(adv[doubtful]).argmax(1) == truth[doubtful]

@@ -10,11 +10,13 @@ from proard.kernels.noise import KeyedNoise
 from proard.kernels.norm import norm_activation
 from proard.kernels.switch import plain_twins
 from proard.kernels.types import computed_type, has_bfloat16, one_pass
+from proard.kernels.winograd import Winograd
 
 __all__ = [
     "CapturedSteps",
     "Conv2d",
     "KeyedNoise",
+    "Winograd",
     "computed_type",
     "convolution",
     "convolve_activate",

@@ -14,7 +14,7 @@ import warnings
 from functools import cache
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("maps.c")
+FOLDER = Path(__file__).parent  # of the sources
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 NATIVE = ("-march=native", "-mcpu=native", "-O3")  # the last two for Arm compilers without -march=native
 LIMITED = {"avx2": "x86-64-v3", "default": "x86-64"}  # processor for each value of torch's limit, ATEN_CPU_CAPABILITY
@@ -23,11 +23,8 @@ LIMITED = {"avx2": "x86-64-v3", "default": "x86-64"}  # processor for each value
 @cache
 def maps_library() -> ctypes.CDLL | None:
     """The compiled `maps.c`; None, with one warning, if it cannot be compiled or loaded."""
-    try:
-        library = ctypes.CDLL(str(build(SOURCE)))
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", None) or error
-        warnings.warn(f"the C kernels are not used, which makes training slower: {reason}", stacklevel=2)
+    library = loaded("maps.c", without="training")
+    if library is None:
         return None
     pointer, number, size, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double
     library.norm_forward.argtypes = [number] * 2 + [pointer] * 3 + [real] + [size] * 2 + [pointer] * 3 + [number]
@@ -40,6 +37,29 @@ def maps_library() -> ctypes.CDLL | None:
         [number] + [pointer] * 2 + [size] * 6 + [number] * 2 + [pointer, number]
     )
     return library
+
+
+@cache
+def winograd_library() -> ctypes.CDLL | None:
+    """The compiled `winograd.c`; None if it, or `maps.c` before it, cannot be compiled or loaded."""
+    library = None if maps_library() is None else loaded("winograd.c", without="attacks")
+    if library is None:
+        return None
+    pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    library.winograd_filters.argtypes = [pointer] + [size] * 6 + [pointer]
+    library.winograd_filters.restype = None
+    library.winograd_convolve.argtypes = [pointer] * 6 + [size] * 5 + [number] * 2
+    return library
+
+
+def loaded(name: str, *, without: str) -> ctypes.CDLL | None:
+    """A compiled source of this folder; None, with a warning, if that fails: what goes `without` it is slower."""
+    try:
+        return ctypes.CDLL(str(build(FOLDER / name)))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        warnings.warn(f"the C kernels are not used, which makes {without} slower: {reason}", stacklevel=3)
+        return None
 
 
 def loaded_maps() -> ctypes.CDLL:

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 # On a GPU: all Triton kernels; of them the input gradient without autograd, and batch norm; padded channels. On a CPU,
-# in C: batch norm, depthwise gradients.
-KINDS = ("fused", "gradients", "norms", "padding", "maps", "depthwise")
+# in C: batch norm, depthwise gradients, 3x3 convolutions of attacks.
+KINDS = ("fused", "gradients", "norms", "padding", "maps", "depthwise", "winograd")
 _left_out: set[str] = set()  # for the whole process, because backward passes run in other threads
 _on_cpu: list[Any] = []
 

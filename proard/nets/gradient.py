@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from proard.kernels import convolve_activate, depthwise_convolution, every, gradient_slope, slope_
+from proard.kernels import Winograd, convolve_activate, depthwise_convolution, every, gradient_slope, slope_
 from proard.kernels.depthwise import depthwise_input_gradient
 from proard.kernels.epilogues import FROM_OUTPUT
+from proard.kernels.winograd import ACTIVATIONS
 from proard.nets.forward import activate, pool, widened
 from proard.nets.modules import present
 from proard.space import BlockSpec, ConvSpec, GateSpec, NetSpec, PoolSpec, Step
@@ -75,7 +76,7 @@ class Convolution:
     On a CPU a strided 1x1 convolution reads a sliced copy, as in `kernels.convolution`. Where input channels are few,
     the input gradient of a 3x3 convolution of stride 2 on an even map is there one 2x2 convolution with four times the
     channels, one group for each parity of row and column: input row 2i contributes to output row i only (tap 1), row
-    2i + 1 to output rows i (tap 2) and i + 1 (tap 0).
+    2i + 1 to output rows i (tap 2) and i + 1 (tap 0). Where `by_winograd`, both passes are `kernels.Winograd`'s.
     """
 
     def __init__(self, layer: ConvSpec, weight: Tensor, bias: Tensor) -> None:
@@ -84,6 +85,7 @@ class Convolution:
         self.groups = len(weight) if layer.depthwise else 1
         self.sliced = layer.kernel == 1 and layer.stride > 1 and self.groups == 1
         self.transposed, self.parities = None, None
+        self.winograd = Winograd(weight) if by_winograd(layer, weight) else None
         if weight.device.type != "cpu":
             return
         self.transposed = weight.transpose(0, 1).contiguous(memory_format=LAYOUT) if self.sliced else None
@@ -102,7 +104,9 @@ class Convolution:
         if self.sliced:
             source, stride = every(stride, source), 1
         at_once = activation if activation in FROM_OUTPUT else "none"
-        if self.depthwise and source.device.type == "cpu" and at_once == "none" and side is None:
+        if self.winograd is not None and at_once in ACTIVATIONS:
+            out = self.winograd.convolve(source, self.bias, side=side, activation=at_once)
+        elif self.depthwise and source.device.type == "cpu" and at_once == "none" and side is None:
             out = depthwise_convolution(source, self.weight, self.bias, stride)
         else:
             out = convolve_activate(
@@ -116,6 +120,8 @@ class Convolution:
             return (
                 self._by_parities(gradient, x) if side is None else x.slope_(self._by_parities(gradient, x.bare), side)
             )
+        if self.winograd is not None:
+            return self.winograd.input_gradient(gradient, before=x.before, activation=x.activation, side=side)
         if self.depthwise:
             return x.slope_(depthwise_input_gradient(gradient, x.value, self.weight, self.stride), side)
         return gradient_slope(
@@ -148,6 +154,11 @@ class Convolution:
         reached = total[:, :, :: self.stride, :: self.stride]
         reached += F.conv2d(gradient, filters)
         return x.slope_(total)
+
+
+def by_winograd(layer: ConvSpec, weight: Tensor) -> bool:
+    """Whether attacks compute a convolution by Winograd's method, with larger rounding errors than the library's."""
+    return layer.stride == 1 and not layer.depthwise and Winograd.suits(weight, layer.out_size)
 
 
 class Gate:

@@ -15,7 +15,7 @@ from proard.kernels.switch import in_use
 from proard.nets.elastic import BN_EPS, Supernet, key_of
 from proard.nets.fixed import FixedNet
 from proard.nets.forward import convolve, run_network, widened
-from proard.nets.gradient import InputGradient
+from proard.nets.gradient import InputGradient, by_winograd
 from proard.nets.modules import ModulesOf, present, statistics_of
 from proard.space import ConvSpec, NetSpec
 
@@ -153,6 +153,11 @@ class FoldedNet(nn.Module):
             conv.name: (self._buffers[f"{key_of(conv)}_weight"], self._buffers[f"{key_of(conv)}_bias"])
             for conv in self.spec.convs
         }
+
+    @property
+    def approximate(self) -> bool:
+        """Whether the logits of `input_gradient` have larger rounding errors than those of `forward`."""
+        return any(by_winograd(conv, self.layers[conv.name][0]) for conv in self.spec.convs)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of shape (batch, classes), in the head's type (float32), for images in [0, 1]."""
