@@ -15,6 +15,7 @@ from proard.artifacts import MEASURED
 from proard.config import Attack, Measurement, Threat
 from proard.data import ImageSet, to_float
 from proard.evaluation import Conditions, SubnetMeter, measure, rows_of
+from proard.evaluation.meter import batch_that_fits
 from proard.nets import extract, fold, recalibrate
 
 EPS = 0.1
@@ -237,3 +238,15 @@ def test_measure_agrees_with_a_plain_count(sets):
     expected = (net(to_float(images.images)).argmax(1) == images.labels).numpy()
     assert np.array_equal(entry["clean"], expected)
     assert np.array_equal(entry["robust"], expected)
+
+
+def test_on_a_gpu_a_batch_is_as_large_as_its_memory_allows():
+    space = tiny_space()
+    net = fold(extract(random_supernet(space, dtype=torch.float32), space.largest).eval())
+    maps = sum(conv.out_channels * conv.out_size**2 for conv in net.spec.convs)
+    pixels = torch.zeros(1000, 1, 8, 8)
+    for images, expected in ((0, 20), (39, 20), (40, 40), (200, 160), (10**9, 640)):
+        free = 2 * 8 * maps * images
+        assert batch_that_fits(net, pixels, least=20, free=lambda device, free=free: free) == expected
+    assert batch_that_fits(net, pixels, least=20) == 20, "a CPU keeps the batch of the settings"
+    assert batch_that_fits(lambda images: images, pixels, least=20, free=lambda device: 10**12) == 20

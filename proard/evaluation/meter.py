@@ -26,6 +26,14 @@ from proard.space import Arch, NetArch, NetSpace, Tally, Work, one_pass
 Measured = dict[str, dict[str, Any]]
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that a GPU can still give, those that torch keeps for later among them; 0 on other devices."""
+    if device.type != "cuda":
+        return 0
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
 @dataclass(frozen=True)
 class Conditions:
     """What a measurement depends on beside network, images and attacks.
@@ -67,8 +75,9 @@ def measure(
     pixels, results, known = to_float(images.images), {}, known or {}
     threat, measurement = conditions.threat, conditions.measurement
     attacks = [_as_computed(attack, pixels.device) for attack in attacks]
+    batch_size = batch_that_fits(net, pixels, least=measurement.batch_size)
     started = time.monotonic()
-    correct = clean_correct(net, pixels, images.labels, batch_size=measurement.batch_size)
+    correct = clean_correct(net, pixels, images.labels, batch_size=batch_size)
     clean_seconds = time.monotonic() - started
     left = correct
     for attack in attacks:
@@ -86,7 +95,7 @@ def measure(
             norm=threat.norm,
             accounting=measurement.accounting,
             seed=conditions.seed,
-            batch_size=measurement.batch_size,
+            batch_size=batch_size,
         )
         left = left & outcome.robust.to(left.device)
         results[attack.name] = {
@@ -98,6 +107,37 @@ def measure(
             "seconds": clean_seconds + time.monotonic() - started,
         }
     return results
+
+
+def batch_that_fits(
+    net: Callable[[Tensor], Tensor],
+    pixels: Tensor,
+    *,
+    least: int,
+    free: Callable[[torch.device], int] = free_memory,
+) -> int:
+    """Images of a batch: `least`, or on a GPU so many times that as its memory holds for this network.
+
+    An attack keeps every map in float32 and makes a gradient of each; half of the free memory is left. Results do not
+    depend on the batch, apart from rounding.
+
+    Parameters
+    ----------
+    net : callable
+        Images to logits; without a `spec` with convolutions its batch is `least`.
+    pixels : Tensor of shape (n, channels, height, width)
+        All images, on the device.
+    least : int
+        The batch in the settings.
+    free : callable
+        Free bytes of a device; 0 where there is no limit to ask for.
+    """
+    maps = sum(conv.out_channels * conv.out_size**2 for conv in getattr(getattr(net, "spec", None), "convs", ()))
+    room = free(pixels.device) // 2 // max(2 * 4 * maps, 1) if maps else 0
+    batch = least
+    while 2 * batch <= min(room, len(pixels)):
+        batch *= 2
+    return batch
 
 
 def _as_computed(attack: Attack, device: torch.device) -> Attack:

@@ -19,6 +19,7 @@ from proard.nets.gradient import InputGradient, by_winograd
 from proard.nets.modules import ModulesOf, present, statistics_of
 from proard.space import ConvSpec, NetSpec
 
+HALF = (torch.bfloat16, torch.float16)
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -124,12 +125,12 @@ class FoldedNet(nn.Module):
         return f"{key_of(self.spec.convs[0])}_weight"
 
     def rounded(self, dtype: torch.dtype) -> FoldedNet:
-        """A copy whose convolutions compute in another type."""
+        """A copy whose convolutions compute in another type; in half precision on a GPU its channels are padded."""
         channels = torch.ones_like(self.scale[:, 0, 0])
         layers, head = self.layers, (self.head_weight, self.head_bias)
         net = FoldedNet(self.spec, layers, head, mean=channels, std=channels, dtype=dtype)
         net.scale, net.shift = self.scale, self.shift
-        return net
+        return net.padded(8) if dtype in HALF and self.head_weight.is_cuda and in_use("padding") else net
 
     def padded(self, multiple: int) -> FoldedNet:
         """The same network with zeros added up to a multiple of so many channels, as a GPU's matrix units need them."""
