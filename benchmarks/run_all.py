@@ -30,7 +30,14 @@ from proard.artifacts.files import write_text
 from proard.report.svg import COLOURS, STYLE, to_svg
 
 FOLDER = Path(__file__).parent
-LEFT_OUT = ("gpu", "sync", "pipeline", "scale", "strength")  # another machine, processes, minutes or a run: named only
+LEFT_OUT = (
+    "gpu",
+    "sync",
+    "pipeline",
+    "scale",
+    "strength",
+    "startup",
+)  # another machine, processes, minutes or a run: named only
 MARKS = {"amx_bf16": "amx", "avx512_bf16": "avx512bf16", "avx512f": "avx512", "avx2": "avx2", "asimd": "neon"}
 
 

@@ -217,6 +217,19 @@ def test_rows_name_the_baseline_of_their_ratio(name, options, baseline, tmp_path
     assert {row["baseline"] for row in rows if "ratio_total" in row} == {baseline}
 
 
+def test_start_up_is_timed_stage_by_stage(tmp_path):
+    import bench_startup
+
+    names = bench_startup.stage_names()
+    assert {"train_teacher", "report", "sample_archs"} <= set(names)
+    assert "common" not in names
+    path = tmp_path / "rows.json"
+    bench_startup.main(["--quick", "--json", str(path)])
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["row"] for row in rows] == names[:2]
+    assert all(row["seconds"] > 0.1 and row["lever"] == "imports torch" for row in rows)
+
+
 def test_rows_that_a_benchmark_wrote_by_itself_are_kept_without_running_any(tmp_path, capsys):
     import run_all
 

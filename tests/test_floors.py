@@ -96,7 +96,8 @@ def test_no_module_needs_snakemake_and_light_rooms_need_no_torch(path):
 
 
 def test_stages_that_run_no_networks_do_not_wait_for_torch(tmp_path):
-    stages = [f"proard.stages.{name}" for name in ("sample_archs", "merge_table", "fit_predictor", "search_front")]
+    names = ("sample_archs", "merge_table", "fit_predictor", "search_front", "report", "compare_experiment")
+    stages = [f"proard.stages.{name}" for name in names]
     argv = arguments("sample_archs", tiny_config(), archs=tmp_path / "archs.parquet")
     code = f"import sys, {', '.join(stages)}; {stages[0]}.main({argv!r}); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -8,7 +8,6 @@ probability, a radius for another classifier: the majority vote of the network u
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -18,35 +17,12 @@ from scipy import stats
 from torch import Tensor
 
 from proard.attacks import ball_noise_
+from proard.evaluation.certificates import ABSTAIN, Certificate, Clever
 
 Predict = Callable[[Tensor], Tensor]
 
-ABSTAIN = -1
 DUAL = {"linf": 1, "l2": 2}
 FARTHEST = 10.0  # largest distance of a fitted end point from the largest sample, in units of the samples' spread
-
-
-@dataclass(frozen=True)
-class Clever:
-    """CLEVER scores; arrays of shape (n,), each for the target class with the smallest radius.
-
-    Attributes
-    ----------
-    radius : ndarray
-        min over targets of margin / Lipschitz estimate, at most the sampled ball's radius; pixel units in the norm.
-    margin : ndarray
-        Logit of the predicted class minus logit of the target.
-    lipschitz : ndarray
-        Estimated largest dual norm of the margin's gradient in the ball, logits per pixel unit.
-    fit_p : ndarray
-        P value of the Kolmogorov-Smirnov test of the fit; with a small value the estimate is not reliable. NaN where
-        all maxima were equal.
-    """
-
-    radius: NDArray[np.float64]
-    margin: NDArray[np.float64]
-    lipschitz: NDArray[np.float64]
-    fit_p: NDArray[np.float64]
 
 
 def clever(
@@ -154,26 +130,6 @@ def largest_value(maxima: NDArray[np.float64]) -> tuple[float, float]:
     shape, end, scale = stats.weibull_max.fit(scaled, 5, loc=0.1, scale=1)
     p = stats.kstest(scaled, stats.weibull_max(shape, end, scale).cdf).pvalue
     return float(largest + spread * min(max(end, 0.0), FARTHEST)), float(p)
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """Result of randomised smoothing for one image.
-
-    Attributes
-    ----------
-    label : int
-        Class of the smoothed classifier, or `ABSTAIN`.
-    radius : float
-        l2 radius in pixel units inside which the class is the same, with probability 1 - alpha over the noise drawn;
-        0 where it abstains.
-    share_low : float
-        Lower confidence bound of the share of the class under noise.
-    """
-
-    label: int
-    radius: float
-    share_low: float
 
 
 def certify(

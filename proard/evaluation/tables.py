@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import combinations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
 from proard.artifacts import wilson
-from proard.evaluation.certify import ABSTAIN, Certificate, Clever
-from proard.evaluation.diagnosis import Bound
+from proard.evaluation.certificates import ABSTAIN, Certificate, Clever
 from proard.evaluation.pairing import holm, mean_interval, pairing
+
+if TYPE_CHECKING:
+    from proard.evaluation.diagnosis import Bound
 
 INT, FLOAT, TEXT, FLAG = pa.int64(), pa.float64(), pa.string(), pa.bool_()
 
