@@ -1,6 +1,6 @@
 """Run every benchmark of this folder and keep the result: one table, one JSON file and one figure per machine.
 
-    python benchmarks/run_all.py                 # all bench_*.py but gpu, sync, pipeline, scale, strength
+    python benchmarks/run_all.py                 # all bench_*.py but gpu, sync, pipeline, scale, strength, startup
     python benchmarks/run_all.py --only step attack --threads 1
     python benchmarks/run_all.py --also pipeline
     python benchmarks/run_all.py --quick         # a test run; nothing is kept
