@@ -204,18 +204,18 @@ def test_it_ends_within_four_minutes_and_begins_with_the_kernels(seconds):
     work = Paced(seconds, {})
     work.run()
     assert work.now < 4 * 60
-    assert list(work.given)[:2] == ["kernels: updates", "kernels: logit gradients"]
+    assert list(work.given)[:2] == ["kernels: Triton", "kernels: cuDNN"]
     if seconds == 5:
-        assert list(work.given)[7] == "ceilings"
-        assert len(work.given) == 21
+        assert list(work.given)[2] == "ceilings"
+        assert len(work.given) == 16
 
 
 def test_a_kernel_that_fails_its_proof_is_used_by_no_later_section():
-    work = Paced(5, {"kernels: logit gradients": "failed"})
-    with pytest.raises(SystemExit, match="failed: kernels: logit gradients"):
+    work = Paced(5, {"kernels: Triton": "failed"})
+    with pytest.raises(SystemExit, match="failed: kernels: Triton"):
         work.run()
     plain_kernels = [start.plain_kernels for start in work.given.values()]
-    assert plain_kernels == [False, False] + [True] * 19
+    assert plain_kernels == [False] + [True] * 15
 
 
 def test_without_fused_kernels_a_section_runs_their_twins():
@@ -234,7 +234,7 @@ def test_kernels_are_proven_under_the_sanitizer_where_it_is_installed(monkeypatc
     import bench_gpu
     from gpu.sections import sanitizer, sections
 
-    proof, other = sections(bench_gpu.parse(["--device", "cuda"]))[:8:7]
+    proof, other = sections(bench_gpu.parse(["--device", "cuda"]))[:3:2]
     assert (proof.proves_kernels, other.proves_kernels) == (True, False)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert sanitizer(proof, "cuda") == []

@@ -15,6 +15,7 @@ from helpers import SMALL_SPACES, TINY, TINY_DEEP, TINY_MOBILE, random_images, r
 from proard.attacks import input_gradient
 from proard.kernels import dispatch, plain_twins, prove
 from proard.kernels.cudnn import CudnnEpilogues, NoEpilogues
+from proard.kernels.norm import KINDS
 from proard.kernels.switch import fused_on_cpu
 from proard.losses import CrossEntropy
 from proard.nets import SubnetView
@@ -139,6 +140,22 @@ def test_the_gradient_of_a_gradient_with_a_sum_is_the_plain_one():
         found = penalty()
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", prove.CHECKS)
+def test_every_kernel_is_right_for_every_activation_and_odd_shapes(name):
+    shapes = {"shapes": ((1, 3, 1, 1), (3, 24, 7, 5), (2, 3, 9, 11), (2, 72, 4, 4))}
+    kinds = {"kinds": KINDS, "types": (torch.float32,)}
+    how = {
+        "updates": shapes,
+        "noise": shapes,
+        "logit gradients": {"batches": ((1, 1), (3, 7))},
+        "passes": shapes | kinds,
+        "batch norm": {"shapes": shapes["shapes"][1:]} | kinds,
+        "products": {"channels": ((8, 24), (40, 72)), "sizes": ((3, 7, 5),)},
+    }
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    prove.require(prove.CHECKS[name](kernels(), device, **how[name]))
 
 
 def test_results_of_a_check_are_read_from_its_process_and_its_failure_is_quoted(monkeypatch):

@@ -105,20 +105,24 @@ def sections(args: Namespace) -> list[Section]:
         ("attack", "share of the ceiling", 3, lambda c: measured.attack_rows(c.placed(), c.clock, c.ceilings, **label)),
         ("labels", "seconds per label", 3, lambda c: measured.label_rows(c.placed(), c.clock, **label)),
     ]
-    proofs = {name: lambda c, name=name: checks.proof_rows(name, c.clock.device) for name in checks.REAL}
-    proofs |= {"cuDNN": lambda c: checks.library_rows(c.clock.device)}
+    proofs = {"Triton": (16, triton_rows), "cuDNN": (2, lambda c: checks.library_rows(c.clock.device))}
     if args.device == "cpu":
         proofs = {}
     of_spaces = [Section(part, f"{title}, {space}", *how, space) for part, title, *how in each for space in args.space]
     if args.device == "cuda":
         of_spaces += [Section("busy", f"a training step, {name}", 2, busy, name) for name in args.space if name in HALF]
     return [
-        *(Section("kernels", f"kernels: {name}", 2, proof) for name, proof in proofs.items()),
+        *(Section("kernels", f"kernels: {name}", *proof) for name, proof in proofs.items()),
         Section("ceilings", "ceilings", 1, lambda c: measured.ceiling_rows(c.clock, batch=args.batch)),
         *of_spaces,
         Section("data", "augmented images", 1, lambda c: measured.data_rows(c.clock, **data)),
         Section("twins", "kernels alone", 1, lambda c: measured.kernel_rows(c.clock, batch=args.batch)),
     ]
+
+
+def triton_rows(context: Context) -> list[Row]:
+    """Rows of the proofs of all Triton kernels."""
+    return [row for name in checks.REAL for row in checks.proof_rows(name, context.clock.device)]
 
 
 def busy(context: Context) -> list[Row]:
