@@ -123,7 +123,7 @@ def passes(
     """Bias, sum and activation of a map; sum and slope of its gradient."""
     for shape, dtype, kind in every_pair(shapes, types, kinds):
         x, side, before = (draw(shape, dtype, device) for _ in range(3))
-        before = before.masked_fill(before.abs() == 3, 0.5)  # there versions of torch differ about hard-swish's slope
+        before.masked_fill_(before.abs() == 3, 0.5)  # there versions of torch differ about hard-swish's slope
         bias = draw(shape[1:2], dtype, device)
         wanted = PLAIN[kind](x.double() + bias.double()[:, None, None] + side.double())
         yield Case(f"finish_ {kind} {shape} {dtype}", [fused.maps.finish_(x.clone(), bias, side, kind)], [wanted])
