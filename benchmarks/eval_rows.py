@@ -22,8 +22,8 @@ from proard.config import Attack, Space, job_settings, load
 from proard.data import ImageSet, keyed_generator, load_split, to_float
 from proard.evaluation import attack_images, clean_correct
 from proard.nets import StaticNet, Supernet, extract, fold, load_supernet, recalibrate
-from proard.nets.elastic import BN_EPS, key_of
-from proard.space import Arch, ConvSpec, SearchSpace
+from proard.nets.elastic import BN_EPS
+from proard.space import Arch, ConvSpec, SearchSpace, key_of
 from proard.stages import prepare_data, train_phase, train_teacher
 
 LEVERS = {

@@ -31,9 +31,9 @@ from proard.attacks import pgd
 from proard.kernels import convolution
 from proard.losses import KLToTarget
 from proard.nets import SubnetView, Supernet, run_network
-from proard.nets.elastic import BN_EPS, BN_MOMENTUM, key_of
+from proard.nets.elastic import BN_EPS, BN_MOMENTUM
 from proard.nets.view import Statistics
-from proard.space import Arch, ConvSpec
+from proard.space import Arch, ConvSpec, key_of
 
 
 @dataclass(frozen=True)

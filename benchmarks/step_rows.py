@@ -19,9 +19,8 @@ from proard.config.losses import PgdAt, Rslad
 from proard.kernels import plain_twins
 from proard.losses import Batch
 from proard.nets import SubnetView, Supernet, extract, fold
-from proard.nets.elastic import key_of
 from proard.nets.view import Statistics
-from proard.space import Arch, SearchSpace
+from proard.space import Arch, SearchSpace, key_of
 from proard.training import Drawn, Plan, StepBatch, single_plan
 from proard.training.plan import bind
 

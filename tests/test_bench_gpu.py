@@ -14,7 +14,7 @@ from proard.attacks import take_steps
 from proard.kernels import CapturedSteps, dispatch
 from proard.kernels.cudnn import NoEpilogues
 from proard.kernels.switch import in_use
-from proard.nets.elastic import key_of
+from proard.space import key_of
 
 
 def small_problem():

@@ -15,7 +15,7 @@ from helpers import SMALL_SPACES, TINY, TINY_DEEP, TINY_MOBILE, random_images, r
 from proard.attacks import input_gradient
 from proard.kernels import dispatch, plain_twins, prove
 from proard.kernels.cudnn import CudnnEpilogues, NoEpilogues
-from proard.kernels.norm import KINDS
+from proard.kernels.native import KINDS
 from proard.kernels.switch import fused_on_cpu
 from proard.losses import CrossEntropy
 from proard.nets import SubnetView

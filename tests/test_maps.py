@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from helpers import TINY, random_images, random_supernet, tiny_space
 
-from proard.kernels import compiled, maps, norm, plain_twins
+from proard.kernels import compiled, maps, native, plain_twins
 from proard.kernels.maps import slope_
 from proard.kernels.norm import norm_activation, plain_norm_activation, suits
 from proard.nets import SubnetView
@@ -38,7 +38,7 @@ def test_this_machine_has_a_compiler_so_that_the_kernel_is_what_these_tests_see(
     assert isinstance(maps.maps_library(), ctypes.CDLL)
 
 
-@pytest.mark.parametrize("activation", norm.KINDS)
+@pytest.mark.parametrize("activation", native.KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_norm_and_activation_are_those_of_float64(shape, activation):
     x, scale, shift, seed = problem(shape, torch.float32)
@@ -49,7 +49,7 @@ def test_norm_and_activation_are_those_of_float64(shape, activation):
         assert float((ours - theirs).abs().max()) < 2e-5 * max(1.0, float(theirs.abs().max()))
 
 
-@pytest.mark.parametrize("activation", norm.KINDS)
+@pytest.mark.parametrize("activation", native.KINDS)
 def test_bfloat16_maps_are_rounded_once(activation):
     x, scale, shift, seed = problem((8, 11, 8, 8), torch.bfloat16)
     exact = with_gradients(plain_norm_activation, *(each.double() for each in (x, scale, shift, seed)), activation)

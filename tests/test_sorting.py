@@ -14,8 +14,8 @@ from stage_runs import Stage
 from proard.artifacts import Provenance, read_header
 from proard.config import Phase
 from proard.nets import extract, load_supernet, save_static, save_supernet, sort_channels
-from proard.nets.elastic import key_of
 from proard.nets.sorting import links
+from proard.space import key_of
 from proard.stages.train_phase import trained_widths
 
 closely = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)

@@ -12,7 +12,7 @@ from helpers import random_supernet, tiny_space
 from sync_workers import BATCH, TRAININGS, archs, normalised, planes, train, whole_training
 
 from proard.config import UserError
-from proard.nets.elastic import key_of
+from proard.space import key_of
 from proard.training.ranks import Ranks
 from proard.training.sync import active_gradients
 

@@ -22,8 +22,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "relu": F.relu_,
     "relu6": lambda x: F.relu6(x, inplace=True),
-    "h_swish": F.hardswish,
-    "h_sigmoid": F.hardsigmoid,
 }
 NOTHING: tuple[None, list[float], None] = (None, [], None)  # after oneDNN's sum
 ONE_DNN: dict[str, tuple[str, list[float]]] = {

@@ -86,26 +86,52 @@ def _slope(gradient, side, before, size, HAS_SIDE: tl.constexpr, KIND: tl.conste
 
 
 @triton.jit
-def _norm_sums(x, sums, rows, channels, chunk_rows, chunks, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Per channel and chunk of rows: sums of differences from the first row, and of their squares."""
+def _part(rows, channels, chunk_rows, COLUMNS: tl.constexpr):
+    """A program's channels, which of them exist, its chunk of rows, and the chunk's first row and end."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    live = column < channels
     chunk = tl.program_id(1).to(tl.int64)
     begin = chunk * chunk_rows
-    end = tl.minimum(begin + chunk_rows, rows)
+    return column, column < channels, chunk, begin, tl.minimum(begin + chunk_rows, rows)
+
+
+@triton.jit
+def _tile(row, end, column, live, channels, ROWS: tl.constexpr):
+    """Places of a tile's numbers in memory, and which of them exist."""
+    place = row + tl.arange(0, ROWS)
+    return place[:, None] * channels + column[None, :], (place < end)[:, None] & live[None, :]
+
+
+@triton.jit
+def _line(scale, shift, mean, var, column, live, eps):
+    """Per channel: mean, inverse standard deviation, and the factor and constant of the normalised map."""
+    inverse = 1.0 / tl.sqrt(tl.load(var + column, mask=live, other=1.0) + eps)
+    factor = tl.load(scale + column, mask=live, other=0.0) * inverse
+    centre = tl.load(mean + column, mask=live, other=0.0)
+    return centre, inverse, factor, tl.load(shift + column, mask=live, other=0.0)
+
+
+@triton.jit
+def _keep_sums(sums, first, second, chunk, chunks, column, live, channels):
+    """Store both sums of a chunk."""
+    target = sums + chunk * channels + column
+    tl.store(target, tl.sum(first, 0), mask=live)
+    tl.store(target + chunks * channels, tl.sum(second, 0), mask=live)
+
+
+@triton.jit
+def _norm_sums(x, sums, rows, channels, chunk_rows, chunks, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Per channel and chunk of rows: sums of differences from the first row, and of their squares."""
+    column, live, chunk, begin, end = _part(rows, channels, chunk_rows, COLUMNS)
     pivot = tl.load(x + column, mask=live, other=0.0).to(tl.float32)
     first = tl.zeros((ROWS, COLUMNS), tl.float32)
     second = tl.zeros((ROWS, COLUMNS), tl.float32)
     for row in range(begin, end, ROWS):
-        place = row + tl.arange(0, ROWS)
-        inside = (place < end)[:, None] & live[None, :]
-        value = tl.load(x + place[:, None] * channels + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        index, inside = _tile(row, end, column, live, channels, ROWS)
+        value = tl.load(x + index, mask=inside, other=0.0).to(tl.float32)
         value = tl.where(inside, value - pivot[None, :], 0.0)
         first += value
         second += value * value
-    target = sums + chunk * channels + column
-    tl.store(target, tl.sum(first, 0), mask=live)
-    tl.store(target + chunks * channels, tl.sum(second, 0), mask=live)
+    _keep_sums(sums, first, second, chunk, chunks, column, live, channels)
 
 
 @triton.jit
@@ -141,11 +167,7 @@ def _norm_apply(
     COLUMNS: tl.constexpr,
 ):
     """Normalise the rows of a chunk, scale and shift, add side, activate; the first chunk stores the statistics."""
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    live = column < channels
-    chunk = tl.program_id(1).to(tl.int64)
-    begin = chunk * chunk_rows
-    end = tl.minimum(begin + chunk_rows, rows)
+    column, live, chunk, begin, end = _part(rows, channels, chunk_rows, COLUMNS)
     first, second = _total(sums, column, live, channels, chunks, COLUMNS)
     offset = first / rows
     mean = tl.load(x + column, mask=live, other=0.0).to(tl.float32) + offset
@@ -156,9 +178,7 @@ def _norm_apply(
     factor = tl.load(scale + column, mask=live, other=0.0) * (1.0 / tl.sqrt(var + eps))
     constant = tl.load(shift + column, mask=live, other=0.0)
     for row in range(begin, end, ROWS):
-        place = row + tl.arange(0, ROWS)
-        inside = (place < end)[:, None] & live[None, :]
-        index = place[:, None] * channels + column[None, :]
+        index, inside = _tile(row, end, column, live, channels, ROWS)
         value = tl.load(x + index, mask=inside, other=0.0).to(tl.float32)
         value = (value - mean[None, :]) * factor[None, :] + constant[None, :]
         if HAS_SIDE:
@@ -201,28 +221,17 @@ def _norm_slope_sums(
     COLUMNS: tl.constexpr,
 ):
     """Per channel and chunk of rows: sums of the slopes, and of slopes times the normalised map."""
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    live = column < channels
-    chunk = tl.program_id(1).to(tl.int64)
-    begin = chunk * chunk_rows
-    end = tl.minimum(begin + chunk_rows, rows)
-    inverse = 1.0 / tl.sqrt(tl.load(var + column, mask=live, other=1.0) + eps)
-    factor = tl.load(scale + column, mask=live, other=0.0) * inverse
-    constant = tl.load(shift + column, mask=live, other=0.0)
-    centre = tl.load(mean + column, mask=live, other=0.0)
+    column, live, chunk, begin, end = _part(rows, channels, chunk_rows, COLUMNS)
+    centre, inverse, factor, constant = _line(scale, shift, mean, var, column, live, eps)
     first = tl.zeros((ROWS, COLUMNS), tl.float32)
     second = tl.zeros((ROWS, COLUMNS), tl.float32)
     for row in range(begin, end, ROWS):
-        place = row + tl.arange(0, ROWS)
-        inside = (place < end)[:, None] & live[None, :]
-        index = place[:, None] * channels + column[None, :]
+        index, inside = _tile(row, end, column, live, channels, ROWS)
         slope, centred = _slope_at(dy, x, y, index, inside, centre, factor, constant, FROM_OUTPUT, KIND)
         slope = tl.where(inside, slope, 0.0)
         first += slope
         second += slope * (centred * inverse[None, :])
-    target = sums + chunk * channels + column
-    tl.store(target, tl.sum(first, 0), mask=live)
-    tl.store(target + chunks * channels, tl.sum(second, 0), mask=live)
+    _keep_sums(sums, first, second, chunk, chunks, column, live, channels)
 
 
 @triton.jit
@@ -250,25 +259,16 @@ def _norm_gradient(
     COLUMNS: tl.constexpr,
 ):
     """Gradients with respect to the map and, of the first chunk's programs, to scale and shift."""
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    live = column < channels
-    chunk = tl.program_id(1).to(tl.int64)
-    begin = chunk * chunk_rows
-    end = tl.minimum(begin + chunk_rows, rows)
+    column, live, chunk, begin, end = _part(rows, channels, chunk_rows, COLUMNS)
     first, second = _total(sums, column, live, channels, chunks, COLUMNS)
     if chunk == 0:
         tl.store(dshift + column, first, mask=live)
         tl.store(dscale + column, second, mask=live)
-    inverse = 1.0 / tl.sqrt(tl.load(var + column, mask=live, other=1.0) + eps)
-    factor = tl.load(scale + column, mask=live, other=0.0) * inverse
-    constant = tl.load(shift + column, mask=live, other=0.0)
-    centre = tl.load(mean + column, mask=live, other=0.0)
+    centre, inverse, factor, constant = _line(scale, shift, mean, var, column, live, eps)
     offset = first / rows
     slant = second / rows * inverse
     for row in range(begin, end, ROWS):
-        place = row + tl.arange(0, ROWS)
-        inside = (place < end)[:, None] & live[None, :]
-        index = place[:, None] * channels + column[None, :]
+        index, inside = _tile(row, end, column, live, channels, ROWS)
         slope, centred = _slope_at(dy, x, y, index, inside, centre, factor, constant, HAS_SIDE, KIND)
         if HAS_SIDE:
             tl.store(dside + index, slope.to(dside.dtype.element_ty), mask=inside)

@@ -7,44 +7,21 @@ kernel fills the vector unit with several pixels at once.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from proard.kernels.compiled import loaded_maps, maps_library
+from proard.kernels import native
+from proard.kernels.compiled import maps_library
 from proard.kernels.dispatch import fused_for
 from proard.kernels.maps import TYPES
 from proard.kernels.switch import in_use
 
-KINDS = ("none", "relu", "relu6", "h_swish")  # as numbered in maps.c and fused_maps
 JOINED = ("none", "relu")  # activations after a sum whose slope is known from their output
 PLAIN = {"relu": F.relu, "relu6": F.relu6, "h_swish": F.hardswish, "none": lambda x: x}
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
-
-
-class Kernels(Protocol):
-    """Both directions, without a graph."""
-
-    def norm_forward(
-        self, x: Tensor, scale: Tensor, shift: Tensor, eps: float, activation: str, side: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Activated map, mean, biased variance."""
-
-    def norm_backward(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        eps: float,
-        activation: str,
-        y: Tensor | None = None,
-    ) -> Gradients:
-        """Gradients for map, scale and shift; with the output `y` of a sum, for the map added, too."""
 
 
 def norm_activation(
@@ -82,7 +59,7 @@ def norm_activation(
         out, mean, var = norm_activation(x, scale, shift, eps=eps, activation="none")
         return PLAIN[activation](out + side), mean, var
     if suits(x, scale, shift) and in_use("maps") and maps_library() is not None:
-        return _Norm.apply(x, scale, shift, None, eps, activation, CKernels())
+        return _Norm.apply(x, scale, shift, None, eps, activation, native)
     return plain_norm_activation(x, scale, shift, eps=eps, activation=activation)
 
 
@@ -110,60 +87,8 @@ def _usual(x: Tensor, scale: Tensor, shift: Tensor) -> bool:
     )
 
 
-class CKernels:
-    """The kernels of `maps.c`; they add no map."""
-
-    def norm_forward(
-        self, x: Tensor, scale: Tensor, shift: Tensor, eps: float, activation: str, side: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Activated map, mean, biased variance."""
-        y, mean, var = torch.empty_like(x), torch.empty_like(scale), torch.empty_like(scale)
-        failed = loaded_maps().norm_forward(
-            TYPES[x.dtype],
-            KINDS.index(activation),
-            *(each.data_ptr() for each in (x, scale, shift)),
-            eps,
-            x.numel() // x.shape[1],
-            x.shape[1],
-            *(each.data_ptr() for each in (y, mean, var)),
-            torch.get_num_threads(),
-        )
-        if failed:
-            raise MemoryError("batch norm's kernel found no memory")
-        return y, mean, var
-
-    def norm_backward(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        eps: float,
-        activation: str,
-        y: Tensor | None = None,
-    ) -> Gradients:
-        """Gradients for map, scale and shift."""
-        dx, dscale, dshift = torch.empty_like(x), torch.empty_like(scale), torch.empty_like(shift)
-        failed = loaded_maps().norm_backward(
-            TYPES[x.dtype],
-            KINDS.index(activation),
-            *(each.data_ptr() for each in (dy, x, scale, shift)),
-            eps,
-            *(each.data_ptr() for each in (mean, var)),
-            x.numel() // x.shape[1],
-            x.shape[1],
-            *(each.data_ptr() for each in (dx, dscale, dshift)),
-            torch.get_num_threads(),
-        )
-        if failed:
-            raise MemoryError("batch norm's kernel found no memory")
-        return dx, dscale, dshift, None
-
-
 class _Norm(torch.autograd.Function):
-    """Kernels and their gradient."""
+    """The kernels of a module, `norm_forward` and `norm_backward`, as one differentiable operation."""
 
     @staticmethod
     def forward(
@@ -174,7 +99,7 @@ class _Norm(torch.autograd.Function):
         side: Tensor | None,
         eps: float,
         activation: str,
-        kernels: Kernels,
+        kernels: ModuleType,
     ) -> tuple[Tensor, Tensor, Tensor]:
         y, mean, var = kernels.norm_forward(x, scale, shift, eps, activation, side)
         ctx.save_for_backward(x, scale, shift, mean, var, *(() if side is None else (side, y)))

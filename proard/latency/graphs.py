@@ -10,7 +10,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from proard.space import ConvSpec, Part
+from proard.space import ConvSpec, Part, key_of
 
 Array = NDArray[np.float32]
 Weights = Callable[[str, tuple[int, ...]], Array]  # name and shape of a tensor -> its values
@@ -108,11 +108,6 @@ def _model(
     model.ir_version = helper.find_min_ir_version_for(model.opset_import)
     onnx.checker.check_model(model, full_check=True)
     return model.SerializeToString()
-
-
-def key_of(layer: ConvSpec) -> str:
-    """A convolution's name in the names of its tensors."""
-    return layer.name.replace(".", "_")
 
 
 def _conv_attributes(layer: ConvSpec) -> dict[str, Any]:

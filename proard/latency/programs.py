@@ -7,9 +7,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from proard.export.executorch import lowered, prepared, quantised
-from proard.latency.graphs import Weights, key_of, tensor_shapes
+from proard.latency.graphs import Weights, tensor_shapes
 from proard.nets.forward import convolve, run_blocks, run_pooling, with_activation
-from proard.space import ConvSpec, Part
+from proard.space import ConvSpec, Part, key_of
 
 CALIBRATION_MAPS = 4
 

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from proard.nets.elastic import BN_EPS, key_of
+from proard.nets.elastic import BN_EPS
 from proard.nets.fixed import FixedNet, recalibrate_fixed
 from proard.nets.forward import run_network
 from proard.nets.modules import statistics_of
 from proard.nets.subnet import StaticNet
-from proard.space import ConvSpec
+from proard.space import ConvSpec, key_of
 
 
 @torch.no_grad()

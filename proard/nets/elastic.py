@@ -16,7 +16,7 @@ from proard.kernels import convolution
 from proard.nets.forward import run_network
 from proard.nets.modules import ModulesOf, statistics_of
 from proard.nets.norm import Total
-from proard.space import Arch, ConvSpec, SearchSpace
+from proard.space import Arch, ConvSpec, SearchSpace, key_of
 
 if TYPE_CHECKING:
     from proard.nets.view import SubnetView
@@ -193,8 +193,3 @@ class Supernet(nn.Module):
             return self.layers[key_of(layer)](x, layer.out_channels, layer.kernel)
 
         return run_network(self.space.spec(arch), self.normalise(images), conv, self.head)
-
-
-def key_of(conv: ConvSpec) -> str:
-    """A layer's key in the module dictionary, which may not contain dots."""
-    return conv.name.replace(".", "_")

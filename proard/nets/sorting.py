@@ -9,9 +9,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from proard.nets.elastic import Supernet, key_of
+from proard.nets.elastic import Supernet
 from proard.nets.subnet import NORM_TENSORS
-from proard.space import ConvSpec, GateSpec, NetSpec, Step
+from proard.space import ConvSpec, GateSpec, NetSpec, Step, key_of
 
 
 @dataclass

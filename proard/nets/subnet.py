@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from proard.kernels import Conv2d
 from proard.kernels.dispatch import fused_for
 from proard.kernels.switch import in_use
-from proard.nets.elastic import BN_EPS, Supernet, key_of
+from proard.nets.elastic import BN_EPS, Supernet
 from proard.nets.fixed import FixedNet
 from proard.nets.forward import convolve, run_network, widened
 from proard.nets.gradient import InputGradient, by_winograd
 from proard.nets.modules import ModulesOf, present, statistics_of
-from proard.space import ConvSpec, NetSpec
+from proard.space import ConvSpec, NetSpec, key_of
 
 HALF = (torch.bfloat16, torch.float16)
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")

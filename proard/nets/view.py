@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from proard.kernels import norm_activation
 from proard.kernels.switch import in_use
-from proard.nets.elastic import BN_EPS, BN_MOMENTUM, ElasticConvNorm, Supernet, key_of
+from proard.nets.elastic import BN_EPS, BN_MOMENTUM, ElasticConvNorm, Supernet
 from proard.nets.forward import activate, convolve, run_network, widened
 from proard.nets.modules import present, statistics_of
 from proard.nets.norm import Total, batch_norm_of_all
 from proard.nets.subnet import FoldedNet, folded_layer, unfolded_layer
-from proard.space import Activation, Arch, ConvSpec
+from proard.space import Activation, Arch, ConvSpec, key_of
 
 Statistics = dict[str, tuple[Tensor, Tensor]]
 

@@ -7,7 +7,7 @@ from proard.space.latency import LatencyTable, read_device
 from proard.space.parts import Part
 from proard.space.protocols import NetArch, NetSpace
 from proard.space.search_space import SearchSpace
-from proard.space.spec import Activation, BlockSpec, ConvSpec, FixedSpec, GateSpec, NetSpec, PoolSpec, Step
+from proard.space.spec import Activation, BlockSpec, ConvSpec, FixedSpec, GateSpec, NetSpec, PoolSpec, Step, key_of
 from proard.space.work import Tally, Work, one_pass
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Tally",
     "Work",
     "human_cost",
+    "key_of",
     "one_pass",
     "parse_budget",
     "read_device",

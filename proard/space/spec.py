@@ -136,3 +136,8 @@ class FixedSpec:
     image_channels: int
     image_size: int
     convs: tuple[ConvSpec, ...] = ()
+
+
+def key_of(conv: ConvSpec) -> str:
+    """A layer's name as a key of modules and tensors, which may not contain dots."""
+    return conv.name.replace(".", "_")

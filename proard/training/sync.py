@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from proard.nets import Supernet
-from proard.nets.elastic import key_of
 from proard.nets.modules import present
 from proard.nets.trainee import Trainee
-from proard.space import FixedSpec, NetSpec
+from proard.space import FixedSpec, NetSpec, key_of
 from proard.training.ranks import Ranks
 
 
