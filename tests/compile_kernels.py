@@ -18,7 +18,7 @@ PASS = {**dict.fromkeys(("x", "bias", "side", "gradient", "before"), HALF), "siz
 TILE = {"ROWS": 64, "COLUMNS": 64}
 KERNELS = [
     (fused_maps._finish, PASS, {"HAS_BIAS": True, "HAS_SIDE": True, "KIND": 3, "BLOCK": 2048}),
-    (fused_maps._slope, PASS, {"HAS_SIDE": True, "KIND": 3, "BLOCK": 2048}),
+    (fused_maps._slope, PASS, {"HAS_SIDE": True, "KIND": 4, "BLOCK": 2048}),
     (fused_maps._norm_sums, NORM, TILE),
     (fused_maps._norm_apply, NORM, {"HAS_SIDE": True, "KIND": 1, **TILE}),
     (fused_maps._norm_slope_sums, NORM, {"FROM_OUTPUT": True, "KIND": 1, **TILE}),

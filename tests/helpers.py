@@ -56,7 +56,13 @@ TINY_MOBILE = {
     "expand": [2, 3],
     "kernel": [3, 5, 7],
 }
-SMALL_SPACES = [TINY, TINY_DEEP, TINY_POOL, TINY_MOBILE]
+TINY_SILU = {
+    **TINY,
+    "name": "tiny_silu",
+    "stem": {"channels": 8, "activation": "silu"},
+    "units": [{**unit, "activation": "silu"} for unit in ({"channels": 8}, {"channels": 16, "stride": 2})],
+}
+SMALL_SPACES = [TINY, TINY_DEEP, TINY_POOL, TINY_MOBILE, TINY_SILU]
 
 CONFIG = {
     "run": "tiny",

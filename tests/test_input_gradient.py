@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TINY, TINY_DEEP, TINY_MOBILE, TINY_POOL, random_images, random_supernet, tiny_space
+from helpers import TINY, TINY_DEEP, TINY_MOBILE, TINY_POOL, TINY_SILU, random_images, random_supernet, tiny_space
 
 from proard.attacks import differentiate, input_gradient, pgd
 from proard.config import PRESETS
@@ -25,6 +25,7 @@ SPACES = {
     "odd_pooled": tiny_space(TINY_POOL, image_size=21),
     "mobile": tiny_space(TINY_MOBILE),
     "mobile_odd": tiny_space(TINY_MOBILE, image_size=11),
+    "silu": tiny_space(TINY_SILU),
 }
 
 

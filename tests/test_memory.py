@@ -52,7 +52,7 @@ def measured_arenas(*paths: Path) -> list[int]:
     ]
 
 
-@pytest.mark.parametrize("name", ["resnet_digits", "resnet_micro", "mobilenet_micro"])
+@pytest.mark.parametrize("name", ["resnet_digits", "resnet_micro", "mobilenet_micro", "resnet_micro_silu"])
 def test_the_placed_activations_fill_the_arena_of_onnxruntime(name: str, tmp_path: Path):
     space = SearchSpace(PRESETS[name])
     drawn = [space.arch(genotype) for genotype in space.sample(3, np.random.default_rng(0))]

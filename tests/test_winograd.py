@@ -116,7 +116,7 @@ def test_it_is_used_where_it_pays_and_can_be_switched_off(monkeypatch):
 
 
 @pytest.mark.usefixtures("without_avx512")
-@pytest.mark.parametrize("activation", ["none", "relu", "relu6", "h_swish"])
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6", "h_swish", "silu"])
 def test_a_layer_gives_the_plain_twins_maps_and_gradients(activation):
     given, found = problem(16, 24, 8, 8), []
     for context in (nullcontext(), plain_twins("winograd")):

@@ -65,6 +65,19 @@ def mobilenet_v2(name: str, images: str, *, channels: Sequence[int]) -> Space:
     )
 
 
+def with_activation(space: Space, activation: Activation) -> Space:
+    """A space with another activation in all layers, and its name behind the space's."""
+    put = {"activation": activation}
+    return space.model_copy(
+        update={
+            "name": f"{space.name}_{activation}",
+            "stem": space.stem.model_copy(update=put),
+            "units": tuple(unit.model_copy(update=put) for unit in space.units),
+            "final": space.final.model_copy(update=put),
+        }
+    )
+
+
 PRESETS: dict[str, Space] = {
     # The published ProARD ResNet space for CIFAR (arXiv:2506.07666, released code): 46.08 M parameters, 2358 M MACs
     # at its largest, 5.22 M and 285.2 M at its smallest, 2.459e12 nominal choices.
@@ -159,3 +172,5 @@ PRESETS: dict[str, Space] = {
         image_size=8,
     ),
 }
+# With SiLU in place of ReLU (Gowal et al. 2020, arXiv:2010.03593): a smooth network, at one exponential per number.
+PRESETS |= {f"{name}_silu": with_activation(PRESETS[name], "silu") for name in ("resnet_micro", "resnet_cifar")}

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from proard.config.fields import Count, Int, Natural, Positive, Settings
 
-Activation = Literal["relu", "relu6", "h_swish"]
+Activation = Literal["relu", "relu6", "h_swish", "silu"]
 Depths = Annotated[tuple[Natural, ...], Field(min_length=1)]
 Factors = Annotated[tuple[Positive, ...], Field(min_length=1)]
 Kernels = Annotated[tuple[Count, ...], Field(min_length=1)]

@@ -319,6 +319,7 @@ OPERATORS: dict[str, Callable[..., Value]] = {
     "Gemm": _gemm,
     "Relu": _relu,
     "Clip": _clip,
+    "Sigmoid": lambda x: _real(x).sigmoid(),
     "HardSwish": lambda x: F.hardswish(_real(x)),
     "HardSigmoid": lambda x, alpha=0.2, beta=0.5: (alpha * _real(x) + beta).clamp(0, 1),
     "Add": _add,

@@ -16,7 +16,7 @@ BLOCK = 2048  # numbers per program of a pass without sums
 TILE = 4096  # numbers of a tile of batch norm's kernels
 WIDEST = 64  # channels of a tile
 MAX_CHUNKS = 512  # programs that sum parts of the same map, all channels together
-KINDS = ("none", "relu", "relu6", "h_swish")  # KIND in the kernels
+KINDS = ("none", "relu", "relu6", "h_swish", "silu")  # KIND in the kernels
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -30,6 +30,8 @@ def activated(value, KIND: tl.constexpr):
     if KIND == 3:
         share = tl.maximum(value + 3.0, 0.0, propagate_nan=tl.PropagateNan.ALL)
         value = value * tl.minimum(share, 6.0, propagate_nan=tl.PropagateNan.ALL) * (1.0 / 6.0)
+    if KIND == 4:
+        value = value * tl.sigmoid(value)
     return value
 
 
@@ -43,6 +45,9 @@ def sloped(gradient, before, KIND: tl.constexpr):
     if KIND == 3:
         inner = gradient * (before * (1.0 / 3.0) + 0.5)
         gradient = tl.where(before <= -3.0, 0.0, tl.where(before < 3.0, inner, gradient))
+    if KIND == 4:
+        gate = tl.sigmoid(before)
+        gradient = gradient * gate * (1.0 + before * (1.0 - gate))
     return gradient
 
 

@@ -11,7 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { NONE, RELU, RELU6, H_SWISH }; /* activations */
+enum { NONE, RELU, RELU6, H_SWISH, SILU }; /* activations */
 enum { FLOAT, BFLOAT16 };            /* types of maps */
 enum { LANES = 16, SHORTEST = 64, BLOCK = 64, GRAIN = 32768 };
 
@@ -44,6 +44,22 @@ INLINE void store(int type, void *map, int64_t at, float value) { /* to nearest,
     ((uint16_t *)map)[at] = value == value ? (uint16_t)rounded : (uint16_t)0x7fc0;
 }
 
+INLINE float sigmoid(float z) { /* 1 / (1 + 2^t), t the nearest integer plus the rest; error below 3e-7; NaN stays NaN */
+    float t = (z < -87 ? -87 : z > 87 ? 87 : z) * -1.44269504f;
+    int32_t whole = (int32_t)(t + (t < 0 ? -0.5f : 0.5f));
+    uint32_t bits = (uint32_t)(whole + 127) << 23;
+    float rest = t - (float)whole, power, two;
+    memcpy(&two, &bits, sizeof two);
+    power = 1.5403530e-4f; /* the series of 2^rest */
+    power = power * rest + 1.3333558e-3f;
+    power = power * rest + 9.6181291e-3f;
+    power = power * rest + 5.5504109e-2f;
+    power = power * rest + 2.4022651e-1f;
+    power = power * rest + 6.9314718e-1f;
+    power = power * rest + 1;
+    return 1 / (1 + two * power);
+}
+
 INLINE float activated(int kind, float z) { /* NaN passes through */
     if (kind == RELU) return z < 0 ? 0 : z;
     if (kind == RELU6) return z < 0 ? 0 : z > 6 ? 6 : z;
@@ -52,6 +68,7 @@ INLINE float activated(int kind, float z) { /* NaN passes through */
         gate = gate < 0 ? 0 : gate > 6 ? 6 : gate;
         return z * gate * (1.0f / 6);
     }
+    if (kind == SILU) return z * sigmoid(z);
     return z;
 }
 
@@ -59,6 +76,10 @@ INLINE float slope(int kind, float z) {
     if (kind == RELU) return z > 0 ? 1 : 0;
     if (kind == RELU6) return z > 0 && z < 6 ? 1 : 0;
     if (kind == H_SWISH) return z <= -3 ? 0 : z < 3 ? z * (1.0f / 3) + 0.5f : 1;
+    if (kind == SILU) {
+        float gate = sigmoid(z);
+        return gate * (1 + z * (1 - gate));
+    }
     return 1;
 }
 
@@ -142,7 +163,8 @@ INLINE void retract(int type, int kind, const Work *w, int64_t first, int64_t la
         case NONE: call(type, NONE); break;          \
         case RELU: call(type, RELU); break;          \
         case RELU6: call(type, RELU6); break;        \
-        default: call(type, H_SWISH);                \
+        case H_SWISH: call(type, H_SWISH); break;    \
+        default: call(type, SILU);                   \
     }
 #define FOR_ALL(call) \
     if (type == FLOAT) { FOR_KINDS(FLOAT, call) } else { FOR_KINDS(BFLOAT16, call) }

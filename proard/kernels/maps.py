@@ -15,6 +15,7 @@ SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # in place, except fo
     "relu": lambda dy, x: torch.ops.aten.threshold_backward.grad_input(dy, x, 0, grad_input=dy),
     "relu6": lambda dy, x: torch.ops.aten.hardtanh_backward.grad_input(dy, x, 0, 6, grad_input=dy),
     "h_swish": lambda dy, x: torch.ops.aten.hardswish_backward(dy, x),
+    "silu": lambda dy, x: torch.ops.aten.silu_backward.grad_input(dy, x, grad_input=dy),
     "h_sigmoid": lambda dy, x: torch.ops.aten.hardsigmoid_backward.grad_input(dy, x, grad_input=dy),
 }
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -31,7 +32,7 @@ def slope_(gradient: Tensor, before: Tensor | None, side: Tensor | None = None, 
         Input of the activation; for `relu` and `relu6` its output is as good. Without it nothing is multiplied.
     side : Tensor of the shape of `gradient`, optional
         A second gradient of the same map.
-    activation : {'none', 'relu', 'relu6', 'h_swish', 'h_sigmoid'}
+    activation : {'none', 'relu', 'relu6', 'h_swish', 'silu', 'h_sigmoid'}
         For `none`, `before` is not read.
     """
     before = None if activation == "none" else before

@@ -10,7 +10,7 @@ from torch import Tensor
 from proard.kernels.compiled import loaded_maps
 from proard.kernels.maps import TYPES
 
-KINDS = ("none", "relu", "relu6", "h_swish")  # as numbered in maps.c
+KINDS = ("none", "relu", "relu6", "h_swish", "silu")  # as numbered in maps.c
 
 
 def norm_forward(

@@ -21,7 +21,7 @@ from proard.kernels.maps import TYPES
 from proard.kernels.switch import in_use
 
 JOINED = ("none", "relu")  # activations after a sum whose slope is known from their output
-PLAIN = {"relu": F.relu, "relu6": F.relu6, "h_swish": F.hardswish, "none": lambda x: x}
+PLAIN = {"relu": F.relu, "relu6": F.relu6, "h_swish": F.hardswish, "silu": F.silu, "none": lambda x: x}
 
 
 def norm_activation(
@@ -38,7 +38,7 @@ def norm_activation(
     eps : float
         Added to the variance.
     activation : str
-        `none`, `relu`, `relu6` or `h_swish`.
+        `none`, `relu`, `relu6`, `h_swish` or `silu`.
     side : Tensor of the shape of `x`, optional
         Added before the activation: the shortcut of a residual block.
 

@@ -28,7 +28,7 @@ Shape = tuple[int, int, int, int]
 FINE = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-8}
 # Every type, tile and activation is another program, which takes a third of a second to compile.
 TYPES = (torch.bfloat16, torch.float32)
-SMOOTH_AND_NOT = ("relu", "h_swish")
+SMOOTH_AND_NOT = ("relu", "h_swish", "silu")
 # Of maps: odd sides, channel counts that fill no tile, several tiles of rows and of channels.
 SHAPES: tuple[Shape, ...] = ((2, 3, 19, 19), (3, 24, 7, 5), (64, 88, 16, 16))
 CHANNELS = ((8, 24), (64, 64), (88, 264), (264, 88), (512, 128))  # in and out of products and convolutions

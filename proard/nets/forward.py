@@ -96,6 +96,8 @@ def activate(name: Activation, x: Tensor) -> Tensor:
         return F.relu6(x, inplace=True)
     if name == "h_swish":
         return F.hardswish(x)
+    if name == "silu":
+        return F.silu(x)
     if name == "h_sigmoid":
         return F.hardsigmoid(x)
     return x

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from proard.space.parts import Node
 
 IMAGES = "images"  # the map that enters
-IN_PLACE = ("Relu", "Clip", "HardSwish", "HardSigmoid", "Mul", "Add", "Unsqueeze", "Flatten")
+IN_PLACE = ("Relu", "Clip", "HardSwish", "HardSigmoid", "Sigmoid", "Mul", "Add", "Unsqueeze", "Flatten")
 IN_PLACE_THERE = ("Relu", "Clip", "HardSigmoid")  # in onnxruntime, which gives sums and products a map of their own
 VIEWS = ("Unsqueeze", "Flatten")
 ALIGNMENT = 256  # of every map in onnxruntime, in bytes
@@ -103,7 +103,7 @@ class _Buffer:
 
 def _executed(nodes: Sequence[Node]) -> list[Node]:
     """The operators in onnxruntime's order: depth first from the last one, the later of two branches first."""
-    nodes = [part for node in nodes for part in _kernels(node)]
+    nodes = _kernels(nodes)
     index = {node.output: place for place, node in enumerate(nodes)}
     order: dict[int, None] = {}
     left = [(len(nodes) - 1, False)]
@@ -117,12 +117,21 @@ def _executed(nodes: Sequence[Node]) -> list[Node]:
     return [nodes[place] for place in order]
 
 
-def _kernels(node: Node) -> list[Node]:
-    """An operator as the operators that onnxruntime has a kernel for."""
-    if node.kind != "HardSwish":
-        return [node]
-    gate = replace(node, kind="HardSigmoid", output=f"{node.output}_gate")
-    return [gate, replace(node, kind="Mul", reads=(*node.reads, gate.output))]
+def _kernels(nodes: Sequence[Node]) -> list[Node]:
+    """The operators that onnxruntime has kernels for: two for a HardSwish, one for a product with its own sigmoid."""
+    gates = {node.output: node for node in nodes if node.kind == "Sigmoid"}
+    found: list[Node] = []
+    for node in nodes:
+        own = next((name for name in node.reads if name in gates and gates[name].reads[0] in node.reads), None)
+        if node.kind == "HardSwish":
+            gate = replace(node, kind="HardSigmoid", output=f"{node.output}_gate")
+            found += [gate, replace(node, kind="Mul", reads=(*node.reads, gate.output))]
+        elif node.kind == "Mul" and own is not None:
+            found = [each for each in found if each.output != own]
+            found.append(replace(node, kind="QuickGelu", reads=gates[own].reads))
+        else:
+            found.append(node)
+    return found
 
 
 def _buffers(nodes: Sequence[Node]) -> list[_Buffer]:

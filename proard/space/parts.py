@@ -192,6 +192,8 @@ class _Graph:
         """An activation, or nothing."""
         if name == "none":
             return maps
+        if name == "silu":
+            return self.add("Mul", [maps, self.add("Sigmoid", [maps], maps[1])], maps[1])
         kind, attributes = ACTIVATIONS[name]
         return self.add(kind, [maps], maps[1], **attributes)
 

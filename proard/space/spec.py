@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import chain
 from typing import Literal
 
-Activation = Literal["none", "relu", "relu6", "h_swish", "h_sigmoid"]
+Activation = Literal["none", "relu", "relu6", "h_swish", "silu", "h_sigmoid"]
 
 
 @dataclass(frozen=True)
