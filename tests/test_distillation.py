@@ -79,6 +79,7 @@ STUDENT = {  # student logits a, b, c in; the teacher's and all else fixed
     "mart": lambda a, b, c: losses.mart_loss(a, b, LABELS),
     "hat": lambda a, b, c: losses.hat_loss(a, b, c, LABELS, logits(8)),
     "ikl": lambda a, b, c: losses.ikl_loss(a, b, LABELS, CLASS_WEIGHTS, soft_weight=0, beta=3),
+    "adr": lambda a, b, c: losses.adr_loss(a, logits(8), LABELS, soft_weight=0.7, temperature=2.0) + (b + c).sum(),
     "ard": lambda a, b, c: losses.kd_loss(a, b, logits(8), LABELS, soft_weight=0.7, temperature=3),
     "iad": lambda a, b, c: losses.iad_loss(a, b, logits(8), LABELS, torch.rand(4), soft_weight=0.7, temperature=3),
     "adaad": lambda a, b, c: losses.adaad_loss(a, b, logits(8), logits(9), adv_weight=0.7),
@@ -204,6 +205,22 @@ def test_ikl_weighs_by_the_mean_output_of_a_class_in_the_pass_before():
     close(seen[2][1], torch.full((3,), 1 / 3))  # no image of the class was seen
     close(seen[3][2], seen[2][2])  # nor in the next pass: its weights stay
     close(seen[3][0], (logits(2) / 2).softmax(1).float()[2])
+
+
+def test_adr_trusts_the_average_less_where_it_prefers_another_class():
+    adv, labels = logits(0)[:2], torch.tensor([0, 0])
+    average = torch.log(torch.tensor([[0.7, 0.2, 0.1], [0.3, 0.6, 0.1]], dtype=adv.dtype))
+    mixed = torch.tensor([[0.76, 0.16, 0.08], [0.65, 0.30, 0.05]], dtype=adv.dtype)  # weights 0.8 and 0.8 - 0.3
+    found = losses.adr_loss(adv, average, labels, soft_weight=0.8, temperature=1.0)
+    close(found, -(mixed * adv.log_softmax(1)).sum(1).mean())
+    squared = losses.adr_loss(adv, 2 * average, labels, soft_weight=0.8, temperature=2.0)
+    close(squared, found)
+    far = torch.log(torch.tensor([[0.05, 0.9, 0.05]], dtype=adv.dtype))  # 0.8 - 0.85: the truth alone
+    close(
+        losses.adr_loss(adv[:1], far, labels[:1], soft_weight=0.8, temperature=1.0),
+        torch.nn.functional.cross_entropy(adv[:1], labels[:1]),
+    )
+    assert [round(losses.annealed((2.0, 1.0), share), 6) for share in (0.0, 0.5, 1.0)] == [2.0, 1.5, 1.0]
 
 
 def test_absld_moves_its_temperatures_once_a_pass():

@@ -20,6 +20,7 @@ from proard.losses import (
     Margin,
     absld_loss,
     adaad_loss,
+    adr_loss,
     alpha_loss,
     fast_edge_loss,
     hat_loss,
@@ -258,6 +259,10 @@ WRITTEN_OUT = {  # options, and what the objective is in the functions of the pa
         {"soft_weight": 2.0, "beta": 3.0, "temperature": 4.0},
         lambda b: ikl_loss(b.clean, b.adv, LABELS, CLASS_WEIGHTS, soft_weight=2.0, beta=3.0),
     ),
+    "adr": (
+        {"soft_weight": (0.6, 0.8), "temperature": (3.0, 1.0)},  # half way: 0.7 and 2
+        lambda b: adr_loss(b.adv, b.average, LABELS, soft_weight=0.7, temperature=2.0),
+    ),
     "akd": (SOFT, lambda b: kd_loss(b.clean, b.adv, b.teacher_adv, LABELS, **SOFT)),
     "ard": (SOFT, lambda b: kd_loss(b.clean, b.adv, b.teacher, LABELS, **SOFT)),
     "iad": (
@@ -284,7 +289,7 @@ WRITTEN_OUT = {  # options, and what the objective is in the functions of the pa
     "alpha": (ALPHA, lambda b: alpha_loss(b.clean, b.adv, b.teacher, **ALPHA)),
     "fast_edge": ({"beta": 3.0}, lambda b: fast_edge_loss(b.clean, b.adv, b.teacher, LABELS, beta=3.0)),
 }
-LOGITS = ("clean", "adv", "teacher", "teacher_adv", "beyond", "control", "control_adv")
+LOGITS = ("clean", "adv", "teacher", "teacher_adv", "beyond", "control", "control_adv", "average")
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

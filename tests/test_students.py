@@ -124,7 +124,7 @@ def files(tmp_path_factory):
     return student_files(tmp_path_factory.mktemp("students"))
 
 
-@pytest.mark.parametrize("loss", ["plain", "pgd_at", "ikl", "kd", "ard", "rslad", "adaad", "mtard", "absld"])
+@pytest.mark.parametrize("loss", ["plain", "pgd_at", "ikl", "adr", "kd", "ard", "rslad", "adaad", "mtard", "absld"])
 def test_any_loss_trains_an_arch_of_the_runs_space(files, tmp_path, loss):
     net, space, arch, history, written = train(files, tmp_path, {"name": "s", "loss": loss, "arch": "smallest"})
     assert arch == space.smallest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -14,10 +15,11 @@ from training_runs import no_validation, phase_run, same, step_of, take, teacher
 from proard.attacks import pgd
 from proard.config import PRESETS, Attack, Measurement, Threat, UserError
 from proard.config.losses import Plain
+from proard.config.nets import WideResNet
 from proard.data import to_float
 from proard.evaluation import Conditions, SubnetMeter
-from proard.nets import Supernet
-from proard.space import SearchSpace
+from proard.nets import FixedNet, Supernet
+from proard.space import FixedSpace, SearchSpace
 from proard.stages.training import AugmentedImages
 from proard.training import Interrupted, ResumeState, Run, phase_plan, single_plan
 from proard.training.run import learning_rate
@@ -26,6 +28,36 @@ from proard.training.run import learning_rate
 @pytest.fixture(scope="module")
 def train_set(tmp_path_factory):
     return image_sets(tmp_path_factory.mktemp("images"), train=48, val=12)["train"]
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["elastic", "fixed"])
+def test_adr_takes_its_labels_from_the_averaged_weights(train_set, fixed):
+    settings = tiny_config(train_teacher__objective="adr", train_teacher__ema_decay=0.5).train_teacher
+    wide = WideResNet(name="wide", depth=10, widen=1, image_channels=1, image_size=8, classes=3)
+    fixed_net = FixedNet(FixedSpace(wide), mean=[0.4], std=[0.3], generator=torch.Generator().manual_seed(0))
+    net = fixed_net if fixed else random_supernet(tiny_space(), dtype=torch.float32)
+    arch, seen = net.space.largest, []
+    plan = single_plan(arch, settings.objective, settings)
+    (drawn,) = plan.draw(0, 0, 0)
+    objective = drawn.objective
+
+    def loss(batch, **options):
+        seen.append(batch.average)
+        return objective.loss(batch, **options)
+
+    drawn = replace(drawn, objective=replace(objective, loss=loss))
+    step = step_of(net, settings, replace(plan, draw=lambda *_: [drawn]))
+    images, labels = to_float(train_set.images[:16]), train_set.labels[:16]
+    take(step, images, labels, number=100)
+    kept = {name: value.clone() for name, value in net.state_dict().items()}
+    with step.update.averaged(), torch.no_grad():
+        expected = net.view(arch)(images, frozen=True)
+    assert same(kept, net.state_dict())
+    now = net.view(arch)(images, frozen=True).detach()
+    take(step, images, labels, number=101)
+    torch.testing.assert_close(seen[1], expected)
+    assert not torch.allclose(seen[1], now, atol=1e-3)
+    assert not seen[1].requires_grad
 
 
 # One seed, one result.

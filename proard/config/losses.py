@@ -85,6 +85,19 @@ class Ikl(Loss):
     temperature: Positive = 4.0
 
 
+class Adr(Loss):
+    """Cross-entropy on adversarial images, with labels softened by the average of the weights: arXiv:2305.12118.
+
+    During the training the weight of the average's outputs moves from the first value of `soft_weight` to the second,
+    and their temperature from the first value of `temperature` to the second, each on half a cosine. The decay of the
+    average is the training's `ema_decay` (0.995 in the paper).
+    """
+
+    name: Literal["adr"] = "adr"
+    soft_weight: tuple[UnitInterval, UnitInterval] = (0.7, 0.95)
+    temperature: tuple[Positive, Positive] = (2.0, 1.0)
+
+
 class Distilled(Loss):
     """A loss of distillation from a teacher."""
 
@@ -242,8 +255,8 @@ SHORT = BeforeValidator(by_name)
 NAMED = Field(discriminator="name")
 Robust = PgdAt | Trades | Mart | Hat
 Distillation = Rslad | Kd | Akd | Ard | Iad | AdaIad | AdaAd | Mtard | Absld | Alpha | FastEdge
-TeacherLoss = Annotated[Annotated[Plain | Robust | Ikl, NAMED], SHORT]
+TeacherLoss = Annotated[Annotated[Plain | Robust | Ikl | Adr, NAMED], SHORT]
 RobustLoss = Annotated[Annotated[Robust, NAMED], SHORT]
 DistillationLoss = Annotated[Annotated[Distillation, NAMED], SHORT]
-AnyLoss = Annotated[Annotated[Plain | Robust | Ikl | Distillation, NAMED], SHORT]
+AnyLoss = Annotated[Annotated[Plain | Robust | Ikl | Adr | Distillation, NAMED], SHORT]
 Alignment = Annotated[Annotated[Igdm | Kdiga, NAMED], SHORT]

@@ -168,8 +168,8 @@ class TrainTeacher(AdversarialTraining, OfOneNetwork):
     checkpoint in the format that the authors of TRADES published, `deepmind` a WideResNet or pre-activation ResNet in
     the format of DeepMind's code (only tensors are read).
 
-    `objective`: `plain`, `pgd_at` (also called `sat`), `trades`, `mart`, `hat` or `ikl`, or a mapping with this `name`
-    and options. The helper network of `hat` is the run's control.
+    `objective`: `plain`, `pgd_at` (also called `sat`), `trades`, `mart`, `hat`, `ikl` or `adr`, or a mapping with this
+    `name` and options. The helper network of `hat` is the run's control.
     """
 
     source: Literal["train", "file", "trades", "deepmind"] = "train"

@@ -7,6 +7,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from proard.losses.absld import absld_loss, next_temperatures
+from proard.losses.adr import adr_loss, annealed
 from proard.losses.alignment import NORMS, gradient_gap, igdm_term, kdiga_term, loss_gradient
 from proard.losses.distillation import (
     adaad_loss,
@@ -49,8 +50,10 @@ __all__ = [
     "TargetedMargin",
     "absld_loss",
     "adaad_loss",
+    "adr_loss",
     "alpha_divergence",
     "alpha_loss",
+    "annealed",
     "balanced_share",
     "fast_edge_loss",
     "gradient_gap",

@@ -36,6 +36,8 @@ class Batch:
         Network and teacher at x - (x' - x).
     beyond : Tensor of shape (batch, classes), optional
         The network's logits at x + h (x' - x), outside the ball.
+    average : Tensor of shape (batch, classes), optional
+        Logits of the network with averaged weights on the clean images.
     teacher_gradient, teacher_gradient_adv : Tensor of shape (batch, channels, height, width), optional
         The teacher's input gradient of the cross-entropy at the clean and at the adversarial images.
     control, control_adv : Tensor of shape (batch, classes), optional
@@ -58,6 +60,7 @@ class Batch:
     mirrored: Tensor = ABSENT
     teacher_mirrored: Tensor = ABSENT
     beyond: Tensor = ABSENT
+    average: Tensor = ABSENT
     teacher_gradient: Tensor = ABSENT
     teacher_gradient_adv: Tensor = ABSENT
     control: Tensor = ABSENT

@@ -175,13 +175,14 @@ class TrainingStep:
         """Clean pass, attack on this very subnet, adversarial pass, and what else its loss reads."""
         objective = subnet.objective
         needs, clean = objective.needs, ABSENT
+        average = self._averaged(subnet.arch, images) if "average" in needs else ABSENT  # before there is a graph
         statistics: Statistics | None = {} if self.attacker.needs_statistics(objective) else None
         source = images.detach().requires_grad_() if "teacher_gradient" in needs else images
         if objective.needs_clean or statistics is not None or subnet.guides or objective.inner == "kl_clean":
             with torch.set_grad_enabled(objective.needs_clean), self._autocast():
                 clean = student(source, record=statistics, update_running=True).float()
         target = ABSENT if guidance.target is None else guidance.target
-        batch = Batch(labels, clean=clean, teacher=target, images=source, memory=self.memory)
+        batch = Batch(labels, clean=clean, teacher=target, images=source, average=average, memory=self.memory)
         if objective.inner is None:
             batch, given = replace(batch, adv=clean), {"clean"}
         else:
@@ -193,6 +194,12 @@ class TrainingStep:
             batch, given = replace(batch, adv=adv, adversarial=adversarial), {"clean", "adv"}
         batch = add_teacher_outputs(batch, needs, guidance)
         return self._student_outputs(batch, needs - given, student)
+
+    @torch.no_grad()
+    def _averaged(self, arch: Arch, images: Tensor) -> Tensor:
+        """Logits of the network with averaged weights, normalised by the batch's own statistics."""
+        with self.update.averaged(), self._autocast():
+            return self._student(arch)(images, frozen=True).float()
 
     def _student_outputs(self, batch: Batch, fields: frozenset[str], student: Counted[View]) -> Batch:
         """The batch with fresh logits of the subnet in training mode; running statistics keep their values."""
