@@ -167,16 +167,17 @@ def test_average_equals_the_recursion_by_hand(train_set, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("robust", "clean", "best"),
+    ("robust", "clean", "best", "objective"),
     [
-        ([0.1, 0.4, 0.3, 0.2], [0.5] * 4, 2),
-        ([0.1, 0.2, 0.3, 0.4], [0.9, 0.8, 0.7, 0.6], 4),
-        ([0.3, 0.3, 0.3, 0.3], [0.5, 0.5, 0.8, 0.6], 3),
-        ([0.3, 0.3, 0.3, 0.3], [0.5] * 4, 1),
-        ([0.0] * 4, [0.0] * 4, 1),
+        ([0.1, 0.4, 0.3, 0.2], [0.5] * 4, 2, "trades"),
+        ([0.1, 0.2, 0.3, 0.4], [0.9, 0.8, 0.7, 0.6], 4, "trades"),
+        ([0.3, 0.3, 0.3, 0.3], [0.5, 0.5, 0.8, 0.6], 3, "trades"),
+        ([0.3, 0.3, 0.3, 0.3], [0.5] * 4, 1, "trades"),
+        ([0.0] * 4, [0.0] * 4, 1, "trades"),
+        ([0.2, 0.2, 0.0, 0.1], [0.5, 0.6, 0.8, 0.8], 4, "plain"),  # no robust network: by clean accuracy first
     ],
 )
-def test_weights_of_the_best_validated_epoch_are_kept(train_set, tmp_path, robust, clean, best):
+def test_weights_of_the_best_validated_epoch_are_kept(train_set, tmp_path, robust, clean, best, objective):
     seen = []
 
     def validate(net):
@@ -187,7 +188,7 @@ def test_weights_of_the_best_validated_epoch_are_kept(train_set, tmp_path, robus
         rows[1] |= {"val_robust_acc": robust[index] + 0.1, "val_clean_acc": clean[index]}
         return rows
 
-    run = teacher_run(train_set, tmp_path, epochs=4, batch_size=48, validate=validate)
+    run = teacher_run(train_set, tmp_path, epochs=4, batch_size=48, validate=validate, objective=objective)
     assert same(dict(run.net.named_parameters()), seen[best - 1])
     assert {row["epoch"] for row in run.rows if row["best"]} == {best}
     assert len(run.rows) == 8

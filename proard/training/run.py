@@ -76,7 +76,8 @@ class Run:
         Training images on the network's device.
     validate : callable
         Measures subnets of the averaged network on `val`: rows with `arch`, `macs`, `val_clean_acc`, `val_robust_acc`,
-        `val_num_images`. Epochs compare by the mean of `val_robust_acc`, then of `val_clean_acc`.
+        `val_num_images`. Epochs compare by the mean of `val_robust_acc`, then of `val_clean_acc`; under the loss
+        `plain`, whose networks are not robust, the other way round.
     state : ResumeState
         Where an interrupted training continues; the caller removes it after writing its output.
     seed : int
@@ -282,9 +283,10 @@ class Run:
             robust, clean = (
                 sum(row[f"val_{kind}_acc"] for row in validation) / len(validation) for kind in ("robust", "clean")
             )
-            best = robust + 1e-3 * clean > done.best_score
+            first, second = (clean, robust) if self.plan.loss == "plain" else (robust, clean)
+            best = first + 1e-3 * second > done.best_score
             if best:
-                done.best_score = robust + 1e-3 * clean
+                done.best_score = first + 1e-3 * second
                 self.step_on.update.remember_best()
                 for row in self.history:
                     row["best"] = False
