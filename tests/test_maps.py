@@ -66,13 +66,22 @@ def test_a_large_mean_does_not_eat_the_variance():
     torch.testing.assert_close(mean.double(), x.double().mean((0, 2, 3)), rtol=1e-6, atol=0)
 
 
-def test_what_is_not_a_number_is_passed_on():
+@pytest.mark.parametrize("activation", native.KINDS)
+def test_what_is_not_a_number_is_passed_on(activation):
     x, scale, shift, seed = problem((4, 3, 5, 5), torch.float32)
     x[0, 1, 2, 2] = float("nan")
-    out, dx = (with_gradients(norm_activation, x, scale, shift, seed, "relu")[index] for index in (0, 3))
+    out, dx = (with_gradients(norm_activation, x, scale, shift, seed, activation)[index] for index in (0, 3))
     for each in (out, dx):
         assert each[:, 1].isnan().all()
         assert not each[:, [0, 2]].isnan().any()
+
+
+def test_silu_is_exact_far_from_zero():
+    x, scale, _, seed = problem((4, 6, 5, 5), torch.float32)
+    shift = torch.tensor([-300.0, -87.0, -20.0, 20.0, 87.0, 300.0])
+    exact = with_gradients(plain_norm_activation, *(each.double() for each in (x, scale, shift, seed)), "silu")
+    for ours, theirs in zip(with_gradients(norm_activation, x, scale, shift, seed, "silu"), exact, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_the_result_is_the_same_to_the_last_bit_in_every_run_at_equal_threads():

@@ -44,11 +44,14 @@ INLINE void store(int type, void *map, int64_t at, float value) { /* to nearest,
     ((uint16_t *)map)[at] = value == value ? (uint16_t)rounded : (uint16_t)0x7fc0;
 }
 
-INLINE float sigmoid(float z) { /* 1 / (1 + 2^t), t the nearest integer plus the rest; error below 3e-7; NaN stays NaN */
-    float t = (z < -87 ? -87 : z > 87 ? 87 : z) * -1.44269504f;
-    int32_t whole = (int32_t)(t + (t < 0 ? -0.5f : 0.5f));
-    uint32_t bits = (uint32_t)(whole + 127) << 23;
-    float rest = t - (float)whole, power, two;
+INLINE float sigmoid(float z) { /* 1 / (1 + 2^t), t the nearest integer plus the rest; error below 3e-7 */
+    uint32_t bits, sign;
+    memcpy(&bits, &z, sizeof z);
+    sign = bits & 0x80000000, bits &= 0x7fffffff;
+    bits = (bits < 0x42ae0000 ? bits : 0x42ae0000) | sign; /* |z| at most 87; of a NaN, too, which z itself passes on */
+    memcpy(&z, &bits, sizeof z);
+    float t = z * -1.44269504f, near = (t + 12582912.0f) - 12582912.0f, rest = t - near, power, two;
+    bits = (uint32_t)((int32_t)near + 127) << 23;
     memcpy(&two, &bits, sizeof two);
     power = 1.5403530e-4f; /* the series of 2^rest */
     power = power * rest + 1.3333558e-3f;
