@@ -213,6 +213,7 @@ def test_emissions_follow_the_country():
 def test_passes_of_a_student_alone():
     found = passes_alone(SPACE, phase_of(loss="rslad"), Rslad())
     assert found == (3 + 2 * 2 + 3, 1)
+    assert passes_alone(SPACE, phase_of(loss="rslad", teacher="dynamic"), Rslad()) == found  # frozen, for one alone
     found = passes_alone(SPACE, phase_of(loss="adaad", attack__num_steps=3), AdaAd())
     assert found == (1 + 2 * 3 + 3, 2 * 3 + 1)
     attack = {"num_steps": 3, "first_steps": 1}

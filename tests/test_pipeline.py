@@ -16,6 +16,8 @@ from pipeline_runs import Run
 
 from proard import cli
 from proard.artifacts import read_header, read_table
+from proard.config import ConfigError
+from proard.report import costs
 from proard.report.costs import CostComparison, compare, read_ledgers
 
 TRAININGS = ("train_teacher", "train_phase/depth", "train_phase/all")
@@ -58,6 +60,17 @@ def test_the_whole_dag_ends_in_checked_students(finished: Run):
     assert not list(finished.results.rglob("*.part"))
 
 
+def test_a_run_of_another_version_has_its_costs_without_the_comparison(finished: Run, monkeypatch):
+    def parse(*_):
+        raise ConfigError("train_phase.all.gone is no setting")
+
+    monkeypatch.setattr(costs, "parse", parse)
+    found = compare(finished.results, read_ledgers(finished.results))
+    assert found == (
+        "no comparison: the phases were trained by another version of the package (train_phase.all.gone is no setting)"
+    )
+
+
 def test_the_ledger_compares_the_run_with_students_trained_one_by_one(finished: Run, capsys: pytest.CaptureFixture):
     """The teacher was killed once and resumed: repeated overhead is counted twice, training steps only once."""
     folder, ledgers = finished.results, read_ledgers(finished.results)
@@ -68,8 +81,8 @@ def test_the_ledger_compares_the_run_with_students_trained_one_by_one(finished: 
     assert found.images == {"steps": steps, "path": steps + images["train_teacher"]}
     assert (found.own, found.others) == (3 + 2 * 3 + 3, 1)  # rslad: clean and adversarial pass, three attack steps
     assert found.teacher_macs == read_table(folder / "train_teacher" / "history.parquet")["macs"].iloc[-1]
-    costs = {path.parent: read_table(path) for path in folder.rglob("costs.parquet")}
-    paid = {parent: float(table[["work_macs", "cached_macs"]].sum().sum()) for parent, table in costs.items()}
+    tables = {path.parent: read_table(path) for path in folder.rglob("costs.parquet")}
+    paid = {parent: float(table[["work_macs", "cached_macs"]].sum().sum()) for parent, table in tables.items()}
     stages = [path.relative_to(folder).parts[0] for path in paid]
     of = lambda *names: sum(cost for cost, stage in zip(paid.values(), stages, strict=True) if stage in names)  # noqa: E731
     assert found.shared == pytest.approx(of("prepare_data", "train_teacher"))

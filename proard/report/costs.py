@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from proard import artifacts
-from proard.config import NEEDS, RunConfig, UserError, parse
+from proard.config import NEEDS, ConfigError, RunConfig, UserError, parse
 from proard.space import SearchSpace, read_space
 
 LEDGER = "costs.parquet"
@@ -243,7 +243,10 @@ def compare(folder: str | Path, ledgers: pd.DataFrame) -> CostComparison | str:
         return f"no comparison without {', '.join(missing)}"
     from proard.training import passes_alone  # torch only where it is needed
 
-    settings = [parse(RunConfig, metadata["settings"]) for metadata in _in_order(phases.values())]
+    try:
+        settings = [parse(RunConfig, metadata["settings"]) for metadata in _in_order(phases.values())]
+    except ConfigError as error:
+        return f"no comparison: the phases were trained by another version of the package ({error})"
     (first,), (last,) = settings[0].train_phase.phases, settings[-1].train_phase.phases
     own, others = passes_alone(SearchSpace(settings[-1].space), last, last.loss)
     steps = float(sum(artifacts.read_table(path)["images"].iloc[-1] for path in phases.values()))

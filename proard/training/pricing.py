@@ -141,8 +141,9 @@ def planned_work(space: SearchSpace, phase: Phase, *, images: int, seed: int, te
 def passes_alone(space: SearchSpace, settings: Phase | TrainTeacher, loss: Loss) -> tuple[float, float]:
     """Passes of one image in a step that trains one arch by itself with the loss and the attack of `settings`.
 
-    A growing number of attack steps is averaged over its equal parts. Adversarial weight perturbation counts from the
-    first epoch, teacher outputs from tables as passes.
+    Alone, an arch has a frozen teacher, also where a phase's teacher is trained with its subnets. A growing number of
+    attack steps is averaged over its equal parts. Adversarial weight perturbation counts from the first epoch, teacher
+    outputs from tables as passes.
 
     Returns
     -------
@@ -153,6 +154,8 @@ def passes_alone(space: SearchSpace, settings: Phase | TrainTeacher, loss: Loss)
     levels = 1 if first is None else settings.attack.num_steps - first + 1
     if settings.awp is not None:
         settings = settings.model_copy(update={"awp": settings.awp.model_copy(update={"warmup_epochs": 0})})
+    if isinstance(settings, Phase):
+        settings = settings.model_copy(update={"teacher": "frozen"})
     plan = single_plan(space.smallest, loss, settings)
     work = price(space, settings, plan, seed=0, steps_per_pass=levels, total_steps=levels)
     own = work.macs / space.spec(space.smallest).macs
