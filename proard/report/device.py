@@ -21,8 +21,8 @@ from proard.report.text import percent
 
 FLOAT = "student.onnx"
 ALIKE = "union"  # the row of all attacks by which float32 and int8 are compared
-LOOKS = {"float32": (COLOURS["blue"], "o"), "int8": (COLOURS["orange"], "s")}
-OTHER = (COLOURS["green"], "^")  # files of other runtimes
+COLOUR = {"float32": COLOURS["blue"], "int8": COLOURS["orange"]}
+ONNX, OTHER = "o", "^"  # markers of ONNX files and of those of other runtimes
 MEASURED = ("clean_acc", "robust_acc")
 
 
@@ -129,7 +129,8 @@ def device_figure(files: Sequence[DeviceFile]) -> tuple[Figure, dict[str, list[s
             axis.annotate(budget, max(points), **words, color=COLOURS["muted"])
         for index, label in enumerate(dict.fromkeys(file.label for file in files)):
             alike = [file for file in files if file.label == label]
-            colour, marker = LOOKS.get(label, OTHER)
+            colour = COLOUR[alike[0].row["precision"]]
+            marker = ONNX if label in COLOUR else OTHER
             times, robust = ([file.row[name] for file in alike] for name in ("latency_ms", "robust_acc"))
             ends = [file for file in alike if file.known("robust_acc_low") is not None]
             low, high = ([file.row[f"robust_acc_{end}"] for file in ends] for end in ("low", "high"))
@@ -168,13 +169,11 @@ def _tooltip(file: DeviceFile) -> str:
 def _quantised(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """float32 and int8 on test under all attacks, with the number of variants that were tried."""
     tried = frame[(frame["split"] == "val") & (frame["precision"] == "int8")]["variant"].nunique()
-    rows = sorted(_final(frame), key=lambda row: list(LOOKS).index(row["precision"]))
+    rows = sorted(_final(frame), key=lambda row: list(COLOUR).index(row["precision"]))
     for row in rows:
         row["tried"] = tried
         if row["precision"] == "float32":  # its runtime is that of the accuracies; its time is from the run of int8
             row |= dict.fromkeys(("runtime", "cpu", "cpu_flags"))
-        if row["precision"] == "int8" and "agreement_clean" in row and "agreement_adversarial" in row:
-            row["agreement"] = min(row["agreement_clean"], row["agreement_adversarial"])
     return rows
 
 
@@ -186,7 +185,11 @@ def _final(frame: pd.DataFrame) -> list[dict[str, Any]]:
         if "attack" in frame and (frame["attack"] == name).any():
             frame = frame[frame["attack"] == name]
             break
-    return frame.to_dict("records")
+    rows = frame.to_dict("records")
+    for row in rows:
+        if row["precision"] == "int8" and "agreement_clean" in row and "agreement_adversarial" in row:
+            row["agreement"] = min(row["agreement_clean"], row["agreement_adversarial"])
+    return rows
 
 
 def _exported(student: Student, parity: Mapping[str, Any]) -> dict[str, Any]:
