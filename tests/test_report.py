@@ -393,6 +393,7 @@ def test_autoattack_and_checks_have_a_section_each(tmp_path: Path):
     main([*made.flags(), "--autoattacked", *attacked, "--checked", *checked])
     text = made.path("report", "report.html").read_text("utf-8")
     assert {"autoattack", "checks"} < set(Page(text).ids)
+    assert f"\n{rows[-1]['num_images']:,} under AutoAttack" in text.split('<div class="cards">')[0]
     section = text.split('<section id="autoattack">')[1].split("</section>")[0]
     final = made.students[BUDGETS[0]]
     (line,) = (row for row in section.split("<tr>") if f">{BUDGETS[0]}<" in row)

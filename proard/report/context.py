@@ -71,6 +71,14 @@ class Context:
     country: str = "USA"
 
     @property
+    def best_autoattacked(self) -> pd.Series | None:
+        """AutoAttack's row of all attacks for the best student, where there is one."""
+        for table in self.results.autoattacked if self.students else ():
+            if str(table["budget"].iloc[0]) == self.best.budget:
+                return table[table["attack"] == "autoattack"].iloc[0]
+        return None
+
+    @property
     def best(self) -> Student:
         """The student with the highest robust accuracy; the cheapest of several."""
         return max(self.students, key=lambda student: (student.final["robust_acc"], -student.macs))
