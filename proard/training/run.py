@@ -280,13 +280,11 @@ class Run:
         epoch, best = -(-done.step // self.steps_per_epoch), False
         if done.step == self.total or epoch % self.validation.every_epochs == 0:
             validation = self._measured()
-            robust, clean = (
-                sum(row[f"val_{kind}_acc"] for row in validation) / len(validation) for kind in ("robust", "clean")
-            )
-            first, second = (clean, robust) if self.plan.loss == "plain" else (robust, clean)
-            best = first + 1e-3 * second > done.best_score
-            if best:
-                done.best_score = first + 1e-3 * second
+            kinds = ("clean", "robust") if self.plan.loss == "plain" else ("robust", "clean")
+            first, second = (sum(row[f"val_{kind}_acc"] for row in validation) / len(validation) for kind in kinds)
+            score = first + 1e-3 * second
+            if best := score > done.best_score:
+                done.best_score = score
                 self.step_on.update.remember_best()
                 for row in self.history:
                     row["best"] = False
