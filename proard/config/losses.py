@@ -90,7 +90,7 @@ class Adr(Loss):
 
     During the training the weight of the average's outputs moves from the first value of `soft_weight` to the second,
     and their temperature from the first value of `temperature` to the second, each on half a cosine. The decay of the
-    average is the training's `ema_decay` (0.995 in the paper).
+    average is the training's `ema_decay`.
     """
 
     name: Literal["adr"] = "adr"
