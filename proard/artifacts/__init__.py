@@ -21,10 +21,11 @@ from proard.artifacts.tables import (
     write_table,
 )
 from proard.artifacts.tensors import load_arrays, load_tensors, read_header, save_arrays, save_tensors, tensors_checksum
-from proard.artifacts.trust import AUTOATTACK, CHECKS
+from proard.artifacts.trust import AUTOATTACK, AUTOATTACK_UNION, CHECKS
 
 __all__ = [
     "AUTOATTACK",
+    "AUTOATTACK_UNION",
     "CHECKS",
     "COSTS",
     "EXECUTORCH",

@@ -6,6 +6,7 @@ import pyarrow as pa
 
 from proard.artifacts.tables import FLAG, FLOAT, INT, MEASURED, TEXT
 
+AUTOATTACK_UNION = "autoattack"  # in column `attack` of AUTOATTACK: the row of all attacks together
 AUTOATTACK: dict[str, tuple[pa.DataType, str]] = {
     **MEASURED,
     "budget": (TEXT, "the requested limit, or the training's name"),

@@ -78,7 +78,7 @@ def _autoattack(folder: Path, budget: str) -> pd.Series | None:
     if not path.exists():
         return None
     rows = artifacts.read_table(path, columns=["attack", "num_images", "robust_acc"])
-    rows = rows[rows["attack"] == "autoattack"]
+    rows = rows[rows["attack"] == artifacts.AUTOATTACK_UNION]
     return None if rows.empty else rows.iloc[0]
 
 

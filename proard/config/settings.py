@@ -194,7 +194,10 @@ class TrainTeacher(AdversarialTraining, OfOneNetwork):
 
 
 class TrainControl(Optimisation, OfOneNetwork):
-    """The plainly trained network of the teacher's size: the baseline for robust training."""
+    """The plainly trained network of the teacher's size: the baseline for robust training.
+
+    The epoch with the highest clean accuracy on val is kept.
+    """
 
     objective: ClassVar[Plain] = Plain()
     attack: ClassVar[TrainingAttack] = TrainingAttack()
@@ -225,8 +228,7 @@ class Phase(AdversarialTraining):
     gradients are multiplied by (1 - completed fraction of the training)^(complexity_decay * c). c decreases linearly
     with log-MACs from 1 for the smallest subnet of the space to 0 for the largest.
 
-    `keep`: the `best` epoch by robust accuracy of the validated subnets on val (the control: by clean accuracy), or the
-    `last`.
+    `keep`: the `best` epoch by robust accuracy of the validated subnets on val, or the `last`.
     `teacher_logits` stores the frozen teacher's logits of every view of the clean images that has occurred, in a table
     on the device. Its size is images * (2 crop_padding + 1)^2 * 2 if mirrored * classes numbers: 324 MB in float32 for
     CIFAR-10.

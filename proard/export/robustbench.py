@@ -13,10 +13,19 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from proard.artifacts import AUTOATTACK, read_header, read_metadata, read_table, sha256, write_json, write_text
+from proard.artifacts import (
+    AUTOATTACK,
+    AUTOATTACK_UNION,
+    read_header,
+    read_metadata,
+    read_table,
+    sha256,
+    write_json,
+    write_text,
+)
 from proard.config import UserError
 from proard.export import plain
-from proard.export.trust import ALL, percent_interval
+from proard.export.trust import percent_interval
 
 DATA = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 TEST_IMAGES = 10_000
@@ -116,7 +125,7 @@ def submission(folder: str | Path, publication: Publication) -> list[Path]:
             f"{table_path}"
         )
     table, metadata = read_table(table_path, columns=AUTOATTACK), read_metadata(table_path)
-    row = table[table["attack"] == ALL].iloc[0]
+    row = table[table["attack"] == AUTOATTACK_UNION].iloc[0]
     additional = _additional_data(folder, publication)
     broken = broken_rules(header, row, made_from=metadata.get("inputs", {}).get(weights.name), checksum=sha256(weights))
     broken += additional if isinstance(additional, list) else []

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from proard.artifacts import AUTOATTACK_UNION
+
 NOTABLE = 0.005  # difference of two robust accuracies that is said in words
-ALL = "autoattack"  # the row of all attacks together
 
 
 def percent_interval(row: pd.Series, name: str) -> str:
@@ -28,7 +29,7 @@ class Trust:
         """The row of AutoAttack that counts: after all four attacks."""
         if self.autoattack is None:
             return None
-        return self.autoattack[self.autoattack["attack"] == ALL].iloc[0]
+        return self.autoattack[self.autoattack["attack"] == AUTOATTACK_UNION].iloc[0]
 
     def headline(self, own: Sequence[str]) -> str:
         """Robust accuracies as rows of the card's first table: AutoAttack's, then the worst case of own attacks.
@@ -73,7 +74,7 @@ def difference_words(row: pd.Series | None) -> str:
 
 def _autoattack(table: pd.DataFrame, difference: str) -> str:
     """The section on AutoAttack."""
-    last = table[table["attack"] == ALL].iloc[0]
+    last = table[table["attack"] == AUTOATTACK_UNION].iloc[0]
     lines = [
         "### AutoAttack",
         "",
@@ -87,7 +88,7 @@ def _autoattack(table: pd.DataFrame, difference: str) -> str:
         )
     lines += [difference] if difference else []
     lines += ["", "| attack | images attacked | robust accuracy after it |", "|---|---|---|"]
-    for _, row in table[table["attack"] != ALL].iterrows():
+    for _, row in table[table["attack"] != AUTOATTACK_UNION].iterrows():
         lines.append(f"| {row['attack']} | {row['attacked']:,} | {percent_interval(row, 'robust_acc')} |")
     if last["warnings"]:
         lines += ["", f"AutoAttack warns: {last['warnings']}"]

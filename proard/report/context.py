@@ -11,6 +11,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from proard.artifacts import AUTOATTACK_UNION
 from proard.progress import duration
 from proard.report import text
 from proard.report.costs import CostComparison
@@ -75,7 +76,7 @@ class Context:
         """AutoAttack's row of all attacks for the best student, where there is one."""
         for table in self.results.autoattacked if self.students else ():
             if str(table["budget"].iloc[0]) == self.best.budget:
-                return table[table["attack"] == "autoattack"].iloc[0]
+                return table[table["attack"] == AUTOATTACK_UNION].iloc[0]
         return None
 
     @property

@@ -7,9 +7,9 @@ from typing import Any
 
 import pandas as pd
 
+from proard.artifacts import AUTOATTACK_UNION
 from proard.report.context import Context, Section, section
 
-ALL = "autoattack"  # the row of all attacks together
 NOTABLE = 0.005  # difference of two robust accuracies that is said in words
 
 
@@ -19,20 +19,21 @@ def autoattack(context: Context) -> Section | None:
     if not tables:
         return None
     students = [{str(row["attack"]): row for _, row in table.iterrows()} for table in tables]
-    gaps = [_gap(rows[ALL]) for rows in students]
+    whole = [rows[AUTOATTACK_UNION] for rows in students]
+    gaps = [_gap(row) for row in whole]
     notable = [
-        (str(rows[ALL]["budget"]), 100 * gap)
-        for rows, gap in zip(students, gaps, strict=True)
+        (str(row["budget"]), 100 * gap)
+        for row, gap in zip(whole, gaps, strict=True)
         if gap is not None and abs(gap) > NOTABLE
     ]
     values: dict[str, Any] = {
         "students": list(zip(students, gaps, strict=True)),
-        "attacks": [name for name in students[0] if name != ALL],
-        "last": students[0][ALL],
-        "left_out": sum(int(rows[ALL]["left_out"]) for rows in students),
-        "warnings": sorted({str(rows[ALL]["warnings"]) for rows in students if rows[ALL]["warnings"]}),
+        "attacks": [name for name in students[0] if name != AUTOATTACK_UNION],
+        "last": whole[0],
+        "left_out": sum(int(row["left_out"]) for row in whole),
+        "warnings": sorted({str(row["warnings"]) for row in whole if row["warnings"]}),
         "notable": notable,
-        "whole": ALL,
+        "whole": AUTOATTACK_UNION,
     }
     return section("autoattack", "AutoAttack", "AutoAttack on the exported students", **values)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from proard.artifacts import AUTOATTACK, write_table
+from proard.artifacts import AUTOATTACK, AUTOATTACK_UNION, write_table
 from proard.config import Attack
 from proard.data import ImageSet, to_float
 from proard.evaluation import clean_correct, rows_of, work_of
@@ -18,8 +18,6 @@ from proard.progress import Progress
 from proard.space import one_pass
 from proard.stages.common import Job, parse_arguments, run
 from proard.stages.measuring import Exported, conditions_of, exported_network, load_images, own_outcomes, own_rows
-
-ALL = "autoattack"  # name of the row of all attacks together
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -80,7 +78,7 @@ def table_rows(
     """Rows of AUTOATTACK: the images that are robust after each attack and all before it, and after all."""
     whole = {name: sum(entry[name] for entry in found.entries.values()) for name in ("gradients", "seconds")}
     whole |= {"robust": found.entries[ATTACKS[-1]]["robust"], "attacked": found.entries[ATTACKS[0]]["attacked"]}
-    entries = {**found.entries, ALL: whole}
+    entries = {**found.entries, AUTOATTACK_UNION: whole}
     measured = {name: {**entry, "clean": found.clean, "dtype": "float32"} for name, entry in entries.items()}
     attacks = [Attack(name=name, num_steps=STEPS.get(name, max(STEPS.values()))) for name in measured]
     shared = {
