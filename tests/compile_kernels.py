@@ -9,16 +9,17 @@ from triton.compiler import ASTSource
 from proard.kernels import fused_maps, fused_product
 
 HALF, FLOAT, NUMBER = "*bf16", "*fp32", "i32"
-SIZES = {"rows": NUMBER, "channels": NUMBER, "chunk_rows": NUMBER, "chunks": NUMBER, "eps": "fp32"}
+SIZES = dict.fromkeys(("rows", "units", "channel_units", "depth_units", "column_units", "stride_units"), NUMBER)
+SIZES |= {"chunk_rows": NUMBER, "chunks": NUMBER, "eps": "fp32"}
 NORM = {**dict.fromkeys(("x", "y", "dy", "dx", "side", "dside"), HALF), **SIZES}
 NORM |= dict.fromkeys(("sums", "scale", "shift", "mean", "var", "mean_out", "var_out", "dscale", "dshift"), FLOAT)
 PRODUCT = dict.fromkeys(("x", "weight", "bias", "side", "before", "out"), HALF)
-PRODUCT |= dict.fromkeys(("rows", "columns", "depth", "weight_row", "weight_column"), NUMBER)
-PASS = {**dict.fromkeys(("x", "bias", "side", "gradient", "before"), HALF), "size": NUMBER, "channels": NUMBER}
-TILE = {"ROWS": 64, "COLUMNS": 64}
+PRODUCT |= SIZES
+PASS = {**dict.fromkeys(("x", "bias", "side", "gradient", "before"), HALF), **SIZES}
+TILE = {"ROWS": 128, "COLUMNS": 32}
 KERNELS = [
-    (fused_maps._finish, PASS, {"HAS_BIAS": True, "HAS_SIDE": True, "KIND": 3, "BLOCK": 2048}),
-    (fused_maps._slope, PASS, {"HAS_SIDE": True, "KIND": 4, "BLOCK": 2048}),
+    (fused_maps._finish, PASS, {"HAS_BIAS": True, "HAS_SIDE": True, "KIND": 3, "BLOCK": 256}),
+    (fused_maps._slope, PASS, {"HAS_SIDE": True, "KIND": 4, "BLOCK": 256}),
     (fused_maps._norm_sums, NORM, TILE),
     (fused_maps._norm_apply, NORM, {"HAS_SIDE": True, "KIND": 1, **TILE}),
     (fused_maps._norm_slope_sums, NORM, {"FROM_OUTPUT": True, "KIND": 1, **TILE}),
@@ -27,7 +28,7 @@ KERNELS = [
         fused_product._product,
         PRODUCT,
         {"HAS_BIAS": True, "HAS_SIDE": True, "KIND": 1, "SLOPE": 1, "EVEN": True}
-        | {"ROWS": 128, "COLUMNS": 128, "DEPTH": 64},
+        | {"TURNED": False, "ROWS": 128, "COLUMNS": 128, "DEPTH": 64},
     ),
 ]
 

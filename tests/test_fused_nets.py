@@ -145,18 +145,25 @@ def test_the_gradient_of_a_gradient_with_a_sum_is_the_plain_one():
 
 @pytest.mark.parametrize("name", prove.CHECKS)
 def test_every_kernel_is_right_for_every_activation_and_odd_shapes(name):
-    shapes = {"shapes": ((1, 3, 1, 1), (3, 24, 7, 5), (2, 3, 9, 11), (2, 72, 4, 4))}
+    maps = {"shapes": ((2, 8, 1, 1), (3, 24, 7, 5), (1, 16, 9, 11), (2, 72, 4, 4))}
+    images = {"shapes": ((1, 3, 1, 1), (2, 3, 9, 11), (3, 1, 7, 5))}
     kinds = {"kinds": KINDS, "types": (torch.float32,)}
     how = {
-        "updates": shapes,
-        "noise": shapes,
-        "logit gradients": {"batches": ((1, 1), (3, 7))},
-        "passes": shapes | kinds,
-        "batch norm": {"shapes": shapes["shapes"][1:]} | kinds,
+        "updates": images,
+        "noise": images,
+        "logit gradients": {"batches": ((1, 1), (3, 7)), "types": tuple(prove.ROUNDING)},
+        "passes": maps | kinds,
+        "batch norm": maps | kinds,
         "products": {"channels": ((8, 24), (40, 72)), "sizes": ((3, 7, 5),)},
     }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prove.require(prove.CHECKS[name](kernels(), device, **how[name]))
+
+
+def test_maps_whose_channels_fill_no_vector_take_the_reference():
+    maps = kernels().maps
+    assert maps.fits(torch.zeros(2, 16, 3, 3).contiguous(memory_format=torch.channels_last))
+    assert not maps.fits(torch.zeros(2, 12, 3, 3).contiguous(memory_format=torch.channels_last))
 
 
 def test_results_of_a_check_are_read_from_its_process_and_its_failure_is_quoted(monkeypatch):

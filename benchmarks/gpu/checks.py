@@ -24,7 +24,8 @@ ITERATES = 0.999  # share of equal pixels (to 1e-6) of two float64 attacks, or o
 ONE_STEP = 0.99  # the same for one float32 step with other kernels: gradients next to zero change sign by rounding
 GRADIENTS = 0.9999  # cosine of two float64 steps' weight gradients
 REPLAYED = 5  # attack steps of a captured attack: enough to be captured at a network's first attack
-MAPS = ((1, 8, 1, 1), (3, 3, 17, 19), (64, 264, 32, 32), (64, 44, 32, 32), (128, 2048, 4, 4), (8, 64, 112, 112))
+MAPS = ((2, 8, 1, 1), (3, 24, 17, 19), (64, 264, 32, 32), (64, 40, 32, 32), (128, 2048, 4, 4), (8, 64, 112, 112))
+ALL = {"types": (torch.bfloat16, torch.float32), "kinds": ("relu", "h_swish", "silu")}
 REAL: Mapping[str, Mapping[str, Sequence]] = {
     # (batch, channels, height, width): odd channel counts and sides, the widest maps, one image and many
     "updates": {
@@ -37,10 +38,13 @@ REAL: Mapping[str, Mapping[str, Sequence]] = {
             (256, 1, 224, 224),
         )
     },
-    "logit gradients": {"batches": [(images, classes) for images in (1, 1024) for classes in (1, 2, 7, 10, 101, 1001)]},
+    "logit gradients": {
+        "types": tuple(prove.ROUNDING),
+        "batches": [(images, classes) for images in (1, 1024) for classes in (1, 2, 7, 10, 101, 1001)],
+    },
     "noise": {"shapes": ((1, 3, 32, 32), (1024, 3, 32, 32), (7, 5, 17, 19))},
-    "passes": {"shapes": MAPS},
-    "batch norm": {"shapes": MAPS},
+    "passes": {"shapes": MAPS, **ALL},
+    "batch norm": {"shapes": MAPS, **ALL},
     "products": {
         "channels": ((8, 16), (24, 64), (64, 256), (264, 88), (1024, 256), (512, 2048)),
         "sizes": ((3, 17, 19), (128, 16, 16)),

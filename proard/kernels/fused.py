@@ -46,7 +46,7 @@ def _softmax_difference(out, logits, target, classes, LABELS: tl.constexpr, BLOC
     tl.store(out + place, (share - wanted).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["key", "first", "stream"])
+@triton.jit(do_not_specialize=["key", "first", "stream", "numbers", "blocks", "size"])
 def _philox_uniform(out, key, first, stream, numbers, blocks, size, BLOCK: tl.constexpr):
     """Four numbers per lane: those of one counter."""
     lane = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -3,6 +3,11 @@
 Maps are channels last and dense, so that a map of shape (batch, channels, height, width) is a matrix with a row per
 pixel. Every kernel reads and writes a map once; batch norm reads it twice, since its statistics come first. All sums
 are added in a fixed order, so results are equal in every run. Numbers are computed in float32.
+
+Triton compiles a program for every combination of constants and, by default, for several properties of every integer;
+each takes half a second. Here sizes are ordinary numbers that are not looked at, in units of 8 channels, so that
+memory is read in vectors all the same, and tiles have one size: a network needs some twenty programs, whatever its
+widths.
 """
 
 from __future__ import annotations
@@ -12,10 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 2048  # numbers per program of a pass without sums
-TILE = 4096  # numbers of a tile of batch norm's kernels
-WIDEST = 64  # channels of a tile
-MAX_CHUNKS = 512  # programs that sum parts of the same map, all channels together
+WIDTH = 8  # channels that are read at once
+UNIT = tl.constexpr(WIDTH)
+BLOCK = 256  # units per program of a pass without sums
+ROWS, COLUMNS = 128, 32  # pixels and channels of a tile of batch norm's kernels
+MAX_CHUNKS = 1024  # programs that sum parts of the same map, all channels together
+SUMMED = tl.constexpr(64)  # chunks whose sums are read at once
+SIZES = ["units", "channel_units", "rows", "chunk_rows", "chunks"]
 KINDS = ("none", "relu", "relu6", "h_swish", "silu")  # KIND in the kernels
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -52,36 +60,50 @@ def sloped(gradient, before, KIND: tl.constexpr):
 
 
 @triton.jit
+def _units(units, BLOCK: tl.constexpr):
+    """A program's first unit, its units from there, the places of their numbers, and which of them exist."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    unit = tl.arange(0, BLOCK)
+    lane = tl.arange(0, UNIT)
+    return start, unit, (start + unit)[:, None] * UNIT + lane[None, :], ((start + unit) < units)[:, None]
+
+
+@triton.jit(do_not_specialize=SIZES)
 def _finish(
     x,
     bias,
     side,
-    size,
-    channels,
+    units,
+    channel_units,
     HAS_BIAS: tl.constexpr,
     HAS_SIDE: tl.constexpr,
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Add bias and side to `x`, then activate, in place."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    offset = tl.arange(0, BLOCK)
-    index = start + offset
-    inside = index < size
+    start, unit, index, inside = _units(units, BLOCK)
     value = tl.load(x + index, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
-        channel = ((start % channels).to(tl.int32) + offset) % channels
+        channel_unit = ((start % channel_units).to(tl.int32) + unit) % channel_units
+        channel = channel_unit[:, None] * UNIT + tl.arange(0, UNIT)[None, :]
         value += tl.load(bias + channel).to(tl.float32)
     if HAS_SIDE:
         value += tl.load(side + index, mask=inside, other=0.0).to(tl.float32)
     tl.store(x + index, activated(value, KIND).to(x.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _slope(gradient, side, before, size, HAS_SIDE: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=SIZES)
+def _slope(
+    gradient,
+    side,
+    before,
+    units,
+    HAS_SIDE: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Add side to the gradient, then multiply by the activation's slope, in place."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < size
+    _, _, index, inside = _units(units, BLOCK)
     value = tl.load(gradient + index, mask=inside, other=0.0).to(tl.float32)
     if HAS_SIDE:
         value += tl.load(side + index, mask=inside, other=0.0).to(tl.float32)
@@ -123,9 +145,19 @@ def _keep_sums(sums, first, second, chunk, chunks, column, live, channels):
     tl.store(target + chunks * channels, tl.sum(second, 0), mask=live)
 
 
-@triton.jit
-def _norm_sums(x, sums, rows, channels, chunk_rows, chunks, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+@triton.jit(do_not_specialize=SIZES)
+def _norm_sums(
+    x,
+    sums,
+    rows,
+    channel_units,
+    chunk_rows,
+    chunks,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """Per channel and chunk of rows: sums of differences from the first row, and of their squares."""
+    channels = channel_units * UNIT
     column, live, chunk, begin, end = _part(rows, channels, chunk_rows, COLUMNS)
     pivot = tl.load(x + column, mask=live, other=0.0).to(tl.float32)
     first = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -141,17 +173,19 @@ def _norm_sums(x, sums, rows, channels, chunk_rows, chunks, ROWS: tl.constexpr, 
 
 @triton.jit
 def _total(sums, column, live, channels, chunks, COLUMNS: tl.constexpr):
-    """Both sums over all chunks, in order."""
-    first = tl.zeros((COLUMNS,), tl.float32)
-    second = tl.zeros((COLUMNS,), tl.float32)
-    for chunk in range(0, chunks):
-        source = sums + chunk * channels + column
-        first += tl.load(source, mask=live, other=0.0)
-        second += tl.load(source + chunks * channels, mask=live, other=0.0)
-    return first, second
+    """Both sums over all chunks, in a fixed order."""
+    first = tl.zeros((SUMMED, COLUMNS), tl.float32)
+    second = tl.zeros((SUMMED, COLUMNS), tl.float32)
+    for start in range(0, chunks, SUMMED):
+        chunk = start + tl.arange(0, SUMMED)
+        source = sums + chunk[:, None] * channels + column[None, :]
+        inside = (chunk < chunks)[:, None] & live[None, :]
+        first += tl.load(source, mask=inside, other=0.0)
+        second += tl.load(source + chunks * channels, mask=inside, other=0.0)
+    return tl.sum(first, 0), tl.sum(second, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _norm_apply(
     x,
     sums,
@@ -162,7 +196,7 @@ def _norm_apply(
     mean_out,
     var_out,
     rows,
-    channels,
+    channel_units,
     chunk_rows,
     chunks,
     eps,
@@ -172,6 +206,7 @@ def _norm_apply(
     COLUMNS: tl.constexpr,
 ):
     """Normalise the rows of a chunk, scale and shift, add side, activate; the first chunk stores the statistics."""
+    channels = channel_units * UNIT
     column, live, chunk, begin, end = _part(rows, channels, chunk_rows, COLUMNS)
     first, second = _total(sums, column, live, channels, chunks, COLUMNS)
     offset = first / rows
@@ -205,7 +240,7 @@ def _slope_at(dy, x, y, index, inside, mean, factor, constant, FROM_OUTPUT: tl.c
     return slope, centred
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _norm_slope_sums(
     dy,
     x,
@@ -216,7 +251,7 @@ def _norm_slope_sums(
     var,
     sums,
     rows,
-    channels,
+    channel_units,
     chunk_rows,
     chunks,
     eps,
@@ -226,6 +261,7 @@ def _norm_slope_sums(
     COLUMNS: tl.constexpr,
 ):
     """Per channel and chunk of rows: sums of the slopes, and of slopes times the normalised map."""
+    channels = channel_units * UNIT
     column, live, chunk, begin, end = _part(rows, channels, chunk_rows, COLUMNS)
     centre, inverse, factor, constant = _line(scale, shift, mean, var, column, live, eps)
     first = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -239,7 +275,7 @@ def _norm_slope_sums(
     _keep_sums(sums, first, second, chunk, chunks, column, live, channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _norm_gradient(
     dy,
     x,
@@ -254,7 +290,7 @@ def _norm_gradient(
     dshift,
     dside,
     rows,
-    channels,
+    channel_units,
     chunk_rows,
     chunks,
     eps,
@@ -264,6 +300,7 @@ def _norm_gradient(
     COLUMNS: tl.constexpr,
 ):
     """Gradients with respect to the map and, of the first chunk's programs, to scale and shift."""
+    channels = channel_units * UNIT
     column, live, chunk, begin, end = _part(rows, channels, chunk_rows, COLUMNS)
     first, second = _total(sums, column, live, channels, chunks, COLUMNS)
     if chunk == 0:
@@ -283,13 +320,13 @@ def _norm_gradient(
 
 def finish_(x: Tensor, bias: Tensor | None, side: Tensor | None, activation: str) -> Tensor:
     """Add a bias per channel and a map, then activate, in place; tensors as accepted by `fits`."""
-    size, none = x.numel(), x
-    _finish[(triton.cdiv(size, BLOCK),)](
+    units = x.numel() // WIDTH
+    _finish[(triton.cdiv(units, BLOCK),)](
         x,
-        none if bias is None else bias,
-        none if side is None else side,
-        size,
-        x.shape[1],
+        x if bias is None else bias,
+        x if side is None else side,
+        units,
+        x.shape[1] // WIDTH,
         HAS_BIAS=bias is not None,
         HAS_SIDE=side is not None,
         KIND=KINDS.index(activation),
@@ -300,12 +337,12 @@ def finish_(x: Tensor, bias: Tensor | None, side: Tensor | None, activation: str
 
 def slope_(gradient: Tensor, before: Tensor | None, side: Tensor | None, activation: str) -> Tensor:
     """Add a map to a gradient, then multiply by an activation's slope, in place; tensors as accepted by `fits`."""
-    size = gradient.numel()
-    _slope[(triton.cdiv(size, BLOCK),)](
+    units = gradient.numel() // WIDTH
+    _slope[(triton.cdiv(units, BLOCK),)](
         gradient,
         gradient if side is None else side,
         gradient if before is None else before,
-        size,
+        units,
         HAS_SIDE=side is not None,
         KIND=0 if before is None else KINDS.index(activation),
         BLOCK=BLOCK,
@@ -317,15 +354,12 @@ def norm_forward(
     x: Tensor, scale: Tensor, shift: Tensor, eps: float, activation: str, side: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Activated map, mean and biased variance of `norm_activation`."""
-    grid, shape = _grid(x)
+    grid, size, tile = _grid(x)
     y, mean, var = torch.empty_like(x), torch.empty_like(scale), torch.empty_like(scale)
     sums = torch.empty(2, grid[1], x.shape[1], device=x.device)
-    tile = {"ROWS": shape["ROWS"], "COLUMNS": shape["COLUMNS"]}
-    size = (shape["rows"], x.shape[1], shape["chunk_rows"], grid[1])
     _norm_sums[grid](x, sums, *size, **tile)
-    kept = x if side is None else side
     how = {"HAS_SIDE": side is not None, "KIND": KINDS.index(activation), **tile}
-    _norm_apply[grid](x, sums, scale, shift, kept, y, mean, var, *size, eps, **how)
+    _norm_apply[grid](x, sums, scale, shift, x if side is None else side, y, mean, var, *size, eps, **how)
     return y, mean, var
 
 
@@ -341,12 +375,11 @@ def norm_backward(
     y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of `norm_activation` for map, scale, shift and, where its output `y` is given, the map added to it."""
-    grid, shape = _grid(x)
+    grid, size, tile = _grid(x)
     sums = torch.empty(2, grid[1], x.shape[1], device=x.device)
     dx, dscale, dshift = torch.empty_like(x), torch.empty_like(scale), torch.empty_like(shift)
     dside = None if y is None else torch.empty_like(y)
-    tile = {"KIND": KINDS.index(activation), "ROWS": shape["ROWS"], "COLUMNS": shape["COLUMNS"]}
-    size = (shape["rows"], x.shape[1], shape["chunk_rows"], grid[1])
+    tile["KIND"] = KINDS.index(activation)
     given = (dy, x, x if y is None else y, scale, shift, mean, var, sums)
     _norm_slope_sums[grid](*given, *size, eps, FROM_OUTPUT=y is not None, **tile)
     found = (dx, dscale, dshift, dx if dside is None else dside)
@@ -354,22 +387,21 @@ def norm_backward(
     return dx, dscale, dshift, dside
 
 
-def _grid(x: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
-    """Programs of a kernel of batch norm, and the sizes of its tiles and chunks."""
+def _grid(x: Tensor) -> tuple[tuple[int, int], tuple[int, ...], dict[str, int]]:
+    """Programs of a kernel of batch norm; sizes of map and chunks; constants."""
     channels, rows = x.shape[1], x.numel() // x.shape[1]
-    columns = min(triton.next_power_of_2(channels), WIDEST)
-    tile_rows = TILE // columns
-    across = triton.cdiv(channels, columns)
-    chunks = max(min(triton.cdiv(rows, tile_rows), MAX_CHUNKS // across), 1)
-    chunk_rows = triton.cdiv(triton.cdiv(rows, chunks), tile_rows) * tile_rows
-    grid = (across, triton.cdiv(rows, chunk_rows))
-    return grid, {"rows": rows, "chunk_rows": chunk_rows, "ROWS": tile_rows, "COLUMNS": columns}
+    across = triton.cdiv(channels, COLUMNS)
+    chunks = max(min(triton.cdiv(rows, ROWS), MAX_CHUNKS // across), 1)
+    chunk_rows = triton.cdiv(triton.cdiv(rows, chunks), ROWS) * ROWS
+    chunks = triton.cdiv(rows, chunk_rows)
+    return (across, chunks), (rows, channels // WIDTH, chunk_rows, chunks), {"ROWS": ROWS, "COLUMNS": COLUMNS}
 
 
 def fits(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether maps are dense, channels last, and of one type and shape that the kernels compute."""
+    """Whether maps are dense, channels last, of one type and shape, with a multiple of 8 channels."""
     return (
         x.dtype in TYPES
+        and x.shape[1] % WIDTH == 0
         and x.numel() > 0
         and x.is_contiguous(memory_format=torch.channels_last)
         and all(

@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from proard.kernels.fused_maps import KINDS, activated, fits, sloped
+from proard.kernels.fused_maps import KINDS, UNIT, WIDTH, activated, fits, sloped
 
-ROWS = 128  # pixels per program
+ROWS, COLUMNS, DEPTH = 128, 128, 64  # pixels and output channels per program, input channels at once
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "column_units", "depth_units", "stride_units"])
 def _product(
     x,
     weight,
@@ -26,20 +26,24 @@ def _product(
     before,
     out,
     rows,
-    columns,
-    depth,
-    weight_row,
-    weight_column,
+    column_units,
+    depth_units,
+    stride_units,
     HAS_BIAS: tl.constexpr,
     HAS_SIDE: tl.constexpr,
     KIND: tl.constexpr,
     SLOPE: tl.constexpr,
     EVEN: tl.constexpr,
+    TURNED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
     """A tile of x @ weight^T, plus bias and side, activated, times a slope; neighbours share their rows of `x`."""
+    columns, depth = column_units * UNIT, depth_units * UNIT
+    weight_row, weight_column = stride_units * UNIT, 1
+    if TURNED:
+        weight_row, weight_column = 1, stride_units * UNIT
     across = tl.cdiv(columns, COLUMNS)
     program = tl.program_id(0)
     row = (program // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -89,7 +93,7 @@ def product(
     x : Tensor of shape (batch, in, height, width)
         Channels last and dense.
     weight : Tensor of shape (out, in)
-        Any strides: for an input gradient the transposed filters.
+        Dense rows, or dense columns: for an input gradient the transposed filters.
     bias : Tensor of shape (out,), optional
     side : Tensor of shape (batch, out, height, width), optional
         Channels last and dense; added before the activation.
@@ -110,7 +114,9 @@ def product(
     )
     if not out.numel():
         return out
-    tile, deep = min(max(triton.next_power_of_2(columns), 16), 128), min(max(triton.next_power_of_2(depth), 16), 64)
+    turned = weight.stride(0) == 1 and weight.stride(1) != 1
+    stride = weight.stride(1 if turned else 0)
+    tile = COLUMNS if columns > COLUMNS // 2 else COLUMNS // 2
     _product[(triton.cdiv(rows, ROWS) * triton.cdiv(columns, tile),)](
         x,
         weight,
@@ -119,24 +125,26 @@ def product(
         x if before is None else before,
         out,
         rows,
-        columns,
-        depth,
-        *weight.stride(),
+        columns // WIDTH,
+        depth // WIDTH,
+        stride // WIDTH,
         HAS_BIAS=bias is not None,
         HAS_SIDE=side is not None,
         KIND=KINDS.index(activation),
         SLOPE=0 if before is None else KINDS.index(slope),
-        EVEN=depth % deep == 0,
+        EVEN=depth % DEPTH == 0,
+        TURNED=turned,
         ROWS=ROWS,
         COLUMNS=tile,
-        DEPTH=deep,
-        num_warps=8 if tile == 128 else 4,
+        DEPTH=DEPTH,
+        num_warps=8 if tile == COLUMNS else 4,
         num_stages=3,
     )
     return out
 
 
 def suits(x: Tensor, weight: Tensor, *maps: Tensor | None) -> bool:
-    """Whether the kernel computes these tensors: one type, maps that are channels last and dense."""
+    """Whether the kernel computes these tensors: one type, multiples of 8 channels, dense maps, channels last."""
     alike = all(each is None or (each.dtype is x.dtype and fits(each)) for each in maps)
-    return weight.dtype is x.dtype and fits(x) and alike
+    whole = all(count % WIDTH == 0 for count in weight.shape[:2])
+    return weight.dtype is x.dtype and whole and 1 in weight.stride() and fits(x) and alike
