@@ -1,6 +1,6 @@
 """Own kernels with reference implementations: in Triton and as captured loops on a GPU, in C on a CPU."""
 
-from proard.kernels.captured import CapturedSteps
+from proard.kernels.captured import CapturedCalls, CapturedSteps
 from proard.kernels.convolution import Conv2d, convolution, every
 from proard.kernels.depthwise import depthwise_convolution
 from proard.kernels.dispatch import pgd_update_, softmax_difference
@@ -13,6 +13,7 @@ from proard.kernels.types import computed_type, has_bfloat16, one_pass
 from proard.kernels.winograd import Winograd
 
 __all__ = [
+    "CapturedCalls",
     "CapturedSteps",
     "Conv2d",
     "KeyedNoise",

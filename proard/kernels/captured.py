@@ -67,7 +67,66 @@ class Captured:
             torch._foreach_copy_(targets, sources)
 
 
-class CapturedSteps:
+class Graphs:
+    """Graphs by key, at most so many, and the keys that have occurred.
+
+    Parameters
+    ----------
+    capacity : int
+        Maximum number of graphs; the least recently used one is removed first.
+    remembered : int
+        Maximum number of keys whose first occurrence is remembered.
+    capture : callable, optional
+        Converts a function into one that replays it. The default makes CUDA graphs; others may support other devices.
+
+    Notes
+    -----
+    If a capture fails, a warning gives the reason, and everything runs eagerly from then on.
+    """
+
+    def __init__(
+        self,
+        *,
+        capacity: int = 16,
+        remembered: int = 100_000,
+        capture: Callable[[Callable[[], object]], Replay] | None = None,
+    ) -> None:
+        self.capacity, self.remembered, self.capture = capacity, remembered, capture
+        self.any_device = capture is not None
+        self.graphs: OrderedDict[Hashable, Any] = OrderedDict()
+        self.met: OrderedDict[int, None] = OrderedDict()  # hashes of keys, the newest last
+        self.failed = False
+
+    def met_before(self, key: Hashable) -> bool:
+        """Whether a key has occurred; from now on it has."""
+        mark = hash(key)
+        again = mark in self.met
+        self.met[mark] = None
+        self.met.move_to_end(mark)
+        if len(self.met) > self.remembered:
+            self.met.popitem(last=False)
+        return again
+
+    def record(self, body: Callable[[], object], what: str) -> Replay | None:
+        """The function that replays `body`, which has run before; None, with a warning, if its capture fails."""
+        try:
+            self.capture = self.capture or CudaCapture()
+            return self.capture(body)
+        except RuntimeError as error:
+            warnings.warn(f"{what} run eagerly, because their capture failed: {error}", stacklevel=4)
+            self.failed = True
+            self.graphs.clear()  # no further capture uses their pool
+            return None
+
+    def keep(self, key: Hashable, graph: Any) -> None:
+        """Keep a graph as the most recently used one."""
+        self.graphs[key] = graph
+        self.graphs.move_to_end(key)
+        if len(self.graphs) > self.capacity:  # never the last one, because the shared pool would be freed with it
+            self.graphs.popitem(last=False)
+
+
+class CapturedSteps(Graphs):
     """An attack's loop that replays a captured step, or runs eagerly if that is not slower.
 
     Parameters
@@ -78,33 +137,13 @@ class CapturedSteps:
     batch_size : int
         Batches of another size run eagerly. So do networks that are not a module with only buffers, and tensors that
         are not on a GPU.
-    capacity : int
-        Maximum number of graphs; the least recently used one is removed first. Each contains a copy of its weights and
-        of one batch.
-    remembered : int
-        Maximum number of networks whose first occurrence is remembered.
-    capture : callable, optional
-        Converts a function into one that replays it. The default makes CUDA graphs; others may support other devices.
-
-    Notes
-    -----
-    If a capture fails, a warning gives the reason, and all later steps run eagerly.
+    **how
+        As for `Graphs`; each graph contains a copy of its weights and of one batch.
     """
 
-    def __init__(
-        self,
-        take_steps: TakeSteps,
-        *,
-        batch_size: int,
-        capacity: int = 16,
-        remembered: int = 100_000,
-        capture: Callable[[Callable[[], object]], Replay] | None = None,
-    ) -> None:
-        self.take_steps, self.batch_size, self.capacity, self.capture = take_steps, batch_size, capacity, capture
-        self.any_device, self.remembered = capture is not None, remembered
-        self.graphs: OrderedDict[Hashable, Captured] = OrderedDict()
-        self.met: OrderedDict[int, None] = OrderedDict()  # hashes of keys, the newest last
-        self.failed = False
+    def __init__(self, take_steps: TakeSteps, *, batch_size: int, **how: Any) -> None:
+        super().__init__(**how)
+        self.take_steps, self.batch_size = take_steps, batch_size
 
     def __call__(
         self,
@@ -127,28 +166,15 @@ class CapturedSteps:
         if key in self.graphs:
             graph = self.graphs[key]
             graph.load(predict, objective, images)
-        elif self._pays(key, num_steps):
+        elif self.met_before(key) or num_steps - 1 >= PAYS:
             graph, replays = self._captured(predict, objective, images, step_size), num_steps - 1
         if graph is None:
             return self.take_steps(predict, objective, adv, low, high, step_size=step_size, num_steps=num_steps)
-        self.graphs[key] = graph
-        self.graphs.move_to_end(key)
-        if len(self.graphs) > self.capacity:  # never the last one, because the shared pool would be freed with it
-            self.graphs.popitem(last=False)
+        self.keep(key, graph)
         assert graph.replay is not None
         for _ in range(replays):
             graph.replay()
         return graph.images[0].clone()
-
-    def _pays(self, key: Hashable, num_steps: int) -> bool:
-        """Whether to capture a new graph: many steps follow the first one, or the network occurred before."""
-        mark = hash(key)
-        again = mark in self.met
-        self.met[mark] = None
-        self.met.move_to_end(mark)
-        if len(self.met) > self.remembered:
-            self.met.popitem(last=False)
-        return again or num_steps - 1 >= PAYS
 
     def _captured(self, predict: nn.Module, objective: Any, images: list[Tensor], step_size: float) -> Captured | None:
         """A graph that has taken the first step of this attack; None, with a warning, if the capture fails."""
@@ -158,13 +184,8 @@ class CapturedSteps:
             self.take_steps(graph.predict, graph.objective, *graph.images, step_size=step_size, num_steps=1)
 
         step()  # a capture needs a run before it
-        try:
-            self.capture = self.capture or CudaCapture()
-            graph.replay = self.capture(step)
-        except RuntimeError as error:  # the inputs are unchanged: the attack runs eagerly from its start
-            warnings.warn(f"attack steps run eagerly, because their capture failed: {error}", stacklevel=3)
-            self.failed = True
-            self.graphs.clear()  # no further capture uses their pool
+        graph.replay = self.record(step, "attack steps")
+        if graph.replay is None:  # the inputs are unchanged: the attack runs eagerly from its start
             return None
         return graph
 
@@ -191,6 +212,50 @@ class CapturedSteps:
         except TypeError:  # an objective with attributes other than tensors and constants
             return None
         return key
+
+
+class CapturedCalls(Graphs):
+    """Functions of tensors that recur, each replayed as one graph.
+
+    A function may change tensors in place that exist before it, always the same ones; all else that it reads or
+    returns goes through its arguments and results. What it does on the host happens when it runs and when it is
+    recorded, not when it is replayed.
+    """
+
+    def __call__(
+        self, key: Hashable, body: Callable[[dict[str, Tensor]], dict[str, Tensor]], given: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """`body(given)`; the first call with a key runs it and records it, later ones replay what was recorded."""
+        known = self.graphs.get(key)
+        if known is None:
+            results = body(given)
+            if not self.failed:
+                self._record(key, body, given, results)
+            return results
+        inputs, results, replay = known
+        torch._foreach_copy_(list(inputs.values()), [given[name] for name in inputs])
+        self.graphs.move_to_end(key)
+        replay()
+        return {name: result.clone() for name, result in results.items()}
+
+    def _record(
+        self,
+        key: Hashable,
+        body: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+        given: dict[str, Tensor],
+        found: dict[str, Tensor],
+    ) -> None:
+        """Capture a function on tensors that stay where they are."""
+        inputs = {name: tensor.clone() for name, tensor in given.items()}
+        results = {name: torch.empty_like(tensor) for name, tensor in found.items()}
+
+        def again() -> None:
+            for name, tensor in body(inputs).items():
+                results[name].copy_(tensor)
+
+        replay = self.record(again, "training steps")
+        if replay is not None:
+            self.keep(key, (inputs, results, replay))
 
 
 def tensors_of(objective: Any) -> dict[str, Tensor]:

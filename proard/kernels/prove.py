@@ -26,8 +26,8 @@ from proard.kernels.norm import JOINED, PLAIN, plain_norm_activation
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # of a result, over its largest number
 Shape = tuple[int, int, int, int]
 FINE = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-8}
-# Every type and activation is another program, which takes half a second to compile. This check runs one of each kernel,
-# `make bench-gpu` all of them.
+# Every type and activation is another program, which takes half a second to compile. This check runs one of each
+# kernel, `make bench-gpu` all of them.
 TYPES, ACTIVATION = (torch.bfloat16,), ("relu",)
 # Of maps: odd sides, channel counts that fill no tile, several tiles of rows and of channels.
 SHAPES: tuple[Shape, ...] = ((1, 8, 19, 19), (3, 24, 7, 5), (64, 88, 16, 16))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from proard.attacks import pgd, take_steps
+from proard.attacks import pgd, start_point, take_steps
 from proard.config import Threat, TrainingAttack
 from proard.data import Views
 from proard.kernels import CapturedSteps
@@ -142,6 +142,9 @@ class Attacker:
         statistics: Statistics | None,
         guidance: Guidance,
         generator: torch.Generator,
+        *,
+        initial: Tensor | None = None,
+        take: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """Adversarial images for one subnet.
 
@@ -159,6 +162,10 @@ class Attacker:
             The teacher, where the attack differentiates it.
         generator : torch.Generator
             Source of the start noise.
+        initial : Tensor of the shape of the images, optional
+            What `start` gave, in place of noise.
+        take : callable, optional
+            Takes the attack's steps; by default they may be captured.
 
         Returns
         -------
@@ -166,7 +173,7 @@ class Attacker:
             Without gradient.
         """
         images, view = known.images, student.net
-        options = self.options(images)
+        options = self.options(images) | ({} if initial is None else {"initial": initial})
         attacked: Counted[Any] = student
         predict: Forward
         if self.attack.crafted_on == "teacher":
@@ -179,11 +186,23 @@ class Attacker:
         if subnet.objective.inner == "kl_teacher_adv":  # the teacher counts its own passes
             predict = side_by_side(predict, present(guidance.teacher))
         inner = INNER_OBJECTIVES[present(subnet.objective.inner)](known)
-        adversarial = self.search(predict, inner, images, **options, generator=generator, steps=self.take_steps)
+        steps = take or self.take_steps
+        adversarial = self.search(predict, inner, images, **options, generator=generator, steps=steps)
         attacked.count(2 * options["num_steps"])  # a replayed CUDA graph makes no calls
         self.tally.gradients += options["num_steps"]
         self._keep(subnet, images, adversarial)
         return adversarial
+
+    def start(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Where an attack in full starts: what `craft` would draw."""
+        options = self.options(images)
+        names = ("eps", "norm", "start", "clip_to_ball")
+        return start_point(
+            images,
+            generator=generator,
+            scale=options.get("start_scale", 1.0),
+            **{name: options[name] for name in names if name in options},
+        )
 
     def options(self, images: Tensor) -> dict[str, Any]:
         """Keyword arguments of `pgd` for the next subnet: in full, or its own steps from the shared iterate."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from math import nan
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,7 @@ from proard.training.counted import Counted, Forward, StepTally
 from proard.training.perturbation import perturbed
 from proard.training.plan import Drawn, Plan, choose_winners, pace
 from proard.training.ranks import BatchPart
+from proard.training.recurring import Recurring, recurring
 from proard.training.teacher_table import TeacherTable
 from proard.training.teachers import Guidance, Teachers, add_student_outputs, add_teacher_outputs
 from proard.training.update import Update
@@ -96,6 +99,8 @@ class TrainingStep:
         Moves the weights.
     tally : StepTally
         Counts every pass of the newest step.
+    recurring : Recurring, optional
+        Graphs of the subnets that recur.
     """
 
     def __init__(
@@ -110,9 +115,11 @@ class TrainingStep:
         teachers: Teachers,
         attacker: Attacker,
         update: Update,
+        recurring: Recurring | None = None,
     ) -> None:
         self.net, self.settings, self.plan, self.seed, self.total_steps = net, settings, plan, seed, total_steps
         self.tally, self.teachers, self.attacker, self.update = tally, teachers, attacker, update
+        self.recurring = recurring
         self.memory, self.part = update.memory, update.part
         self.dtype = torch_type(settings.dtype, net)
 
@@ -140,16 +147,16 @@ class TrainingStep:
         drawn = choose_winners(drawn, lambda arch: self._score(arch, images, labels, guidance.target))
         drawn = self.attacker.begin(drawn, self.net.space, step=position, data_pass=data_pass, views=views)
         losses, clean_right, adv_right = [], *torch.zeros(2, dtype=torch.float64, device=images.device)
+        graphs = self.recurring if self.recurring is not None and self.recurring.fits(images, drawn) else None
+        train = self._train if graphs is None else partial(graphs.train, self._train, self.attacker)
         for subnet in drawn:
-            student = self._student(subnet.arch)
-            seen = self._passes(student, subnet, images, labels, guidance, batch.generator)
             rate = pace(self.net.space, subnet.arch, progress=progress, decay=self.settings.complexity_decay)
-            losses.append(self._backward(student, subnet, seen, len(drawn) / rate))
+            found, network = train(subnet, images, labels, guidance, batch.generator, len(drawn) / rate)
+            losses.append(found["loss"])
             if subnet.guides:
-                guidance = self.teachers.led_by(guidance, seen.clean.detach(), partial(student, frozen=True))
-            clean_right = clean_right + _correct(seen.clean, labels) / len(drawn)
-            adv_right = adv_right + _correct(seen.adv, labels) / len(drawn)
-            student.net.scatter_gradients()
+                guidance = self.teachers.led_by(guidance, found["logits"], network)
+            clean_right = clean_right + found.get("clean", nan) / len(drawn)
+            adv_right = adv_right + found.get("robust", nan) / len(drawn)
         specs = [self.net.space.spec(subnet.arch) for subnet in drawn]
         right = (clean_right, adv_right)
         loss, clean, robust = self.update(torch.stack(losses).mean(), right, specs, lr=batch.lr, step=batch.step)
@@ -163,6 +170,31 @@ class TrainingStep:
         view = self.net.view(arch, total=self.part.total if self.part.several else None)
         return Counted(view, self.tally, macs=view.spec.macs, trained=True)
 
+    def _train(
+        self,
+        subnet: Drawn,
+        images: Tensor,
+        labels: Tensor,
+        guidance: Guidance,
+        generator: torch.Generator,
+        count: float,
+        **attacked: Any,
+    ) -> tuple[dict[str, Tensor], Forward]:
+        """All passes of a subnet, its gradients / `count` added to the network's; results, and the subnet, frozen.
+
+        The results are its loss, its correct clean and adversarial images, and its clean logits, as far as computed.
+        """
+        student = self._student(subnet.arch)
+        seen = self._passes(student, subnet, images, labels, guidance, generator, **attacked)
+        found = {"loss": self._backward(student, subnet, seen, count)}
+        for name, logits in (("clean", seen.clean), ("robust", seen.adv)):
+            if logits is not None:
+                found[name] = (logits.detach().argmax(1) == labels).sum(dtype=torch.float64)
+        if seen.clean is not None:
+            found["logits"] = seen.clean.detach()
+        student.net.scatter_gradients()
+        return found, partial(student, frozen=True)
+
     def _passes(
         self,
         student: Counted[View],
@@ -171,6 +203,7 @@ class TrainingStep:
         labels: Tensor,
         guidance: Guidance,
         generator: torch.Generator,
+        **attacked: Any,
     ) -> Batch:
         """Clean pass, attack on this very subnet, adversarial pass, and what else its loss reads."""
         objective = subnet.objective
@@ -187,7 +220,7 @@ class TrainingStep:
             batch, given = replace(batch, adv=clean), {"clean"}
         else:
             known = replace(batch, clean=clean if clean is ABSENT else clean.detach(), images=images)
-            adversarial = self.attacker.craft(student, subnet, known, statistics, guidance, generator)
+            adversarial = self.attacker.craft(student, subnet, known, statistics, guidance, generator, **attacked)
             adversarial.requires_grad_("teacher_gradient_adv" in needs)
             with self._autocast():
                 adv = student(adversarial, update_running=clean is ABSENT).float()
@@ -269,6 +302,7 @@ def training_step(
     padded_shape: tuple[int, int, int, int] | None = None,
     part: BatchPart | None = None,
     search: Callable[..., Tensor] = pgd,
+    capture: Callable[[Callable[[], object]], Callable[[], object]] | None = None,
 ) -> TrainingStep:
     """Make the step of a training with all its collaborators.
 
@@ -295,6 +329,8 @@ def training_step(
         The part of every batch that this process is given; by default all of it.
     search : callable
         The attack, with the arguments of `pgd`.
+    capture : callable, optional
+        As for `kernels.Graphs`, for the passes of subnets that recur; by default CUDA graphs, on a GPU.
 
     Raises
     ------
@@ -302,6 +338,7 @@ def training_step(
         `teacher_logits` under a loss that would not read them.
     """
     part, device, tally = part or BatchPart(), net.mean.device, StepTally()
+    among = (getattr(settings, "arch_pool", None) or 0) + 2  # subnets that recur
     carried, tables = None, {}
     if settings.attack.carry_passes is not None and padded_shape is not None:
         carried = CarriedPerturbations(
@@ -320,7 +357,7 @@ def training_step(
         part=part,
         dtype=torch_type(settings.dtype, net),
         batch_size=len(range(settings.batch_size)[part.rows]),
-        recurring=2 * ((getattr(settings, "arch_pool", None) or 0) + 2),  # each crafts in full or goes on from another
+        recurring=2 * among,  # each crafts in full or goes on from another
         search=search,
     )
     memory = {} if plan.memory is None else plan.memory(net.space.settings.classes)
@@ -336,6 +373,7 @@ def training_step(
         teachers=teachers,
         attacker=attacker,
         update=update,
+        recurring=recurring(settings, tally, among=among, several=part.several, capture=capture),
     )
 
 
@@ -360,8 +398,3 @@ def _table(kept: str, net: Trainee, settings: TrainingSettings, plan: Plan, imag
         device=net.mean.device,
         key=key,
     )
-
-
-def _correct(logits: Tensor | None, labels: Tensor) -> Tensor | float:
-    """Number of correctly classified images, float64 of shape (); not a number where nothing was computed."""
-    return float("nan") if logits is None else (logits.detach().argmax(1) == labels).sum(dtype=torch.float64)
