@@ -332,13 +332,16 @@ def made_step(
     take_steps: Callable[..., Tensor] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     attack_dtype: torch.dtype | None = None,
+    capture: Callable[[Callable[[], object]], Callable[[], object]] | None = None,
 ) -> TrainingStep:
-    """`proard.training`'s step; a benchmark may replace the attack's steps, its type and the optimizer."""
+    """`proard.training`'s step; a benchmark may replace attack steps, their type, the optimizer and graphs."""
 
     def search(*problem: Any, steps: Callable[..., Tensor], **options: Any) -> Tensor:
         return pgd(*problem, steps=take_steps or steps, **options)
 
-    made = training_step(net, settings, plan, threat=Threat(eps=eps), teacher=teacher, seed=seed, search=search)
+    made = training_step(
+        net, settings, plan, threat=Threat(eps=eps), teacher=teacher, seed=seed, search=search, capture=capture
+    )
     made.update.optimizer = optimizer or made.update.optimizer
     made.attacker.dtype = attack_dtype or made.attacker.dtype
     if made.attacker.dtype == torch.float32:

@@ -86,7 +86,8 @@ class PackageStep:
     """`proard.training`'s step on a copy of a problem's student, with attack statistics `running` as released.
 
     `fused`: the optimizer updates all tensors at once. `shared`: the attack's settings for several subnets that share
-    one. `take_steps` takes the attack's steps.
+    one. `take_steps` takes the attack's steps. `graphs`: all passes of a subnet that recurs are replayed, as CUDA
+    graphs or by what `capture` makes.
     """
 
     moves = ("clean",)
@@ -101,6 +102,8 @@ class PackageStep:
         shared: Mapping[str, Any] | None = None,
         take_steps: Callable[..., Tensor] | None = None,
         optimizer: str = "sgd",
+        graphs: bool = False,
+        capture: Callable[[Callable[[], object]], Callable[[], object]] | None = None,
     ) -> None:
         recipe, self.net = problem.recipe, copy.deepcopy(problem.student)
         how = {"num_steps": recipe.num_steps, "step_size": recipe.step_size, **(shared or {})}
@@ -130,8 +133,11 @@ class PackageStep:
             "optimizer": None if fused else loop_sgd(self.net, recipe),
             "take_steps": take_steps,
             "attack_dtype": getattr(torch, attack_dtype),
+            "capture": capture,
         }
         self.step = made_step(self.net, phase, plan, recipe.eps, teacher, 0, **parts)
+        if not graphs:
+            self.step.recurring = None
         self.optimizer = self.step.update.optimizer
 
     def __call__(self, arch: Arch, images: Tensor, labels: Tensor, generator: torch.Generator) -> Outcome:

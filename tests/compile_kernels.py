@@ -6,7 +6,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from proard.kernels import fused_maps, fused_product
+from proard.kernels import fused_maps, fused_norm, fused_product
 
 HALF, FLOAT, NUMBER = "*bf16", "*fp32", "i32"
 SIZES = dict.fromkeys(("rows", "units", "channel_units", "depth_units", "column_units", "stride_units"), NUMBER)
@@ -20,10 +20,10 @@ TILE = {"ROWS": 128, "COLUMNS": 32}
 KERNELS = [
     (fused_maps._finish, PASS, {"HAS_BIAS": True, "HAS_SIDE": True, "KIND": 3, "BLOCK": 256}),
     (fused_maps._slope, PASS, {"HAS_SIDE": True, "KIND": 4, "BLOCK": 256}),
-    (fused_maps._norm_sums, NORM, TILE),
-    (fused_maps._norm_apply, NORM, {"HAS_SIDE": True, "KIND": 1, **TILE}),
-    (fused_maps._norm_slope_sums, NORM, {"FROM_OUTPUT": True, "KIND": 1, **TILE}),
-    (fused_maps._norm_gradient, NORM, {"HAS_SIDE": True, "KIND": 1, **TILE}),
+    (fused_norm._norm_sums, NORM, TILE),
+    (fused_norm._norm_apply, NORM, {"HAS_SIDE": True, "KIND": 1, **TILE}),
+    (fused_norm._norm_slope_sums, NORM, {"FROM_OUTPUT": True, "KIND": 1, **TILE}),
+    (fused_norm._norm_gradient, NORM, {"HAS_SIDE": True, "KIND": 1, **TILE}),
     (
         fused_product._product,
         PRODUCT,

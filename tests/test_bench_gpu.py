@@ -204,7 +204,7 @@ def test_it_ends_within_four_minutes_and_begins_with_the_kernels(seconds):
     work = Paced(seconds, {})
     work.run()
     assert work.now < 4 * 60
-    assert list(work.given)[:2] == ["kernels: Triton", "kernels: cuDNN"]
+    assert list(work.given)[:2] == ["kernels: Triton", "kernels: ways to convolve"]
     if seconds == 5:
         assert list(work.given)[2] == "ceilings"
         assert len(work.given) == 16
@@ -297,7 +297,7 @@ def test_kernels_are_proven_on_odd_shapes_and_a_wrong_one_is_noticed(name, capsy
             **{each: getattr(part, each) for each in ("fits", "suits") if hasattr(part, each)},
             **{each: off(getattr(part, each)) for each in names if hasattr(part, each)},
         )
-        for key, part in (("steps", fused.steps), ("maps", fused.maps), ("product", fused.product))
+        for key, part in ((key, getattr(fused, key)) for key in ("steps", "maps", "norms", "product"))
     }
     with pytest.raises(SystemExit, match="differs from its reference by"):
         proof_rows(name, device, replace(fused, **parts), **FEW[name])
@@ -377,6 +377,19 @@ def test_graph_that_reads_stale_weights_is_noticed():
         graphs_agree(problem, Stale, capture=lambda body: body)
 
 
+def test_replayed_steps_that_move_the_weights_otherwise_are_noticed():
+    from gpu.checks import replays_agree
+
+    problem = small_problem()
+    assert "2 archs, replayed and eager: cosine of the weights' moves 1.000000" in replays_agree(
+        problem, capture=lambda body: body
+    )
+    with pytest.raises(SystemExit, match="replayed steps move the weights otherwise"):
+        replays_agree(problem, capture=lambda body: lambda: None)
+    with pytest.raises(SystemExit, match="0 graphs were recorded for 2 archs"):
+        replays_agree(problem)
+
+
 def both_in_float64():
     """A problem in float64, and the same as another device would hold it."""
     problem = small_problem()
@@ -446,3 +459,51 @@ def test_gates_compare_repeatable_convolutions_without_tf32_and_put_all_back():
     with gpu_checks.full_float32():
         assert [getattr(*setting) for setting in settings] == [False, False, True]
     assert [getattr(*setting) for setting in settings] == before
+
+
+class Clocked:
+    """Ways to convolve that take so many seconds each, by a clock of their own."""
+
+    def __init__(self, **seconds):
+        self.now, self.seconds, self.seen = 0.0, seconds, set()
+
+    def took(self, name, shape):
+        self.now += self.seconds.get(f"first_{name}", 0) if (name, shape) not in self.seen else 0
+        self.seen.add((name, shape))
+        self.now += self.seconds[name]
+
+    def product(self, x, weight, **_):
+        self.took("product", weight.shape)
+        return x
+
+    def convolve_relu(self, x, weight, bias, **_):
+        self.took("cudnn", weight.shape)
+        return None if self.seconds.get("without") else x
+
+    def finish_(self, out, *_):
+        self.took("usual", ())
+        return out
+
+    def fastest(self, monkeypatch):
+        from gpu import ways
+
+        monkeypatch.setattr(ways, "BATCH", 1)
+        monkeypatch.setattr(ways, "SHAPES", ((8, 16, 1, 4), (8, 8, 3, 4)))
+        fused = dispatch.Fused(None, self, None, self, NoEpilogues())
+        found = ways.times(fused, self, torch.device("cpu"), clock=lambda: self.now)
+        return {name: way.pays for name, way in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "product", "cudnn"),
+    [
+        ({"product": 1e-3, "cudnn": 1e-3, "usual": 2e-3}, True, True),
+        ({"product": 3e-3, "cudnn": 1e-3, "usual": 2e-3}, False, True),
+        ({"product": 1e-3, "cudnn": 3e-3, "usual": 2e-3}, True, False),
+        ({"product": 1e-3, "cudnn": 1e-3, "usual": 2e-3, "first_cudnn": 1.0}, True, False),
+        ({"product": 1e-3, "cudnn": 1e-3, "usual": 2e-3, "first_product": 1.0}, False, True),
+        ({"product": 1e-3, "cudnn": 1e-3, "usual": 2e-3, "without": 1}, True, False),
+    ],
+)
+def test_a_way_pays_if_it_is_faster_and_its_first_call_is_short(monkeypatch, seconds, product, cudnn):
+    assert Clocked(**seconds).fastest(monkeypatch) == {"product": product, "cudnn": cudnn}

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from proard.attacks import input_gradient
 from proard.kernels import dispatch, plain_twins, prove
 from proard.kernels.cudnn import CudnnEpilogues, NoEpilogues
 from proard.kernels.native import KINDS
-from proard.kernels.switch import fused_on_cpu
+from proard.kernels.switch import fused_on_cpu, with_kernels
 from proard.losses import CrossEntropy
 from proard.nets import SubnetView
 
@@ -58,7 +60,7 @@ def test_the_input_gradient_of_every_kind_of_block_is_autograds(settings, padded
     net, images = view.folded(view.running_statistics()), random_images(space, 5, dtype=torch.float32)
     objective, library = CrossEntropy(torch.arange(5) % 3), FakeCudnn()
     logits, expected = input_gradient(lambda x: net(x), objective, images)
-    with fused_on_cpu(kernels(library)):
+    with fused_on_cpu(kernels(library)), with_kernels("library"):
         found, gradient = net.input_gradient()(images, objective.logit_gradient)
     torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()) + 1e-6)
@@ -75,7 +77,7 @@ def test_shapes_without_an_engine_are_tried_once_and_take_the_other_way():
     own = kernels(library)
     expected, counts = net(images), []
     for _ in range(2):
-        with fused_on_cpu(own):
+        with fused_on_cpu(own), with_kernels("library"):
             torch.testing.assert_close(net.input_gradient().logits(images), expected, rtol=1e-4, atol=1e-5)
         counts.append(library.calls)
     assert counts[1] - counts[0] < counts[0]
@@ -158,6 +160,18 @@ def test_every_kernel_is_right_for_every_activation_and_odd_shapes(name):
     }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prove.require(prove.CHECKS[name](kernels(), device, **how[name]))
+
+
+def test_without_products_a_convolution_and_a_pass_take_their_place():
+    space = tiny_space(TINY)
+    view = SubnetView(random_supernet(space, dtype=torch.float32), space.largest, multiple=8)
+    net, images = view.folded(view.running_statistics()), random_images(space, 3, dtype=torch.float32)
+    without = replace(kernels(), product=SimpleNamespace(suits=kernels().product.suits))
+    with fused_on_cpu(without), plain_twins("products"):
+        found = net.input_gradient().logits(images)
+    torch.testing.assert_close(found, net(images), rtol=1e-4, atol=1e-5)
+    with fused_on_cpu(without), pytest.raises(AttributeError, match="product"):
+        net.input_gradient().logits(images)
 
 
 def test_maps_whose_channels_fill_no_vector_take_the_reference():

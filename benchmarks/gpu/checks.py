@@ -13,9 +13,11 @@ from common import Float64Losses, Row, show
 from step_rows import PackageStep, Problem
 from torch import Tensor
 
+from gpu import ways
 from proard.attacks import pgd, take_steps
 from proard.kernels import CapturedSteps, KeyedNoise, dispatch, plain_twins, prove
 from proard.kernels.cudnn import CudnnEpilogues, NoEpilogues
+from proard.kernels.switch import in_use
 from proard.losses import KLToTarget
 from proard.nets import SubnetView
 from proard.space import Arch
@@ -156,6 +158,38 @@ def weight_gradients(problem: Problem, archs: list[Arch], **shared: str) -> Tens
     return torch.cat([parameter.grad.flatten().cpu() for parameter in step.net.parameters()])
 
 
+def replays_agree(problem: Problem, **how: object) -> str:
+    """Steps of all archs together, replayed as CUDA graphs and eager: the weights move alike, in float32.
+
+    `how` are options of the captures.
+    """
+    images = problem.images.contiguous(memory_format=torch.channels_last)
+    before = _weights(PackageStep(problem))
+    replayed, eager = PackageStep(problem, graphs=True, **how), PackageStep(problem)
+    for step in (replayed, eager):
+        for number in range(REPLAYED):
+            step.together(problem.archs, images, problem.labels, KeyedNoise(number))
+    recorded, archs = len(step_graphs(replayed)), len(set(problem.archs))
+    if recorded != archs:
+        raise Wrong(f"{recorded} graphs were recorded for {archs} archs")
+    moves = [_weights(step) - before for step in (replayed, eager)]
+    cosine = float(F.cosine_similarity(*moves, dim=0))
+    if not cosine >= GRADIENTS:
+        raise Wrong(f"replayed steps move the weights otherwise than eager ones: cosine {cosine:.5f}")
+    return f"{REPLAYED} steps of {archs} archs, replayed and eager: cosine of the weights' moves {cosine:.6f}"
+
+
+def step_graphs(step: PackageStep) -> Sequence[object]:
+    """Keys of the graphs of a step's subnets."""
+    graphs = step.step.recurring
+    return [] if graphs is None else list(graphs.calls.graphs)
+
+
+def _weights(step: PackageStep) -> Tensor:
+    """All weights, on the CPU."""
+    return torch.cat([parameter.detach().flatten().double().cpu() for parameter in step.net.parameters()])
+
+
 def step_never_waits(
     problem: Problem,
     step: Callable[..., object] | None = None,
@@ -198,9 +232,18 @@ def proof_rows(name: str, device: torch.device, kernels: dispatch.Fused | None =
     return rows
 
 
-def library_rows(device: torch.device) -> list[Row]:
-    """Whether cuDNN's convolutions with an epilogue are right: a row, not a gate, since there is a fallback."""
-    works = prove.works(CudnnEpilogues(), device)
-    rows = [{"bench": "gpu_proofs", "row": "cuDNN", "lever": "convolutions with an epilogue", "used": works}]
-    show("cuDNN's epilogues", rows, {"used": "used:"})
+def way_rows(device: torch.device) -> list[Row]:
+    """Times of products and cuDNN's convolutions beside a convolution and a pass; whether they pay, and are used."""
+    fused, library = dispatch.all_fused(NoEpilogues()), CudnnEpilogues()
+    right = {"product": True, "cudnn": prove.works(library, device)}
+    used = {"product": in_use("products"), "cudnn": in_use("library")}
+    rows: list[Row] = []
+    for name, way in ways.times(fused, library, device).items():
+        row: Row = {"bench": "gpu_ways", "row": name, "lever": "a convolution's elementwise work in its epilogue"}
+        row |= {"own_ms": round(1e3 * way.own, 4), "usual_ms": round(1e3 * way.usual, 4)}
+        row |= {"first_ms": round(1e3 * way.first, 2), "pays": way.pays and right[name], "used": used[name]}
+        rows.append(row)
+    columns = {"own_ms": "ms:.3g", "usual_ms": "convolution and pass, ms:.3g", "first_ms": "first call, ms:.3g"}
+    columns |= {"pays": "pays:", "used": "used:"}
+    show("ways to convolve", rows, columns)
     return rows

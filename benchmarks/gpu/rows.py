@@ -42,8 +42,9 @@ ROWS = {
     "G8": "channels padded to multiples of 8",
     "G9": "attack steps in CUDA graphs, archs met before",
     "G10": "the same, every arch met for the first time",
+    "G11": "all passes of a step in one CUDA graph, archs met before",
 }
-GPU_ONLY = ("G3", "G6", "G7", "G8", "G9", "G10")
+GPU_ONLY = ("G3", "G6", "G7", "G8", "G9", "G10", "G11")
 LEFT_OUT = {  # kernels that a row does not use
     "G2": ("fused", "padding"),
     **dict.fromkeys(("G3", "G4", "G5"), ("gradients", "norms", "padding")),
@@ -59,6 +60,7 @@ ATTACKS = {
     "bfloat16": "folded view, bfloat16",
     "float32 graph": "float32, steps in a CUDA graph",
     "bfloat16 graph": "bfloat16, steps in a CUDA graph",
+    "bfloat16 passes": "the same, 1x1 layers as convolutions and passes",
 }
 GPU_SHAPES = ((64, 64, 32, 3), (128, 128, 16, 3), (256, 256, 16, 3), (512, 512, 8, 3), (512, 512, 16, 1))
 EPS = 8 / 255
@@ -175,6 +177,9 @@ def attack_rows(
     if clock.gpu:
         graphs = bench_attack.timed_calls(problem, batch, captured(problem))
         calls |= {f"{name} graph": graphs[name] for name in bench_attack.DTYPES}
+        calls["bfloat16 passes"] = without_products(
+            bench_attack.timed_calls(problem, batch, captured(problem))["bfloat16"]
+        )
 
     def own(row: str, timing: Timing) -> Row:
         attack = row.split()[0]
@@ -189,6 +194,16 @@ def attack_rows(
     columns = {"ratio_total": "/plain:.3g", **bench_attack.OVER, **columns}
     how = {"columns": columns, "baseline": "plain PGD", "plain": "plain", "own": own}
     return clock.ladder("gpu_attack", calls, ATTACKS, title=f"attacks on {problem.describe()}", **how)
+
+
+def without_products(call: Call) -> Call:
+    """The call with convolutions in place of the products with an epilogue."""
+
+    def run(number: int) -> None:
+        with plain_twins("products"):
+            call(number)
+
+    return run
 
 
 def require_equal_accuracies(found: Row) -> None:
@@ -211,8 +226,9 @@ def build(row: str, problem: Problem) -> Call:
         step = PlainStep(nets.student, nets.teacher, problem.recipe, Levers(few_forwards=number > 0))
     else:
         attack_dtype, dtype = ("bfloat16" if number >= first else "float32" for first in (4, 5))
-        take = (lambda *given, **how: graphs[0](*given, **how)) if number >= 9 else None
-        step = PackageStep(problem, attack_dtype=attack_dtype, dtype=dtype, take_steps=take)
+        take = (lambda *given, **how: graphs[0](*given, **how)) if number in (9, 10) else None
+        how = {"take_steps": take, "graphs": number > 10}
+        step = PackageStep(problem, attack_dtype=attack_dtype, dtype=dtype, **how)
     train = training_call(step, problem)
     kinds = (
         ("fused", "padding") if number < 3 else ("gradients", *LEFT_OUT["G6"]) if number < 6 else LEFT_OUT.get(row, ())
@@ -251,13 +267,14 @@ def busy_rows(problem: Problem, clock: Clock, *, steps: int = 8, profile: str | 
     """Share of a training step in which the GPU computes: three subnets, two attack steps, bfloat16, Muon.
 
     Kernel time is torch's profiler's, over the wall time of steps without the profiler; with `profile` its table of
-    kernels is written to that file. The subnets recur, so that their attack steps run in CUDA graphs.
+    kernels is written to that file. The subnets recur, so that all passes of each are one CUDA graph.
     """
     clock.budget.require()
     problem, device = problem.with_steps(2), clock.device
     how = {"attack_dtype": "bfloat16", "dtype": "bfloat16", "optimizer": "muon"}
-    train = training_call(PackageStep(problem, take_steps=captured(problem), **how), problem, together=True)
-    for number in range(3):  # kernels are compiled, graphs captured
+    train = training_call(PackageStep(problem, graphs=True, **how), problem, together=True)
+    first = clocked(train, 0, device)[0]  # kernels are checked and compiled
+    for number in range(1, 3):  # graphs are captured
         train(number)
     if clock.gpu:
         torch.cuda.reset_peak_memory_stats(device)
@@ -276,10 +293,16 @@ def busy_rows(problem: Problem, clock: Clock, *, steps: int = 8, profile: str | 
     if profile:
         write_text(profile, kernels.table(sort_by=spent, row_limit=60, max_name_column_width=90))
     row: Row = {"bench": "gpu_busy", "row": f"{len(problem.archs)} subnets, Muon", "lever": problem.describe()}
-    row |= {"ms_per_step": round(1e3 * seconds, 3), "kernel_ms": round(1e3 * kernel_seconds, 3)}
+    row |= {"first_step_s": round(first, 2), "ms_per_step": round(1e3 * seconds, 3)}
+    row |= {"kernel_ms": round(1e3 * kernel_seconds, 3)}
     row |= {"busy": round(kernel_seconds / seconds, 4), "launches": round(launches)}
     row |= {"peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3)} if clock.gpu else {}
-    columns = {"ms_per_step": "ms/step:.4g", "kernel_ms": "kernel ms:.4g", "busy": "busy:.3g"}
+    columns = {
+        "first_step_s": "first step, s:.3g",
+        "ms_per_step": "ms/step:.4g",
+        "kernel_ms": "kernel ms:.4g",
+        "busy": "busy:.3g",
+    }
     show("a training step on the GPU", [row], columns | {"launches": "kernels:.0f", "peak_gib": "peak GiB:.3g"})
     return [row, *hour_rows(row, problem)]
 

@@ -34,6 +34,7 @@ NARROW = {"resnet_cifar": 0.125, "mobilenet_v3_cifar": 0.125}  # compared with a
 HALF = ("resnet_cifar",)  # spaces whose training step is profiled
 SCRIPT = Path(__file__).parents[1] / "bench_gpu.py"
 SANITIZER = "compute-sanitizer"
+PROOFS = "kernels: Triton"
 CHECKS = ("--tool", "memcheck", "--report-api-errors", "no", "--target-processes", "application-only")
 FAULT = 86  # its exit code where it has found an access out of bounds
 
@@ -90,8 +91,8 @@ class Section:
 
     @property
     def proves_kernels(self) -> bool:
-        """Whether later sections use the plain kernels if this one fails."""
-        return self.part == "kernels"
+        """Whether it runs under the sanitizer, and later sections use the plain kernels if it fails."""
+        return self.title == PROOFS
 
 
 def sections(args: Namespace) -> list[Section]:
@@ -105,7 +106,7 @@ def sections(args: Namespace) -> list[Section]:
         ("attack", "share of the ceiling", 3, lambda c: measured.attack_rows(c.placed(), c.clock, c.ceilings, **label)),
         ("labels", "seconds per label", 3, lambda c: measured.label_rows(c.placed(), c.clock, **label)),
     ]
-    proofs = {"Triton": (16, triton_rows), "cuDNN": (2, lambda c: checks.library_rows(c.clock.device))}
+    proofs = {"Triton": (16, triton_rows), "ways to convolve": (2, lambda c: checks.way_rows(c.clock.device))}
     if args.device == "cpu":
         proofs = {}
     of_spaces = [Section(part, f"{title}, {space}", *how, space) for part, title, *how in each for space in args.space]
@@ -192,6 +193,7 @@ def equal(context: Context) -> list[Row]:
         lambda: checks.attacks_agree(*exact),
         lambda: checks.graphs_agree(few, **capture),
         lambda: checks.steps_agree(*exact),
+        lambda: checks.replays_agree(few, **capture),
     ]
     with checks.full_float32():
         wrong = [fault for gate in gates if (fault := passed(gate, space))]

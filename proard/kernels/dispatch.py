@@ -36,7 +36,9 @@ class Fused:
     steps : module
         Attack updates and logit gradients.
     maps : module
-        Passes over feature maps, and batch norm.
+        Passes over feature maps.
+    norms : module
+        Batch norm.
     product : module
         Matrix products with an epilogue.
     library : CudnnEpilogues or NoEpilogues
@@ -47,6 +49,7 @@ class Fused:
 
     steps: ModuleType
     maps: ModuleType
+    norms: ModuleType
     product: ModuleType
     library: CudnnEpilogues | NoEpilogues
     types: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
@@ -61,10 +64,9 @@ def fused_for(device: torch.device) -> Fused | None:
 
 def all_fused(library: CudnnEpilogues | NoEpilogues, **how: Any) -> Fused:
     """The fused kernels, whether they can run or not; fails without Triton."""
-    steps, maps, product = (
-        import_module(f"proard.kernels.{name}") for name in ("fused", "fused_maps", "fused_product")
-    )
-    return Fused(steps, maps, product, library, **how)
+    names = ("fused", "fused_maps", "fused_norm", "fused_product")
+    steps, maps, norms, product = (import_module(f"proard.kernels.{name}") for name in names)
+    return Fused(steps, maps, norms, product, library, **how)
 
 
 @cache

@@ -1,8 +1,9 @@
 """Biased convolutions, and their input gradients, with the elementwise work that follows in the same pass.
 
-On a CPU oneDNN applies bias, sum and ReLU while it convolves. On a GPU in half precision a 1x1 convolution is a matrix
-product with such an epilogue (`fused_product`), cuDNN does the same for other convolutions before a ReLU, and what is
-left takes one pass (`fused_maps`) instead of one for each operation. No kernel depends on the subnet.
+On a CPU oneDNN applies bias, sum and ReLU while it convolves. On a GPU they take one pass (`fused_maps`) instead of one
+for each operation. In half precision a 1x1 convolution may be a matrix product with such an epilogue (`fused_product`),
+and cuDNN can do the same for other convolutions before a ReLU; `switch` says what is in use. No kernel depends on the
+subnet.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from proard.kernels.dispatch import Fused, fused_for
 from proard.kernels.maps import slope_
+from proard.kernels.switch import in_use
 from proard.kernels.types import one_pass
 
 FROM_OUTPUT = ("none", "relu", "relu6")  # activations whose slope is known from their output
@@ -112,7 +114,7 @@ def _on_gpu(
     fused, kernel = fused_for(x.device), weight.shape[-1]
     if fused is not None and _is_product(fused, x, weight, stride, groups, side):
         return fused.product.product(x, weight[:, :, 0, 0], bias=bias, side=side, activation=activation)
-    if fused is not None and x.dtype in fused.types and activation == "relu" and groups == 1:
+    if fused is not None and in_use("library") and x.dtype in fused.types and activation == "relu" and groups == 1:
         out = fused.library.convolve_relu(x, weight, bias, stride=stride, side=side)
         if out is not None:
             return out
@@ -127,4 +129,4 @@ def _on_gpu(
 def _is_product(fused: Fused, x: Tensor, weight: Tensor, stride: int, groups: int, *maps: Tensor | None) -> bool:
     """Whether a convolution is a matrix product that the fused kernel computes; in float32 the library is faster."""
     bare = weight.shape[-1] == stride == groups == 1
-    return bare and x.dtype in fused.types and fused.product.suits(x, weight, *maps)
+    return bare and in_use("products") and x.dtype in fused.types and fused.product.suits(x, weight, *maps)

@@ -54,7 +54,7 @@ def norm_activation(
     """
     fused, usual = fused_for(x.device) if in_use("norms") else None, _usual(x, scale, shift)
     if fused is not None and usual and fused.maps.fits(x, side) and (side is None or activation in JOINED):
-        return _Norm.apply(x, scale, shift, side, eps, activation, fused.maps)
+        return _Norm.apply(x, scale, shift, side, eps, activation, fused.norms)
     if side is not None:
         out, mean, var = norm_activation(x, scale, shift, eps=eps, activation="none")
         return PLAIN[activation](out + side), mean, var

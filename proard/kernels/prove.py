@@ -22,6 +22,7 @@ from proard.kernels.dispatch import Fused, all_fused
 from proard.kernels.maps import SLOPES
 from proard.kernels.noise import plain_uniform
 from proard.kernels.norm import JOINED, PLAIN, plain_norm_activation
+from proard.kernels.switch import in_use
 
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # of a result, over its largest number
 Shape = tuple[int, int, int, int]
@@ -49,7 +50,7 @@ def main(device: torch.device) -> None:
     fused = all_fused(NoEpilogues())
     for check in CHECKS.values():
         require(check(fused, device))
-    print(json.dumps({"cudnn": works(CudnnEpilogues(), device)}))
+    print(json.dumps({"cudnn": in_use("library") and works(CudnnEpilogues(), device)}))
 
 
 def differences(cases: Iterator[Case]) -> Iterator[tuple[str, float, float]]:
@@ -151,14 +152,14 @@ def norms(
         x, dy, side = (draw(shape, dtype, device) for _ in range(3))
         scale, shift = (draw(shape[1:2], torch.float32, device) for _ in range(2))
         given = (x, scale, shift, 1e-5, kind)
-        y, mean, var = fused.maps.norm_forward(*given, side if joins else None)
+        y, mean, var = fused.norms.norm_forward(*given, side if joins else None)
         leaves = [each.double().requires_grad_() for each in (x, scale, shift, side)]
         joined = leaves[3] if joins else None
         references = plain_norm_activation(leaves[0], leaves[1], leaves[2], eps=1e-5, activation=kind, side=joined)
         used = leaves if joins else leaves[:3]
         # Where the activation's input is about 0, rounding decides about its slope: such pixels get no gradient.
         clear = dy if kind == "none" else dy * (y.abs() > 0.05)
-        found = fused.maps.norm_backward(clear, x, scale, shift, mean, var, 1e-5, kind, y if joins else None)
+        found = fused.norms.norm_backward(clear, x, scale, shift, mean, var, 1e-5, kind, y if joins else None)
         gradients = torch.autograd.grad(references[0], used, clear.double())
         name = f"norm {kind} {shape} {dtype}" + " with a sum" * joins
         yield Case(name, [y, mean, var], [each.detach() for each in references])

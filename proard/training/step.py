@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from proard.attacks import pgd, start_point
-from proard.config import Threat, TrainingSettings, UserError
+from proard.config import Threat, TrainingSettings
 from proard.data import Views
 from proard.kernels import computed_type
 from proard.losses import HELPER_REACH, Batch, kl_to_teacher
@@ -27,7 +27,7 @@ from proard.training.perturbation import perturbed
 from proard.training.plan import Drawn, Plan, choose_winners, pace
 from proard.training.ranks import BatchPart
 from proard.training.recurring import Recurring, recurring
-from proard.training.teacher_table import TeacherTable
+from proard.training.teacher_table import table_for
 from proard.training.teachers import Guidance, Teachers, add_student_outputs, add_teacher_outputs
 from proard.training.update import Update
 
@@ -147,8 +147,9 @@ class TrainingStep:
         drawn = choose_winners(drawn, lambda arch: self._score(arch, images, labels, guidance.target))
         drawn = self.attacker.begin(drawn, self.net.space, step=position, data_pass=data_pass, views=views)
         losses, clean_right, adv_right = [], *torch.zeros(2, dtype=torch.float64, device=images.device)
-        graphs = self.recurring if self.recurring is not None and self.recurring.fits(images, drawn) else None
-        train = self._train if graphs is None else partial(graphs.train, self._train, self.attacker)
+        train: Callable[..., tuple[dict[str, Tensor], Forward]] = self._train
+        if self.recurring is not None and self.recurring.fits(images, drawn):
+            train = partial(self.recurring.train, self._train, self.attacker)
         for subnet in drawn:
             rate = pace(self.net.space, subnet.arch, progress=progress, decay=self.settings.complexity_decay)
             found, network = train(subnet, images, labels, guidance, batch.generator, len(drawn) / rate)
@@ -180,9 +181,9 @@ class TrainingStep:
         count: float,
         **attacked: Any,
     ) -> tuple[dict[str, Tensor], Forward]:
-        """All passes of a subnet, its gradients / `count` added to the network's; results, and the subnet, frozen.
+        """All passes of a subnet, its gradients / `count` added to the network's; and the subnet, frozen.
 
-        The results are its loss, its correct clean and adversarial images, and its clean logits, as far as computed.
+        Results: its loss, its correct clean and adversarial images, its clean logits, as far as computed.
         """
         student = self._student(subnet.arch)
         seen = self._passes(student, subnet, images, labels, guidance, generator, **attacked)
@@ -272,8 +273,8 @@ class TrainingStep:
 
     def _autocast(self) -> torch.autocast:
         """Mixed precision of the training passes, where asked for."""
-        enabled = self.dtype is not torch.float32
-        return torch.autocast(self.net.mean.device.type, dtype=torch.bfloat16, enabled=enabled)
+        device, enabled = self.net.mean.device.type, self.dtype is not torch.float32
+        return torch.autocast(device, dtype=torch.bfloat16, enabled=enabled)
 
     # --- state -------------------------------------------------------------------------------------------------
 
@@ -346,7 +347,7 @@ def training_step(
         )
     for kept in ("logits", "gradients"):
         if getattr(settings, f"teacher_{kept}") is not None and padded_shape is not None:
-            tables[kept] = _table(kept, net, settings, plan, padded_shape[0])
+            tables[kept] = table_for(kept, net, settings, plan, images=padded_shape[0])
     teachers = Teachers(teacher, control, tally, frozen_weight=plan.frozen_weight, part=part, **tables)
     attacker = Attacker(
         settings.attack,
@@ -380,21 +381,3 @@ def training_step(
 def torch_type(name: str, net: Trainee) -> torch.dtype:
     """The type in which this device computes what a setting names."""
     return getattr(torch, computed_type(name, net.mean.device))
-
-
-def _table(kept: str, net: Trainee, settings: TrainingSettings, plan: Plan, images: int) -> TeacherTable:
-    """The table of the frozen teacher's `logits` or `gradients` at the views of the clean images."""
-    key = f"teacher_{kept}"
-    if kept == "logits" and not plan.reads_target:
-        raise UserError(f"teacher_logits keeps logits at clean images; loss {plan.loss} reads none there")
-    shape, augment = net.space.settings, settings.augment
-    numbers = shape.classes if kept == "logits" else shape.image_channels * shape.image_size**2
-    return TeacherTable(
-        images,
-        padding=augment.crop_padding,
-        flip=augment.flip,
-        classes=numbers,
-        dtype=getattr(torch, getattr(settings, key)),
-        device=net.mean.device,
-        key=key,
-    )

@@ -7,8 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from proard.config import UserError
+from proard.config import TrainingSettings, UserError
 from proard.data import Views
+from proard.nets.trainee import Trainee
+from proard.training.plan import Plan
 
 BLOCK = 16  # images; the teacher is asked in multiples of it
 
@@ -140,3 +142,21 @@ def _exact_sizes(ask: Callable[[Tensor], Tensor], images: Tensor) -> tuple[list[
 def _rows(images: Tensor, index: Tensor) -> Tensor:
     """These images, in channels_last memory."""
     return images[index].contiguous(memory_format=torch.channels_last)
+
+
+def table_for(kept: str, net: Trainee, settings: TrainingSettings, plan: Plan, *, images: int) -> TeacherTable:
+    """The table of the frozen teacher's `logits` or `gradients` at the views of the clean images."""
+    key = f"teacher_{kept}"
+    if kept == "logits" and not plan.reads_target:
+        raise UserError(f"teacher_logits keeps logits at clean images; loss {plan.loss} reads none there")
+    shape, augment = net.space.settings, settings.augment
+    numbers = shape.classes if kept == "logits" else shape.image_channels * shape.image_size**2
+    return TeacherTable(
+        images,
+        padding=augment.crop_padding,
+        flip=augment.flip,
+        classes=numbers,
+        dtype=getattr(torch, getattr(settings, key)),
+        device=net.mean.device,
+        key=key,
+    )
