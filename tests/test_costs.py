@@ -24,7 +24,7 @@ from proard.report.costs import CostComparison, by_stage, emissions, read_ledger
 from proard.report.svg import to_svg
 from proard.space import Tally, Work, one_pass
 from proard.stages import report
-from proard.stages.energy import EnergyMeter
+from proard.stages.energy import EnergyMeter, read_brand_alone
 from proard.stages.ledger import Ledger
 from proard.training import passes_alone, phase_plan
 
@@ -189,6 +189,29 @@ def test_no_counter_is_no_failure(monkeypatch):
     meter = EnergyMeter()
     assert meter.read() is None
     assert meter.method == "none: ImportError: not here"
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="not Linux")
+def test_the_brand_of_the_processor_is_what_a_full_look_finds(tmp_path):
+    import cpuinfo
+
+    own = cpuinfo.get_cpu_info
+    try:
+        cpuinfo.get_cpu_info = cpuinfo.cpuinfo.get_cpu_info
+        expected = cpuinfo.get_cpu_info().get("brand_raw")
+        read_brand_alone()
+        assert cpuinfo.get_cpu_info().get("brand_raw") == expected
+        other = tmp_path / "cpuinfo"
+        other.write_text("processor : 0\nmodel name\t: A CPU @ 1 GHz \nprocessor : 1\nmodel name : another\n")
+        read_brand_alone(other)
+        assert cpuinfo.get_cpu_info() == {"brand_raw": "A CPU @ 1 GHz"}
+        cpuinfo.get_cpu_info = full = lambda: {}
+        other.write_text("processor : 0\nCPU part : 0xd40\n")
+        for unknown in (other, tmp_path / "absent"):
+            read_brand_alone(unknown)
+            assert cpuinfo.get_cpu_info is full
+    finally:
+        cpuinfo.get_cpu_info = own
 
 
 def test_energy_grows_in_silence(capfd):
