@@ -13,7 +13,7 @@ rule search_front:
         "<benchmarks>/search_front.tsv"
     conda:
         "../../environment.yml"
-    threads: 4
+    threads: parallel_threads(4)
     resources:
         mem_mb=per_attempt(8000),
         runtime=per_attempt(120),
@@ -72,6 +72,7 @@ rule select_student:
         "<logs>/select_student/{budget}.log",
     benchmark:
         "<benchmarks>/select_student/{budget}.tsv"
+    priority: 1 # the long chain of a student first: all else fills the cores beside it
     conda:
         "../../environment.yml"
     threads: 1
@@ -123,6 +124,7 @@ rule export_student:
         "<logs>/export_student/{budget}.log",
     benchmark:
         "<benchmarks>/export_student/{budget}.tsv"
+    priority: 1 # the long chain of a student first: all else fills the cores beside it
     conda:
         "../../environment.yml"
     threads: 1

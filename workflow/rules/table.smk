@@ -97,7 +97,7 @@ rule fit_predictor:
         "<benchmarks>/fit_predictor.tsv"
     conda:
         "../../environment.yml"
-    threads: 4
+    threads: parallel_threads(4)
     resources:
         mem_mb=per_attempt(8000),
         runtime=per_attempt(120),
