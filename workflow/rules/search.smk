@@ -72,7 +72,7 @@ rule select_student:
         "<logs>/select_student/{budget}.log",
     benchmark:
         "<benchmarks>/select_student/{budget}.tsv"
-    priority: 1 # the long chain of a student first: all else fills the cores beside it
+    priority: 1  # the long chain of a student first: all else fills the cores beside it
     conda:
         "../../environment.yml"
     threads: 1
@@ -124,7 +124,7 @@ rule export_student:
         "<logs>/export_student/{budget}.log",
     benchmark:
         "<benchmarks>/export_student/{budget}.tsv"
-    priority: 1 # the long chain of a student first: all else fills the cores beside it
+    priority: 1  # the long chain of a student first: all else fills the cores beside it
     conda:
         "../../environment.yml"
     threads: 1

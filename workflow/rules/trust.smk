@@ -12,7 +12,7 @@ rule autoattack_student:
         "<logs>/autoattack_student/{budget}.log",
     benchmark:
         "<benchmarks>/autoattack_student/{budget}.tsv"
-    priority: 1 # the long chain of a student first: all else fills the cores beside it
+    priority: 1  # the long chain of a student first: all else fills the cores beside it
     conda:
         "../../environment.yml"
     threads: parallel_threads(8)
