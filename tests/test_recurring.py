@@ -104,6 +104,22 @@ def test_a_capture_that_fails_leaves_the_training_as_it_was():
     require_equal(found, trained(settings, plan))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_cuda_graphs_train_as_eager_steps_do():
+    settings = tiny_config(train_teacher__objective="trades", train_teacher__optimizer="muon").train_teacher
+    plan, ends = single_plan(tiny_space().largest, settings.objective, settings), []
+    for graphs in (True, False):
+        net = random_supernet(tiny_space(), dtype=torch.float32).cuda()
+        step = step_of(net, settings, plan)
+        step.recurring = step.recurring if graphs else None
+        for number in range(6):
+            take(step, IMAGES.cuda(), LABELS.cuda(), number=number, lr=0.01, seed=number)
+        assert not graphs or len(step.recurring.calls.graphs) == 1
+        ends.append(net.state_dict())
+    for name, value in ends[0].items():
+        torch.testing.assert_close(value, ends[1][name], rtol=1e-2, atol=1e-3)
+
+
 class Told(Batch):
     """A batch that notices who reads what a graph would keep."""
 

@@ -25,7 +25,8 @@ PAYS = 3  # replays in one call from which a capture is worth its cost, even if 
 class CudaCapture:
     """Records the launches of a function; all graphs share one memory pool, because they never run at the same time.
 
-    `torch.cuda.graph` would also wait for the device and return all cached memory to the driver at every capture.
+    `torch.cuda.graph` would also wait for the device and return all cached memory to the driver at every capture; here
+    that happens where memory is short.
     """
 
     def __init__(self) -> None:
@@ -34,6 +35,8 @@ class CudaCapture:
     def __call__(self, body: Callable[[], object]) -> Replay:
         """Capture `body`, which must have run before, and return the function that replays it; nothing is computed."""
         graph = torch.cuda.CUDAGraph()
+        if torch.cuda.mem_get_info()[0] < torch.cuda.max_memory_allocated():
+            torch.cuda.empty_cache()  # while a graph is captured, the allocator frees nothing by itself
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
