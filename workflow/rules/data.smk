@@ -10,7 +10,7 @@ rule prepare_data:
         "<benchmarks>/prepare_data.tsv"
     conda:
         "../../environment.yml"
-    threads: 2
+    threads: 8
     resources:
         mem_mb=per_attempt(8000),
         runtime=60,
