@@ -227,7 +227,7 @@ def test_all_stages_are_planned_and_profiles_are_found_in_both_spellings():
     plans = [planned(snakemake(*quickstart, flag, "slurm")) for flag in ("--profile", "--workflow-profile")]
     assert set(plans[0]) == {*NEEDS, "all"} - ON_REQUEST
     assert plans[0] == plans[1]
-    assert plans[0]["export_student"] == 4
+    assert plans[0]["export_student"] == 3
 
 
 def test_the_full_run_is_the_default_and_no_other_file_inherits_from_it(tmp_path):
