@@ -91,7 +91,7 @@ def run(script: Path, *, quick: bool, threads: int | None) -> list[Row] | None:
         command = [sys.executable, str(script), "--json", str(path)]
         command += [*(["--quick"] if quick else []), *(["--threads", str(threads)] if threads else [])]
         search = os.pathsep.join(filter(None, [str(FOLDER.parent), os.environ.get("PYTHONPATH")]))
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": search}
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000", **os.environ, "PYTHONPATH": search}
         if subprocess.run(command, env=environment, check=False).returncode:
             return None
         return rows_of(path, script.stem.removeprefix("bench_")) if path.exists() else []
