@@ -36,6 +36,7 @@ SCRIPT = Path(__file__).parents[1] / "bench_gpu.py"
 SANITIZER = "compute-sanitizer"
 PROOFS = "kernels: Triton"
 CHECKS = ("--tool", "memcheck", "--report-api-errors", "no", "--target-processes", "application-only")
+CHECKS += ("--launch-timeout", "120")  # seconds in which a process must have come to the GPU
 FAULT = 86  # its exit code where it has found an access out of bounds
 
 
