@@ -18,7 +18,7 @@ from proard.attacks import input_gradient
 from proard.kernels import dispatch, plain_twins, prove
 from proard.kernels.cudnn import CudnnEpilogues, NoEpilogues
 from proard.kernels.native import KINDS
-from proard.kernels.switch import fused_on_cpu, with_kernels
+from proard.kernels.switch import fused_on_cpu
 from proard.losses import CrossEntropy
 from proard.nets import SubnetView
 
@@ -60,7 +60,7 @@ def test_the_input_gradient_of_every_kind_of_block_is_autograds(settings, padded
     net, images = view.folded(view.running_statistics()), random_images(space, 5, dtype=torch.float32)
     objective, library = CrossEntropy(torch.arange(5) % 3), FakeCudnn()
     logits, expected = input_gradient(lambda x: net(x), objective, images)
-    with fused_on_cpu(kernels(library)), with_kernels("library"):
+    with fused_on_cpu(kernels(library)):
         found, gradient = net.input_gradient()(images, objective.logit_gradient)
     torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()) + 1e-6)
@@ -77,7 +77,7 @@ def test_shapes_without_an_engine_are_tried_once_and_take_the_other_way():
     own = kernels(library)
     expected, counts = net(images), []
     for _ in range(2):
-        with fused_on_cpu(own), with_kernels("library"):
+        with fused_on_cpu(own):
             torch.testing.assert_close(net.input_gradient().logits(images), expected, rtol=1e-4, atol=1e-5)
         counts.append(library.calls)
     assert counts[1] - counts[0] < counts[0]

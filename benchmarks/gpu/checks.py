@@ -236,7 +236,7 @@ def way_rows(device: torch.device) -> list[Row]:
     """Times of products and cuDNN's convolutions beside a convolution and a pass; whether they pay, and are used."""
     fused, library = dispatch.all_fused(NoEpilogues()), CudnnEpilogues()
     right = {"product": True, "cudnn": prove.works(library, device)}
-    used = {"product": in_use("products"), "cudnn": in_use("library")}
+    used = {"product": in_use("products"), "cudnn": prove.LIBRARY}
     rows: list[Row] = []
     for name, way in ways.times(fused, library, device).items():
         row: Row = {"bench": "gpu_ways", "row": name, "lever": "a convolution's elementwise work in its epilogue"}

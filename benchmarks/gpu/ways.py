@@ -1,4 +1,4 @@
-"""Ways of a GPU to convolve, add a bias and a map and apply ReLU, for the choice in `proard.kernels.switch`.
+"""Ways of a GPU to convolve, add a bias and a map and apply ReLU, for the choices in `proard.kernels`.
 
 A convolution of the library followed by one pass (`fused_maps`); for 1x1 filters a matrix product with all of it in
 its epilogue (`fused_product`); cuDNN's convolution with an epilogue. A way that takes long at its first call for a

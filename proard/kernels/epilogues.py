@@ -2,8 +2,7 @@
 
 On a CPU oneDNN applies bias, sum and ReLU while it convolves. On a GPU they take one pass (`fused_maps`) instead of one
 for each operation. In half precision a 1x1 convolution may be a matrix product with such an epilogue (`fused_product`),
-and cuDNN can do the same for other convolutions before a ReLU; `switch` says what is in use. No kernel depends on the
-subnet.
+and cuDNN can do the same for other convolutions before a ReLU, where `prove` lets it. No kernel depends on the subnet.
 """
 
 from __future__ import annotations
@@ -114,7 +113,7 @@ def _on_gpu(
     fused, kernel = fused_for(x.device), weight.shape[-1]
     if fused is not None and _is_product(fused, x, weight, stride, groups, side):
         return fused.product.product(x, weight[:, :, 0, 0], bias=bias, side=side, activation=activation)
-    if fused is not None and in_use("library") and x.dtype in fused.types and activation == "relu" and groups == 1:
+    if fused is not None and x.dtype in fused.types and activation == "relu" and groups == 1:
         out = fused.library.convolve_relu(x, weight, bias, stride=stride, side=side)
         if out is not None:
             return out

@@ -7,12 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 # On a GPU: all Triton kernels; of them the input gradient without autograd, batch norm, and products for 1x1
-# convolutions; cuDNN's convolutions with an epilogue; padded channels. On a CPU, in C: batch norm, depthwise gradients,
-# 3x3 convolutions of attacks.
-KINDS = ("fused", "gradients", "norms", "products", "library", "padding", "maps", "depthwise", "winograd")
-# For the whole process, because backward passes run in other threads. What no GPU has shown to pay is left out: cuDNN
-# may compile an engine for every shape (`make bench-gpu`, ways to convolve).
-_left_out: set[str] = {"library"}
+# convolutions; padded channels. On a CPU, in C: batch norm, depthwise gradients, 3x3 convolutions of attacks.
+KINDS = ("fused", "gradients", "norms", "products", "padding", "maps", "depthwise", "winograd")
+_left_out: set[str] = set()  # for the whole process, because backward passes run in other threads
 _on_cpu: list[Any] = []
 
 
@@ -25,16 +22,6 @@ def plain_twins(*kinds: str) -> Iterator[None]:
         yield
     finally:
         _left_out.difference_update(added)
-
-
-@contextmanager
-def with_kernels(kind: str) -> Iterator[None]:
-    """Context in which kernels of a kind that is left out may run."""
-    _left_out.discard(kind)
-    try:
-        yield
-    finally:
-        _left_out.add(kind)
 
 
 @contextmanager

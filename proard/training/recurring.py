@@ -8,7 +8,7 @@ teacher's logits from tensors that each step fills.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,29 @@ NEEDS = frozenset({"clean", "adv", "teacher", "mirrored", "beyond"})
 INNER = (None, "ce", "margin", "kl_clean", "kl_teacher")
 
 Results = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What all passes of a subnet in a step read.
+
+    Attributes
+    ----------
+    images, labels : Tensor
+        Of the batch, or of this process's part of it.
+    guidance : Guidance
+        The teachers.
+    generator : torch.Generator
+        Source of noise.
+    count : float
+        By which the subnet's gradients are divided.
+    """
+
+    images: Tensor
+    labels: Tensor
+    guidance: Guidance
+    generator: torch.Generator
+    count: float
 
 
 class Recurring:
@@ -57,37 +80,34 @@ class Recurring:
         train: Callable[..., tuple[Results, Forward]],
         attacker: Attacker,
         subnet: Drawn,
-        images: Tensor,
-        labels: Tensor,
-        guidance: Guidance,
-        generator: torch.Generator,
-        count: float,
+        given: Given,
     ) -> tuple[Results, Forward]:
         """What `train` does, with the same arguments: run, the second time recorded, too, and then replayed.
 
         The first time a subnet's attack may be captured alone: most subnets never recur.
         """
-        inner, target = subnet.objective.inner, guidance.target
+        inner, images, target = subnet.objective.inner, given.images, given.guidance.target
         options = () if inner is None else tuple(attacker.options(images).items())
-        key = (subnet.arch, id(subnet.objective), count, options, tuple(images.shape), target is None)
+        key = (subnet.arch, id(subnet.objective), given.count, options, tuple(images.shape), target is None)
         if not self.calls.met_before(key):
-            return train(subnet, images, labels, guidance, generator, count)
-        given = {"images": images, "labels": labels}
+            return train(subnet, given)
+        read = {"images": images, "labels": given.labels}
         if inner is not None:
-            given["start"] = attacker.start(images, generator)
+            read["start"] = attacker.start(images, given.generator)
         if target is not None:
-            given["target"] = target
+            read["target"] = target
         before = self.tally.work, self.tally.gradients
 
         def passes(tensors: Results) -> Results:
             self.tally.begin()
-            told = replace(guidance, target=tensors.get("target"))
+            told = replace(given.guidance, target=tensors.get("target"))
+            own = replace(given, images=tensors["images"], labels=tensors["labels"], guidance=told)
             how = {"initial": tensors["start"], "take": take_steps} if "start" in tensors else {}
-            found, _ = train(subnet, tensors["images"], tensors["labels"], told, generator, count, **how)
+            found, _ = train(subnet, own, **how)
             self.work[key] = self.tally.work, self.tally.gradients
             return found
 
-        found = self.calls(key, passes, given)
+        found = self.calls(key, passes, read)
         work, gradients = self.work[key]
         self.tally.work, self.tally.gradients = before[0] + work, before[1] + gradients
         return found, _absent

@@ -26,9 +26,9 @@ from proard.training.counted import Counted, Forward, StepTally
 from proard.training.perturbation import perturbed
 from proard.training.plan import Drawn, Plan, choose_winners, pace
 from proard.training.ranks import BatchPart
-from proard.training.recurring import Recurring, recurring
+from proard.training.recurring import Given, Recurring, recurring
 from proard.training.teacher_table import table_for
-from proard.training.teachers import Guidance, Teachers, add_student_outputs, add_teacher_outputs
+from proard.training.teachers import Teachers, add_student_outputs, add_teacher_outputs
 from proard.training.update import Update
 
 
@@ -152,7 +152,7 @@ class TrainingStep:
             train = partial(self.recurring.train, self._train, self.attacker)
         for subnet in drawn:
             rate = pace(self.net.space, subnet.arch, progress=progress, decay=self.settings.complexity_decay)
-            found, network = train(subnet, images, labels, guidance, batch.generator, len(drawn) / rate)
+            found, network = train(subnet, Given(images, labels, guidance, batch.generator, len(drawn) / rate))
             losses.append(found["loss"])
             if subnet.guides:
                 guidance = self.teachers.led_by(guidance, found["logits"], network)
@@ -171,42 +171,25 @@ class TrainingStep:
         view = self.net.view(arch, total=self.part.total if self.part.several else None)
         return Counted(view, self.tally, macs=view.spec.macs, trained=True)
 
-    def _train(
-        self,
-        subnet: Drawn,
-        images: Tensor,
-        labels: Tensor,
-        guidance: Guidance,
-        generator: torch.Generator,
-        count: float,
-        **attacked: Any,
-    ) -> tuple[dict[str, Tensor], Forward]:
-        """All passes of a subnet, its gradients / `count` added to the network's; and the subnet, frozen.
+    def _train(self, subnet: Drawn, given: Given, **attacked: Any) -> tuple[dict[str, Tensor], Forward]:
+        """All passes of a subnet, its gradients / `given.count` added to the network's; and the subnet, frozen.
 
         Results: its loss, its correct clean and adversarial images, its clean logits, as far as computed.
         """
         student = self._student(subnet.arch)
-        seen = self._passes(student, subnet, images, labels, guidance, generator, **attacked)
-        found = {"loss": self._backward(student, subnet, seen, count)}
+        seen = self._passes(student, subnet, given, **attacked)
+        found = {"loss": self._backward(student, subnet, seen, given.count)}
         for name, logits in (("clean", seen.clean), ("robust", seen.adv)):
             if logits is not None:
-                found[name] = (logits.detach().argmax(1) == labels).sum(dtype=torch.float64)
+                found[name] = (logits.detach().argmax(1) == given.labels).sum(dtype=torch.float64)
         if seen.clean is not None:
             found["logits"] = seen.clean.detach()
         student.net.scatter_gradients()
         return found, partial(student, frozen=True)
 
-    def _passes(
-        self,
-        student: Counted[View],
-        subnet: Drawn,
-        images: Tensor,
-        labels: Tensor,
-        guidance: Guidance,
-        generator: torch.Generator,
-        **attacked: Any,
-    ) -> Batch:
+    def _passes(self, student: Counted[View], subnet: Drawn, given: Given, **attacked: Any) -> Batch:
         """Clean pass, attack on this very subnet, adversarial pass, and what else its loss reads."""
+        images, labels, guidance = given.images, given.labels, given.guidance
         objective = subnet.objective
         needs, clean = objective.needs, ABSENT
         average = self._averaged(subnet.arch, images) if "average" in needs else ABSENT  # before there is a graph
@@ -218,16 +201,18 @@ class TrainingStep:
         target = ABSENT if guidance.target is None else guidance.target
         batch = Batch(labels, clean=clean, teacher=target, images=source, average=average, memory=self.memory)
         if objective.inner is None:
-            batch, given = replace(batch, adv=clean), {"clean"}
+            batch, known = replace(batch, adv=clean), {"clean"}
         else:
-            known = replace(batch, clean=clean if clean is ABSENT else clean.detach(), images=images)
-            adversarial = self.attacker.craft(student, subnet, known, statistics, guidance, generator, **attacked)
+            inputs = replace(batch, clean=clean if clean is ABSENT else clean.detach(), images=images)
+            adversarial = self.attacker.craft(
+                student, subnet, inputs, statistics, guidance, given.generator, **attacked
+            )
             adversarial.requires_grad_("teacher_gradient_adv" in needs)
             with self._autocast():
                 adv = student(adversarial, update_running=clean is ABSENT).float()
-            batch, given = replace(batch, adv=adv, adversarial=adversarial), {"clean", "adv"}
+            batch, known = replace(batch, adv=adv, adversarial=adversarial), {"clean", "adv"}
         batch = add_teacher_outputs(batch, needs, guidance)
-        return self._student_outputs(batch, needs - given, student)
+        return self._student_outputs(batch, needs - known, student)
 
     @torch.no_grad()
     def _averaged(self, arch: Arch, images: Tensor) -> Tensor:
