@@ -133,8 +133,8 @@ class SyntheticRun:
     def _write_searches(self) -> None:
         """Archive, front, history and the verified archs."""
         verified, front = [], []
-        for search, gain in (("nsga2", 0.014), ("random", 0.004)):
-            for macs in np.geomspace(1.7e6, 17.5e6, 8):
+        for search, gain, archs in (("nsga2", 0.014, 8), ("random", 0.004, 8), ("uniform", 0.002, 3)):
+            for macs in np.geomspace(1.7e6, 17.5e6, archs):
                 arch = self.arch(macs)
                 arch["clean"], arch["robust"] = arch["clean"] + gain, arch["robust"] + gain
                 predicted = {

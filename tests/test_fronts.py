@@ -101,17 +101,36 @@ def searched(**points: list[tuple[int, int, int]]) -> pd.DataFrame:
 
 def test_two_searches_by_hand_and_one_alone():
     # Scaled to their range, the points are (0, 0, 0) and (1, 1, 1): volumes 1.1^3 and 0.1^3 of a box of 1.1^3.
-    found = compare_searches(searched(nsga2=[(80, 50, 10)], random=[(60, 30, 20)]), bootstraps=200)
+    (found,) = compare_searches(searched(nsga2=[(80, 50, 10)], random=[(60, 30, 20)]), bootstraps=200)
     assert found.second.value == pytest.approx(1.0)
     assert found.first.value == pytest.approx((0.1 / 1.1) ** 3)
     assert 0 < found.difference.low < found.difference.high
     assert (found.split, found.attack, found.num_images, found.num_archs) == ("test", "worst", 100, (1, 1))
-    assert compare_searches(searched(nsga2=[(80, 50, 10)])) is None
+    assert compare_searches(searched(nsga2=[(80, 50, 10)])) == []
+    assert compare_searches(searched(random=[(80, 50, 10)])) == []
+
+
+def test_uniform_scaling_is_compared_with_as_many_archs_of_the_nearest_cost():
+    table = searched(
+        nsga2=[(60, 30, 10), (70, 35, 80), (72, 36, 20), (75, 40, 1000), (90, 60, 400)],
+        random=[(60, 30, 20)],
+        uniform=[(50, 20, 12), (55, 25, 90)],
+    )
+    random, uniform = compare_searches(table, bootstraps=200)
+    assert (random.other, uniform.other) == ("random", "uniform")
+    assert (random.num_archs, uniform.num_archs) == ((1, 1), (2, 2))
+    alone = pd.concat([table[table["found_by"] == "uniform"], table.iloc[[0, 1]]])
+    (pair,) = compare_searches(alone, bootstraps=200)
+    assert pair.second.value == pytest.approx(uniform.second.value)
+    assert pair.first.value == pytest.approx(uniform.first.value)
+    # Two comparisons at once: wider intervals.
+    assert (pair.comparisons, uniform.comparisons) == (1, 2)
+    assert uniform.difference.low < pair.difference.low < pair.difference.high < uniform.difference.high
 
 
 def test_two_searches_in_two_costs_by_hand():
     table = searched(nsga2=[(80, 50, 10)], random=[(60, 30, 20), (60, 30, 10)]).assign(sram=[100, 200, 300])
-    found = compare_searches(table, costs=("macs", "sram"), bootstraps=20)
+    (found,) = compare_searches(table, costs=("macs", "sram"), bootstraps=20)
     # Scaled to their range: (0, 0, 0, 0) of NSGA-II, (1, 1, 1, 0.5) and (1, 1, 0, 1) of random search.
     union = 0.1**2 * (0.1 * 0.6 + 1.1 * 0.1 - 0.1 * 0.1)
     assert found.second.value == pytest.approx(1.0)
@@ -129,6 +148,11 @@ def test_archs_to_verify_are_spread_over_every_cost_of_the_search():
         rows = both[both["found_by"] == name]
         assert rows["macs"].tolist() == rows["sram"].tolist() == [1, 2, 4, 8, 16]
     assert verify_front.pick(front, 5).groupby("found_by")["macs"].apply(list).tolist() == [[1, 2, 4, 8, 16]] * 2
+    scaled = pd.DataFrame({"macs": [1, 3, 16], "sram": [1, 3, 16], "found_by": "uniform"})
+    three = verify_front.pick(pd.concat([front, scaled], ignore_index=True), 5).groupby("found_by")["macs"].apply(list)
+    assert three.tolist() == [[1, 2, 4, 8, 16], [1, 2, 4, 8, 16], [1, 3, 16]]
+    two = verify_front.pick(pd.concat([front, scaled], ignore_index=True), 2).groupby("found_by")["macs"].apply(list)
+    assert two.tolist() == [[1, 16]] * 3
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +211,10 @@ def test_a_search_in_two_costs_is_verified_and_compared_in_both(runs, tmp_path):
         measured_archs = set(rows.loc[rows["found_by"] == name, "arch_id"])
         assert len(measured_archs) == config.verify_front.num_archs
         assert measured_archs <= set(front.loc[front["found_by"] == name, "arch_id"])
-    found = compare_searches(rows, costs=costs, bootstraps=50)
+    found, uniform = compare_searches(rows, costs=costs, bootstraps=50)
+    scaled = set(rows.loc[rows["found_by"] == "uniform", "arch_id"])
+    assert scaled == {arch.arch_id for arch in space.diagonal()}
+    assert uniform.num_archs == (len(scaled), min(len(scaled), config.verify_front.num_archs))
     worst = rows[(rows["split"] == "test") & (rows["attack"] == "worst")]
     points = {name: objectives(worst[worst["found_by"] == name], costs) for name in ("random", "nsga2")}
     scale = Scale.of(np.concatenate(list(points.values())))

@@ -271,6 +271,10 @@ def test_stage_with_two_costs(tmp_path):
         assert best["macs"].max() <= limit
         assert best["macs"].is_monotonic_increasing
         volumes[name] = objectives
+    scaled = front[front["found_by"] == "uniform"]
+    small = [arch.arch_id for arch in SPACE.diagonal() if SPACE.spec(arch).macs <= limit]
+    assert scaled["arch_id"].tolist() == small
+    assert 0 < len(small) < len(SPACE.diagonal())
     in_macs_alone = search.non_dominated(volumes["exhaustive"][:, :3])
     assert len(in_macs_alone) < len(exact)  # some archs are on the front for their memory only
     whole = history.iloc[0]
@@ -301,7 +305,7 @@ def test_stage_leaves_enumeration_out_where_it_is_told_to(tmp_path):
     write_predictor(tmp_path)
     archive, front, history = run_stage(tmp_path, enumerate_up_to=0)
     assert set(archive["found_by"]) == {"nsga2", "random", "anchor"}
-    assert set(front["found_by"]) == {"nsga2", "random"}
+    assert set(front["found_by"]) == {"nsga2", "random", "uniform"}
     assert history[["exhaustive_hypervolume", "relative_hypervolume"]].isna().all(axis=None)
 
 

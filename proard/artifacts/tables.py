@@ -75,7 +75,7 @@ PREDICTED: dict[str, tuple[pa.DataType, str]] = {
     **FOOTPRINT,
     "predicted_clean_acc": (FLOAT, "fraction, predicted"),
     "predicted_robust_acc": (FLOAT, "fraction, predicted"),
-    "found_by": (TEXT, "search that evaluated the arch: nsga2, random, exhaustive or anchor"),
+    "found_by": (TEXT, "search that evaluated the arch: nsga2, random, uniform, exhaustive or anchor"),
     "seed": (INT, "seed of the search"),
 }
 FRONT: dict[str, tuple[pa.DataType, str]] = {
@@ -83,7 +83,7 @@ FRONT: dict[str, tuple[pa.DataType, str]] = {
     **FOOTPRINT,
     "predicted_clean_acc": (FLOAT, "fraction, predicted"),
     "predicted_robust_acc": (FLOAT, "fraction, predicted"),
-    "found_by": (TEXT, "search that found the arch: nsga2, random, exhaustive or anchor"),
+    "found_by": (TEXT, "search that found the arch: nsga2, random, uniform, exhaustive or anchor"),
 }
 STUDENT: dict[str, tuple[pa.DataType, str]] = {
     **FRONT,

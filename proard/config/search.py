@@ -22,6 +22,9 @@ Limits = Annotated[
 class SearchFront(Settings):
     """NSGA-II and random search with equal numbers of evaluations; `max_cost` limits `cost` (a table column).
 
+    Beside them stands uniform scaling: the archs whose choices all have the same relative position, which need no
+    search.
+
     `cost` is one column or a list of two: `[macs, sram]` minimises both beside the accuracies, and `max_cost` then has
     a limit for each, null for none. `cost: latency` is that of the run's `device`. `max_cost` limits macs, params or
     flash, which never fall as a subnet grows.

@@ -61,7 +61,7 @@ class Context:
 
     results: Results
     students: list[Student]
-    comparison: SearchComparison | None
+    comparisons: list[SearchComparison]
     durations: list[Duration]
     figures: dict[str, str]
     folder: Path

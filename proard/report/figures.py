@@ -22,6 +22,7 @@ from proard.space.cost import human
 SEARCH_LOOKS = {
     "nsga2": (COLOURS["blue"], "o"),
     "random": (COLOURS["orange"], "^"),
+    "uniform": (COLOURS["navy"], "s"),
 }
 ARCH_COLOURS = {"smallest": COLOURS["sky"], "middle": COLOURS["blue"], "largest": COLOURS["navy"]}
 CLEAN = (0, (3, 1.5))
@@ -255,7 +256,8 @@ def search_figure(results: Results) -> Figure | None:
         axis = figure.subplots()
         for search, (colour, _) in SEARCH_LOOKS.items():
             rows = history[history["search"] == search].sort_values("evaluations")
-            axis.plot(rows["evaluations"], rows["hypervolume"], color=colour, label=SEARCH_NAMES[search])
+            if not rows.empty:
+                axis.plot(rows["evaluations"], rows["hypervolume"], color=colour, label=SEARCH_NAMES[search])
         whole = history.get("exhaustive_hypervolume")
         if whole is not None and whole.notna().any():
             axis.axhline(whole.max(), color=COLOURS["muted"], linestyle=":", linewidth=1.2, label="whole space")

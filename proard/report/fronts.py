@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy.optimize import linear_sum_assignment
 
 from proard.artifacts import ArtifactError, read_table
 from proard.config import UserError
@@ -17,6 +18,7 @@ from proard.search import Scale, hypervolume
 
 KINDS = ("clean", "robust")
 WORST = "worst"
+OTHERS = ("random", "uniform")  # beside NSGA-II
 
 
 class Interval(NamedTuple):
@@ -51,11 +53,23 @@ class FrontComparison:
 
 @dataclass(frozen=True)
 class SearchComparison(FrontComparison):
-    """NSGA-II's measured archs (second) beside those of random search (first), under one attack on one split."""
+    """NSGA-II's measured archs (second) beside others (first), under one attack on one split.
 
+    Attributes
+    ----------
+    other : str
+        What found the others: `random` or `uniform`.
+    split, attack, costs : str, str, tuple of str
+        How all archs were measured; what the searches minimised.
+    comparisons : int
+        Comparisons that are made at once; each interval covers 1 - 0.05 / comparisons (Bonferroni).
+    """
+
+    other: str
     split: str
     attack: str
     costs: tuple[str, ...]
+    comparisons: int
 
 
 def compare_fronts(
@@ -63,13 +77,14 @@ def compare_fronts(
     second: pd.DataFrame,
     *,
     costs: Sequence[str] = ("macs",),
+    comparisons: int = 1,
     bootstraps: int = 1000,
     seed: int = 0,
 ) -> FrontComparison:
     """Hypervolumes in clean accuracy, robust accuracy and costs, on a scale from the range of the archs of both sets.
 
-    The intervals are the 2.5th to 97.5th percentile over images drawn with replacement, the same draws for both sets.
-    They do not cover other archs or other seeds of the training.
+    The intervals are the 2.5th to 97.5th percentile over images drawn with replacement, the same draws for both sets;
+    wider if several comparisons are made at once. They do not cover other archs or other seeds of the training.
 
     Parameters
     ----------
@@ -78,6 +93,8 @@ def compare_fronts(
         same images; tables of earlier versions have none.
     costs : sequence of str
         Columns of the costs.
+    comparisons : int
+        Comparisons that are made at once: what lies outside an interval is 5 % divided by their number.
     """
     sets, columns = (first, second), list(costs)
     points = [_objectives(rows["clean_acc"], rows["robust_acc"], rows[columns]) for rows in sets]
@@ -97,7 +114,9 @@ def compare_fronts(
                 for draw in range(bootstraps)
             ]
         )
-        spans = np.percentile(np.column_stack([volumes, volumes[:, 1] - volumes[:, 0]]), [2.5, 97.5], axis=0).T
+        tail = 2.5 / comparisons
+        both = np.column_stack([volumes, volumes[:, 1] - volumes[:, 0]])
+        spans = np.percentile(both, [tail, 100 - tail], axis=0).T
     shares = (*values, values[1] - values[0])
     one, other, difference = (Interval(share, *span) for share, span in zip(shares, spans.tolist(), strict=True))
     return FrontComparison(one, other, difference, (len(first), len(second)), number, bootstraps)
@@ -105,8 +124,10 @@ def compare_fronts(
 
 def compare_searches(
     verified: pd.DataFrame, *, costs: Sequence[str] = ("macs",), bootstraps: int = 1000, seed: int = 0
-) -> SearchComparison | None:
-    """NSGA-II's measured archs against those of random search.
+) -> list[SearchComparison]:
+    """NSGA-II's measured archs against those of random search, and against those of uniform scaling.
+
+    Where uniform scaling has fewer archs, it is compared with as many of NSGA-II, the nearest in cost.
 
     Parameters
     ----------
@@ -117,18 +138,34 @@ def compare_searches(
 
     Returns
     -------
-    SearchComparison or None
-        None if one of the searches has no measured arch.
+    list of SearchComparison
+        Empty if NSGA-II or all others have no measured arch.
     """
     split = "test" if (verified["split"] == "test").any() else "val"
-    rows = verified[(verified["split"] == split) & verified["found_by"].isin(["nsga2", "random"])]
-    if rows["found_by"].nunique() < 2:
-        return None
+    rows = verified[(verified["split"] == split) & verified["found_by"].isin(["nsga2", *OTHERS])]
+    if rows.empty:
+        return []
     attack = WORST if (rows["attack"] == WORST).any() else str(rows.groupby("attack")["robust_acc"].mean().idxmin())
     rows = rows[rows["attack"] == attack]
-    random, nsga2 = (rows[rows["found_by"] == name] for name in ("random", "nsga2"))
-    found = compare_fronts(random, nsga2, costs=costs, bootstraps=bootstraps, seed=seed)
-    return SearchComparison(**vars(found), split=split, attack=attack, costs=tuple(costs))
+    nsga2 = rows[rows["found_by"] == "nsga2"]
+    others = {name: rows[rows["found_by"] == name] for name in OTHERS if (rows["found_by"] == name).any()}
+    if nsga2.empty:
+        return []
+    how: dict[str, Any] = {"split": split, "attack": attack, "costs": tuple(costs), "comparisons": len(others)}
+    options: dict[str, Any] = {"costs": costs, "comparisons": len(others), "bootstraps": bootstraps, "seed": seed}
+    return [
+        SearchComparison(**vars(compare_fronts(archs, _nearest(nsga2, archs, costs), **options)), other=name, **how)
+        for name, archs in others.items()
+    ]
+
+
+def _nearest(rows: pd.DataFrame, others: pd.DataFrame, costs: Sequence[str]) -> pd.DataFrame:
+    """As many rows as there are others, each the nearest in log cost to one of them; all rows if there are no more."""
+    if len(rows) <= len(others):
+        return rows
+    own, wanted = (np.log(part[list(costs)].to_numpy(float)) for part in (rows, others))
+    distances = np.abs(own[:, None] - wanted).sum(axis=2)  # (rows, others)
+    return rows.iloc[linear_sum_assignment(distances)[0]]
 
 
 def compare_tables(

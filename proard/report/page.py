@@ -19,7 +19,7 @@ from proard.report.device import device_figure, device_files
 from proard.report.diagnosis import bound_figure, radius_figure
 from proard.report.facts import durations, exported_students
 from proard.report.figures import front_figure, predictor_figure, search_figure, training_figure
-from proard.report.fronts import compare_searches
+from proard.report.fronts import SearchComparison, compare_searches
 from proard.report.inputs import Results
 from proard.report.students import accuracy_figure, nearest, networks_of, summary_of
 from proard.report.svg import to_svg
@@ -60,9 +60,9 @@ def render(
     """
     students = exported_students(results.students)
     verified = results.get("verified")
-    comparison = None
+    comparisons: list[SearchComparison] = []
     if verified is not None:
-        comparison = compare_searches(
+        comparisons = compare_searches(
             verified, costs=searched_costs(results.settings), bootstraps=bootstraps, seed=results.seed
         )
     figures = _figures(results, students, eps)
@@ -72,7 +72,7 @@ def render(
     context = Context(
         results=results,
         students=students,
-        comparison=comparison,
+        comparisons=comparisons,
         durations=durations(results.benchmarks) if results.benchmarks else [],
         figures=figures,
         folder=Path(html).parent,

@@ -82,13 +82,13 @@ def _lines(context: Context) -> list[str]:
 
 
 def search(context: Context) -> Section | None:
-    """NSGA-II against random search: predicted while searching, measured afterwards."""
-    if "search" not in context.figures and context.comparison is None:
+    """NSGA-II beside random search and uniform scaling: predicted while searching, measured afterwards."""
+    if "search" not in context.figures and not context.comparisons:
         return None
     history = context.results.get("search_history")
     spent = 0 if history is None else history.loc[history["search"] == "nsga2", "evaluations"].max()
-    values = {"context": context, "found": context.comparison, "spent": spent}
-    return section("search", "Search", "NSGA-II against random search", **values)
+    values = {"context": context, "spent": spent, "names": SEARCH_NAMES}
+    return section("search", "Search", "Does the search matter?", **values)
 
 
 def predictor(context: Context) -> Section | None:

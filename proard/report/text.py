@@ -12,7 +12,7 @@ import pandas as pd
 from proard.config import OBJECTIVE_WORDS
 from proard.space.cost import human
 
-SEARCH_NAMES = {"nsga2": "NSGA-II", "random": "random search"}
+SEARCH_NAMES = {"nsga2": "NSGA-II", "random": "random search", "uniform": "uniform scaling"}
 NORMS = {"linf": "ℓ∞", "l2": "ℓ₂"}
 
 

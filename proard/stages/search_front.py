@@ -1,4 +1,7 @@
-"""Search the space with the predictor, by NSGA-II and at random: -> archive.parquet, front.parquet, history.parquet."""
+"""Search the space with the predictor, by NSGA-II and at random: -> archive.parquet, front.parquet, history.parquet.
+
+The front also has the archs of uniform scaling (`found_by` uniform), which needs no search.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from proard.artifacts import PREDICTED, ArtifactError
 from proard.config import SearchFront
 from proard.predictor import Predictor
 from proard.progress import Progress
-from proard.search import HISTORY, Archive, Exhaustive, non_dominated
+from proard.search import HISTORY, Archive, Cost, Exhaustive, non_dominated
 from proard.space import SearchSpace, human_cost, read_device
 from proard.space.sampling import anchor_archs, footprint_columns, identity_columns
 from proard.stages.common import parse_arguments, run
@@ -50,15 +53,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     history = search.history(archives, cost_names=settings.cost, seed=job.seed, exhaustive=whole)
 
     fronts = {name: take(archive, non_dominated(archive.objectives)) for name, archive in archives.items()}
+    scaled = within(np.stack([space.genotype(arch) for arch in space.diagonal()]), cost, settings.limits)
     exact = {} if whole is None else {"exhaustive": take(whole.front, np.arange(len(whole.front)))}
     cheapest = [space.tables.cheapest(column) for column in space.tables.columns]  # every budget that can be met is met
     anchors = np.unique([*(space.genotype(arch) for arch in anchor_archs(space)), *cheapest], axis=0)
-    anchor = Archive(anchors, model.predict(anchors), cost(anchors), np.zeros(len(anchors), dtype=np.int64))
+    anchor, uniform = (
+        Archive(rows, model.predict(rows), cost(rows), np.zeros(len(rows), np.int64)) for rows in (anchors, scaled)
+    )
     device = [job.config.device] if job.config.device else []
     provenance = job.provenance(job.files.predictor, job.files.table, *device)
     archive_rows = predicted_rows({**archives, **exact, "anchor": anchor}, space, job.seed)
     artifacts.write_table(job.files.archive, archive_rows, PREDICTED, provenance)
-    artifacts.write_table(job.files.front, predicted_rows({**fronts, **exact}, space, job.seed), PREDICTED, provenance)
+    front_rows = predicted_rows({**fronts, "uniform": uniform, **exact}, space, job.seed)
+    artifacts.write_table(job.files.front, front_rows, PREDICTED, provenance)
     artifacts.write_table(job.files.history, history, HISTORY, provenance)
     print(summary(history, fronts, whole, settings.cost))
     job.record_costs()
@@ -96,6 +103,11 @@ def exhaustive(problem: tuple[Any, ...], settings: SearchFront, *, size: int) ->
     if progress is not None:
         progress.close()
     return whole
+
+
+def within(genotypes: np.ndarray, cost: Cost, limits: Sequence[float] | None) -> np.ndarray:
+    """The genotypes whose costs are at most the limits."""
+    return genotypes if limits is None else genotypes[(cost(genotypes) <= np.asarray(limits)).all(axis=1)]
 
 
 def take(archive: Archive, rows: np.ndarray) -> Archive:

@@ -1,4 +1,4 @@
-"""Measure the fronts of NSGA-II and of random search, equally many archs of each, on val and on test."""
+"""Measure archs of NSGA-II, of random search (equally many of both) and of uniform scaling, on val and on test."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from proard.stages.common import parse_arguments, run
 from proard.stages.measuring import load_images, subnet_meter
 
 SEARCHES = ("nsga2", "random")
+UNIFORM = "uniform"
 PREDICTIONS = ("predicted_clean_acc", "predicted_robust_acc", *FOOTPRINT)
 
 
@@ -54,21 +55,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def pick(front: pd.DataFrame, number: int, *, costs: Sequence[str] = ("macs",)) -> pd.DataFrame:
-    """Equally many archs of each search, spread over the log of its costs along that search's predicted front.
+    """Equally many archs of both searches, spread over the log of the costs along their predicted fronts.
 
     For each of `number` targets, evenly spaced in the log of every cost from the low to the high end of both fronts'
     common range, the nearest arch of the search that is not yet taken; so both searches answer the same questions.
+    Uniform scaling may have fewer archs; then all of them are taken.
     """
-    front = front[front["found_by"].isin(SEARCHES)]
-    fronts = {name: front[front["found_by"] == name].sort_values(list(costs)) for name in SEARCHES}
-    number = min(number, *(len(rows) for rows in fronts.values()))
+    names = [name for name in (*SEARCHES, UNIFORM) if (front["found_by"] == name).any()]
+    fronts = {name: front[front["found_by"] == name].sort_values(list(costs)) for name in names}
+    number = min(number, *(len(fronts[name]) for name in SEARCHES))
     log = {name: np.log(rows[list(costs)].to_numpy(float)) for name, rows in fronts.items()}  # (archs, costs)
-    low = np.max([values.min(axis=0) for values in log.values()], axis=0)
-    high = np.min([values.max(axis=0) for values in log.values()], axis=0)
+    low = np.max([log[name].min(axis=0) for name in SEARCHES], axis=0)
+    high = np.min([log[name].max(axis=0) for name in SEARCHES], axis=0)
     parts = []
-    for name in SEARCHES:
+    for name in names:
         free = np.ones(len(log[name]), dtype=bool)
-        for target in np.linspace(low, high, number):  # (costs,)
+        for target in np.linspace(low, high, min(number, len(free))):  # (costs,)
             distances = np.abs(log[name] - target).sum(axis=1)
             nearest = np.where(free, distances, np.inf).argmin()
             free[nearest] = False
