@@ -51,6 +51,12 @@ def test_it_is_autograds_in_float64_for_every_kind_of_block(name):
         torch.testing.assert_close(logits, expected_logits, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12 * float(expected.abs().max()))
         assert float(expected.abs().max()) > 0
+        leaf = images.contiguous().requires_grad_()
+        again = net.input_gradient().differentiable(leaf)
+        torch.testing.assert_close(again.detach(), logits)
+        (taken,) = torch.autograd.grad(again, leaf, objective.logit_gradient(again.detach()))
+        assert taken.is_contiguous()
+        torch.testing.assert_close(taken, gradient)
 
 
 def test_images_in_another_memory_layout_give_the_same():

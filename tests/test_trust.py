@@ -23,9 +23,11 @@ from proard import cli
 from proard.artifacts import ArtifactError, read_header, read_table, sha256, write_json
 from proard.config import Threat, UserError
 from proard.data import load_split, to_float
-from proard.evaluation.autoattack import ATTACKS, autoattack, check_classes, run_attack
+from proard.evaluation.autoattack import ATTACKS, Counted, autoattack, check_classes, run_attack
 from proard.evaluation.masking import CHECKS, Evidence, Examination
+from proard.export import load_student
 from proard.export.robustbench import Publication, _additional_data, broken_rules, entry, submission
+from proard.nets import FoldedNet
 from proard.stages import autoattack_student, check_student, describe_student, export_student
 from proard.stages.export_student import EXPORTED
 
@@ -82,17 +84,17 @@ def linear(request):
 @pytest.mark.parametrize("attack", ATTACKS[:3])
 def test_gradient_attacks_find_the_exact_distance_of_a_linear_network(linear, attack):
     net, images, labels, robust, threat = linear
-    found, warnings = run_attack(net, images, labels, attack=attack, threat=threat, seed=0)
+    found, warnings = run_attack(Counted(net), images, labels, attack=attack, threat=threat, seed=0)
     assert found.tolist() == robust.tolist()
     assert warnings == []
     for index in (robust.nonzero()[0], (~robust).nonzero()[0]):  # a single image left
-        one, _ = run_attack(net, images[index], labels[index], attack=attack, threat=threat, seed=0)
+        one, _ = run_attack(Counted(net), images[index], labels[index], attack=attack, threat=threat, seed=0)
         assert one.tolist() == robust[index].tolist()
 
 
 def test_square_never_loses_an_image_that_no_perturbation_can_change(linear):
     net, images, labels, robust, threat = linear
-    found, _ = run_attack(net, images, labels, attack="square", threat=threat, seed=0)
+    found, _ = run_attack(Counted(net), images, labels, attack="square", threat=threat, seed=0)
     assert bool(found[robust].all())
     assert not bool(found[~robust].all())
 
@@ -102,7 +104,7 @@ def test_attacks_leave_the_global_generator_alone(linear):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    run_attack(net, images[:2], labels[:2], attack="apgd-ce", threat=threat, seed=1)
+    run_attack(Counted(net), images[:2], labels[:2], attack="apgd-ce", threat=threat, seed=1)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -111,7 +113,7 @@ def test_warnings_of_autoattack_are_kept(linear):
     noisy = lambda batch: net(batch) + 1e-2 * torch.randn(len(batch), len(NAMES))  # noqa: E731
     wrapped = nn.Module()
     wrapped.forward = noisy
-    _, warnings = run_attack(wrapped, images[:8], labels[:8], attack="apgd-ce", threat=threat, seed=0)
+    _, warnings = run_attack(Counted(wrapped), images[:8], labels[:8], attack="apgd-ce", threat=threat, seed=0)
     assert any("randomized defense" in message for message in warnings)
 
 
@@ -166,6 +168,23 @@ def test_the_table_says_what_is_left_after_each_attack(inputs, attacked):
     assert (table["own_robust_acc"] == robust.mean()).all()
     assert not (masks[-1] & ~robust).any()
     assert set(table["num_images"]) == {16}
+
+
+def test_the_networks_own_gradient_changes_no_outcome(inputs, attacked, monkeypatch):
+    """With autograd's gradient and the library's convolutions the same images are robust."""
+    net = load_student(inputs["weights"]).requires_grad_(False)
+    images = load_split(inputs["test"]).take(range(16))
+    threat = CONFIG.threat
+    found = []
+    for own in (True, False):
+        if not own:
+            monkeypatch.setattr(FoldedNet, "input_gradient", lambda net: None)
+        found.append(autoattack(net, images, threat=threat, seed=0, block_size=16))
+    assert (found[0].clean == found[1].clean).all()
+    for attack in ATTACKS:
+        ours, theirs = (each.entries[attack] for each in found)
+        assert ours["robust"].tolist() == theirs["robust"].tolist()
+        assert (ours["gradients"], ours["attacked"]) == (theirs["gradients"], theirs["attacked"])
 
 
 def test_all_images_are_attacked_where_the_settings_say_so(inputs, attacked, tmp_path):

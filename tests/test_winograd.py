@@ -10,7 +10,7 @@ from helpers import TINY, random_images, random_supernet, tiny_space
 from proard.attacks import input_gradient
 from proard.config import Attack
 from proard.evaluation import attack_images
-from proard.kernels import Winograd, plain_twins, slope_
+from proard.kernels import Winograd, plain_twins, slope_, winograd
 from proard.kernels.winograd import plain_convolve
 from proard.losses import CrossEntropy
 from proard.nets import FoldedNet, SubnetView
@@ -112,7 +112,19 @@ def test_it_is_used_where_it_pays_and_can_be_switched_off(monkeypatch):
     assert Convolution(layer, weight, torch.zeros(16)).winograd is not None
     assert Convolution(ConvSpec("c", 24, 16, 3, 2, 8), weight, torch.zeros(16)).winograd is None
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    assert Convolution(layer, weight, torch.zeros(16)).winograd is None
+    for halved in (True, False):
+        monkeypatch.setattr(winograd, "zen4", lambda halved=halved: halved)
+        assert (Convolution(layer, weight, torch.zeros(16)).winograd is not None) is halved
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "halved"),
+    [("AuthenticAMD", 25, True), ("AuthenticAMD", 26, False), ("GenuineIntel", 6, False)],
+)
+def test_zen4_is_known_by_vendor_and_family(monkeypatch, vendor, family, halved):
+    described = f"vendor_id\t: {vendor}\ncpu family\t: {family}\nmodel name\t: A: B\nflags\t\t: fpu avx2"
+    monkeypatch.setattr(winograd, "processor", described.encode)
+    assert winograd.zen4.__wrapped__() is halved
 
 
 @pytest.mark.usefixtures("without_avx512")

@@ -91,7 +91,7 @@ def attack_images(
         Images to logits; the network as it is deployed. If the attack computes in another type, `rounded(dtype)`
         gives the network that it differentiates, and for a `Deployed` network `attacked` is that. An image counts as
         misclassified only by the logits of `predict`: they confirm each mistake of that other network, and of a
-        network whose gradient is `approximate`, as by Winograd's method on CPUs without AVX-512.
+        network whose gradient is `approximate`, as by Winograd's method (`proard.kernels.winograd`).
     images : Tensor of shape (n, channels, height, width)
         Clean, float32 in [0, 1].
     labels : Tensor of shape (n,)

@@ -28,6 +28,7 @@ from proard.artifacts import tensors_checksum
 from proard.config import LEAST_CLASSES, Threat, UserError
 from proard.data import ImageSet, to_float
 from proard.evaluation.meter import read_entry, write_entry
+from proard.nets import FoldedNet
 
 STEPS = {"apgd-ce": 100, "apgd-t": 100, "fab-t": 100, "square": 5000}  # of one run; square: queries
 ATTACKS = tuple(STEPS)  # of version `standard`, in its order
@@ -60,19 +61,30 @@ class Attacked:
 
 
 class Counted(nn.Module):
-    """A network that counts its passes: images with a gradient, and images without."""
+    """A network that counts its passes: images with a gradient, and images without.
 
-    def __init__(self, net: Callable[[Tensor], Tensor]) -> None:
+    Attacks get logits and gradients by the network's own `input_gradient`, if it has one, whose rounding may differ
+    from that of the network (`approximate`); `exact` is the network itself, which decides.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
+        self.own = net.input_gradient() if isinstance(net, FoldedNet) else None
         self.gradients = self.forwards = 0
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of shape (batch, classes)."""
+        """Logits of shape (batch, classes), for an attack."""
         if torch.is_grad_enabled() and images.requires_grad:
             self.gradients += len(images)
-        else:
-            self.forwards += len(images)
+            return self.net(images) if self.own is None else self.own.differentiable(images)
+        self.forwards += len(images)
+        return self.net(images) if self.own is None else self.own.logits(images)
+
+    @torch.no_grad()
+    def exact(self, images: Tensor) -> Tensor:
+        """Logits of shape (batch, classes) of the network itself."""
+        self.forwards += len(images)
         return self.net(images)
 
 
@@ -97,13 +109,13 @@ def attack_seed(seed: int, block: int, attack: str) -> int:
 
 
 def run_attack(
-    net: nn.Module, images: Tensor, labels: Tensor, *, attack: str, threat: Threat, seed: int
+    net: Counted, images: Tensor, labels: Tensor, *, attack: str, threat: Threat, seed: int
 ) -> tuple[Tensor, list[str]]:
     """Run one attack of standard AutoAttack on correctly classified images.
 
     Parameters
     ----------
-    net : nn.Module
+    net : Counted
         Images to logits.
     images : Tensor of shape (batch, channels, height, width)
         In [0, 1], all classified correctly.
@@ -117,7 +129,7 @@ def run_attack(
     Returns
     -------
     robust : Tensor of shape (batch,)
-        bool: the image that the attack returned is classified correctly.
+        bool: the image that the attack returned is classified correctly by `net.exact`.
     warnings : list of str
         Messages of AutoAttack's checks: random outputs, probabilities in place of logits, zero gradients, optimisation
         inside the network.
@@ -147,8 +159,7 @@ def run_attack(
     size = change.abs().amax(1) if threat.norm == "linf" else torch.linalg.vector_norm(change, dim=1)
     assert float(size.max()) <= threat.eps + SLACK * max(1.0, threat.eps), f"{attack} left the ball"
     assert float(adv.min()) >= 0 and float(adv.max()) <= 1, f"{attack} left the pixel range"  # noqa: PT018
-    with torch.no_grad():
-        return net(adv).argmax(1) == labels, warnings
+    return net.exact(adv).argmax(1) == labels, warnings
 
 
 @contextmanager
@@ -210,8 +221,7 @@ def autoattack(
     for block, first in enumerate(range(0, len(images), block_size)):
         part = images.take(range(first, min(first + block_size, len(images))))
         pixels = to_float(part.images)
-        with torch.no_grad():
-            clean = (counted(pixels).argmax(1) == part.labels).cpu().numpy()
+        clean = (counted.exact(pixels).argmax(1) == part.labels).cpu().numpy()
         standing = clean.copy() if left_out is None else clean & ~left_out[first : first + block_size]
         spared, entries, said = int((clean & ~standing).sum()), {}, []
         for attack in ATTACKS:

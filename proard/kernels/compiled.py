@@ -133,5 +133,5 @@ def processor() -> bytes:
     if not path.exists():
         return f"{platform.machine()} {platform.processor()}".encode()
     first = path.read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
-    kept = ("model name", "flags", "Features", "CPU part")
+    kept = ("vendor_id", "cpu family", "model name", "flags", "Features", "CPU part")
     return "\n".join(line for line in first.splitlines() if line.startswith(kept)).encode()

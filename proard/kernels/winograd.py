@@ -1,18 +1,19 @@
-"""3x3 convolutions of an attack by Winograd's method, on CPUs without AVX-512.
+"""3x3 convolutions of an attack by Winograd's method, on CPUs that multiply at most eight floats at once.
 
 There the library's direct convolution is limited by the number of multiplications, and F(4x4, 3x3) needs a quarter of
-them. With AVX-512 the library is as fast, and nothing here is used.
+them. Where AVX-512 multiplies sixteen at once, the library is as fast, and nothing here is used.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from proard.kernels.compiled import winograd_library
+from proard.kernels.compiled import processor, winograd_library
 from proard.kernels.dispatch import fused_for
 from proard.kernels.maps import slope_
 from proard.kernels.switch import in_use
@@ -21,6 +22,24 @@ LANES, FEWEST = 8, 16  # channels are a multiple of the first and not below the 
 TILE = 4  # rows and columns of outputs computed together, with 36 products
 ACTIVATIONS = ("none", "relu")
 LAYOUT = torch.channels_last
+
+
+def multiplies_eight() -> bool:
+    """Whether the CPU multiplies at most eight floats at once: with AVX2, and with AVX-512 on AMD's Zen 4.
+
+    Zen 4 (family 25) executes an instruction on sixteen floats in two halves. Measured there, float32, largest subnet
+    of resnet_micro: logits 1.8 times, input gradients 1.7 times as fast as by the library.
+    """
+    capability = torch.backends.cpu.get_cpu_capability()
+    return capability == "AVX2" or (capability == "AVX512" and zen4())
+
+
+@functools.cache
+def zen4() -> bool:
+    """Whether this is an AMD processor of family 25; among those, only Zen 4 has AVX-512."""
+    fields = dict(line.split("\t: ", 1) for line in processor().decode().splitlines() if "\t: " in line)
+    fields = {name.strip(): value for name, value in fields.items()}
+    return (fields.get("vendor_id"), fields.get("cpu family")) == ("AuthenticAMD", "25")
 
 
 class Winograd:
@@ -64,7 +83,7 @@ class Winograd:
             and 2 * 4 * (-(-size // TILE)) ** 2 <= size**2
             and in_use("winograd")
             and fused_for(weight.device) is None
-            and torch.backends.cpu.get_cpu_capability() == "AVX2"
+            and multiplies_eight()
             and winograd_library() is not None
         )
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from proard.kernels import Winograd, convolve_activate, depthwise_convolution, every, gradient_slope, slope_
 from proard.kernels.depthwise import depthwise_input_gradient
@@ -324,9 +325,29 @@ class InputGradient:
         logit_gradient : callable
             Gradient of the objective with respect to the logits, both of shape (batch, classes).
         """
+        logits, pull_back = self.linearised(images)
+        return logits, pull_back(logit_gradient(logits))
+
+    @torch.no_grad()
+    def linearised(self, images: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Logits, and a function for one call: from the gradient of the logits to that of the images."""
         tape: list[list[Kept]] = []
         logits, ends = self._forward(images, tape)
-        x, gradient = tape[-1][-1], logit_gradient(logits) @ self.head[0]
+
+        @torch.no_grad()
+        def pull_back(logit_gradient: Tensor) -> Tensor:
+            gradient = self._backward(logit_gradient, tape, ends)
+            return gradient[:, : images.shape[1]].to(images.dtype) * self.scale
+
+        return logits, pull_back
+
+    def differentiable(self, images: Tensor) -> Tensor:
+        """Logits of images in standard layout, for callers that use autograd; their gradient can be taken once."""
+        return _Differentiable.apply(images, self)
+
+    def _backward(self, logit_gradient: Tensor, tape: list[list[Kept]], ends: list[Kept]) -> Tensor:
+        """Gradient with respect to the normalised images; empties the tape."""
+        x, gradient = tape[-1][-1], logit_gradient @ self.head[0]
         if self.mixer:
             gradient = ends[-1].slope_(gradient.to(self.dtype)[:, :, None, None].contiguous(memory_format=LAYOUT))
             for conv, source, out in zip(reversed(self.mixer), ends[-2::-1], ends[:0:-1], strict=True):
@@ -336,7 +357,7 @@ class InputGradient:
         gradient = x.slope_(torch.empty_like(x.value).copy_(pooled[:, :, None, None]))
         for block in reversed(self.blocks):
             gradient = block.backward(gradient, tape.pop())
-        return logits, gradient[:, : images.shape[1]].to(images.dtype) * self.scale
+        return gradient
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
@@ -358,3 +379,17 @@ class InputGradient:
             ends.append(conv.forward(ends[-1]))
         features = ends[-1].value.flatten(1) if ends else features
         return F.linear(features.to(weight.dtype), weight, bias), ends
+
+
+class _Differentiable(torch.autograd.Function):
+    """Logits by `InputGradient.linearised`."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, own: InputGradient) -> Tensor:
+        logits, ctx.pull_back = own.linearised(images)
+        return logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, logit_gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.pull_back(logit_gradient).contiguous(), None
