@@ -15,7 +15,7 @@ from proard.kernels.winograd import plain_convolve
 from proard.losses import CrossEntropy
 from proard.nets import FoldedNet, SubnetView
 from proard.nets.gradient import Convolution, Kept
-from proard.space import ConvSpec
+from proard.space import ConvSpec, SearchSpace
 
 CLOSE = 1e-4  # for values of about unit variance
 SPACE = tiny_space(TINY, units=[{"channels": 16}, {"channels": 32, "stride": 2}])
@@ -143,8 +143,8 @@ def test_a_layer_gives_the_plain_twins_maps_and_gradients(activation):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=CLOSE)
 
 
-def folded() -> FoldedNet:
-    view = SubnetView(random_supernet(SPACE), SPACE.largest)
+def folded(space: SearchSpace = SPACE) -> FoldedNet:
+    view = SubnetView(random_supernet(space), space.largest)
     return view.folded(view.running_statistics(), dtype=torch.float32)
 
 
@@ -162,6 +162,23 @@ def test_a_networks_gradient_is_autograds():
         assert not net.approximate
         plain = net.input_gradient()(images, objective.logit_gradient)[1]
     assert not torch.equal(plain, gradient)
+
+
+@pytest.mark.usefixtures("without_avx512")
+def test_channels_are_padded_where_winograds_method_then_suits_more_layers():
+    space = tiny_space(TINY, units=[{"channels": 20}, {"channels": 36, "stride": 2}])
+    net, images = folded(space), random_images(space, 6).float()
+    objective = CrossEntropy(torch.arange(6) % space.settings.classes)
+    assert net.winograd_layers == 0
+    assert net.approximate
+    logits, gradient = net.input_gradient()(images, objective.logit_gradient)
+    expected_logits, expected = input_gradient(net, objective, images)
+    torch.testing.assert_close(logits, expected_logits, rtol=0, atol=CLOSE)
+    assert gradient.shape == images.shape
+    assert float(F.cosine_similarity(gradient.flatten(), expected.flatten(), dim=0)) > 1 - 1e-6
+    with plain_twins("winograd"):
+        assert not net.approximate
+        assert torch.equal(net.input_gradient().logits(images), net(images))
 
 
 class Approximate:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from proard.kernels import Conv2d
 from proard.kernels.dispatch import fused_for
 from proard.kernels.switch import in_use
+from proard.kernels.winograd import LANES, multiplies_eight
 from proard.nets.elastic import BN_EPS, Supernet
 from proard.nets.fixed import FixedNet
 from proard.nets.forward import convolve, run_network, widened
@@ -158,7 +159,22 @@ class FoldedNet(nn.Module):
     @property
     def approximate(self) -> bool:
         """Whether the logits of `input_gradient` have larger rounding errors than those of `forward`."""
-        return any(by_winograd(conv, self.layers[conv.name][0]) for conv in self.spec.convs)
+        return self._widened().winograd_layers > 0
+
+    @property
+    def winograd_layers(self) -> int:
+        """Number of convolutions that attacks compute by Winograd's method."""
+        layers = self.layers
+        return sum(by_winograd(conv, layers[conv.name][0]) for conv in self.spec.convs)
+
+    def _widened(self) -> FoldedNet:
+        """The network with padded channels, if attacks then compute more convolutions by Winograd's method."""
+        if not multiplies_eight() or self.dtype is not torch.float32 or self.head_weight.device.type != "cpu":
+            return self
+        if not any(conv.out_channels % LANES for conv in self.spec.convs):
+            return self
+        padded = self.padded(LANES)
+        return padded if padded.winograd_layers > self.winograd_layers else self
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of shape (batch, classes), in the head's type (float32), for images in [0, 1]."""
@@ -186,8 +202,9 @@ class FoldedNet(nn.Module):
         device = self.head_weight.device
         if device.type != "cpu" and not (in_use("gradients") and fused_for(device)):
             return None
-        head = (self.head_weight, self.head_bias)
-        return InputGradient(self.spec, self.layers, head, scale=self.scale, shift=self.shift)
+        net = self._widened()
+        head = (net.head_weight, net.head_bias)
+        return InputGradient(self.spec, net.layers, head, scale=self.scale, shift=self.shift)
 
 
 def folded_layer(weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
