@@ -99,6 +99,13 @@ def test_the_ledger_compares_the_run_with_students_trained_one_by_one(finished: 
     assert "each image passes 12 times through the student and 1 times through the teacher" in " ".join(printed.split())
 
 
+def test_the_report_is_made_without_torch(finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "torch.py").write_text("raise ImportError('the report needs no torch')")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    finished("results/small/report/report.html", "--forcerun", "report")
+    assert "Cost of students one by one" in (finished.results / "report" / "report.html").read_text()
+
+
 def test_a_second_run_does_nothing(finished: Run):
     assert "Nothing to be done" in finished()
 

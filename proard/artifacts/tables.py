@@ -138,6 +138,11 @@ COSTS: dict[str, tuple[pa.DataType, str]] = {
     "weight_gradients": (FLOAT, "gradient evaluations: images times the networks trained on them"),
     "train_forward_equivalents": (FLOAT, "image forward-equivalents of training steps"),
     "train_macs": (FLOAT, "multiply-accumulates of training steps"),
+    "alone_forward_equivalents": (
+        FLOAT,
+        "passes of one image through a subnet that is trained alone, with a phase's loss and attack; of train_phase",
+    ),
+    "alone_other_forwards": (FLOAT, "passes of the same image through teacher and control; of train_phase"),
     "measure_forward_equivalents": (FLOAT, "image forward-equivalents of validation, recalibration and measurement"),
     "measure_macs": (FLOAT, "multiply-accumulates of validation, recalibration and measurement"),
     "cached_forward_equivalents": (FLOAT, "image forward-equivalents of results found in the cache; not in the others"),

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from proard import artifacts
-from proard.config import NEEDS, ConfigError, RunConfig, UserError, parse
+from proard.config import NEEDS, ConfigError, Phase, RunConfig, UserError, parse
 from proard.space import SearchSpace, read_space
 
 LEDGER = "costs.parquet"
@@ -113,6 +113,18 @@ def _recounted(folder: Path, stage: str, history: pd.DataFrame, metadata: dict[s
     if stage in ("train_teacher", "train_control") and len(known):
         return forwards * float(known.iloc[-1])  # teacher, control and a helper have one size
     return None
+
+
+def _passes_alone(ledgers: pd.DataFrame, space: SearchSpace, phase: Phase) -> tuple[float, float]:
+    """Passes of one image in a step of a student alone; counted again if the phase's ledger does not have them."""
+    columns = ["alone_forward_equivalents", "alone_other_forwards"]
+    of_phase = (ledgers["stage"] == "train_phase") & (ledgers["job"] == phase.name)
+    known = ledgers.reindex(columns=columns)[of_phase].dropna()
+    if len(known):
+        return float(known[columns[0]].iloc[0]), float(known[columns[1]].iloc[0])
+    from proard.training import passes_alone  # torch only where it is needed
+
+    return passes_alone(space, phase, phase.loss)
 
 
 def _macs_of(path: Path) -> int:
@@ -241,14 +253,12 @@ def compare(folder: str | Path, ledgers: pd.DataFrame) -> CostComparison | str:
     missing += [f"the multiply-accumulates of {stage}" for stage in sorted(stages)]
     if missing:
         return f"no comparison without {', '.join(missing)}"
-    from proard.training import passes_alone  # torch only where it is needed
-
     try:
         settings = [parse(RunConfig, metadata["settings"]) for metadata in _in_order(phases.values())]
     except ConfigError as error:
         return f"no comparison: the phases were trained by another version of the package ({error})"
     (first,), (last,) = settings[0].train_phase.phases, settings[-1].train_phase.phases
-    own, others = passes_alone(SearchSpace(settings[-1].space), last, last.loss)
+    own, others = _passes_alone(ledgers, SearchSpace(settings[-1].space), last)
     steps = float(sum(artifacts.read_table(path)["images"].iloc[-1] for path in phases.values()))
     images = {"steps": steps}
     history = artifacts.read_table(folder / "train_teacher" / "history.parquet")

@@ -177,12 +177,9 @@ def _last_record(path: Path) -> tuple[float, float | None]:
 
 @lru_cache
 def machine() -> dict[str, Any]:
-    """The machine this process runs on: processor, cores, memory, GPU, system."""
+    """The machine this process runs on: processor, cores, memory, system."""
     facts = {"processor": _processor(), "cores": f"{usable_cores()} usable of {os.cpu_count()}"}
     facts["memory"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
-    gpu = _gpu()
-    if gpu:
-        facts["GPU"] = gpu
     facts["system"] = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
     return facts
 
@@ -195,13 +192,6 @@ def _processor() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
-
-
-def _gpu() -> str | None:
-    """Name of the first GPU that torch sees."""
-    import torch
-
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
 
 
 def packages() -> Iterator[tuple[str, str]]:

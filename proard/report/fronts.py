@@ -100,6 +100,7 @@ def compare_fronts(
     points = [_objectives(rows["clean_acc"], rows["robust_acc"], rows[columns]) for rows in sets]
     scale = Scale.of(np.concatenate(points))
     values = [hypervolume(place, scale) for place in points]
+    spent = [rows[columns].to_numpy(float) for rows in sets]
     number = int(first["num_images"].iloc[0])
     spans = np.full((3, 2), np.nan)
     if _same_images(sets):
@@ -108,8 +109,8 @@ def compare_fronts(
         volumes = np.asarray(
             [
                 [
-                    hypervolume(_objectives(clean[draw], robust[draw], rows[columns]), scale)
-                    for (clean, robust), rows in zip(drawn, sets, strict=True)
+                    hypervolume(_objectives(clean[draw], robust[draw], cost), scale)
+                    for (clean, robust), cost in zip(drawn, spent, strict=True)
                 ]
                 for draw in range(bootstraps)
             ]
@@ -231,7 +232,9 @@ def sampled_tables(run_folder: str | Path) -> list[Path]:
     return tables
 
 
-def _objectives(clean: np.ndarray | pd.Series, robust: np.ndarray | pd.Series, costs: pd.DataFrame) -> np.ndarray:
+def _objectives(
+    clean: np.ndarray | pd.Series, robust: np.ndarray | pd.Series, costs: np.ndarray | pd.DataFrame
+) -> np.ndarray:
     """(-clean, -robust, each cost) of every arch, of shape (archs, 2 + costs)."""
     return np.column_stack([-clean, -robust, costs]).astype(np.float64)
 

@@ -163,6 +163,9 @@ def provenance(context: Context) -> Section | None:
         ("Packages", ", ".join(f"{name} {version}" for name, version in packages())),
         ("Page made on", "; ".join(f"{value}" for value in machine().values())),
     ]
+    if context.ledgers is not None and "device" in context.ledgers:
+        devices = context.ledgers["device"].dropna().unique().tolist()
+        facts.insert(-1, ("Networks ran on", ", ".join(device.replace("cpu", "CPU") for device in devices)))
     settings = compact_json(results.settings)
     title = "Where the numbers come from"
     return section("provenance", "Provenance", title, context=context, facts=facts, settings=settings)

@@ -48,6 +48,8 @@ class Ledger:
         Of the training, over all its attempts.
     tally : Tally
         Of measuring networks.
+    alone : tuple of float
+        Passes of one image in a step that trains a subnet of the phase alone (`training.passes_alone`), of a phase.
     """
 
     def __init__(self, stage: str, output: str | Path, *, device: str, threads: int, processes: int = 1) -> None:
@@ -55,6 +57,7 @@ class Ledger:
         self.stage, self.path, self.job = stage, folder / FILE, job_of(folder, stage)
         self.on_gpu, self.threads, self.processes = device.startswith("cuda"), threads, processes
         self.trained, self.tally = Work(), Tally()
+        self.alone: tuple[float | None, float | None] = (None, None)
         self.earlier: dict[str, Any] = {}
         self.started, self.energy = time.monotonic(), EnergyMeter(gpu=self.on_gpu)
         if self.on_gpu:
@@ -103,6 +106,8 @@ class Ledger:
             "weight_gradients": self.trained.weight_gradients,
             "train_forward_equivalents": self.trained.forwards,
             "train_macs": self.trained.macs,
+            "alone_forward_equivalents": self.alone[0],
+            "alone_other_forwards": self.alone[1],
             "measure_forward_equivalents": self.tally.spent.forwards,
             "measure_macs": self.tally.spent.macs,
             "cached_forward_equivalents": self.tally.cached.forwards,

@@ -11,7 +11,7 @@ from proard.nets import FixedNet, StaticNet, Supernet, implant, load_static, loa
 from proard.space import DIMS, Arch, NetArch, NetSpace, SearchSpace
 from proard.stages.common import Job, parse_arguments, run
 from proard.stages.training import Training, frozen_network
-from proard.training import phase_plan, within_budget
+from proard.training import passes_alone, phase_plan, within_budget
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     (phase,) = job.config.train_phase.phases
     train(job, phase)
+    job.ledger.alone = passes_alone(SearchSpace(job.config.space), phase, phase.loss)
     job.record_costs()
 
 
