@@ -89,7 +89,8 @@ def all_gone(pids):
     ids=["trades", "pgd_at", "frozen", "dynamic"],
 )
 def test_two_processes_write_what_one_writes(inputs, tmp_path, name, changes):
-    one, two = (Stage(name, inputs, tmp_path / str(count), epochs=1, **changes) for count in (1, 2))
+    # Few steps: later ones amplify rounding, where the sign of a gradient near zero changes.
+    one, two = (Stage(name, inputs, tmp_path / str(count), epochs=0.5, **changes) for count in (1, 2))
     one.run()
     process = two.start(processes=2)
     _, err = process.communicate()
