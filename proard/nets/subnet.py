@@ -171,7 +171,9 @@ class FoldedNet(nn.Module):
         """The network with padded channels, if attacks then compute more convolutions by Winograd's method."""
         if not multiplies_eight() or self.dtype is not torch.float32 or self.head_weight.device.type != "cpu":
             return self
-        if not any(conv.out_channels % LANES for conv in self.spec.convs):
+        dense = (conv for conv in self.spec.convs if conv.stride == 1 and conv.kernel > 1 and not conv.depthwise)
+        sizes = ((conv.in_channels, conv.out_channels) for conv in dense)
+        if not any(min(pair) > LANES and any(size % LANES for size in pair) for pair in sizes):
             return self
         padded = self.padded(LANES)
         return padded if padded.winograd_layers > self.winograd_layers else self
